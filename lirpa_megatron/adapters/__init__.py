@@ -1,0 +1,1 @@
+"""Megatron's modules, and plain ones, as modules that can be traced and sharded."""

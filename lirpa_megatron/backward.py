@@ -1,0 +1,310 @@
+"""CROWN's backward pass over a sharded bound graph.
+
+The host's operators do the geometry (`bound_backward`); this traversal keeps track of where rows
+and features of A lie (`parallel.layouts`) and takes the sums over ranks. It replaces the host's
+`backward_general`, which knows one device, and is the same for both host versions.
+
+Shapes: S rows, n = ceil(S/p) of them per rank, B batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lirpa_megatron import host
+from lirpa_megatron.operators.linear import IdentityRows, LocalLinear, dense, stack_sides
+from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
+
+
+@dataclass
+class RowBounds:
+    """Bounds of the rows that this rank carried.
+
+    Attributes:
+        lower, upper: concrete bounds [rows, B]; None where not asked for.
+        lA, uA: input node name -> coefficients [rows, B, *input shape].
+        lbias, ubias: the constant terms [rows, B], without the inputs' share.
+    """
+
+    lower: torch.Tensor | None
+    upper: torch.Tensor | None
+    lbias: torch.Tensor | None
+    ubias: torch.Tensor | None
+    lA: dict[str, torch.Tensor] = field(default_factory=dict)
+    uA: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Sides:
+    """A running sum for the lower and the upper side; None where there is nothing yet.
+
+    The two sides stay one object for as long as nothing made them differ.
+    """
+
+    lower: Any = None
+    upper: Any = None
+
+    def add(self, lower: Any, upper: Any) -> None:
+        shared = upper is lower and self.upper is self.lower
+        self.lower = _plus(self.lower, lower)
+        self.upper = self.lower if shared else _plus(self.upper, upper)
+
+
+def _plus(total: Any, term: Any) -> Any:
+    if total is None or term is None:
+        return term if total is None else total
+    return dense(total) + dense(term)
+
+
+class BackwardPass:
+    """One backward pass from a start node, for some rows.
+
+    Args:
+        module: the bound module (for values of constants).
+        layout: its layout, shared with the operators.
+        sharded: node name -> whether its value is feature-sharded.
+        plan: the course of the pass.
+        start: the start node.
+        alpha_rows: which rows of alpha this pass carries at WHOLE, OWN and BLOCK nodes, and how
+            many rows the rank has in all; None when it carries all of them.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        layout: Layout,
+        sharded: dict[str, bool],
+        plan: Plan,
+        start: host.Bound,
+        alpha_rows: tuple[torch.Tensor, int] | None = None,
+    ) -> None:
+        self.module, self.layout, self.sharded = module, layout, sharded
+        self.plan, self.start, self.alpha_rows = plan, start, alpha_rows
+        self.tp = layout.collectives
+        self._A: dict[str, _Sides] = {}
+        self._partial_A: dict[str, _Sides] = {}
+        self._bias, self._partial_bias = _Sides(), _Sides()
+
+    def run(self, C: Any, lower: bool, upper: bool, keep_A: bool) -> RowBounds:
+        """Propagates the rows to the inputs and concretizes them.
+
+        Args:
+            C: [rows, B, *start shape] in the layout of the start node, or IdentityRows.
+            lower, upper: which bounds are asked for.
+            keep_A: whether to return the coefficients at the inputs too.
+        """
+        self.rows, self.batch, self.like = C.shape[0], C.shape[1], C
+        self.sides = lower, upper
+        self._A[self.start.name] = _Sides(C if lower else None, C if upper else None)
+        self.layout.spec_sharded = self.plan.spec_sharded
+        for node in self.plan.order:
+            self._visit(node)
+        return self._concretize(keep_A)
+
+    # ---------------------------------------------------------------- one node
+
+    def _visit(self, node: host.Bound) -> None:
+        lA, uA = self._take(node)
+        with self._conjugates(node), self._alpha_of(node):
+            As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
+        self._add_bias(node, lbias, ubias)
+        del lA, uA
+        for x, (lA_x, uA_x) in zip(node.inputs, As, strict=False):
+            if x.perturbed:
+                self._send(node, x, lA_x, uA_x)
+            elif lA_x is not None or uA_x is not None:
+                # auto_LiRPA would concretize constants at the end, where a rank's part of the
+                # sum over features is no longer known as such.
+                value = self.module.get_forward_value(x)
+                self._add_bias(node, *(_constant_term(A, value, x) for A in (lA_x, uA_x)))
+
+    def _take(self, node: host.Bound) -> tuple[Any, Any]:
+        """A at the node, the partial sums of its sharded consumers included."""
+        total = self._A.pop(node.name, None) or _Sides()
+        partial = self._partial_A.pop(node.name, None)
+        if partial is not None:
+            total.add(*self._reduce(partial.lower, partial.upper))
+        lower = self._for_operator(node, total.lower)
+        upper = lower if total.upper is total.lower else self._for_operator(node, total.upper)
+        return lower, upper
+
+    def _for_operator(self, node: host.Bound, A: Any) -> Any:
+        """Identity rows in a form that the operator knows."""
+        if not isinstance(A, IdentityRows) or isinstance(node, LocalLinear):
+            return A
+        if isinstance(node, host.BoundLinear) and len(A.shape) == 3:
+            return host.OneHotC(A.shape, A.device, A.own, None)
+        return dense(A)
+
+    def _rows_at(self, node: host.Bound) -> int:
+        gathered = self.plan.rows[node.name] is Rows.ALL
+        return self.rows * self.tp.size if gathered else self.rows
+
+    def _is_partial(self, node: host.Bound) -> bool:
+        """Whether what arises at the node is one rank's term of a sum over features."""
+        sums = self.plan.rows[node.name] in (Rows.WHOLE, Rows.ALL)
+        return self.tp.size > 1 and sums and self.sharded[node.name]
+
+    def _send(self, node: host.Bound, x: host.Bound, lA: Any, uA: Any) -> None:
+        """Adds the node's A to that of its input, in the input's layout."""
+        lA, uA = self._zeros_for_none(node, x, lA, uA)
+        if self._is_partial(node) and not self.sharded[x.name]:
+            self._partial_A.setdefault(x.name, _Sides()).add(lA, uA)
+            return
+        block_to_all = (Rows.BLOCK, Rows.ALL)
+        if (self.plan.rows[node.name], self.plan.rows[x.name]) == block_to_all:
+            lA, uA = (None if A is None else self._among_all_rows(A) for A in (lA, uA))
+        self._A.setdefault(x.name, _Sides()).add(lA, uA)
+
+    def _zeros_for_none(self, node: host.Bound, x: host.Bound, lA: Any, uA: Any) -> tuple:
+        """Some operators drop an A that is all zero, which other ranks may not find to be so."""
+        want_lower, want_upper = self.sides
+        if (lA is not None) == want_lower and (uA is not None) == want_upper:
+            return lA, uA
+        shape = (self._rows_at(node), self.batch, *x.output_shape[1:])
+        zeros = torch.zeros(shape, dtype=self.like.dtype, device=self.like.device)
+        lower = zeros if want_lower and lA is None else lA
+        return lower, zeros if want_upper and uA is None else uA
+
+    def _among_all_rows(self, A: torch.Tensor) -> torch.Tensor:
+        """The rank's rows at their place among all rows, zero elsewhere."""
+        before = self.tp.rank * self.rows
+        after = (self.tp.size - 1 - self.tp.rank) * self.rows
+        return F.pad(A, (0, 0) * (A.ndim - 1) + (before, after))
+
+    def _add_bias(self, node: host.Bound, lower: Any, upper: Any) -> None:
+        bias = self._partial_bias if self._is_partial(node) else self._bias
+        bias.add(*(b if isinstance(b, torch.Tensor) else None for b in (lower, upper)))
+
+    def _reduce(self, lower: Any, upper: Any) -> tuple[Any, Any]:
+        """Sums over ranks, both sides in one collective."""
+        stacked, unstack = stack_sides(lower, upper)
+        if self.plan.spec_sharded:
+            return unstack(self.tp.reduce_to_rows(stacked))
+        return unstack(self.tp.reduce_from(stacked))
+
+    # ------------------------------------------------------- gradients and alpha
+
+    @contextlib.contextmanager
+    def _conjugates(self, node: host.Bound) -> Iterator[None]:
+        """Replicated values that each rank uses differently get f (identity / all-reduce).
+
+        At a replicated node of a spec-sharded pass each rank applies them to its own rows, at a
+        sharded node to its own features. Without f their gradient is one rank's part of it.
+        """
+        own_rows = self.plan.spec_sharded and not self.sharded[node.name]
+        saved = []
+        if torch.is_grad_enabled() and self.tp.size > 1 and (own_rows or self.sharded[node.name]):
+            for x in node.inputs:
+                if self.sharded[x.name]:
+                    continue
+                for name in ("lower", "upper", "forward_value"):
+                    value = getattr(x, name, None)
+                    if isinstance(value, torch.Tensor) and value.requires_grad:
+                        saved.append((x, name, value))
+                        setattr(x, name, self.tp.copy_to(value))
+        try:
+            yield
+        finally:
+            for x, name, value in saved:
+                setattr(x, name, value)
+
+    @contextlib.contextmanager
+    def _alpha_of(self, node: host.Bound) -> Iterator[None]:
+        """Shows the operator the rows of alpha that this pass carries at the node.
+
+        Alpha shared by all rows is a replicated value used on each rank's own rows, so it gets f.
+        """
+        if not host.is_optimized(node, self.start):
+            yield
+            return
+        alpha, dim = node.alpha[self.start.name], host.alpha_spec_dim(node)
+        index = None
+        if alpha.shape[dim] == 1 and self._rows_at(node) != 1:
+            shown = self.tp.copy_to(alpha) if self._alpha_is_shared(node) else alpha
+        elif self.alpha_rows is None:
+            shown = alpha
+        else:
+            index = self._alpha_index(node)
+            shown = alpha.index_select(dim, index)
+        node.alpha[self.start.name] = shown
+        try:
+            yield
+        finally:
+            node.alpha[self.start.name] = alpha
+            if index is not None:  # s-shaped activations clip alpha where they use it
+                alpha.data.index_copy_(dim, index, shown.data)
+
+    def _alpha_is_shared(self, node: host.Bound) -> bool:
+        return self.plan.spec_sharded and not self.sharded[node.name]
+
+    def _alpha_index(self, node: host.Bound) -> torch.Tensor:
+        rows, in_all = self.alpha_rows
+        if self.plan.rows[node.name] is not Rows.ALL:
+            return rows
+        return torch.cat([rows + rank * in_all for rank in range(self.tp.size)])
+
+    # ------------------------------------------------------------------- the end
+
+    def _concretize(self, keep_A: bool) -> RowBounds:
+        lbias, ubias = self._total_bias()
+        result = RowBounds(lbias, ubias, lbias, ubias)
+        for leaf in self.plan.leaves:
+            lA, uA = self._take(leaf)
+            with self._conjugate_box(leaf):
+                if lA is not None:
+                    result.lower = result.lower + self._extreme(leaf, lA, -1)
+                if uA is not None:
+                    result.upper = result.upper + self._extreme(leaf, uA, +1)
+            if keep_A:
+                result.lA[leaf.name], result.uA[leaf.name] = lA, uA
+        return result
+
+    def _total_bias(self) -> tuple[Any, Any]:
+        zeros = torch.zeros(self.rows, self.batch, dtype=self.like.dtype, device=self.like.device)
+        zeros = (zeros if self.sides[0] else None, zeros if self.sides[1] else None)
+        total = _Sides(*zeros)
+        total.add(self._bias.lower, self._bias.upper)
+        if self.plan.has_partial_bias:  # decided by the plan, so that every rank takes part
+            parts = self.tp.size if self.plan.spec_sharded else 1
+            partial = _Sides(*(None if z is None else z.repeat(parts, 1) for z in zeros))
+            partial.add(self._partial_bias.lower, self._partial_bias.upper)
+            total.add(*self._reduce(partial.lower, partial.upper))
+        return total.lower, total.upper
+
+    def _extreme(self, leaf: host.Bound, A: torch.Tensor, sign: int) -> torch.Tensor:
+        """min (sign -1) or max (+1) of <A, x> over the perturbation set: [rows, B]."""
+        A = dense(A).reshape(self.rows, self.batch, -1).transpose(0, 1)
+        bound = leaf.perturbation.concretize(leaf.center, A, sign=sign, aux=leaf.aux)
+        return bound.reshape(self.batch, self.rows).transpose(0, 1)
+
+    @contextlib.contextmanager
+    def _conjugate_box(self, leaf: host.Bound) -> Iterator[None]:
+        """f for the perturbation set, which each rank uses on its own rows."""
+        saved = []
+        if self.plan.spec_sharded and torch.is_grad_enabled() and self.tp.size > 1:
+            names = ("x_L", "x_U", "eps")
+            for owner, name in ((leaf, "center"), *((leaf.perturbation, n) for n in names)):
+                value = getattr(owner, name, None)
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    saved.append((owner, name, value))
+                    setattr(owner, name, self.tp.copy_to(value))
+        try:
+            yield
+        finally:
+            for owner, name, value in saved:
+                setattr(owner, name, value)
+
+
+def _constant_term(A: Any, value: torch.Tensor, node: host.Bound) -> Any:
+    """<A, value> for each row: A [R, B, ...], value [B, ...] or [...] without a batch -> [R, B]."""
+    if A is None:
+        return None
+    pattern = "sb...,...->sb" if node.batch_dim == -1 else "sb...,b...->sb"
+    return torch.einsum(pattern, A, value.to(A.dtype))

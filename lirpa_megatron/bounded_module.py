@@ -1,0 +1,457 @@
+"""BoundedModule: auto_LiRPA's, for models sharded by tensor parallelism.
+
+auto_LiRPA traces the model, keeps the perturbations, runs IBP through the operators and drives the
+alpha loop. What depends on ranks is here: which nodes are sharded, which rows each rank carries,
+and that all ranks agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lirpa_megatron import host
+from lirpa_megatron.adapters.traceable import ParallelModel, traceable
+from lirpa_megatron.backward import BackwardPass, RowBounds
+from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
+from lirpa_megatron.operators.gather import BoundGatherFromRegion, BoundScatterToRegion
+from lirpa_megatron.operators.linear import IdentityRows
+from lirpa_megatron.operators.row import BoundRowParallelLinear
+from lirpa_megatron.options import OwnOptions, check_compute_bounds, check_method, check_options
+from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.layouts import Layout, Plan, Rows, make_plan
+from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls
+
+
+class BoundedModule(host.HostBoundedModule):
+    """Bounds on the outputs of a model over a set of inputs; the model may be sharded.
+
+    The constructor and `compute_bounds` are auto_LiRPA's. Every rank of the tensor-parallel group
+    makes the same calls with the same (replicated) inputs and gets the same bounds. With one rank,
+    or without an initialised process group, it works on any model that auto_LiRPA can trace.
+
+    Parameters are shared with the model: nothing is copied, and gradients flow to them in training
+    mode (`eval()` detaches them).
+
+    Args:
+        model: an nn.Module, batch first, that may contain megatron-core's ColumnParallelLinear and
+            RowParallelLinear.
+        global_input: an example input (or tuple of them), replicated; only its shape counts.
+        bound_opts: auto_LiRPA's options, and those of `OwnOptions` (`max_spec_rows`, ...).
+        device: as in auto_LiRPA.
+        verbose: as in auto_LiRPA.
+        custom_ops: as in auto_LiRPA.
+
+    Raises:
+        NotImplementedError: an operator or option that cannot be bounded on shards, by name.
+        SPMDError: replicated parameters differ between ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        global_input: Any,
+        bound_opts: Mapping[str, Any] | None = None,
+        device: Any = "auto",
+        verbose: bool = False,
+        custom_ops: Mapping[str, type] | None = None,
+    ) -> None:
+        parallel: ParallelModel = traceable(model)
+        layout = Layout(parallel.collectives)
+        own, host_opts = OwnOptions.split(bound_opts)
+        with spmd.guard(layout.collectives.group, "BoundedModule"):
+            check_options(host_opts)
+            object.__setattr__(self, "own_options", own)
+            object.__setattr__(self, "layout", layout)
+            object.__setattr__(self, "_depth", 0)
+            optimize_args = host.translate_optimize_args(host_opts.get("optimize_bound_args", {}))
+            opts = {
+                **host.PINNED_OPTIONS,
+                **host_opts,
+                "optimize_bound_args": optimize_args,
+                "layout": layout,
+            }
+            with host.conversion(), host.running():
+                super().__init__(
+                    parallel.model, global_input, bound_opts=opts, device=device,
+                    verbose=verbose, custom_ops={**CUSTOM_OPS, **(custom_ops or {})},
+                )
+            self._adopt_parameters()
+            object.__setattr__(self, "sharded", self._mark_sharded())
+            self.train(model.training)
+            self._check_parameters_agree()
+
+    # ----------------------------------------------------------------- the graph
+
+    def _adopt_parameters(self) -> None:
+        """Parameters as the model has them: frozen ones stay frozen, eval() does not freeze."""
+        for node in self._modules.values():
+            if isinstance(node, host.BoundParams):
+                object.__setattr__(node, "forward", _value_of(node))
+
+    def _mark_sharded(self) -> dict[str, bool]:
+        """Node name -> whether its value is feature-sharded."""
+        sharded: dict[str, bool] = {}
+
+        def visit(node: host.Bound) -> bool:
+            if node.name not in sharded:
+                inputs = [visit(x) for x in node.inputs]
+                if isinstance(node, (BoundColumnParallelLinear, BoundScatterToRegion)):
+                    value = True
+                    if inputs[0]:
+                        raise NotImplementedError(
+                            f"{node.name}: a ColumnParallelLinear whose input is sharded already"
+                        )
+                elif isinstance(node, (BoundRowParallelLinear, BoundGatherFromRegion)):
+                    value = False
+                    if not inputs[0] and self.layout.collectives.size > 1:
+                        raise NotImplementedError(
+                            f"{node.name}: a RowParallelLinear with input_is_parallel=True whose "
+                            "input is not sharded"
+                        )
+                elif isinstance(node, host.BoundParams):
+                    value = getattr(node.param, "tensor_model_parallel", False)
+                else:
+                    value = any(inputs)
+                sharded[node.name] = value
+            return sharded[node.name]
+
+        for node in self._modules.values():
+            visit(node)
+        return sharded
+
+    def _check_parameters_agree(self) -> None:
+        replicated = {
+            node.ori_name: node.param
+            for node in self._modules.values()
+            if isinstance(node, host.BoundParams) and not self.sharded[node.name]
+        }
+        spmd.check_replicated(
+            self.layout.collectives.group,
+            {f"replicated parameter {name!r}": value for name, value in replicated.items()},
+            "the bounds would be of no model at all; broadcast it from rank 0",
+        )
+
+    def named_nodes(self) -> dict[str, host.Bound]:
+        """The bound graph: node name -> operator."""
+        return dict(self._modules)
+
+    _named_members = host.named_members
+
+    def train(self, mode: bool = True) -> BoundedModule:
+        """Training mode: gradients flow to the parameters."""
+        super().train(mode)
+        return self
+
+    def eval(self) -> BoundedModule:
+        """Evaluation mode: parameters are constants of the bounds."""
+        return self.train(False)
+
+    def set_bound_opts(self, new_opts: Mapping[str, Any]) -> None:
+        """auto_LiRPA's `set_bound_opts`, with the options checked."""
+        own, host_opts = OwnOptions.split(new_opts, self.own_options)
+        check_options(host_opts)
+        object.__setattr__(self, "own_options", own)
+        if "optimize_bound_args" in host_opts:
+            translated = host.translate_optimize_args(host_opts["optimize_bound_args"])
+            host_opts = {**host_opts, "optimize_bound_args": translated}
+        super().set_bound_opts(host_opts)
+
+    # -------------------------------------------------------------------- bounds
+
+    def compute_bounds(
+        self, x: Any = None, aux: Any = None, C: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Lower and upper bounds of `C y` (or of the output y) over the perturbation of `x`.
+
+        Args:
+            x: tuple of inputs, replicated; perturbed ones are BoundedTensor.
+            aux: as in auto_LiRPA.
+            C: specification [B, S, output features], replicated; for a sharded output
+                (gather_output=False) the rank's own features [B, S, features / p].
+            **kwargs: auto_LiRPA's: method, bound_lower, bound_upper, final_node_name, interm_bounds,
+                reference_bounds, return_A, needed_A_dict, reuse_alpha, ...
+
+        Returns:
+            (lower, upper), each [B, S], or [B, *output shape] without C, the same on every rank;
+            for a sharded output without C, of the rank's own features. With `return_A` also the
+            dictionary start node -> input node -> {lA, uA: [B, S, *input shape], lbias, ubias:
+            [B, S]}, whole or the rank's own rows (`OwnOptions.return_A_rows`).
+
+        Raises:
+            ValueError: an unknown method, a negative radius, an empty box, wrong shapes.
+            NotImplementedError: what cannot be computed on shards, by name.
+            SPMDError: inputs or options differ between ranks; another rank failed.
+        """
+        if self._depth > 0:  # the host calling itself: alpha iterations
+            return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
+        if isinstance(x, torch.Tensor):
+            x = (x,)
+        group = self.layout.collectives.group
+        with spmd.guard(group, "compute_bounds"), host.running():
+            kwargs = host.translate_compute_bounds(kwargs)
+            check_compute_bounds(kwargs)
+            kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
+            values = {"the specification C": C, "a keyword argument": _text_of(kwargs)}
+            if x is not None:
+                values |= described(x)
+            spmd.check_replicated(
+                group, values, "every rank must pass the same; broadcast it from rank 0"
+            )
+            if x is not None:
+                check_perturbations(self, x, kwargs["method"])
+            object.__setattr__(self, "_final_is_identity", C is None)
+            self._check_sharded_output(C, kwargs)
+            object.__setattr__(self, "_depth", 1)
+            try:
+                return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
+            finally:
+                object.__setattr__(self, "_depth", 0)
+
+    def _check_sharded_output(self, C: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        final = self._final(kwargs)
+        if self.sharded[final.name] and C is None and kwargs["method"] == "CROWN-Optimized":
+            raise NotImplementedError(
+                "CROWN-Optimized of a sharded output needs C (each rank would decide on its own "
+                "features when to stop): pass C, or build the layer with gather_output=True"
+            )
+        features = final.output_shape[-1]
+        if C is not None and C.shape[-1] != features:
+            raise ValueError(
+                f"C has {C.shape[-1]} output features, the output node has {features} on this rank"
+            )
+
+    def _final(self, kwargs: Mapping[str, Any]) -> host.Bound:
+        return self[kwargs.get("final_node_name") or self.final_name]
+
+    def check_prior_bounds(self, node: host.Bound, **kwargs: Any) -> None:
+        """The host's recursion over nodes that need bounds; see `enclose_balls`."""
+        enclose_balls(host.roots(self))
+        super().check_prior_bounds(node, **kwargs)
+
+    def compute_intermediate_bounds(self, node: host.Bound, prior_checked: bool = False) -> None:
+        """Bounds of an intermediate node, into `node.lower` and `node.upper`.
+
+        Sharded nodes are bounded by the rank that has them, replicated ones row by row on all
+        ranks; both exactly, by a backward pass to the input.
+        """
+        if host.has_bounds(node):
+            return
+        if not prior_checked:
+            self.check_prior_bounds(node)
+        if not node.perturbed:
+            value = self.get_forward_value(node)
+            node.interval = node.lower, node.upper = value, value
+            return
+        if not self._bounded_by_ibp(node):
+            node.lower, node.upper = self._intermediate(node)
+        if self.own_options.compare_crown_with_ibp:
+            self._intersect(node, self._ibp_of(node))
+        if node.name in self.reference_bounds:
+            self._intersect(node, self.reference_bounds[node.name])
+        node.interval = (node.lower, node.upper)
+
+    def _bounded_by_ibp(self, node: host.Bound) -> bool:
+        """IBP where it gives what CROWN gives: monotone activations, and a first linear layer."""
+        if self.check_IBP_intermediate(node) or self.check_IBP_first_linear(node):
+            return True
+        x = node.inputs[0] if node.inputs else None
+        first = isinstance(node, BoundColumnParallelLinear) and type(x) is host.BoundInput
+        if first and x.perturbed and node.name not in self.needed_A_dict:
+            node.lower, node.upper = self.IBP_general(node)
+            return True
+        return False
+
+    def _ibp_of(self, node: host.Bound) -> tuple[torch.Tensor, torch.Tensor]:
+        return node.interval_propagate(*[self._interval_of(x) for x in node.inputs])
+
+    def _interval_of(self, x: host.Bound) -> Any:
+        if not hasattr(x, "interval"):
+            x.interval = self._ibp_of(x) if x.perturbed else (self.get_forward_value(x),) * 2
+        return x.interval
+
+    @staticmethod
+    def _intersect(node: host.Bound, other: Any) -> None:
+        """The tighter of two sound bounds, with the gradient of the computed one (as the host)."""
+        lower, upper = other[0].detach(), other[1].detach()
+        node.lower = node.lower + (torch.max(lower, node.lower) - node.lower).detach()
+        node.upper = node.upper + (torch.min(upper, node.upper) - node.upper).detach()
+
+    # ----------------------------------------------------------------- the passes
+
+    def _plan(self, start: host.Bound, spec_sharded: bool) -> Plan:
+        return make_plan(start, self.sharded, spec_sharded, self.layout.collectives.size)
+
+    def _intermediate(self, node: host.Bound) -> tuple[torch.Tensor, torch.Tensor]:
+        bounds = self._pass(node, None, True, True, self.layout.collectives.size > 1)
+        shape = (self.batch_size, *node.output_shape[1:])
+        return bounds.lower.t().reshape(shape), bounds.upper.t().reshape(shape)
+
+    def backward_general(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's entry for the final node; see `compute_bounds` for shapes."""
+        call = host.backward_call(args, kwargs)
+        final, tp = call.node, self.layout.collectives
+        identity = self._final_is_identity and final.name == self.final_node_name
+        C = None if identity else call.C.transpose(0, 1).to(self._dtype)
+        S = math.prod(final.output_shape[1:]) if C is None else C.shape[0]
+        spec_sharded = tp.size > 1 and self._final_spec_sharded(final, identity, S)
+        bounds = self._pass(final, C, call.lower, call.upper, spec_sharded)
+        features = math.prod(final.output_shape[1:])
+        shape = (self.batch_size, *(final.output_shape[1:] if features == S else (S,)))
+        replicated = not (self.sharded[final.name] and identity)
+        results = []
+        for rows in (bounds.lower, bounds.upper):
+            if rows is not None and replicated:
+                rows = spmd.broadcast_tensor(rows, tp.group)  # what decides is one rank's value
+            results.append(None if rows is None else rows.t().reshape(shape))
+        return (*results, self.A_dict) if self.return_A else tuple(results)
+
+    def _final_spec_sharded(self, final: host.Bound, identity: bool, S: int) -> bool:
+        if self.sharded[final.name]:
+            return identity  # each rank its own features; a C is summed over them
+        choice = self.own_options.final_rows
+        return choice == "own" or (choice == "auto" and S > self.own_options.whole_rows_limit)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(x.value.dtype for x in host.roots(self)
+                         if type(x) is host.BoundInput and x.value.is_floating_point()))
+
+    def _pass(
+        self, start: host.Bound, C: torch.Tensor | None, lower: bool, upper: bool,
+        spec_sharded: bool,
+    ) -> RowBounds:
+        """All rows of a start node: [S, B] replicated, or [features, B] of a sharded node.
+
+        Args:
+            start: the start node.
+            C: [S, B, *start shape]; None for the identity.
+            lower, upper: which bounds.
+            spec_sharded: whether each rank carries its own rows.
+        """
+        tp = self.layout.collectives
+        plan = self._plan(start, spec_sharded)
+        for node in plan.order:
+            self.backward_from[node.name].append(start)
+        S = math.prod(start.output_shape[1:]) if C is None else C.shape[0]
+        block = plan.rows[start.name] is Rows.BLOCK
+        split = spec_sharded and not block
+        n = -(-S // tp.size) if split else S
+        limit = self.own_options.max_spec_rows or n
+        keep_A = bool(self.return_A and start.name in self.needed_A_dict)
+        chunks = []
+        for first in range(0, n, limit):
+            local = torch.arange(first, min(first + limit, n), device=self.device)
+            alpha_rows = (local, n) if limit < n else None
+            run = BackwardPass(self, self.layout, self.sharded, plan, start, alpha_rows)
+            rows = self._start_rows(start, C, local, n, S, split)
+            chunks.append(run.run(rows, lower, upper, keep_A))
+        whole = _concatenate(chunks)
+        if keep_A:
+            self._record_A(start, whole, S, split, block)
+        if split:
+            self._gather(whole, S)
+        return whole
+
+    def _start_rows(
+        self, start: host.Bound, C: torch.Tensor | None, local: torch.Tensor, n: int, S: int,
+        split: bool,
+    ) -> Any:
+        """The rank's rows `local` (of n): of C, or of the identity. Rows past S repeat the last."""
+        tp = self.layout.collectives
+        every = torch.stack([(local + rank * n).clamp(max=S - 1) for rank in range(tp.size)])
+        own = every[tp.rank] if split else local
+        if C is not None:
+            return C.index_select(0, own) if split or len(own) < S else C
+        shape = (len(own), self.batch_size, *start.output_shape[1:])
+        others = every.flatten() if split else None
+        return IdentityRows(own, others, shape, self._dtype, torch.device(self.device))
+
+    def _gather(self, bounds: RowBounds, S: int) -> None:
+        """Every rank's rows, both sides at once: [n, B] -> [S, B]."""
+        present = [b for b in (bounds.lower, bounds.upper) if b is not None]
+        gathered = self.layout.collectives.gather_results(torch.stack(present, dim=1))[:S]
+        sides = iter(gathered.unbind(1))
+        bounds.lower = None if bounds.lower is None else next(sides)
+        bounds.upper = None if bounds.upper is None else next(sides)
+
+    def _record_A(self, start: host.Bound, bounds: RowBounds, S: int, split: bool,
+                  block: bool) -> None:
+        tp = self.layout.collectives
+        gather = (split or block) and tp.size > 1 and self.own_options.return_A_rows == "whole"
+        total = S * tp.size if block else S
+
+        def shown(A: torch.Tensor | None) -> torch.Tensor | None:
+            if A is None:
+                return None
+            A = A.detach()
+            return (tp.gather_results(A)[:total] if gather else A).transpose(0, 1)
+
+        lbias, ubias = shown(bounds.lbias), shown(bounds.ubias)
+        record = {
+            name: {"lA": shown(bounds.lA[name]), "uA": shown(bounds.uA[name]),
+                   "lbias": lbias, "ubias": ubias, "unstable_idx": None}
+            for name in bounds.lA
+        }
+        self.A_dict[start.name] = record
+
+    # ---------------------------------------------------------------------- alpha
+
+    def get_alpha_crown_start_nodes(
+        self, node: host.Bound, c: Any = None, share_alphas: bool = False,
+        final_node_name: str | None = None, share_slopes: bool = False,
+    ) -> list[tuple]:
+        """Start nodes whose passes go through `node`, each with the rows of alpha it has there."""
+        tp = self.layout.collectives
+        final_name = final_node_name or self.final_name
+        entries = []
+        for start in dict.fromkeys(self.backward_from[node.name]):
+            is_final = start.name == final_name
+            identity = not is_final or self._final_is_identity
+            S = math.prod(start.output_shape[1:]) if identity else c.size(1)
+            spec_sharded = tp.size > 1 and (
+                not is_final or self._final_spec_sharded(start, identity, S)
+            )
+            plan = self._plan(start, spec_sharded)
+            block = plan.rows[start.name] is Rows.BLOCK
+            rows = -(-S // tp.size) if spec_sharded and not block else S
+            if plan.rows[node.name] is Rows.ALL:
+                rows *= tp.size
+            if (share_alphas or share_slopes) and not is_final:
+                rows = 1
+            entries.append(host.alpha_start_node(start.name, rows, is_final))
+        return entries
+
+
+def _value_of(node: host.BoundParams) -> Any:
+    def forward() -> torch.Tensor:
+        return node.param if node.training else node.param.detach()
+
+    return forward
+
+
+def _text_of(kwargs: Mapping[str, Any]) -> str:
+    """Keyword arguments that must agree between ranks (tensors in them have ranks' own shapes)."""
+    plain = {k: v for k, v in kwargs.items() if isinstance(v, (str, bool, int, float))}
+    return repr(sorted(plain.items()))
+
+
+def _concatenate(chunks: list[RowBounds]) -> RowBounds:
+    """Chunks of rows, one after the other (dim 0)."""
+    if len(chunks) == 1:
+        return chunks[0]
+
+    def joined(parts: list[Any]) -> Any:
+        return None if parts[0] is None else torch.cat(parts)
+
+    names = chunks[0].lA
+    return RowBounds(
+        *(joined([getattr(c, side) for c in chunks])
+          for side in ("lower", "upper", "lbias", "ubias")),
+        lA={name: joined([c.lA[name] for c in chunks]) for name in names},
+        uA={name: joined([c.uA[name] for c in chunks]) for name in names},
+    )

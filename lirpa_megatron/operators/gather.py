@@ -1,0 +1,84 @@
+"""The borders of a sharded region without a product: gather_output and input_is_parallel=False."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron import host
+from lirpa_megatron.operators.linear import both_sides, dense, stack_sides
+from lirpa_megatron.parallel.layouts import Layout
+
+
+class _Border(host.Bound):
+    """Base: both operators only move features, so every bound is exact."""
+
+    def __init__(
+        self,
+        attr: dict | None = None,
+        inputs: list | None = None,
+        output_index: int = 0,
+        options: dict | None = None,
+    ) -> None:
+        super().__init__(attr, inputs, output_index, options)
+        self.layout: Layout = options["layout"]
+
+    def interval_propagate(self, *v: Any) -> tuple:
+        """Interval bounds, features moved as in `forward`. A ball straight from the input (L2, L1)
+        becomes the box around it."""
+        lower, upper = v[0]
+        norm, eps = host.Interval.get_perturbation(v[0])[:2]
+        if norm != float("inf"):
+            lower, upper = lower - eps, upper + eps
+        return self.forward(lower), self.forward(upper)
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
+
+
+class BoundGatherFromRegion(_Border):
+    """y = [x_1 ... x_p] on the last dimension (ColumnParallelLinear's gather_output=True).
+
+    x_r [B, ..., n/p] sharded, y [B, ..., n] replicated. A_x[..., r] = A_y[..., features of r]:
+    a slice in a whole pass (no communication); in a spec-sharded pass the rows are gathered first
+    ((p-1) |A_y| bytes), because each rank needs all rows for its features.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layout.collectives.gather_features(x)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
+        """A [R, B, ..., n] -> [R', B, ..., n/p], R' as in `parallel.layouts`."""
+        tp = self.layout.collectives
+        last_lA, last_uA = both_sides(dense, last_lA, last_uA)
+        if tp.size == 1:
+            return [(last_lA, last_uA)], 0, 0
+        A, unstack = stack_sides(last_lA, last_uA)
+        A = self.layout.enter_sharded(A)
+        width = A.shape[-1] // tp.size
+        return [unstack(A.narrow(-1, tp.rank * width, width))], 0, 0
+
+
+class BoundScatterToRegion(_Border):
+    """y_r = the rank's slice of x's last dimension (RowParallelLinear's input_is_parallel=False).
+
+    x [B, ..., n] replicated, y_r [B, ..., n/p] sharded. A_x is A_y placed at the rank's features,
+    zero elsewhere: this rank's term of the sum that the pass takes.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layout.collectives.split_features(x)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
+        """A [R, B, ..., n/p] -> partial sums [R, B, ..., n]."""
+        tp = self.layout.collectives
+        last_lA, last_uA = both_sides(dense, last_lA, last_uA)
+
+        def place(A: torch.Tensor) -> torch.Tensor:
+            width = A.shape[-1]
+            return torch.nn.functional.pad(
+                A, (tp.rank * width, (tp.size - 1 - tp.rank) * width)
+            )
+
+        return [both_sides(place, last_lA, last_uA)], 0, 0

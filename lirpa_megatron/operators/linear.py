@@ -1,0 +1,128 @@
+"""What Column and Row share: products of A with the local weight shard.
+
+Shapes: rows of A R (as the layout of A has it), B batch, ... token dimensions, o out, i in features
+of the local shard. Weight [o, i], bias [o], as in torch.nn.Linear.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron import host
+from lirpa_megatron.parallel.layouts import Layout
+
+
+@dataclass(frozen=True)
+class IdentityRows:
+    """Rows of the identity at a start node, not materialised.
+
+    Attributes:
+        own: this rank's rows, indices into the node's flattened output, [n].
+        all: every rank's rows in rank order, [p n] (for a replicated start node whose operator
+            needs them all: no rank has to be asked), or None.
+        shape: shape of A, [n, B, *node shape].
+        dtype, device: of the A that they stand for.
+    """
+
+    own: torch.Tensor
+    all: torch.Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def dense(self) -> torch.Tensor:
+        """The rows as a tensor [n, B, *node shape] (expanded over the batch)."""
+        n, batch, *node_shape = self.shape
+        rows = torch.zeros(n, math.prod(node_shape), dtype=self.dtype, device=self.device)
+        rows.scatter_(1, self.own.unsqueeze(1), 1.0)
+        return rows.view(n, 1, *node_shape).expand(n, batch, *node_shape)
+
+
+class LocalLinear(host.BoundLinear):
+    """Base of the parallel linear operators: the host's BoundLinear on the local shard.
+
+    Inherits nothing silently that would take the shard for the whole matrix: forward mode, the
+    solver, Jacobians and perturbed weights are refused by name.
+    """
+
+    def __init__(
+        self,
+        attr: dict | None = None,
+        inputs: list | None = None,
+        output_index: int = 0,
+        options: dict | None = None,
+    ) -> None:
+        super().__init__(attr, inputs, output_index, options)
+        self.transB = 1  # [out, in]: the host leaves the weight as it is
+        self.layout: Layout = options["layout"]
+
+    def _refused(self, what: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__} does not offer {what} on a sharded layer"
+        )
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("forward mode (use IBP, CROWN-IBP, CROWN or CROWN-Optimized)")
+
+    def bound_dynamic_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("dynamic forward mode")
+
+    def build_solver(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("a solver model")
+
+    def build_gradient_node(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("Jacobian bounds")
+
+    def interval_propagate_with_weight(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("perturbed weights")
+
+    def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The local weight [o, i] and bias [o] or None."""
+        if any(self.is_input_perturbed(i) for i in range(1, len(self.inputs))):
+            raise self._refused("perturbed weights")
+        return x[1].lower, x[2].lower if len(x) > 2 else None
+
+
+def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
+    """lA and uA as one tensor [R, sides, ...], and a function that takes them apart again."""
+    if lA is None or uA is None:
+        one = lA if lA is not None else uA
+        if lA is not None:
+            return one.unsqueeze(1), lambda A: (A[:, 0], None)
+        return one.unsqueeze(1), lambda A: (None, A[:, 0])
+    return torch.stack((lA, uA), dim=1), lambda A: (A[:, 0], A[:, 1])
+
+
+def both_sides(function: Any, lA: Any, uA: Any) -> tuple[Any, Any]:
+    """`function` of lA and of uA, once where they are one object (and None of None)."""
+    lower = function(lA) if lA is not None else None
+    if uA is lA:
+        return lower, lower
+    return lower, function(uA) if uA is not None else None
+
+
+def dense(A: Any) -> torch.Tensor:
+    """A as a tensor."""
+    return A.dense() if isinstance(A, IdentityRows) else A
+
+
+def rows_of_bias(A: Any, b: torch.Tensor | None) -> torch.Tensor | int:
+    """The bias term of each row, summed over tokens and features.
+
+    Args:
+        A: [R, B, ..., o], or IdentityRows.
+        b: [o], or None.
+
+    Returns:
+        [R, B], or 0 without a bias.
+    """
+    if b is None:
+        return 0
+    if isinstance(A, IdentityRows) and len(A.shape) == 3:
+        return b.index_select(0, A.own).unsqueeze(1).expand(-1, A.shape[1])
+    product = dense(A).matmul(b)
+    return product.flatten(2).sum(-1) if product.ndim > 2 else product

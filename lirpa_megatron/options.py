@@ -1,0 +1,113 @@
+"""Options and arguments: this package's own, and which of auto_LiRPA's are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from lirpa_megatron import host
+
+METHODS = ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized")
+"""Methods of `compute_bounds`; auto_LiRPA's other spellings of them are accepted too."""
+
+_SPELLINGS = {
+    "ibp": "IBP",
+    "crown-ibp": "CROWN-IBP",
+    "ibp+crown": "CROWN-IBP",
+    "ibp+backward": "CROWN-IBP",
+    "crown": "CROWN",
+    "backward": "CROWN",
+    "crown-optimized": "CROWN-Optimized",
+    "alpha-crown": "CROWN-Optimized",
+}
+
+
+@dataclass(frozen=True)
+class OwnOptions:
+    """Entries of `bound_opts` that auto_LiRPA does not have."""
+
+    max_spec_rows: int | None = None
+    """Most rows of A that a rank carries at once; None for all. The same on every rank."""
+    final_rows: str = "auto"
+    """Rows of the final pass: 'whole' on every rank, each rank its 'own', or 'auto'."""
+    whole_rows_limit: int = 64
+    """With 'auto': up to this many rows the final pass is whole."""
+    return_A_rows: str = "whole"
+    """`return_A` gives all rows ('whole', gathered) or the rank's 'own'."""
+    compare_crown_with_ibp: bool = False
+    """Intersect CROWN's intermediate bounds with IBP's."""
+
+    def __post_init__(self) -> None:
+        limit = self.max_spec_rows
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ValueError(f"max_spec_rows is {limit!r}: give a whole number of at least 1")
+        if self.final_rows not in ("auto", "whole", "own"):
+            raise ValueError(f"final_rows is {self.final_rows!r}: choose auto, whole or own")
+        if self.return_A_rows not in ("whole", "own"):
+            raise ValueError(f"return_A_rows is {self.return_A_rows!r}: choose whole or own")
+
+    @classmethod
+    def split(
+        cls, bound_opts: Mapping[str, Any] | None, base: OwnOptions | None = None
+    ) -> tuple[OwnOptions, dict[str, Any]]:
+        """This package's options (over `base`) and the rest, which are the host's."""
+        names = {f.name for f in fields(cls)}
+        given = dict(bound_opts or {})
+        own = {name: given.pop(name) for name in list(given) if name in names}
+        return (replace(base, **own) if base else cls(**own)), given
+
+
+def check_options(bound_opts: Mapping[str, Any]) -> None:
+    """Refuses auto_LiRPA's options that are not exact or not rank-safe on shards.
+
+    Raises:
+        NotImplementedError: naming the option.
+    """
+    optimize_args = bound_opts.get("optimize_bound_args", {})
+    pinned = ((bound_opts, host.PINNED_OPTIONS), (optimize_args, host.PINNED_OPTIMIZE_ARGS))
+    for given, allowed in pinned:
+        for name, value in allowed.items():
+            if name in given and given[name] != value:
+                raise NotImplementedError(
+                    f"option {name}={given[name]!r} is not available on a sharded model "
+                    f"(its decisions would differ between ranks): leave it at {value!r}"
+                )
+    if bound_opts.get("crown_batch_size", float("inf")) != float("inf"):
+        raise NotImplementedError(
+            "option crown_batch_size is not available on a sharded model (its chunks follow each "
+            "rank's free memory): use max_spec_rows"
+        )
+
+
+def check_method(method: str | None) -> str:
+    """The method under one of the names in `METHODS`.
+
+    Raises:
+        NotImplementedError: a method of auto_LiRPA that is not available on shards.
+        ValueError: no such method.
+    """
+    name = str(method).lower()
+    if name in _SPELLINGS:
+        return _SPELLINGS[name]
+    known = ", ".join(METHODS)
+    if "forward" in name or "dynamic" in name:
+        raise NotImplementedError(
+            f"method {method!r} is not available on a sharded model; the methods are {known}"
+        )
+    raise ValueError(f"unknown method {method!r}; the methods are {known}")
+
+
+_UNAVAILABLE = (
+    "IBP", "forward", "average_A", "need_A_only", "cutter", "intermediate_constr", "alpha_idx",
+    "aux_reference_bounds", "update_mask", "decision_thresh", "ibp_nodes", "cache_bounds",
+)
+
+
+def check_compute_bounds(kwargs: Mapping[str, Any]) -> None:
+    """Refuses arguments of `compute_bounds` that are not available on shards, by name."""
+    for name in _UNAVAILABLE:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise NotImplementedError(
+                f"compute_bounds({name}=...) is not available on a sharded model"
+            )

@@ -1,0 +1,154 @@
+"""How the rows and features of A lie on the ranks, and the plan of one backward pass.
+
+Words: p ranks; S rows of A (specifications); n = ceil(S/p) rows per rank, the last rank's padded;
+B batch. A *node* of the bound graph is **sharded** (each rank holds its features: between a
+ColumnParallelLinear and the RowParallelLinear that follows) or **replicated**. A backward pass is
+**whole** (every rank carries all S rows at replicated nodes) or **spec-sharded** (its own n).
+
+==========================  =======================  ======================================
+`Rows` of A at a node       shape on each rank       when
+==========================  =======================  ======================================
+WHOLE                       [S, B, features]         whole pass; at a sharded node own features
+OWN                         [n, B, all features]     spec-sharded pass, replicated node
+ALL                         [p n, B, own features]   spec-sharded pass, sharded node
+BLOCK                       [n, B, own features]     sharded start node and what leads straight
+                                                     to it: the blocks of other ranks are zero
+==========================  =======================  ======================================
+
+Where A passes from one to the other, for |A| bytes of p·n rows of h features:
+
+===============================  =============================  ==========================
+edge (backward)                  communication                  bytes sent per rank
+===============================  =============================  ==========================
+sharded WHOLE -> replicated      all-reduce (sum over features) 2 (p-1)/p |A|
+replicated -> sharded, WHOLE     none (copy_to)                 0
+sharded ALL -> replicated OWN    reduce-scatter over rows       (p-1)/p |A|
+replicated OWN -> sharded ALL    all-gather over rows           (p-1)/p |A|
+sharded BLOCK -> replicated OWN  none                           0
+sharded BLOCK -> sharded ALL     none (other rows are zero)     0
+===============================  =============================  ==========================
+
+Biases that arise at sharded WHOLE and ALL nodes are partial sums over features. They are summed up
+locally and reduced once at the end of the pass ([S, B], or [p n, B] -> [n, B]); biases at other
+nodes are complete. All of this follows from the graph alone, never from values.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from lirpa_megatron.parallel.collectives import Collectives
+
+
+class Rows(enum.Enum):
+    """Layout of A at a node (see the module's table)."""
+
+    WHOLE = enum.auto()
+    OWN = enum.auto()
+    ALL = enum.auto()
+    BLOCK = enum.auto()
+
+
+class Layout:
+    """What a bound graph's operators know of their surroundings while a pass runs.
+
+    One object per BoundedModule, handed to its operators through the host's `bound_opts`.
+
+    Attributes:
+        collectives: the guarded mappings of the model's tensor-parallel group.
+        spec_sharded: whether the pass that is running is spec-sharded.
+    """
+
+    def __init__(self, collectives: Collectives) -> None:
+        self.collectives = collectives
+        self.spec_sharded = False
+
+    def __deepcopy__(self, memo: dict) -> Layout:
+        return self  # process groups cannot be copied
+
+    def enter_sharded(self, A: Any) -> Any:
+        """A at a replicated output, for use with this rank's features of a sharded input.
+
+        Args:
+            A: WHOLE [S, ..., h] (copy_to: each rank uses it for other features) or OWN [n, ..., h].
+
+        Returns:
+            WHOLE [S, ..., h], or ALL rows [p n, ..., h].
+        """
+        if self.spec_sharded:
+            return self.collectives.gather_rows(A)
+        return self.collectives.copy_to(A)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The course of a backward pass from one start node, the same on every rank."""
+
+    order: tuple[Any, ...]
+    """Nodes to go through, each after all its consumers, the start node first."""
+    leaves: tuple[Any, ...]
+    """Perturbed input nodes where the pass ends."""
+    rows: dict[str, Rows]
+    """Layout of A at each of them, by node name."""
+    spec_sharded: bool
+    """Whether ranks carry their own rows."""
+    has_partial_bias: bool
+    """Whether any bias is a partial sum over ranks."""
+
+
+def make_plan(start: Any, sharded: dict[str, bool], spec_sharded: bool, ranks: int) -> Plan:
+    """Plans the backward pass from `start` over its perturbed ancestors.
+
+    Args:
+        start: the start node (a host operator with `inputs`, `name`, `perturbed`).
+        sharded: node name -> whether its value is feature-sharded.
+        spec_sharded: whether ranks carry their own rows; a sharded start node whose rows are the
+            ranks' own neurons is `spec_sharded` too.
+        ranks: tensor-parallel size.
+    """
+    order, leaves = _topological(start)
+    rows: dict[str, Rows] = {}
+    for node in (*order, *leaves):
+        rows[node.name] = Rows.OWN if spec_sharded else Rows.WHOLE
+        if spec_sharded and sharded[node.name]:
+            rows[node.name] = Rows.BLOCK if sharded[start.name] else Rows.ALL
+    if spec_sharded and sharded[start.name]:
+        # BLOCK holds only where every path from the start stays sharded: one pass in the order of
+        # the traversal, so that each node is settled before its inputs are.
+        for node in order:
+            leads_straight = sharded[node.name] and rows[node.name] is Rows.BLOCK
+            for x in node.inputs:
+                if x.name in rows and sharded[x.name] and not leads_straight:
+                    rows[x.name] = Rows.ALL
+    partial = ranks > 1 and any(
+        sharded[node.name] and rows[node.name] in (Rows.WHOLE, Rows.ALL) for node in order
+    )
+    return Plan(tuple(order), tuple(leaves), rows, spec_sharded, partial)
+
+
+def _topological(start: Any) -> tuple[list[Any], list[Any]]:
+    consumers: dict[str, int] = {start.name: 0}
+    seen, queue = [start], deque([start])
+    while queue:
+        node = queue.popleft()
+        for x in node.inputs:
+            if not x.perturbed:
+                continue
+            if x.name not in consumers:
+                consumers[x.name] = 0
+                seen.append(x)
+                queue.append(x)
+            consumers[x.name] += 1
+    order, leaves, queue = [], [], deque([start])
+    while queue:
+        node = queue.popleft()
+        (order if node.inputs else leaves).append(node)
+        for x in node.inputs:
+            if x.name in consumers:
+                consumers[x.name] -= 1
+                if consumers[x.name] == 0:
+                    queue.append(x)
+    return order, leaves

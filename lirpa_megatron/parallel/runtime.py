@@ -1,0 +1,99 @@
+"""Process groups for the command line and the examples: torchrun, or a plain python process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel import cpu_shim
+
+
+def initialize(
+    tensor_parallel_size: int | None = None, timeout: timedelta = timedelta(minutes=30)
+) -> None:
+    """Sets up torch.distributed and Megatron's parallel_state; installs the CPU shim.
+
+    Under torchrun all processes take part (NCCL with CUDA, else gloo); in a plain python process
+    there is one rank and no launcher is needed. What is already initialised is left alone.
+
+    Args:
+        tensor_parallel_size: ranks per model; all processes by default. The remaining processes
+            are data-parallel replicas.
+        timeout: after which a collective that a peer never enters fails.
+
+    Raises:
+        UserError: the size does not divide the number of processes (both numbers).
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        cpu_shim.install()
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl" if cuda else "gloo"
+        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        return
+    world = dist.get_world_size()
+    size = world if tensor_parallel_size is None else tensor_parallel_size
+    if size < 1 or world % size != 0:
+        raise UserError(
+            f"tensor-parallel size {size} does not divide the number of processes {world}: start "
+            f"a multiple of {max(size, 1)} processes (torchrun --nproc-per-node) or choose "
+            "another size"
+        )
+    parallel_state.initialize_model_parallel(size)
+
+
+def shutdown() -> None:
+    """Takes down what `initialize` set up."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    cpu_shim.uninstall()
+
+
+@contextlib.contextmanager
+def session(tensor_parallel_size: int | None = None) -> Iterator[None]:
+    """`initialize` for a block, `shutdown` after it."""
+    initialize(tensor_parallel_size)
+    try:
+        yield
+    finally:
+        shutdown()
+
+
+def tp_group() -> dist.ProcessGroup | None:
+    """Megatron's tensor-parallel group; None when parallel_state is not initialised."""
+    if not parallel_state.model_parallel_is_initialized():
+        return None
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def tp_size() -> int:
+    """Number of tensor-parallel ranks (1 when nothing is initialised)."""
+    group = tp_group()
+    return 1 if group is None else group.size()
+
+
+def tp_rank() -> int:
+    """This process's tensor-parallel rank (0 when nothing is initialised)."""
+    group = tp_group()
+    return 0 if group is None else group.rank()
+
+
+def is_rank0() -> bool:
+    """Whether this process is the one of all that talks to the user."""
+    return not dist.is_initialized() or dist.get_rank() == 0

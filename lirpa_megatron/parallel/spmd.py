@@ -1,0 +1,212 @@
+"""Agreement between ranks: one program, the same collectives, one error for all.
+
+A tensor-parallel computation hangs when one rank leaves it (an exception) or takes another branch
+(a decision from values it alone holds). Two things prevent that here:
+
+* Every collective of this package is preceded by a *handshake*: an all-reduce of three integers in
+  which each rank says which collective it is about to enter (a checksum of name, shape, dtype). If
+  the ranks do not say the same, every rank raises `SPMDError` with what each one said.
+* `guard` wraps a computation. A rank that fails inside takes part in the handshake that the others
+  are waiting in, says that it failed, and hands them its message; they raise `RemoteRankError`.
+
+The handshake runs over gloo also where the data runs over NCCL, so that it never waits for the GPU.
+A rank that dies without a word closes its connections, which ends the others' handshake too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lirpa_megatron.errors import RemoteRankError, SPMDError, UserError
+
+_controls: weakref.WeakKeyDictionary[Any, _Control] = weakref.WeakKeyDictionary()
+
+
+class _Control:
+    """The handshake channel of one tensor-parallel group (of more than one rank)."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self.depth = 0
+        if dist.get_backend(group) == "gloo":
+            self._group = weakref.ref(group)  # the registry is keyed weakly by the same group
+        else:
+            ranks = dist.get_process_group_ranks(group)
+            own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self._group = lambda: own
+
+    def _all_reduce_max(self, values: list[int]) -> list[int]:
+        tensor = torch.tensor(values, dtype=torch.int64)
+        try:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group())
+        except RuntimeError as error:
+            raise RemoteRankError(
+                "a tensor-parallel rank ended without a message (see its own output); "
+                f"the connection to it is gone: {str(error).splitlines()[0]}"
+            ) from error
+        return tensor.tolist()
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Plain data of every rank, in rank order."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self._group())
+        return gathered
+
+    def handshake(self, step: str) -> None:
+        tag = zlib.crc32(step.encode())
+        failed, high, low = self._all_reduce_max([0, tag, -tag])
+        if failed:
+            messages = [(r, m) for r, m in enumerate(self.all_gather(None)) if m is not None]
+            rank, message = messages[0]
+            raise RemoteRankError(f"tensor-parallel rank {rank} failed: {message}")
+        if (high, low) != (tag, -tag):
+            raise SPMDError("tensor-parallel ranks disagree: " + _differences(self.all_gather(step)))
+
+    def report_failure(self, message: str) -> None:
+        """Joins the handshake that the other ranks wait in, and tells them why this one leaves."""
+        with contextlib.suppress(RuntimeError):  # the others are gone: nobody is left to tell
+            self._all_reduce_max([1, 0, 0])
+            self.all_gather(message)
+
+
+def _differences(said: list[str]) -> str:
+    return "; ".join(f"rank {rank} is at {step}" for rank, step in enumerate(said))
+
+
+def _control(group: dist.ProcessGroup | None) -> _Control | None:
+    if group is None or group.size() == 1:
+        return None
+    if group not in _controls:
+        _controls[group] = _Control(group)
+    return _controls[group]
+
+
+def handshake(group: dist.ProcessGroup | None, step: str) -> None:
+    """Every rank is about to do `step`, or every rank raises.
+
+    Args:
+        group: the tensor-parallel group.
+        step: what comes next, with the shapes that the ranks must share.
+
+    Raises:
+        RemoteRankError: another rank failed inside its `guard`.
+        SPMDError: the ranks are at different steps.
+    """
+    control = _control(group)
+    if control is not None:
+        control.handshake(step)
+
+
+@contextlib.contextmanager
+def guard(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
+    """A block that every rank of the group enters: if one rank fails in it, all of them do.
+
+    Nested guards are free. The error of the failing rank is raised there unchanged, and as
+    `RemoteRankError` with its message on the others.
+
+    Args:
+        group: the tensor-parallel group (None or one rank: nothing to agree on).
+        what: name of the block, for messages.
+
+    Raises:
+        RemoteRankError: another rank failed in the block.
+        SPMDError: the ranks did not do the same in the block.
+    """
+    control = _control(group)
+    if control is None or control.depth > 0:
+        yield
+        return
+    control.depth += 1
+    try:
+        yield
+        control.handshake(f"the end of {what}")
+    except SPMDError:
+        raise  # every rank has it already
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        control.report_failure(f"{kind}{error}")
+        raise
+    finally:
+        control.depth -= 1
+
+
+def broadcast_object(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """Rank 0's `value` (plain data) on every rank of the group."""
+    control = _control(group)
+    if control is None:
+        return value
+    control.handshake("broadcast_object")
+    return control.all_gather(value if control.rank == 0 else None)[0]
+
+
+def broadcast_tensor(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Rank 0's values in the graph of this rank's replicated `x` (gradient: identity)."""
+    return _FromRankZero.apply(x, group)
+
+
+class _FromRankZero(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        if group is None or group.size() == 1:
+            return x.view_as(x)
+        handshake(group, f"broadcast of {tuple(x.shape)} {x.dtype}")
+        y = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(y, dist.get_global_rank(group, 0), group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def _checksum(x: torch.Tensor) -> int:
+    """A checksum of the bits of `x` that also depends on their order."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = x.detach().contiguous().view(integers[x.element_size()]).flatten().to(torch.int64)
+    weights = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
+    header = zlib.crc32(f"{tuple(x.shape)}{x.dtype}".encode())
+    return int((bits * weights).sum().item()) ^ header
+
+
+def check_replicated(
+    group: dist.ProcessGroup | None, values: Mapping[str, torch.Tensor | str | None], remedy: str
+) -> None:
+    """Raises on every rank when a value that must be replicated differs between ranks.
+
+    Args:
+        group: the tensor-parallel group.
+        values: name -> tensor (compared bit by bit, through a checksum), text, or None.
+        remedy: what the user can do, for the message.
+
+    Raises:
+        SPMDError: naming the values and the ranks that differ from rank 0.
+    """
+    control = _control(group)
+    if control is None:
+        return
+    mine = {
+        name: _checksum(value) if isinstance(value, torch.Tensor) else str(value)
+        for name, value in values.items()
+    }
+    control.handshake("check of replicated values")
+    gathered = control.all_gather(mine)
+    for rank, theirs in enumerate(gathered):
+        names = sorted(set(theirs) | set(gathered[0]))
+        wrong = [n for n in names if theirs.get(n) != gathered[0].get(n)]
+        if wrong:
+            shown = [_shown(n, gathered[0].get(n), theirs.get(n)) for n in wrong[:3]]
+            raise SPMDError(
+                f"{', '.join(shown)} differs between tensor-parallel ranks 0 and {rank}: {remedy}"
+            )
+
+
+def _shown(name: str, first: Any, other: Any) -> str:
+    texts = isinstance(first, str) and isinstance(other, str)
+    return f"{name} ({first} and {other})" if texts else name
