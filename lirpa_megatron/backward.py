@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron import host
-from lirpa_megatron.operators.linear import IdentityRows, LocalLinear, dense, stack_sides
+from lirpa_megatron.operators.linear import (
+    BoundReplicatedLinear,
+    IdentityRows,
+    LocalLinear,
+    dense,
+    stack_sides,
+)
 from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
 
 
@@ -138,7 +144,7 @@ class BackwardPass:
         """Identity rows in a form that the operator knows."""
         if not isinstance(A, IdentityRows) or isinstance(node, LocalLinear):
             return A
-        if isinstance(node, host.BoundLinear) and len(A.shape) == 3:
+        if type(node) in (host.BoundLinear, BoundReplicatedLinear) and len(A.shape) == 3:
             return host.OneHotC(A.shape, A.device, A.own, None)
         return dense(A)
 

@@ -19,7 +19,7 @@ from lirpa_megatron.adapters.traceable import ParallelModel, traceable
 from lirpa_megatron.backward import BackwardPass, RowBounds
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion, BoundScatterToRegion
-from lirpa_megatron.operators.linear import IdentityRows
+from lirpa_megatron.operators.linear import BoundReplicatedLinear, IdentityRows
 from lirpa_megatron.operators.row import BoundRowParallelLinear
 from lirpa_megatron.options import OwnOptions, check_compute_bounds, check_method, check_options
 from lirpa_megatron.parallel import spmd
@@ -75,20 +75,23 @@ class BoundedModule(host.HostBoundedModule):
                 "optimize_bound_args": optimize_args,
                 "layout": layout,
             }
+            trainable = {p: p.requires_grad for p in model.parameters()}
             with host.conversion(), host.running():
                 super().__init__(
                     parallel.model, global_input, bound_opts=opts, device=device,
                     verbose=verbose, custom_ops={**CUSTOM_OPS, **(custom_ops or {})},
                 )
-            self._adopt_parameters()
+            self._adopt_parameters(trainable)
             object.__setattr__(self, "sharded", self._mark_sharded())
             self.train(model.training)
             self._check_parameters_agree()
 
     # ----------------------------------------------------------------- the graph
 
-    def _adopt_parameters(self) -> None:
-        """Parameters as the model has them: frozen ones stay frozen, eval() does not freeze."""
+    def _adopt_parameters(self, trainable: Mapping[nn.Parameter, bool]) -> None:
+        """Parameters as the model has them: the host sets requires_grad by the mode it is in."""
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
         for node in self._modules.values():
             if isinstance(node, host.BoundParams):
                 object.__setattr__(node, "forward", _value_of(node))
@@ -196,7 +199,12 @@ class BoundedModule(host.HostBoundedModule):
             kwargs = host.translate_compute_bounds(kwargs)
             check_compute_bounds(kwargs)
             kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
-            values = {"the specification C": C, "a keyword argument": _text_of(kwargs)}
+            # For a sharded output C is each rank's own; its shape is common all the same.
+            own_C = C is not None and self.sharded[self._final(kwargs).name]
+            values = {
+                "the specification C": str(tuple(C.shape)) if own_C else C,
+                "a keyword argument": _text_of(kwargs),
+            }
             if x is not None:
                 values |= described(x)
             spmd.check_replicated(
@@ -260,11 +268,24 @@ class BoundedModule(host.HostBoundedModule):
         if self.check_IBP_intermediate(node) or self.check_IBP_first_linear(node):
             return True
         x = node.inputs[0] if node.inputs else None
-        first = isinstance(node, BoundColumnParallelLinear) and type(x) is host.BoundInput
-        if first and x.perturbed and node.name not in self.needed_A_dict:
+        linear = isinstance(node, (BoundColumnParallelLinear, BoundReplicatedLinear))
+        if linear and type(x) is host.BoundInput and x.perturbed and node.name not in self.needed_A_dict:
             node.lower, node.upper = self.IBP_general(node)
             return True
         return False
+
+    def IBP_general(self, node: host.Bound, C: Any = None, **kwargs: Any) -> Any:
+        """The host's IBP, which merges C with the last linear layer, also through a gather.
+
+        Args:
+            node: the node to bound.
+            C: [B, S, features of the node], or None.
+            **kwargs: as in auto_LiRPA.
+        """
+        x = node.inputs[0] if isinstance(node, BoundGatherFromRegion) else None
+        if C is not None and isinstance(x, BoundColumnParallelLinear):
+            return super().IBP_general(x, self.layout.collectives.split_features(C), **kwargs)
+        return super().IBP_general(node, C, **kwargs)
 
     def _ibp_of(self, node: host.Bound) -> tuple[torch.Tensor, torch.Tensor]:
         return node.interval_propagate(*[self._interval_of(x) for x in node.inputs])

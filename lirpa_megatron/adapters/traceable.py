@@ -73,6 +73,8 @@ def _copy(module: nn.Module, name: str, tp: Collectives, done: dict[int, nn.Modu
             done[id(module)] = ColumnFacade(module, name, tp)
         elif isinstance(module, RowParallelLinear):
             done[id(module)] = RowFacade(module, name, tp)
+        elif type(module) is nn.Linear and module.bias is None:
+            done[id(module)] = ReplicatedFacade(module)
         else:
             copied = copy.copy(module)
             done[id(module)] = copied
@@ -154,6 +156,20 @@ class RowFacade(_Facade):
         return self._result(y if bias is None else y + bias)
 
 
+class ReplicatedFacade(nn.Module):
+    """nn.Linear without a bias, as one operator (see `BoundReplicatedLinear`)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.train(layer.training)
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            return _ReplicatedSymbol.apply(input_, self.weight)
+        return F.linear(input_, self.weight)
+
+
 def _traced(symbol: type, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
     return symbol.apply(x, weight) if bias is None else symbol.apply(x, weight, bias)
 
@@ -186,6 +202,13 @@ class _RowSymbol(_LinearSymbol):
     def symbolic(g: Any, x: Any, w: Any, *b: Any) -> Any:
         rows = w.type().sizes()[0]
         return _typed(g.op("lirpa_megatron::RowParallelLinear", x, w, *b), x, lambda _: rows)
+
+
+class _ReplicatedSymbol(_LinearSymbol):
+    @staticmethod
+    def symbolic(g: Any, x: Any, w: Any) -> Any:
+        rows = w.type().sizes()[0]
+        return _typed(g.op("lirpa_megatron::ReplicatedLinear", x, w), x, lambda _: rows)
 
 
 class _GatherSymbol(torch.autograd.Function):

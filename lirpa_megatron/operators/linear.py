@@ -87,6 +87,24 @@ class LocalLinear(host.BoundLinear):
         return x[1].lower, x[2].lower if len(x) > 2 else None
 
 
+class BoundReplicatedLinear(host.BoundLinear):
+    """nn.Linear without a bias: y = x W^T, everything replicated.
+
+    The host traces it as a matrix product, whose IBP cannot take a specification (0.3) and whose
+    backward pass builds the identity. As its BoundLinear it has neither restriction.
+    """
+
+    def __init__(
+        self,
+        attr: dict | None = None,
+        inputs: list | None = None,
+        output_index: int = 0,
+        options: dict | None = None,
+    ) -> None:
+        super().__init__(attr, inputs, output_index, options)
+        self.transB = 1  # [out, in]
+
+
 def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
     """lA and uA as one tensor [R, sides, ...], and a function that takes them apart again."""
     if lA is None or uA is None:
