@@ -16,15 +16,15 @@ from torch import nn
 
 from lirpa_megatron import host
 from lirpa_megatron.adapters.traceable import ParallelModel, traceable
-from lirpa_megatron.backward import BackwardPass, RowBounds
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion, BoundScatterToRegion
-from lirpa_megatron.operators.linear import BoundReplicatedLinear, IdentityRows
+from lirpa_megatron.operators.linear import BoundReplicatedLinear
 from lirpa_megatron.operators.row import BoundRowParallelLinear
 from lirpa_megatron.options import OwnOptions, check_compute_bounds, check_method, check_options
 from lirpa_megatron.parallel import spmd
-from lirpa_megatron.parallel.layouts import Layout, Plan, Rows, make_plan
-from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls
+from lirpa_megatron.parallel.layouts import Layout
+from lirpa_megatron.passes import Passes
+from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls, is_ball
 
 
 class BoundedModule(host.HostBoundedModule):
@@ -83,6 +83,7 @@ class BoundedModule(host.HostBoundedModule):
                 )
             self._adopt_parameters(trainable)
             object.__setattr__(self, "sharded", self._mark_sharded())
+            object.__setattr__(self, "passes", Passes(self))
             self.train(model.training)
             self._check_parameters_agree()
 
@@ -176,8 +177,8 @@ class BoundedModule(host.HostBoundedModule):
             aux: as in auto_LiRPA.
             C: specification [B, S, output features], replicated; for a sharded output
                 (gather_output=False) the rank's own features [B, S, features / p].
-            **kwargs: auto_LiRPA's: method, bound_lower, bound_upper, final_node_name, interm_bounds,
-                reference_bounds, return_A, needed_A_dict, reuse_alpha, ...
+            **kwargs: auto_LiRPA's: method, bound_lower, bound_upper, final_node_name,
+                interm_bounds, reference_bounds, return_A, needed_A_dict, reuse_alpha, ...
 
         Returns:
             (lower, upper), each [B, S], or [B, *output shape] without C, the same on every rank;
@@ -256,7 +257,8 @@ class BoundedModule(host.HostBoundedModule):
             node.interval = node.lower, node.upper = value, value
             return
         if not self._bounded_by_ibp(node):
-            node.lower, node.upper = self._intermediate(node)
+            bounds = self.passes.run(node, None, self.layout.collectives.size > 1)
+            node.lower, node.upper = bounds.shaped(node.output_shape[1:])
         if self.own_options.compare_crown_with_ibp:
             self._intersect(node, self._ibp_of(node))
         if node.name in self.reference_bounds:
@@ -265,11 +267,14 @@ class BoundedModule(host.HostBoundedModule):
 
     def _bounded_by_ibp(self, node: host.Bound) -> bool:
         """IBP where it gives what CROWN gives: monotone activations, and a first linear layer."""
+        x = node.inputs[0] if node.inputs else None
+        if isinstance(node, host.BoundLinear) and is_ball(getattr(x, "perturbation", None)):
+            return False  # its interval is the box around the ball (`enclose_balls`)
         if self.check_IBP_intermediate(node) or self.check_IBP_first_linear(node):
             return True
-        x = node.inputs[0] if node.inputs else None
         linear = isinstance(node, (BoundColumnParallelLinear, BoundReplicatedLinear))
-        if linear and type(x) is host.BoundInput and x.perturbed and node.name not in self.needed_A_dict:
+        wanted_A = node.name in self.needed_A_dict
+        if linear and type(x) is host.BoundInput and x.perturbed and not wanted_A:
             node.lower, node.upper = self.IBP_general(node)
             return True
         return False
@@ -298,152 +303,56 @@ class BoundedModule(host.HostBoundedModule):
     @staticmethod
     def _intersect(node: host.Bound, other: Any) -> None:
         """The tighter of two sound bounds, with the gradient of the computed one (as the host)."""
-        lower, upper = other[0].detach(), other[1].detach()
-        node.lower = node.lower + (torch.max(lower, node.lower) - node.lower).detach()
-        node.upper = node.upper + (torch.min(upper, node.upper) - node.upper).detach()
-
-    # ----------------------------------------------------------------- the passes
-
-    def _plan(self, start: host.Bound, spec_sharded: bool) -> Plan:
-        return make_plan(start, self.sharded, spec_sharded, self.layout.collectives.size)
-
-    def _intermediate(self, node: host.Bound) -> tuple[torch.Tensor, torch.Tensor]:
-        bounds = self._pass(node, None, True, True, self.layout.collectives.size > 1)
-        shape = (self.batch_size, *node.output_shape[1:])
-        return bounds.lower.t().reshape(shape), bounds.upper.t().reshape(shape)
+        tighter = torch.max(other[0].detach(), node.lower), torch.min(other[1].detach(), node.upper)
+        if node.lower.requires_grad:
+            tighter = (node.lower + (tighter[0] - node.lower).detach(),
+                       node.upper + (tighter[1] - node.upper).detach())
+        node.lower, node.upper = tighter
 
     def backward_general(self, *args: Any, **kwargs: Any) -> Any:
         """The host's entry for the final node; see `compute_bounds` for shapes."""
         call = host.backward_call(args, kwargs)
         final, tp = call.node, self.layout.collectives
         identity = self._final_is_identity and final.name == self.final_node_name
-        C = None if identity else call.C.transpose(0, 1).to(self._dtype)
-        S = math.prod(final.output_shape[1:]) if C is None else C.shape[0]
-        spec_sharded = tp.size > 1 and self._final_spec_sharded(final, identity, S)
-        bounds = self._pass(final, C, call.lower, call.upper, spec_sharded)
-        features = math.prod(final.output_shape[1:])
-        shape = (self.batch_size, *(final.output_shape[1:] if features == S else (S,)))
-        replicated = not (self.sharded[final.name] and identity)
-        results = []
-        for rows in (bounds.lower, bounds.upper):
-            if rows is not None and replicated:
-                rows = spmd.broadcast_tensor(rows, tp.group)  # what decides is one rank's value
-            results.append(None if rows is None else rows.t().reshape(shape))
-        return (*results, self.A_dict) if self.return_A else tuple(results)
+        C = None if identity else call.C.transpose(0, 1).to(self.passes.dtype)
+        shape, S = final.output_shape[1:], self.passes.rows_of(final, C)
+        spec_sharded = self._final_spec_sharded(final, identity, S)
+        bounds = self.passes.run(final, C, spec_sharded, call.lower, call.upper)
+        if not (self.sharded[final.name] and identity):
+            # Replicated: what the alpha loop decides from them is decided by one rank's values.
+            bounds.lower, bounds.upper = (
+                None if b is None else spmd.broadcast_tensor(b, tp.group)
+                for b in (bounds.lower, bounds.upper)
+            )
+        lower, upper = bounds.shaped(shape if math.prod(shape) == S else (S,))
+        return (lower, upper, self.A_dict) if self.return_A else (lower, upper)
 
     def _final_spec_sharded(self, final: host.Bound, identity: bool, S: int) -> bool:
+        if self.layout.collectives.size == 1:
+            return False
         if self.sharded[final.name]:
             return identity  # each rank its own features; a C is summed over them
         choice = self.own_options.final_rows
         return choice == "own" or (choice == "auto" and S > self.own_options.whole_rows_limit)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(iter(x.value.dtype for x in host.roots(self)
-                         if type(x) is host.BoundInput and x.value.is_floating_point()))
-
-    def _pass(
-        self, start: host.Bound, C: torch.Tensor | None, lower: bool, upper: bool,
-        spec_sharded: bool,
-    ) -> RowBounds:
-        """All rows of a start node: [S, B] replicated, or [features, B] of a sharded node.
-
-        Args:
-            start: the start node.
-            C: [S, B, *start shape]; None for the identity.
-            lower, upper: which bounds.
-            spec_sharded: whether each rank carries its own rows.
-        """
-        tp = self.layout.collectives
-        plan = self._plan(start, spec_sharded)
-        for node in plan.order:
-            self.backward_from[node.name].append(start)
-        S = math.prod(start.output_shape[1:]) if C is None else C.shape[0]
-        block = plan.rows[start.name] is Rows.BLOCK
-        split = spec_sharded and not block
-        n = -(-S // tp.size) if split else S
-        limit = self.own_options.max_spec_rows or n
-        keep_A = bool(self.return_A and start.name in self.needed_A_dict)
-        chunks = []
-        for first in range(0, n, limit):
-            local = torch.arange(first, min(first + limit, n), device=self.device)
-            alpha_rows = (local, n) if limit < n else None
-            run = BackwardPass(self, self.layout, self.sharded, plan, start, alpha_rows)
-            rows = self._start_rows(start, C, local, n, S, split)
-            chunks.append(run.run(rows, lower, upper, keep_A))
-        whole = _concatenate(chunks)
-        if keep_A:
-            self._record_A(start, whole, S, split, block)
-        if split:
-            self._gather(whole, S)
-        return whole
-
-    def _start_rows(
-        self, start: host.Bound, C: torch.Tensor | None, local: torch.Tensor, n: int, S: int,
-        split: bool,
-    ) -> Any:
-        """The rank's rows `local` (of n): of C, or of the identity. Rows past S repeat the last."""
-        tp = self.layout.collectives
-        every = torch.stack([(local + rank * n).clamp(max=S - 1) for rank in range(tp.size)])
-        own = every[tp.rank] if split else local
-        if C is not None:
-            return C.index_select(0, own) if split or len(own) < S else C
-        shape = (len(own), self.batch_size, *start.output_shape[1:])
-        others = every.flatten() if split else None
-        return IdentityRows(own, others, shape, self._dtype, torch.device(self.device))
-
-    def _gather(self, bounds: RowBounds, S: int) -> None:
-        """Every rank's rows, both sides at once: [n, B] -> [S, B]."""
-        present = [b for b in (bounds.lower, bounds.upper) if b is not None]
-        gathered = self.layout.collectives.gather_results(torch.stack(present, dim=1))[:S]
-        sides = iter(gathered.unbind(1))
-        bounds.lower = None if bounds.lower is None else next(sides)
-        bounds.upper = None if bounds.upper is None else next(sides)
-
-    def _record_A(self, start: host.Bound, bounds: RowBounds, S: int, split: bool,
-                  block: bool) -> None:
-        tp = self.layout.collectives
-        gather = (split or block) and tp.size > 1 and self.own_options.return_A_rows == "whole"
-        total = S * tp.size if block else S
-
-        def shown(A: torch.Tensor | None) -> torch.Tensor | None:
-            if A is None:
-                return None
-            A = A.detach()
-            return (tp.gather_results(A)[:total] if gather else A).transpose(0, 1)
-
-        lbias, ubias = shown(bounds.lbias), shown(bounds.ubias)
-        record = {
-            name: {"lA": shown(bounds.lA[name]), "uA": shown(bounds.uA[name]),
-                   "lbias": lbias, "ubias": ubias, "unstable_idx": None}
-            for name in bounds.lA
-        }
-        self.A_dict[start.name] = record
-
-    # ---------------------------------------------------------------------- alpha
 
     def get_alpha_crown_start_nodes(
         self, node: host.Bound, c: Any = None, share_alphas: bool = False,
         final_node_name: str | None = None, share_slopes: bool = False,
     ) -> list[tuple]:
         """Start nodes whose passes go through `node`, each with the rows of alpha it has there."""
-        tp = self.layout.collectives
         final_name = final_node_name or self.final_name
         entries = []
         for start in dict.fromkeys(self.backward_from[node.name]):
             is_final = start.name == final_name
-            identity = not is_final or self._final_is_identity
-            S = math.prod(start.output_shape[1:]) if identity else c.size(1)
-            spec_sharded = tp.size > 1 and (
-                not is_final or self._final_spec_sharded(start, identity, S)
-            )
-            plan = self._plan(start, spec_sharded)
-            block = plan.rows[start.name] is Rows.BLOCK
-            rows = -(-S // tp.size) if spec_sharded and not block else S
-            if plan.rows[node.name] is Rows.ALL:
-                rows *= tp.size
-            if (share_alphas or share_slopes) and not is_final:
+            if not is_final and (share_alphas or share_slopes):
                 rows = 1
+            else:
+                identity = not is_final or self._final_is_identity
+                S = self.passes.rows_of(start) if identity else c.size(1)
+                spec_sharded = self.layout.collectives.size > 1
+                if is_final:
+                    spec_sharded = self._final_spec_sharded(start, identity, S)
+                rows = self.passes.rows_at(node, start, S, spec_sharded)
             entries.append(host.alpha_start_node(start.name, rows, is_final))
         return entries
 
@@ -459,20 +368,3 @@ def _text_of(kwargs: Mapping[str, Any]) -> str:
     """Keyword arguments that must agree between ranks (tensors in them have ranks' own shapes)."""
     plain = {k: v for k, v in kwargs.items() if isinstance(v, (str, bool, int, float))}
     return repr(sorted(plain.items()))
-
-
-def _concatenate(chunks: list[RowBounds]) -> RowBounds:
-    """Chunks of rows, one after the other (dim 0)."""
-    if len(chunks) == 1:
-        return chunks[0]
-
-    def joined(parts: list[Any]) -> Any:
-        return None if parts[0] is None else torch.cat(parts)
-
-    names = chunks[0].lA
-    return RowBounds(
-        *(joined([getattr(c, side) for c in chunks])
-          for side in ("lower", "upper", "lbias", "ubias")),
-        lA={name: joined([c.lA[name] for c in chunks]) for name in names},
-        uA={name: joined([c.uA[name] for c in chunks]) for name in names},
-    )

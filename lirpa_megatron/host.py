@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
 import sys
 import types
 import warnings
@@ -22,7 +23,7 @@ import torch
 
 SUPPORTED = ("0.3", "0.7.1")
 _HOW = (
-    "run `make setup`, or `pip install --no-deps auto_LiRPA==0.3` and `pip install appdirs` "
+    "run `make setup`, or `pip install --no-deps auto_LiRPA==0.3 appdirs` "
     "(see README, 'auto_LiRPA')"
 )
 
@@ -76,13 +77,18 @@ def _set_jit_profiling(executor: bool, mode: bool) -> tuple[bool, bool]:
     return old, torch._C._jit_set_profiling_mode(mode)
 
 
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
 def _import_auto_lirpa() -> types.ModuleType:
     if importlib.util.find_spec("auto_LiRPA") is None:
         raise ImportError(f"auto_LiRPA is not installed: {_HOW}")
     import numpy
     import torch.onnx.symbolic_helper as symbolic_helper
 
-    loans = []
+    # auto_LiRPA would set the importing program's warning filters and root logger.
+    loans = [(warnings, "simplefilter", _nothing), (logging, "basicConfig", _nothing)]
     profiling = _set_jit_profiling(True, True)
     if not hasattr(symbolic_helper, "_set_opset_version"):
         loans.append((symbolic_helper, "_set_opset_version", lambda version: None))
@@ -113,14 +119,13 @@ auto_LiRPA = _import_auto_lirpa()
 VERSION: str = auto_LiRPA.__version__
 IS_03 = VERSION == "0.3"
 
-import auto_LiRPA.bound_general as _bound_general  # noqa: E402
+from auto_LiRPA import BoundedModule as HostBoundedModule  # noqa: E402, F401
 from auto_LiRPA import (  # noqa: E402, F401
     BoundedParameter,
     BoundedTensor,
     PerturbationLpNorm,
     register_custom_op,
 )
-from auto_LiRPA import BoundedModule as HostBoundedModule  # noqa: E402, F401
 from auto_LiRPA.bound_ops import (  # noqa: E402, F401
     Bound,
     BoundBuffers,
@@ -192,7 +197,7 @@ def conversion() -> Iterator[None]:
         import torch.onnx.symbolic_helper as symbolic_helper
 
         if not hasattr(torch._C.Node, "__getitem__"):
-            loans.append((torch._C.Node, "__getitem__", lambda n, k: symbolic_helper._node_get(n, k)))
+            loans.append((torch._C.Node, "__getitem__", symbolic_helper._node_get))
         if not hasattr(torch, "_six"):
             loans.append((torch, "_six", _string_classes()))
     else:

@@ -25,7 +25,8 @@ def described(x: Sequence[Any]) -> dict[str, torch.Tensor | str | None]:
     return values
 
 
-def _is_ball(ptb: Any) -> bool:
+def is_ball(ptb: Any) -> bool:
+    """Whether the perturbation is an L1 or L2 ball."""
     return isinstance(ptb, host.PerturbationLpNorm) and ptb.norm != float("inf")
 
 
@@ -55,7 +56,7 @@ def check_perturbations(module: Any, x: Sequence[Any], method: str) -> None:
                 )
         elif not bool((torch.as_tensor(ptb.eps) >= 0).all()):
             raise ValueError(f"input {i}: eps is {ptb.eps}, it must be at least 0")
-        if _is_ball(ptb) and method in ("IBP", "CROWN-IBP"):
+        if is_ball(ptb) and method in ("IBP", "CROWN-IBP"):
             _check_ball_for_ibp(module, i, ptb)
 
 
@@ -84,6 +85,6 @@ def enclose_balls(roots: Sequence[host.Bound]) -> None:
     """
     for node in roots:
         ptb = getattr(node, "perturbation", None)
-        if _is_ball(ptb) and node.lower is node.upper:
+        if is_ball(ptb) and node.lower is node.upper:
             node.lower, node.upper = node.center - ptb.eps, node.center + ptb.eps
             node.interval = (node.lower, node.upper)

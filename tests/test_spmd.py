@@ -1,4 +1,4 @@
-"""All ranks end together: an error, a disagreement or a dead rank never leaves the others waiting."""
+"""All ranks end together: an error, a disagreement, a dead rank never leave others waiting."""
 
 from __future__ import annotations
 

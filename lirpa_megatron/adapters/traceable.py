@@ -6,8 +6,8 @@ model itself is not touched) with each parallel layer replaced by a facade that 
 Parameters under the same names, and appears in the graph as one operator.
 
 Facades take and return full, replicated, batch-first tensors where Megatron's layer has replicated
-ones, also when the layer was built with sequence_parallel: there Megatron splits the sequence of the
-same function over ranks to save activation memory, which a bound does not change.
+ones, also when the layer was built with sequence_parallel: there Megatron splits the sequence of
+the same function over ranks to save activation memory, which a bound does not change.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class ColumnFacade(_Facade):
 
 
 class RowFacade(_Facade):
-    """RowParallelLinear: x [B, ..., n/p] (or [B, ..., n], input_is_parallel=False) -> [B, ..., h]."""
+    """RowParallelLinear: x [B, ..., n/p] (or n, input_is_parallel=False) -> [B, ..., h]."""
 
     def __init__(self, layer: RowParallelLinear, name: str, tp: Collectives) -> None:
         super().__init__(layer, name, tp)

@@ -1,1 +1,1 @@
-"""Tensor parallelism: process groups, guarded collectives, agreement between ranks, layouts of A."""
+"""Process groups, guarded collectives, agreement between ranks, layouts of A."""

@@ -20,7 +20,7 @@ _saved: list[tuple[Any, str, Any]] = []
 class CPURNGStatesTracker:
     """Megatron's `CudaRNGStatesTracker` for the CPU's generator.
 
-    `fork(name)` switches to the named state for a block; an unknown name leaves the generator alone.
+    `fork(name)` switches to the named state for a block; an unknown name changes nothing.
     """
 
     use_cudagraphable_rng = False

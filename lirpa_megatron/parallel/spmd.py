@@ -67,7 +67,8 @@ class _Control:
             rank, message = messages[0]
             raise RemoteRankError(f"tensor-parallel rank {rank} failed: {message}")
         if (high, low) != (tag, -tag):
-            raise SPMDError("tensor-parallel ranks disagree: " + _differences(self.all_gather(step)))
+            said = _differences(self.all_gather(step))
+            raise SPMDError(f"tensor-parallel ranks disagree: {said}")
 
     def report_failure(self, message: str) -> None:
         """Joins the handshake that the other ranks wait in, and tells them why this one leaves."""

@@ -1,0 +1,39 @@
+# Every target does its own set-up in .venv; a set-up that is already there is not repeated.
+# TORCH and AUTO_LIRPA choose what is installed: see tools/setup_env.sh.
+# ARGS is passed on: make test ARGS='-k column -x'
+
+PY := .venv/bin/python
+# Several ranks share the cores: one thread each, unless the caller says otherwise.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test test-all lint bench clean
+
+help:
+	@echo 'make setup     .venv with torch, lirpa_megatron and auto_LiRPA'
+	@echo 'make demo      import a network of digits at TP=2, verify it with two processes and with one'
+	@echo 'make test      the tests; make test-all adds the slow ones'
+	@echo 'make lint      ruff'
+	@echo 'make bench     memory and time against plain auto_LiRPA'
+	@echo 'make clean     remove .venv and everything made'
+
+setup:
+	@tools/setup_env.sh
+
+demo: setup
+	$(PY) examples/digits/demo.py $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+test-all: setup
+	$(PY) -m pytest -m '' $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+
+bench: setup
+	$(PY) benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,245 @@
+"""Time, memory and bytes of CROWN: plain auto_LiRPA against this package at TP=1, 2, 4.
+
+    python benchmarks/run.py [--models mnist-256x6 wide] [--rounds 3] [--batch 1] [--json FILE]
+
+Every mode runs in processes of its own, one thread each, the modes interleaved over the rounds. The
+figures are medians over rounds of ratios within a round: machines drift, ratios hold. Memory is the
+peak resident set of the worst rank above what it is after the imports (weights included), sampled
+every millisecond. Bytes are those this rank's collectives sent, against the layouts' formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+WIDTHS = {
+    "mnist-256x6": (784, 256, 256, 256, 256, 256, 256, 10),
+    "wide": (1024, 4096, 1024, 4096, 10),
+}
+MODES = {"plain": 1, "plain dense": 1, "tp1": 1, "tp2": 2, "tp4": 4}
+"""Mode -> processes. 'plain' is auto_LiRPA with its defaults (bounds only neurons that IBP leaves
+unstable), 'plain dense' with dense intermediate bounds, as this package computes them."""
+
+
+class PeakMemory:
+    """Peak resident set of this process in MiB, sampled by a thread."""
+
+    def __init__(self) -> None:
+        self._page = os.sysconf("SC_PAGE_SIZE") / 2**20
+        self.peak, self._stop = 0.0, False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def resident(self) -> float:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * self._page
+
+    def _watch(self) -> None:
+        while not self._stop:
+            self.peak = max(self.peak, self.resident())
+            time.sleep(0.001)
+
+    def stop(self) -> float:
+        self._stop = True
+        self._thread.join()
+        return self.peak
+
+
+def _network(widths):
+    """The plain network on the meta device."""
+    import torch
+    from torch import nn
+
+    layers = []
+    with torch.device("meta"):
+        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers += [nn.ReLU()] * (i > 0) + [nn.Linear(a, b)]
+    return nn.Sequential(*layers)
+
+
+def _fill(net, widths):
+    """Random weights, the same for every mode, drawn layer by layer so that no rank has all."""
+    import torch
+    from torch import nn
+
+    from lirpa_megatron.parallel import runtime
+
+    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        generator = torch.Generator().manual_seed(i)
+        layer = net[2 * i]
+        full = {"weight": torch.randn(b, a, generator=generator) / a**0.5,
+                "bias": torch.randn(b, generator=generator) * 0.1}
+        for name, value in full.items():
+            old = getattr(layer, name)
+            if getattr(old, "tensor_model_parallel", False):
+                parts = value.chunk(runtime.tp_size(), old.partition_dim)
+                value = parts[runtime.tp_rank()].clone()
+            new = nn.Parameter(value, requires_grad=False)
+            new.__dict__.update(old.__dict__)
+            setattr(layer, name, new)
+    return net
+
+
+def _one_mode(model: str, mode: str, batch: int, repeats: int) -> dict:
+    """Runs in a process of its own (one per rank)."""
+    import torch
+
+    torch.set_num_threads(1)
+    from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host, parallelize
+    from lirpa_megatron.parallel import runtime
+
+    runtime.initialize()
+    memory = PeakMemory()
+    baseline = memory.resident()
+    widths = WIDTHS[model]
+    x = torch.rand(batch, widths[0], generator=torch.Generator().manual_seed(9))
+    net = _network(widths)
+    if mode.startswith("plain"):
+        options = {"conv_mode": "matrix"} if mode == "plain" else dict(host.PINNED_OPTIONS)
+
+        class Plain(host.HostBoundedModule):
+            _named_members = host.named_members
+
+        with host.conversion():
+            bounded = Plain(_fill(net, widths), x, bound_opts=options)
+        traffic = None
+    else:
+        bounded = BoundedModule(_fill(parallelize(net), widths), x)
+        traffic = bounded.layout.collectives.traffic
+    seconds = []
+    for _ in range(repeats + 1):
+        if traffic is not None:
+            traffic.clear()
+        ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.02))
+        start = time.perf_counter()
+        with torch.no_grad():
+            lower, upper = bounded.compute_bounds(x=(ball,), method="CROWN")
+        seconds.append(time.perf_counter() - start)
+    peak = memory.stop() - baseline
+    result = {
+        "seconds": statistics.median(seconds[1:]),  # the first run compiles the host's kernels
+        "mib": peak,
+        "bytes": None if traffic is None else traffic.total_bytes,
+        "lower": lower.sum().item(),
+        "upper": upper.sum().item(),
+    }
+    runtime.shutdown()
+    return result
+
+
+def predicted_bytes(widths: tuple[int, ...], p: int, batch: int, itemsize: int = 4) -> int:
+    """Bytes that one rank sends in a CROWN run, from the formulas of `parallel.layouts`.
+
+    For an MLP whose Linear layers are Column, Row, Column, Row, ... (the last one replicated when
+    their number is odd). S rows, lower and upper together; every pass also reduces its bias.
+    """
+    def reduced(rows: int, features: int) -> float:  # reduce-scatter of [rows, 2, B, features]
+        return (p - 1) / p * 2 * batch * rows * features * itemsize
+
+    count = len(widths) - 1
+    columns = [i for i in range(0, count - count % 2, 2)]  # layer i is Column, i + 1 is Row
+    total = 0.0
+    for start in range(1, count):  # the value after layer start - 1, read by an activation
+        sharded = (start - 1) in columns
+        if sharded and start == 1:
+            continue  # IBP is exact for the first linear layer
+        n = widths[start] if sharded else -(-widths[start] // p)
+        rows = widths[start] if sharded else n * p
+        below = [i for i in columns if i < start - 1]  # sharded regions with all rows
+        # Row starts know all identity rows; other entries into a region gather [n, 2, B, h].
+        gathers = len(below) - (0 if sharded else 1)
+        entries = [widths[i + 2] for i in sorted(below, reverse=True)]
+        entries = entries if sharded else entries[1:]
+        total += sum(reduced(rows, h) for h in entries[:gathers] if gathers)
+        total += sum(reduced(rows, widths[i]) for i in below)  # leaving each region
+        if below:
+            total += reduced(rows, 1)  # its bias
+        if not sharded:
+            total += (p - 1) * 2 * batch * n * itemsize  # every rank's results
+    S = widths[-1]
+    final = [i for i in columns if i < count]
+    total += 2 * sum(reduced(S, widths[i]) for i in final) + 2 * reduced(S, 1)  # all-reduces
+    return round(total)
+
+
+def _launch(model: str, mode: str, batch: int, repeats: int) -> dict:
+    """The figures of one mode: the worst rank's."""
+    ranks = MODES[mode]
+    command = [sys.executable, "-W", "ignore"]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [__file__, "--worker", model, mode, str(batch), str(repeats)]
+    # glibc keeps freed blocks of up to 32 MiB by default; with this threshold what is freed is
+    # freed at every block size, so that modes with smaller blocks are not charged for it.
+    env = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    }
+    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
+    if out.returncode != 0 or len(lines) != ranks:
+        raise SystemExit(f"{model} {mode} failed:\n{out.stderr[-2000:]}")
+    results = [json.loads(line) for line in lines]
+    worst = {key: max(r[key] for r in results) for key in ("seconds", "mib")}
+    return {**results[0], **worst}
+
+
+def _table(model: str, rounds: list[dict[str, dict]], batch: int) -> str:
+    def ratio(mode: str, key: str, base: str) -> float:
+        return statistics.median(r[mode][key] / r[base][key] for r in rounds)
+
+    lines = [
+        f"{model} ({'-'.join(map(str, WIDTHS[model]))}), batch {batch}, {len(rounds)} rounds",
+        f"{'mode':<12}{'s':>8}{'/plain':>8}{'/tp1':>7}{'MiB':>9}{'/plain':>8}{'/tp1':>7}"
+        f"{'bytes sent':>13}{'predicted':>12}{'lower bounds':>15}",
+    ]
+    for mode in rounds[0]:
+        median = {k: statistics.median(r[mode][k] for r in rounds) for k in ("seconds", "mib")}
+        sent, expected = rounds[0][mode]["bytes"], ""
+        if sent is not None:
+            expected = str(predicted_bytes(WIDTHS[model], MODES[mode], batch))
+        lines.append(
+            f"{mode:<12}{median['seconds']:>8.3f}{ratio(mode, 'seconds', 'plain'):>8.2f}"
+            f"{ratio(mode, 'seconds', 'tp1'):>7.2f}{median['mib']:>9.1f}"
+            f"{ratio(mode, 'mib', 'plain'):>8.2f}{ratio(mode, 'mib', 'tp1'):>7.2f}"
+            f"{'' if sent is None else sent:>13}{expected:>12}{rounds[0][mode]['lower']:>15.4f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=WIDTHS, default=list(WIDTHS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="runs per process after a warm-up")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write every figure there")
+    arguments = parser.parse_args()
+    figures = {}
+    for model in arguments.models:
+        rounds = []
+        for number in range(arguments.rounds):
+            print(f"{model}: round {number + 1} of {arguments.rounds}", file=sys.stderr)
+            rounds.append({mode: _launch(model, mode, arguments.batch, arguments.repeats)
+                           for mode in arguments.modes})
+        figures[model] = rounds
+        print(_table(model, rounds, arguments.batch), end="\n\n", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        model, mode, batch, repeats = sys.argv[sys.argv.index("--worker") + 1:]
+        print(json.dumps(_one_mode(model, mode, int(batch), int(repeats))), flush=True)
+    else:
+        main()

@@ -1,0 +1,179 @@
+"""All rows of a start node: which of them each rank carries, in chunks, and how they come together.
+
+Shapes: S rows in all (the neurons of an intermediate node, the rows of a specification), n =
+ceil(S/p) per rank in a spec-sharded pass, B batch. The last rank's n are filled up with repetitions
+of the last row, so that all ranks do the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron import host
+from lirpa_megatron.backward import BackwardPass, RowBounds
+from lirpa_megatron.operators.linear import IdentityRows
+from lirpa_megatron.parallel.layouts import Plan, Rows, make_plan
+
+
+@dataclass
+class Bounds:
+    """Concrete bounds of a start node's rows.
+
+    Attributes:
+        lower, upper: [S, B], the same on every rank; for a sharded node without a specification
+            the rank's own neurons [S/p, B]. None where not asked for.
+    """
+
+    lower: torch.Tensor | None
+    upper: torch.Tensor | None
+
+    def shaped(self, shape: Sequence[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(lower, upper), each [B, *shape]."""
+        lower, upper = (
+            None if b is None else b.t().reshape(b.shape[1], *shape)
+            for b in (self.lower, self.upper)
+        )
+        return lower, upper
+
+
+class Passes:
+    """Runs backward passes of one BoundedModule.
+
+    Args:
+        module: the BoundedModule (its graph, options, `layout` and `sharded` marks).
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.tp = module, module.layout.collectives
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs, and so of A."""
+        return next(
+            node.value.dtype for node in host.roots(self.module)
+            if type(node) is host.BoundInput and node.value.is_floating_point()
+        )
+
+    def plan(self, start: host.Bound, spec_sharded: bool) -> Plan:
+        """The course of a pass from `start`."""
+        return make_plan(start, self.module.sharded, spec_sharded, self.tp.size)
+
+    def rows_of(self, start: host.Bound, C: torch.Tensor | None = None) -> int:
+        """Rows in all: of C [S, B, ...], or of the identity at the start node (on this rank)."""
+        return math.prod(start.output_shape[1:]) if C is None else C.shape[0]
+
+    def rows_at(self, node: host.Bound, start: host.Bound, S: int, spec_sharded: bool) -> int:
+        """Rows of A that this rank has at `node` when a pass from `start` is not chunked."""
+        plan = self.plan(start, spec_sharded)
+        split = spec_sharded and plan.rows[start.name] is not Rows.BLOCK
+        rows = -(-S // self.tp.size) if split else S
+        return rows * self.tp.size if plan.rows[node.name] is Rows.ALL else rows
+
+    def run(
+        self, start: host.Bound, C: torch.Tensor | None, spec_sharded: bool,
+        lower: bool = True, upper: bool = True,
+    ) -> Bounds:
+        """Bounds of all rows of a start node, by backward passes to the inputs.
+
+        Args:
+            start: the start node.
+            C: [S, B, *start shape] in the layout of the start node; None for the identity.
+            spec_sharded: whether each rank carries its own rows.
+            lower, upper: which bounds.
+        """
+        module = self.module
+        plan = self.plan(start, spec_sharded)
+        for node in plan.order:
+            module.backward_from[node.name].append(start)
+        S = self.rows_of(start, C)
+        split = spec_sharded and plan.rows[start.name] is not Rows.BLOCK
+        n = -(-S // self.tp.size) if split else S
+        limit = module.own_options.max_spec_rows or n
+        keep_A = bool(module.return_A and start.name in module.needed_A_dict)
+        chunks = []
+        for first in range(0, n, limit):
+            local = torch.arange(first, min(first + limit, n), device=module.device)
+            run = BackwardPass(
+                module, module.layout, module.sharded, plan, start,
+                alpha_rows=(local, n) if limit < n else None,
+            )
+            rows = self._start_rows(start, C, local, n, S, split)
+            chunks.append(run.run(rows, lower, upper, keep_A))
+        whole = _concatenate(chunks)
+        if keep_A:
+            self._record_A(start, whole, S if split or not spec_sharded else S * self.tp.size,
+                           spec_sharded)
+        bounds = Bounds(whole.lower, whole.upper)
+        return self._gathered(bounds, S) if split else bounds
+
+    def _start_rows(
+        self, start: host.Bound, C: torch.Tensor | None, local: torch.Tensor, n: int, S: int,
+        split: bool,
+    ) -> Any:
+        """The rank's rows `local` (of its n): of C, or of the identity."""
+        every = torch.stack([(local + rank * n).clamp(max=S - 1) for rank in range(self.tp.size)])
+        own = every[self.tp.rank] if split else local
+        if C is not None:
+            return C.index_select(0, own) if split or len(own) < S else C
+        return IdentityRows(
+            own=own,
+            all=every.flatten() if split else None,
+            shape=(len(own), self.module.batch_size, *start.output_shape[1:]),
+            dtype=self.dtype,
+            device=torch.device(self.module.device),
+        )
+
+    def _gathered(self, own: Bounds, S: int) -> Bounds:
+        """Every rank's rows, both sides in one collective: [n, B] -> [S, B]."""
+        present = [b for b in (own.lower, own.upper) if b is not None]
+        gathered = self.tp.gather_results(torch.stack(present, dim=1))[:S]
+        sides = iter(gathered.unbind(1))
+        return Bounds(*(None if b is None else next(sides) for b in (own.lower, own.upper)))
+
+    def _record_A(
+        self, start: host.Bound, bounds: RowBounds, total: int, spec_sharded: bool
+    ) -> None:
+        """A and biases of the pass into the host's dictionary, batch first.
+
+        Args:
+            start: the start node.
+            bounds: the rank's rows.
+            total: rows of all ranks.
+            spec_sharded: whether ranks carried their own rows.
+        """
+        gather = spec_sharded and self.module.own_options.return_A_rows == "whole"
+
+        def shown(A: torch.Tensor | None) -> torch.Tensor | None:
+            if A is None:
+                return None
+            A = A.detach()
+            return (self.tp.gather_results(A)[:total] if gather else A).transpose(0, 1)
+
+        lbias, ubias = shown(bounds.lbias), shown(bounds.ubias)
+        self.module.A_dict[start.name] = {
+            name: {"lA": shown(bounds.lA[name]), "uA": shown(bounds.uA[name]),
+                   "lbias": lbias, "ubias": ubias, "unstable_idx": None}
+            for name in bounds.lA
+        }
+
+
+def _concatenate(chunks: list[RowBounds]) -> RowBounds:
+    """Chunks of rows, one after the other (dim 0)."""
+    if len(chunks) == 1:
+        return chunks[0]
+
+    def joined(parts: list[Any]) -> Any:
+        return None if parts[0] is None else torch.cat(parts)
+
+    names = chunks[0].lA
+    return RowBounds(
+        *(joined([getattr(c, side) for c in chunks])
+          for side in ("lower", "upper", "lbias", "ubias")),
+        lA={name: joined([c.lA[name] for c in chunks]) for name in names},
+        uA={name: joined([c.uA[name] for c in chunks]) for name in names},
+    )

@@ -1,0 +1,39 @@
+"""Packaging of lirpa_megatron; `make setup` installs it together with the right auto_LiRPA."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="lirpa_megatron",
+    version="0.1.0",
+    description="Exact certified bounds (CROWN, alpha-CROWN) for sharded Megatron models",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    packages=find_packages(include=["lirpa_megatron", "lirpa_megatron.*"]),
+    python_requires=">=3.10",
+    # auto_LiRPA is not listed: its declared pins (torch<1.13 in 0.3) would undo the rest of this
+    # list. tools/setup_env.sh installs it without them.
+    install_requires=[
+        "torch>=2.4",  # tensors, gradients and torch.distributed
+        "megatron-core>=0.14,<0.20",  # the parallel layers, process groups and checkpoints we bound
+        "numpy",  # arrays of ONNX weights and VNN-LIB boxes
+        "psutil",  # Megatron's checkpoint writer hangs without it and does not declare it
+        "onnx",  # reads the networks given to import-onnx and verify
+        "protobuf",  # the format of ONNX files: its error tells that one is truncated
+        "pyyaml",  # reads verify's --config
+        "tqdm",  # verify's progress bar
+        "packaging",  # compares the versions of torch, megatron-core and auto_LiRPA
+    ],
+    extras_require={
+        "test": [
+            "pytest",  # runs the tests
+            "hypothesis",  # draws the networks and boxes of the property-based tests
+            "ruff",  # make lint
+        ],
+        "examples": ["scikit-learn"],  # bundles the images of handwritten digits
+        "benchmarks": ["matplotlib"],  # draws the figures of benchmarks/
+    },
+    entry_points={"console_scripts": ["lirpa-megatron=lirpa_megatron.cli:main"]},
+)
