@@ -141,32 +141,25 @@ def predicted_bytes(widths: tuple[int, ...], p: int, batch: int, itemsize: int =
     For an MLP whose Linear layers are Column, Row, Column, Row, ... (the last one replicated when
     their number is odd). S rows, lower and upper together; every pass also reduces its bias.
     """
-    def reduced(rows: int, features: int) -> float:  # reduce-scatter of [rows, 2, B, features]
+    def sent(rows: int, features: int) -> float:
+        """Gathering or reduce-scattering A [rows, 2, B, features] over the rows."""
         return (p - 1) / p * 2 * batch * rows * features * itemsize
 
-    count = len(widths) - 1
-    columns = [i for i in range(0, count - count % 2, 2)]  # layer i is Column, i + 1 is Row
+    layers = len(widths) - 1
+    columns = range(0, layers - layers % 2, 2)  # layer i is Column, layer i + 1 Row
     total = 0.0
-    for start in range(1, count):  # the value after layer start - 1, read by an activation
-        sharded = (start - 1) in columns
-        if sharded and start == 1:
-            continue  # IBP is exact for the first linear layer
-        n = widths[start] if sharded else -(-widths[start] // p)
-        rows = widths[start] if sharded else n * p
-        below = [i for i in columns if i < start - 1]  # sharded regions with all rows
-        # Row starts know all identity rows; other entries into a region gather [n, 2, B, h].
-        gathers = len(below) - (0 if sharded else 1)
-        entries = [widths[i + 2] for i in sorted(below, reverse=True)]
-        entries = entries if sharded else entries[1:]
-        total += sum(reduced(rows, h) for h in entries[:gathers] if gathers)
-        total += sum(reduced(rows, widths[i]) for i in below)  # leaving each region
-        if below:
-            total += reduced(rows, 1)  # its bias
-        if not sharded:
-            total += (p - 1) * 2 * batch * n * itemsize  # every rank's results
-    S = widths[-1]
-    final = [i for i in columns if i < count]
-    total += 2 * sum(reduced(S, widths[i]) for i in final) + 2 * reduced(S, 1)  # all-reduces
+    for k in range(1, layers - 1):  # the start node after layer k, read by an activation
+        sharded = k in columns
+        neurons = widths[k + 1]
+        rows = neurons if sharded else -(-neurons // p) * p
+        regions = [i for i in columns if i < k]  # that the pass goes through with all rows
+        # Into a region through its Row (a start node at the Row knows all identity rows), and out.
+        total += sum(sent(rows, widths[i + 2]) for i in regions if i + 1 != k)
+        total += sum(sent(rows, widths[i]) for i in regions)
+        total += sent(rows, 1) if regions else 0  # the bias
+        total += 0 if sharded else sent(rows, 1)  # every rank's results
+    specification = widths[-1]  # the final pass is whole: all-reduces, twice a reduce-scatter
+    total += 2 * sum(sent(specification, widths[i]) for i in columns) + 2 * sent(specification, 1)
     return round(total)
 
 

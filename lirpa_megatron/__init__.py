@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lirpa_megatron import requirements
+
 if TYPE_CHECKING:
     from lirpa_megatron.adapters.parallelize import explain, parallelize
     from lirpa_megatron.bounded_module import BoundedModule
@@ -45,23 +47,11 @@ _MODULES = {
     "options": ("METHODS",),
     "parallel.spmd": ("guard",),
 }
-_PROJECTS = {"torch": "torch", "megatron": "megatron-core"}
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
-            return getattr(_imported(f"{__name__}.{module}"), name)
+            requirements.check()
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _imported(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        project = _PROJECTS.get((error.name or "").split(".")[0])
-        if project is None:
-            raise
-        raise ImportError(
-            f"{project} is not installed: run `make setup`, or `pip install {project}`"
-        ) from error

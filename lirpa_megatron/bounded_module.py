@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lirpa_megatron import host
-from lirpa_megatron.adapters.traceable import ParallelModel, traceable
+from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion, BoundScatterToRegion
 from lirpa_megatron.operators.linear import BoundReplicatedLinear
@@ -60,8 +60,7 @@ class BoundedModule(host.HostBoundedModule):
         verbose: bool = False,
         custom_ops: Mapping[str, type] | None = None,
     ) -> None:
-        parallel: ParallelModel = traceable(model)
-        layout = Layout(parallel.collectives)
+        layout = Layout(collectives_of(model))
         own, host_opts = OwnOptions.split(bound_opts)
         with spmd.guard(layout.collectives.group, "BoundedModule"):
             check_options(host_opts)
@@ -78,8 +77,9 @@ class BoundedModule(host.HostBoundedModule):
             trainable = {p: p.requires_grad for p in model.parameters()}
             with host.conversion(), host.running():
                 super().__init__(
-                    parallel.model, global_input, bound_opts=opts, device=device,
-                    verbose=verbose, custom_ops={**CUSTOM_OPS, **(custom_ops or {})},
+                    traceable(model, layout.collectives), global_input, bound_opts=opts,
+                    device=device, verbose=verbose,
+                    custom_ops={**CUSTOM_OPS, **(custom_ops or {})},
                 )
             self._adopt_parameters(trainable)
             object.__setattr__(self, "sharded", self._mark_sharded())
@@ -100,6 +100,12 @@ class BoundedModule(host.HostBoundedModule):
     def _mark_sharded(self) -> dict[str, bool]:
         """Node name -> whether its value is feature-sharded."""
         sharded: dict[str, bool] = {}
+        shards: set[str] = set()
+        for node in self._modules.values():
+            if isinstance(node, BoundColumnParallelLinear):
+                shards |= {x.name for x in node.inputs[1:]}
+            elif isinstance(node, BoundRowParallelLinear):
+                shards.add(node.inputs[1].name)
 
         def visit(node: host.Bound) -> bool:
             if node.name not in sharded:
@@ -118,7 +124,10 @@ class BoundedModule(host.HostBoundedModule):
                             "input is not sharded"
                         )
                 elif isinstance(node, host.BoundParams):
-                    value = getattr(node.param, "tensor_model_parallel", False)
+                    # Megatron marks no weight that it did not initialise itself.
+                    value = node.name in shards or getattr(
+                        node.param, "tensor_model_parallel", False
+                    )
                 else:
                     value = any(inputs)
                 sharded[node.name] = value

@@ -19,7 +19,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from lirpa_megatron import requirements
+
+requirements.check()
+
+import torch  # noqa: E402
 
 SUPPORTED = ("0.3", "0.7.1")
 _HOW = (

@@ -1,1 +1,5 @@
 """Megatron's modules, and plain ones, as modules that can be traced and sharded."""
+
+from lirpa_megatron import requirements
+
+requirements.check()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,37 +27,36 @@ from lirpa_megatron.parallel import runtime
 from lirpa_megatron.parallel.collectives import Collectives
 
 
-@dataclass(frozen=True)
-class ParallelModel:
-    """A traceable model and the collectives of its tensor-parallel group."""
-
-    model: nn.Module
-    """The copied module tree; parameters are the original's."""
-    collectives: Collectives
-    """Of the group that the model's layers name (one rank if it has no parallel layer)."""
-
-
-def traceable(model: nn.Module) -> ParallelModel:
-    """The model with its parallel layers replaced by facades.
-
-    Args:
-        model: any module; its ColumnParallelLinear and RowParallelLinear are recognised by class.
+def collectives_of(model: nn.Module) -> Collectives:
+    """The collectives of the tensor-parallel group that the model's parallel layers name.
 
     Raises:
-        NotImplementedError: an expert layer, or layers of different tensor-parallel groups.
+        NotImplementedError: layers of different tensor-parallel groups.
     """
-    groups = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
-            groups[name] = _group_of(layer)
+    groups = {
+        name: _group_of(layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear))
+    }
     distinct = {id(group): group for group in groups.values()}
     if len(distinct) > 1:
         raise NotImplementedError(
             "the model's layers belong to different tensor-parallel groups: " + ", ".join(groups)
         )
-    group = next(iter(distinct.values())) if distinct else None
-    collectives = Collectives(group)
-    return ParallelModel(_copy(model, "", collectives, {}), collectives)
+    return Collectives(next(iter(distinct.values())) if distinct else None)
+
+
+def traceable(model: nn.Module, collectives: Collectives | None = None) -> nn.Module:
+    """A shallow copy of the model with its parallel layers replaced by facades.
+
+    Args:
+        model: any module; its ColumnParallelLinear and RowParallelLinear are recognised by class.
+        collectives: what the facades communicate with; `collectives_of(model)` by default.
+
+    Raises:
+        NotImplementedError: an expert layer, or layers of different tensor-parallel groups.
+    """
+    return _copy(model, "", collectives or collectives_of(model), {})
 
 
 def _group_of(layer: nn.Module) -> dist.ProcessGroup | None:

@@ -35,6 +35,7 @@ class _Control:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size = group.rank(), group.size()
         self.depth = 0
+        self.in_foreign_code = False
         if dist.get_backend(group) == "gloo":
             self._group = weakref.ref(group)  # the registry is keyed weakly by the same group
         else:
@@ -131,11 +132,29 @@ def guard(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
     except SPMDError:
         raise  # every rank has it already
     except Exception as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        control.report_failure(f"{kind}{error}")
+        if not control.in_foreign_code:
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            control.report_failure(f"{kind}{error}")
         raise
     finally:
         control.depth -= 1
+        control.in_foreign_code = False
+
+
+@contextlib.contextmanager
+def foreign_collectives(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A part of a guarded block whose collectives are another library's, without handshakes.
+
+    A rank that fails in it cannot reach the others: they are in a collective of that library. It
+    leaves without waiting, and they end when its process does (torchrun ends them at once).
+    """
+    control = _control(group)
+    if control is None:
+        yield
+        return
+    control.in_foreign_code = True
+    yield  # left set by an exception: the guard around looks at it
+    control.in_foreign_code = False
 
 
 def broadcast_object(value: Any, group: dist.ProcessGroup | None) -> Any:

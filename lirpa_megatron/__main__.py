@@ -1,0 +1,8 @@
+"""`python -m lirpa_megatron`: the command line."""
+
+import sys
+
+from lirpa_megatron.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

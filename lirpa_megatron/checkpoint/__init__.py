@@ -1,0 +1,1 @@
+"""Megatron checkpoints: written from ONNX networks, read without trusting them."""

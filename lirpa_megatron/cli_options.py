@@ -1,0 +1,245 @@
+"""Arguments of the command line, from argv and from --config's YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lirpa_megatron.errors import UserError
+
+_EXAMPLES = """examples:
+  lirpa-megatron import-onnx net.onnx.gz checkpoint
+  lirpa-megatron verify --load checkpoint --vnnlib prop.vnnlib --output results.jsonl
+  torchrun --nproc-per-node 2 -m lirpa_megatron verify --instances instances.csv --method CROWN
+"""
+# Of each group, one option at most; an option of the command line replaces the configuration's.
+_EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"))
+
+
+def launched_as_rank0() -> bool:
+    """Whether this process talks to the user; known before process groups exist."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, and prints on rank 0 only."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if launched_as_rank0():
+            super()._print_message(message, file)
+
+
+def _number(kind: type, minimum: float, exclusive: bool = False) -> Any:
+    """An argparse type: a finite number of a kind, at least (or above) a minimum."""
+    wanted = f"{'above' if exclusive else 'of at least'} {minimum:g}"
+    noun = "a whole number" if kind is int else "a number"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {wanted}")
+        return value
+
+    return parse
+
+
+def _method(text: str) -> str:
+    """An argparse type: a method under its usual name."""
+    from lirpa_megatron.options import check_method
+
+    try:
+        return check_method(text)
+    except (ValueError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def make_parser(version: str) -> argparse.ArgumentParser:
+    """The parser; options that are not given are absent from its result."""
+    parser = _Parser(
+        prog="lirpa-megatron",
+        description="Certified bounds for tensor-parallel Megatron networks.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lirpa-megatron {version}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_import(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=epilog,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_import(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "import-onnx",
+        "Write a Megatron checkpoint of an ONNX network; any tensor-parallel size can load it.",
+        "example:\n  torchrun --nproc-per-node 2 -m lirpa_megatron import-onnx net.onnx checkpoint",
+    )
+    parser.add_argument("net", metavar="NET", type=Path, help="NET.onnx or NET.onnx.gz")
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "verify",
+        "Verify properties: unsat (holds), sat (counterexample), unknown, timeout, error.",
+        "exit status: 0 all decided or unknown, 1 an instance errored, 2 bad usage\n\n" + _EXAMPLES,
+    )
+    add = parser.add_argument
+    what = "with --instances: only the rows of this network"
+    add("--load", metavar="DIR", type=Path, help=f"checkpoint of the network; {what}")
+    add("--onnx", metavar="FILE", type=Path, help=f"ONNX file of the network; {what}")
+    add("--vnnlib", metavar="PROP", type=Path, help="property, VNN-LIB 1.0 (.vnnlib or .gz)")
+    add(
+        "--instances", metavar="CSV", type=Path,
+        help="rows of network,property,seconds; paths relative to the file, .gz may be left out",
+    )
+    add(
+        "--output", metavar="JSONL", type=Path,
+        help="file of results, one JSON object a line (default: standard output)",
+    )
+    add("--resume", action="store_true", help="go on with --output: skip the results it has")
+    add("--config", metavar="YAML", type=Path, help="options by name; the command line wins")
+    add(
+        "--method", type=_method,
+        help="IBP, CROWN-IBP, CROWN (default) or CROWN-Optimized (alpha-CROWN)",
+    )
+    add(
+        "--tensor-parallel-size", metavar="N", type=_number(int, 1),
+        help="must be the number of processes (the default)",
+    )
+    add(
+        "--dtype", choices=("float32", "float64"),
+        help="precision of the run (default: the network's)",
+    )
+    add(
+        "--alpha-iterations", metavar="N", type=_number(int, 1),
+        help="gradient steps of alpha-CROWN (default 20)",
+    )
+    add(
+        "--lr-alpha", metavar="RATE", type=_number(float, 0, exclusive=True),
+        help="step size of alpha-CROWN (default 0.5)",
+    )
+    add(
+        "--attack-steps", metavar="N", type=_number(int, 0),
+        help="gradient steps of the attack; 0: no attack (default 40)",
+    )
+    add(
+        "--attack-restarts", metavar="N", type=_number(int, 1),
+        help="starting points of the attack (default 20)",
+    )
+    add(
+        "--timeout", metavar="SECONDS", type=_number(float, 0, exclusive=True),
+        help="limit for each instance, looked at between stages (default: the CSV's)",
+    )
+    add(
+        "--max-spec-rows", metavar="N", type=_number(int, 1),
+        help="most rows of bounds carried at once; smaller takes less memory (default: all)",
+    )
+    add("--seed", metavar="N", type=_number(int, 0), help="of the attack (default 0)")
+
+
+def parse_arguments(argv: list[str], version: str) -> dict[str, Any]:
+    """Arguments given by the command line and, behind it, by --config.
+
+    Returns:
+        "command" and the given options by name; nothing for options that nobody gave.
+
+    Raises:
+        UserError: bad usage, an unreadable configuration, or an unknown key in it.
+    """
+    parser = make_parser(version)
+    given = vars(parser.parse_args(argv))
+    if "config" in given:
+        configured = _from_config(parser, given["config"])
+        for group in _EXCLUSIVE:
+            if any(name in given for name in group):
+                configured = {k: v for k, v in configured.items() if k not in group}
+        given = configured | given
+    for first, second in _EXCLUSIVE:
+        if first in given and second in given:
+            raise UserError(f"--{first} and --{second} exclude each other: give one of them")
+    return given
+
+
+def _from_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """Options of a YAML file, checked as if they stood on the command line."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not a text file"
+        raise UserError(f"config {path}{where} is not valid YAML: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"config {path} must map option names to values")
+    known = _verify_options(parser)
+    tokens = ["verify"]
+    for key, value in content.items():
+        name = str(key).replace("_", "-")
+        if name not in known:
+            raise UserError(
+                f"config {path}: unknown option {key!r}; the options are {', '.join(sorted(known))}"
+            )
+        tokens += _as_tokens(name, value, is_flag=known[name], where=f"config {path}")
+    try:
+        options = vars(parser.parse_args(tokens))
+    except UserError as error:
+        raise UserError(f"config {path}: {error}") from None
+    del options["command"]
+    return options
+
+
+def _as_tokens(name: str, value: Any, is_flag: bool, where: str) -> list[str]:
+    if is_flag and isinstance(value, bool):
+        return [f"--{name}"] if value else []
+    if is_flag or isinstance(value, (bool, dict, list)) or value is None:
+        wanted = "true or false" if is_flag else "one value"
+        raise UserError(f"{where}: option {name} takes {wanted}, not {value!r}")
+    return [f"--{name}={value}"]
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> dict[str, bool]:
+    """Option names of `verify` that a configuration may set -> whether it is a flag."""
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    actions = commands.choices["verify"]._actions
+    names = {a.option_strings[-1][2:]: a.nargs == 0 for a in actions if a.option_strings}
+    return {name: flag for name, flag in names.items() if name not in ("help", "config")}
+
+
+def print_error(message: str) -> None:
+    """The one line that bad input gets, on rank 0."""
+    if launched_as_rank0():
+        line = " ".join(message.split())
+        print(f"lirpa-megatron: error: {line}", file=sys.stderr, flush=True)

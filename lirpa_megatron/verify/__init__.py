@@ -1,0 +1,1 @@
+"""Specifications, networks, certificates and attacks: everything behind `lirpa-megatron verify`."""

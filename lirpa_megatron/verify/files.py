@@ -1,0 +1,52 @@
+"""Input files as bytes, plain or gzip-compressed, with one clear error for each way to fail."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+from lirpa_megatron.errors import UserError
+
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def find_file(path: str | Path, what: str) -> Path:
+    """Path of an existing regular file; a missing `NAME` is looked for as `NAME.gz`.
+
+    Args:
+        path: the file as the user wrote it.
+        what: what it is, for the error ("network", "property", ...).
+
+    Raises:
+        UserError: neither exists, or it is not a regular file.
+    """
+    path = Path(path)
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.is_file():
+            return candidate
+        if candidate.exists():
+            raise UserError(f"{what} {path} is not a regular file")
+    raise UserError(f"{what} file {path} does not exist")
+
+
+def read_file(path: str | Path, what: str) -> bytes:
+    """Content of a file, decompressed if it begins with gzip's magic number.
+
+    Raises:
+        UserError: missing, unreadable, or damaged compression.
+    """
+    path = find_file(path, what)
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{what} {path} is truncated or corrupt: {error}") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+
+
+def stem(path: str | Path) -> str:
+    """File name without its folder, `.gz`, and the extension before it."""
+    name = Path(path).name
+    return Path(name.removesuffix(".gz")).stem

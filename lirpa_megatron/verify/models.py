@@ -1,0 +1,73 @@
+"""The network under test: sharded, with its bounds and its forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lirpa_megatron.adapters.parallelize import parallelize
+from lirpa_megatron.adapters.traceable import traceable
+from lirpa_megatron.bounded_module import BoundedModule
+from lirpa_megatron.checkpoint.reader import load_network
+from lirpa_megatron.verify.network import DTYPES, Network, NetworkDescription
+from lirpa_megatron.verify.onnx_import import read_onnx
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network ready to be verified; used for every property of the same file."""
+
+    # structure and name
+    description: NetworkDescription
+    # differentiable forward pass of the sharded layers, x [R, n_in] -> y [R, n_out], replicated
+    forward: nn.Module
+    # bounds of the same layers
+    bounded: BoundedModule
+    # an empty tensor with the parameters' dtype and device
+    like: torch.Tensor
+
+
+def load(
+    path: Path,
+    is_checkpoint: bool,
+    dtype: str | None,
+    bound_opts: dict[str, Any],
+    group: dist.ProcessGroup | None,
+) -> Loaded:
+    """Reads an ONNX file or a checkpoint and shards it over the group.
+
+    Args:
+        path: NET.onnx[.gz], or a checkpoint's directory.
+        is_checkpoint: which of the two.
+        dtype: a key of DTYPES; None: what is stored.
+        bound_opts: options of `BoundedModule`.
+        group: the tensor-parallel group.
+
+    Raises:
+        UserError: whatever is wrong with the file.
+    """
+    torch_dtype = None if dtype is None else DTYPES[dtype]
+    device = torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else "cpu"
+    if is_checkpoint:
+        description, model = load_network(path, group, torch_dtype, device)
+    else:
+        imported = read_onnx(path)
+        description = imported.description
+        network = Network.from_weights(description, imported.weights)
+        model = parallelize(network.to(dtype=torch_dtype), tp_group=group).to(device)
+    model.requires_grad_(False).eval()
+    parameter = next(model.parameters())
+    like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    example = like.new_zeros(1, description.n_in)
+    bounded = BoundedModule(model, example, bound_opts=bound_opts, device=str(like.device))
+    return Loaded(description, traceable(model), bounded, like)
+
+
+def _has_cuda() -> bool:
+    # The CPU shim replaces functions of torch.cuda, not this one.
+    return torch.cuda.is_available()

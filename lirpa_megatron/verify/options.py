@@ -1,0 +1,44 @@
+"""Options of a verification run and their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lirpa_megatron.verify.attack import AttackOptions
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to compute for each instance."""
+
+    # method of the bounds, one of lirpa_megatron.METHODS
+    method: str = "CROWN"
+    # a key of network.DTYPES; None: what the network is stored in
+    dtype: str | None = None
+    # gradient steps of alpha-CROWN
+    alpha_iterations: int = 20
+    # step size of alpha-CROWN
+    lr_alpha: float = 0.5
+    # gradient steps of the attack; 0: no attack
+    attack_steps: int = 40
+    # starting points of the attack
+    attack_restarts: int = 20
+    # seconds for each instance; None: what instances.csv says, or no limit
+    timeout: float | None = None
+    # most rows of A that a rank carries at once; None: all
+    max_spec_rows: int | None = None
+    # seed of the attack's starting points
+    seed: int = 0
+
+    def attack(self) -> AttackOptions:
+        return AttackOptions(
+            steps=self.attack_steps, restarts=self.attack_restarts, seed=self.seed
+        )
+
+    def bound_opts(self) -> dict[str, Any]:
+        """Options of `BoundedModule`."""
+        return {
+            "max_spec_rows": self.max_spec_rows,
+            "optimize_bound_args": {"iteration": self.alpha_iterations, "lr_alpha": self.lr_alpha},
+        }

@@ -1,0 +1,99 @@
+"""Results of a run: one JSON object a line, written as each instance finishes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lirpa_megatron.errors import UserError
+
+# VNN-COMP's words: holds, violated, not decided, out of time, failed.
+RESULT_WORDS = ("unsat", "sat", "unknown", "timeout", "error")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known about one instance."""
+
+    # network's name
+    network: str
+    # property's name
+    property: str
+    # one of RESULT_WORDS
+    result: str
+    # method of the bounds
+    method: str
+    # for each output constraint in file order; positive: it cannot happen; None: not bounded
+    lower_bounds: list[float | None]
+    # number of tensor-parallel ranks
+    tensor_parallel: int
+    # wall-clock time of the instance
+    seconds: float
+    # a violating input, if result is "sat"
+    counterexample: list[float] | None = None
+    # what went wrong, if result is "error"
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What `--resume` recognises an instance by."""
+        return self.network, self.property, self.method
+
+    def to_line(self) -> str:
+        fields = {k: v for k, v in vars(self).items() if k != "error" or v is not None}
+        return json.dumps(fields, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> Result:
+        """Raises TypeError for anything but a result."""
+        if not isinstance(plain, dict) or plain.get("result") not in RESULT_WORDS:
+            raise TypeError("not a result")
+        return cls(**plain)
+
+
+def read_results(path: Path) -> tuple[list[Result], int]:
+    """Results of an earlier run, for `--resume`.
+
+    Returns:
+        the results, and the size in bytes of the part to keep: a killed run may leave half a line
+        at the end, which is dropped.
+
+    Raises:
+        UserError: a line, other than half a last one, is not a result.
+    """
+    data = path.read_bytes()
+    kept = data[: data.rfind(b"\n") + 1]
+    results = []
+    for number, line in enumerate(kept.splitlines(), start=1):
+        try:
+            results.append(Result.from_plain(json.loads(line)))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"line {number} of {path} is not a result of verify: remove it or choose another "
+                "--output"
+            ) from None
+    return results, len(kept)
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """Counts of result words and total time, one line for each network and method."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.network, result.method), []).append(result)
+    lines = [["network", "method", "TP", *RESULT_WORDS, "seconds"]]
+    for (network, method), members in groups.items():
+        counts = [str(sum(m.result == word for m in members)) for word in RESULT_WORDS]
+        sizes = "/".join(str(size) for size in sorted({m.tensor_parallel for m in members}))
+        seconds = f"{sum(m.seconds for m in members):.1f}"
+        lines.append([network, method, sizes, *counts, seconds])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

@@ -1,0 +1,158 @@
+"""A run over instances: each is verified, its result written and flushed, and the run goes on."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel import runtime, spmd
+from lirpa_megatron.verify.agreement import agreed
+from lirpa_megatron.verify.files import find_file, read_file, stem
+from lirpa_megatron.verify.instance import Deadline, Outcome, verify_instance
+from lirpa_megatron.verify.models import Loaded, load
+from lirpa_megatron.verify.options import VerifyOptions
+from lirpa_megatron.verify.results import Result
+from lirpa_megatron.verify.vnnlib import read_vnnlib
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A network and a property of it."""
+
+    # network's name, as results call it
+    network: str
+    # NET.onnx[.gz], or a checkpoint's directory
+    network_path: Path
+    # which of the two
+    is_checkpoint: bool
+    # PROP.vnnlib[.gz]
+    property_path: Path
+    # seconds; None: no limit
+    timeout: float | None = None
+
+    @property
+    def property(self) -> str:
+        return stem(self.property_path)
+
+
+def read_instances(path: Path) -> list[tuple[Path, Path, float | None]]:
+    """Rows of instances.csv (network, property, seconds); paths are relative to its folder.
+
+    Raises:
+        UserError: unreadable, empty, a malformed row (with its line), a property that is missing.
+    """
+    text = read_file(path, "instances").decode("utf-8", errors="replace")
+    rows = []
+    for line, row in enumerate(csv.reader(text.splitlines()), start=1):
+        if not any(cell.strip() for cell in row):
+            continue
+        cells = [cell.strip() for cell in row]
+        where = f"instances file {path}, line {line}"
+        if not 2 <= len(cells) <= 3 or not cells[0] or not cells[1]:
+            raise UserError(f"{where}: expected network,property,seconds, found {','.join(row)!r}")
+        try:
+            timeout = float(cells[2]) if len(cells) == 3 and cells[2] else None
+            prop = find_file(path.parent / cells[1], "property")
+        except ValueError:
+            raise UserError(f"{where}: {cells[2]!r} is not a number of seconds") from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise UserError(f"{where}: the time limit {cells[2]} must be positive")
+        rows.append((path.parent / cells[0], prop, timeout))
+    if not rows:
+        raise UserError(f"instances file {path} is empty")
+    return rows
+
+
+class Runner:
+    """Verifies instances one after the other; networks are loaded once for consecutive ones."""
+
+    def __init__(self, options: VerifyOptions, group: dist.ProcessGroup | None):
+        self.options = options
+        self.group = group
+        self._loaded: tuple[Path, Loaded] | None = None
+
+    def load(self, instance: Instance) -> Loaded:
+        """The instance's network.
+
+        Raises:
+            UserError: whatever is wrong with the file, on every rank.
+        """
+        if self._loaded is None or self._loaded[0] != instance.network_path:
+            self._loaded = None  # free the old one first
+            with agreed(self.group, f"loading network {instance.network}"):
+                loaded = load(
+                    instance.network_path,
+                    instance.is_checkpoint,
+                    self.options.dtype,
+                    self.options.bound_opts(),
+                    self.group,
+                )
+            self._loaded = instance.network_path, loaded
+        return self._loaded[1]
+
+    def read_property(self, instance: Instance, loaded: Loaded):
+        """The instance's property, checked against the network's sizes.
+
+        Raises:
+            UserError: whatever is wrong with the file, on every rank.
+        """
+        sizes = loaded.description.n_in, loaded.description.n_out
+        with agreed(self.group, f"reading property {instance.property}"):
+            return read_vnnlib(instance.property_path, *sizes, f"network {instance.network}")
+
+    def run(self, instances: Iterable[Instance], write: Callable[[Result], None]) -> list[Result]:
+        """Verifies all instances; one that raises gets the result "error".
+
+        Args:
+            instances: what to verify, the same on every rank.
+            write: called on every rank with each result as it is there.
+        """
+        results = []
+        for instance in instances:
+            begin = time.monotonic()
+            error = None
+            try:
+                outcome = self._verify(instance)
+            except Exception as exception:  # recorded; a run of days must not end for one instance
+                kind = "" if isinstance(exception, UserError) else f"{type(exception).__name__}: "
+                error = f"{kind}{exception}".replace("\n", " ")
+                outcome = Outcome("error", [])
+            result = Result(
+                network=instance.network,
+                property=instance.property,
+                result=outcome.result,
+                method=self.options.method,
+                lower_bounds=outcome.lower_bounds,
+                tensor_parallel=1 if self.group is None else self.group.size(),
+                seconds=round(time.monotonic() - begin, 4),
+                counterexample=outcome.counterexample,
+                error=error,
+            )
+            write(result)
+            results.append(result)
+        return results
+
+    def _verify(self, instance: Instance) -> Outcome:
+        deadline = Deadline(instance.timeout, self.group)
+        loaded = self.load(instance)
+        prop = self.read_property(instance, loaded)
+        with spmd.guard(self.group, f"instance {instance.network} {instance.property}"):
+            return verify_instance(loaded, prop, self.options, deadline, self.group)
+
+
+def with_progress(instances: list[Instance]) -> Iterator[Instance]:
+    """The instances, with a progress bar on rank 0's standard error."""
+    yield from tqdm(
+        instances, desc="verify", unit="instance", file=sys.stderr, disable=not runtime.is_rank0()
+    )
