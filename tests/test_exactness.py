@@ -267,9 +267,8 @@ def test_intermediate_bounds_from_the_caller_are_used_as_on_one_device(given, tp
     net = NETS["relu"]
     case = Case("CROWN", True, given=given)
     compare(net, [case, Case("CROWN", True, "own rows in chunks", given=given)], tp)
-    plain_given, _ = plain_bounds(net, case, torch.float64)
-    plain_own, _ = plain_bounds(net, Case("CROWN", True), torch.float64)
-    assert (plain_given[0] - plain_own[0]).abs().min() > 1e-3  # else nothing was tested
+    with_given, own = (plain_bounds(net, c, torch.float64)[0] for c in (case, Case("CROWN", True)))
+    assert (with_given[0] - own[0]).abs().min() > 1e-3  # else nothing was tested
 
 
 def test_alpha_after_twenty_steps_of_adam_is_that_of_one_device():
@@ -290,9 +289,9 @@ def test_bounds_of_every_inner_node_are_the_ranks_part_of_the_unsharded_ones(nam
     for rank, (nodes,) in enumerate(results):
         assert len(nodes) == len(want)
         assert any(sharded for sharded, *_ in nodes) and not all(sharded for sharded, *_ in nodes)
-        for (sharded, lower, upper), full in zip(nodes, want, strict=True):
+        for (sharded, *bounds), full in zip(nodes, want, strict=True):
             part = [b.chunk(tp, -1)[rank] if sharded else b for b in full]
-            got = [torch.from_numpy(lower), torch.from_numpy(upper)]
+            got = [torch.from_numpy(b) for b in bounds]
             # Intervals behind a ReLU can have zero width: the largest of the node is the scale.
             error = relative_error(got, part, (full[1] - full[0]).max())
             assert error <= 1e-10, (rank, error)
@@ -371,8 +370,7 @@ def alphas(net: Net, shared: bool) -> dict:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_alpha_is_bitwise_equal_where_replicated_and_sharded_where_the_neuron_is(shared):
-    results = pool(2).run(alphas, NETS["residual"], shared)
-    first, other = results
+    first, other = pool(2).run(alphas, NETS["residual"], shared)
     assert first.keys() == other.keys()
     kinds = set()
     for key, (sharded, features, alpha) in first.items():

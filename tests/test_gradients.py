@@ -300,7 +300,7 @@ def test_gradients_across_gathering_and_scattering_borders_are_those_of_one_devi
 
 @pytest.mark.skipif(
     VERSION > (0, 18) or not host.IS_03,
-    reason="fixed in megatron-core 0.19; with auto_LiRPA 0.7.1 the gradients happen to be contiguous",
+    reason="right from megatron-core 0.19; auto_LiRPA 0.7.1 happens to give contiguous gradients",
 )
 def test_gradients_of_bounds_would_be_wrong_without_the_guard():
     errors = [max(pool(2).run(border_gradients, name, method, "own", False))

@@ -81,7 +81,7 @@ def save_network(
                         state | _sharded_state(model), str(directory), ("torch_dist", 1)
                     )
                 except OSError as error:
-                    raise UserError(f"cannot write {out}: {error.strerror}") from None
+                    raise UserError(f"cannot write {out}: {error.strerror or error}") from None
             if runtime.is_rank0():
                 # Releases from 0.19 on keep this elsewhere, where only they find it.
                 if not (directory / COMMON).exists():
