@@ -75,7 +75,7 @@ class BoundedModule(host.HostBoundedModule):
                 "layout": layout,
             }
             trainable = {p: p.requires_grad for p in model.parameters()}
-            with host.conversion(), host.running():
+            with host.conversion(global_input), host.running():
                 super().__init__(
                     traceable(model, layout.collectives), global_input, bound_opts=opts,
                     device=device, verbose=verbose,
@@ -205,7 +205,7 @@ class BoundedModule(host.HostBoundedModule):
         if isinstance(x, torch.Tensor):
             x = (x,)
         group = self.layout.collectives.group
-        with spmd.guard(group, "compute_bounds"), host.running():
+        with spmd.guard(group, "compute_bounds"), host.running(x or ()):
             kwargs = host.translate_compute_bounds(kwargs)
             check_compute_bounds(kwargs)
             kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
@@ -223,19 +223,25 @@ class BoundedModule(host.HostBoundedModule):
             if x is not None:
                 check_perturbations(self, x, kwargs["method"])
             object.__setattr__(self, "_final_is_identity", C is None)
-            self._check_sharded_output(C, kwargs)
+            self._check_output(C, kwargs)
             object.__setattr__(self, "_depth", 1)
             try:
                 return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
             finally:
                 object.__setattr__(self, "_depth", 0)
 
-    def _check_sharded_output(self, C: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    def _check_output(self, C: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         final = self._final(kwargs)
         if self.sharded[final.name] and C is None and kwargs["method"] == "CROWN-Optimized":
             raise NotImplementedError(
                 "CROWN-Optimized of a sharded output needs C (each rank would decide on its own "
                 "features when to stop): pass C, or build the layer with gather_output=True"
+            )
+        dims = len(final.output_shape)
+        if host.IS_03 and C is None and dims > 2 and kwargs["method"] == "CROWN-Optimized":
+            raise NotImplementedError(
+                f"auto_LiRPA 0.3 cannot run CROWN-Optimized on an output of {dims} dimensions: "
+                "flatten it, pass C, or install auto_LiRPA 0.7.1"
             )
         features = final.output_shape[-1]
         if C is not None and C.shape[-1] != features:

@@ -190,8 +190,24 @@ def translate_optimize_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def conversion() -> Iterator[None]:
+def _default_dtype(inputs: Any) -> Iterator[None]:
+    """torch's default dtype is that of the inputs: the host makes constants and alpha of it."""
+    tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    floating = [x.dtype for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(floating[0] if floating else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def conversion(inputs: Any = ()) -> Iterator[None]:
     """What the conversion of a model needs lent: attributes for 0.3, and a fixed graph.
+
+    Args:
+        inputs: the model's example input or tuple of them.
 
     0.7.1 fuses Linear-ReLU-Linear-ReLU chains by comparing the *values* of weights; on shards
     that would be decided rank by rank, so that one optimisation is off.
@@ -208,16 +224,20 @@ def conversion() -> Iterator[None]:
         import auto_LiRPA.optimize_graph as optimize_graph
 
         loans.append((optimize_graph, "optimize_relu_relation", lambda model: None))
-    with _quiet_torch(), _lent(*loans):
+    with _quiet_torch(), _lent(*loans), _default_dtype(inputs):
         yield
 
 
 @contextlib.contextmanager
-def running() -> Iterator[None]:
-    """While the host computes: TorchScript as it wants it, its progress prints off stdout."""
+def running(inputs: Any = ()) -> Iterator[None]:
+    """While the host computes: TorchScript as it wants it, its progress prints off stdout.
+
+    Args:
+        inputs: the tuple of inputs.
+    """
     profiling = _set_jit_profiling(False, False)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), _default_dtype(inputs):
             yield
     finally:
         _set_jit_profiling(*profiling)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ranks import pool
 from torch import nn
 
-from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host
+from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 
 INF = float("inf")
 
@@ -361,25 +361,3 @@ def test_tensor_parallel_groups_inside_a_larger_world_keep_to_themselves():
         assert max(errors.values()) < 1e-10, errors
     assert torch.equal(results[0][1], results[1][1])
     assert not torch.allclose(results[0][1], results[2][1])
-
-
-def test_a_plain_process_without_launcher_needs_no_process_group():
-    import torch.distributed as dist
-
-    assert not dist.is_initialized()
-    x = _input().float()
-    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
-    lower, upper = BoundedModule(net, x).compute_bounds(x=(_ball(x),), method="CROWN")
-    assert torch.all(lower <= net(x)) and torch.all(net(x) <= upper)
-
-
-def test_both_hosts_names_for_renamed_arguments_are_accepted():
-    x = _input().float()
-    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
-    bounded = BoundedModule(net, x)
-    lower, _ = bounded.compute_bounds(x=(_ball(x),), method="CROWN")
-    node = next(n for n in bounded._modules.values() if isinstance(n, host.BoundRelu)).inputs[0]
-    given = {node.name: (node.lower.detach(), node.upper.detach())}
-    for name in ("interm_bounds", "intermediate_layer_bounds"):
-        again, _ = bounded.compute_bounds(x=(_ball(x),), method="CROWN", **{name: given})
-        assert torch.allclose(again, lower)

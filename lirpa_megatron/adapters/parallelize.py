@@ -19,14 +19,21 @@ from lirpa_megatron.adapters.parallel_plan import Decision, plan_layers
 from lirpa_megatron.parallel import runtime, spmd
 
 
-class ColumnLinear(ColumnParallelLinear):
+class _LikeLinear:
+    """nn.Linear's names for the sizes of the full layer."""
+
+    in_features = property(lambda self: self.input_size)
+    out_features = property(lambda self: self.output_size)
+
+
+class ColumnLinear(_LikeLinear, ColumnParallelLinear):
     """ColumnParallelLinear that returns its output alone, as nn.Linear does."""
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(input_)[0]
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(_LikeLinear, RowParallelLinear):
     """RowParallelLinear that returns its output alone, as nn.Linear does."""
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

@@ -100,6 +100,16 @@ class _Facade(nn.Module):
         self.skip_bias_add = layer.skip_bias_add
         self.output_alone = isinstance(layer, (ColumnLinear, RowLinear))
         self.train(layer.training)
+        object.__setattr__(self, "_layer", layer)  # not a submodule: names stay as they are
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a model asks of its layer (sizes, config), it asks of the layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_layer" not in self.__dict__:  # still being built
+                raise
+            return getattr(self.__dict__["_layer"], name)
 
     def _result(self, y: torch.Tensor) -> Any:
         """What the layer returns: Megatron's come with the bias that they did not add."""

@@ -1,0 +1,110 @@
+"""What a caller of BoundedModule may rely on, beside the bounds themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import pool
+from torch import nn
+
+from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host
+
+
+def _input():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(3, 6, generator=generator, dtype=torch.float64)
+
+
+def _ball(x, eps=0.2):
+    return BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=eps))
+
+
+def test_a_plain_process_without_launcher_needs_no_process_group():
+    import torch.distributed as dist
+
+    assert not dist.is_initialized()
+    x = _input().float()
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    lower, upper = BoundedModule(net, x).compute_bounds(x=(_ball(x),), method="CROWN")
+    assert torch.all(lower <= net(x)) and torch.all(net(x) <= upper)
+
+
+def test_both_hosts_names_for_renamed_arguments_are_accepted():
+    x = _input().float()
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    bounded = BoundedModule(net, x)
+    lower, _ = bounded.compute_bounds(x=(_ball(x),), method="CROWN")
+    node = next(n for n in bounded._modules.values() if isinstance(n, host.BoundRelu)).inputs[0]
+    given = {node.name: (node.lower.detach(), node.upper.detach())}
+    for name in ("interm_bounds", "intermediate_layer_bounds"):
+        again, _ = bounded.compute_bounds(x=(_ball(x),), method="CROWN", **{name: given})
+        assert torch.allclose(again, lower)
+
+
+def test_float64_needs_no_default_dtype_of_the_callers():
+    assert torch.get_default_dtype() == torch.float32
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, net = _input(), net.double()
+    C = torch.tensor([[[1.0, -1.0]]]).double().expand(3, 1, 2)
+    for method in ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized"):
+        lower, upper = BoundedModule(net, x).compute_bounds(x=(_ball(x),), C=C, method=method)
+        assert lower.dtype == torch.float64 and torch.all(lower <= upper)
+    assert torch.get_default_dtype() == torch.float32
+
+
+class ReadsSizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x))) * (self.up.out_features / self.down.in_features)
+
+
+def _reads_sizes():
+    from lirpa_megatron import parallelize
+
+    torch.manual_seed(0)
+    net, x = ReadsSizes(), _input().float()
+    return (BoundedModule(parallelize(net), x)(x) - net(x)).abs().max().item()
+
+
+def test_a_forward_may_read_the_sizes_of_its_layers():
+    assert max(pool(2).run(_reads_sizes)) < 1e-5  # float32 sums of 8
+
+
+@pytest.mark.parametrize("given, error, words", [
+    ({"method": "CROWM"}, ValueError, "unknown method 'CROWM'; the methods are IBP, CROWN-IBP"),
+    ({"cutter": object()}, NotImplementedError, "compute_bounds(cutter=...)"),
+    ({"C": torch.ones(3, 1, 5)}, ValueError, "C has 5 output features, the output node has 2"),
+])
+def test_what_cannot_be_computed_is_refused_in_one_line(given, error, words):
+    x = _input().float()
+    bounded = BoundedModule(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), x)
+    with pytest.raises(error) as caught:
+        bounded.compute_bounds(x=(_ball(x),), **given)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"sparse_intermediate_bounds": True}, "sparse_intermediate_bounds"),
+    ({"conv_mode": "patches"}, "conv_mode='patches'"),
+    ({"crown_batch_size": 10}, "use max_spec_rows"),
+    ({"optimize_bound_args": {"enable_beta_crown": True}}, "enable_beta_crown"),
+])
+def test_options_that_are_not_rank_safe_are_refused_by_name(options, words):
+    with pytest.raises(NotImplementedError, match=words):
+        BoundedModule(nn.Linear(6, 2), _input().float(), options)
+
+
+@pytest.mark.parametrize("ptb, words", [
+    ({"eps": -0.1}, "eps is -0.1, it must be at least 0"),
+    ({"x_L": torch.ones(3, 6), "x_U": torch.zeros(3, 6)}, "the box is empty or NaN"),
+    ({"x_L": torch.full((3, 6), torch.nan), "x_U": torch.zeros(3, 6)}, "the box is empty or NaN"),
+])
+def test_a_perturbation_that_is_no_set_is_refused(ptb, words):
+    x = _input().float()
+    bounded = BoundedModule(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), x)
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), **ptb))
+    with pytest.raises(ValueError, match=words):
+        bounded.compute_bounds(x=(ball,), method="CROWN")
