@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import subprocess
+import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,3 +252,39 @@ def _without_shim():
 def test_without_the_cpu_shim_the_error_says_what_to_call():
     for outcome in _together(_without_shim):
         assert outcome.error == "UserError" and "cpu_shim.install()" in outcome.message
+
+
+BROKEN_RANK = """
+import os, sys
+from lirpa_megatron import cli
+from lirpa_megatron.verify import instance
+
+def broken(*args, **kwargs):
+    raise MemoryError("rank 1 is out of memory")
+
+if os.environ["RANK"] == "1":
+    instance.find_counterexample = broken
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_an_error_on_one_rank_of_the_command_line_is_every_ranks_and_the_run_goes_on(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    digits = root / "examples" / "digits"
+    script, output = tmp_path / "broken.py", tmp_path / "results.jsonl"
+    script.write_text(BROKEN_RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", str(script), "verify",
+               "--onnx", str(digits / "digits.onnx"),
+               "--instances", str(digits / "instances.csv"), "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    start = time.monotonic()
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert time.monotonic() - start < 4 * BOUNDED_TIME  # two processes start, on busy cores
+    assert process.returncode != 0
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    words = Counter(result["result"] for result in results)
+    assert words == {"unsat": 9, "error": 6}  # those that the attack looks at
+    for result in results:
+        if result["result"] == "error":
+            assert "rank 1 is out of memory" in result["error"]

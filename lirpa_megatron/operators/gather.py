@@ -14,15 +14,9 @@ from lirpa_megatron.parallel.layouts import Layout
 class _Border(host.Bound):
     """Base: both operators only move features, so every bound is exact."""
 
-    def __init__(
-        self,
-        attr: dict | None = None,
-        inputs: list | None = None,
-        output_index: int = 0,
-        options: dict | None = None,
-    ) -> None:
-        super().__init__(attr, inputs, output_index, options)
-        self.layout: Layout = options["layout"]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layout: Layout = self.options["layout"]
 
     def interval_propagate(self, *v: Any) -> tuple:
         """Interval bounds, features moved as in `forward`. A ball straight from the input (L2, L1)

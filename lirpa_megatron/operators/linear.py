@@ -49,16 +49,10 @@ class LocalLinear(host.BoundLinear):
     solver, Jacobians and perturbed weights are refused by name.
     """
 
-    def __init__(
-        self,
-        attr: dict | None = None,
-        inputs: list | None = None,
-        output_index: int = 0,
-        options: dict | None = None,
-    ) -> None:
-        super().__init__(attr, inputs, output_index, options)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.transB = 1  # [out, in]: the host leaves the weight as it is
-        self.layout: Layout = options["layout"]
+        self.layout: Layout = self.options["layout"]
 
     def _refused(self, what: str) -> NotImplementedError:
         return NotImplementedError(
@@ -94,14 +88,8 @@ class BoundReplicatedLinear(host.BoundLinear):
     backward pass builds the identity. As its BoundLinear it has neither restriction.
     """
 
-    def __init__(
-        self,
-        attr: dict | None = None,
-        inputs: list | None = None,
-        output_index: int = 0,
-        options: dict | None = None,
-    ) -> None:
-        super().__init__(attr, inputs, output_index, options)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.transB = 1  # [out, in]
 
 
