@@ -249,6 +249,19 @@ def _without_shim():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")
+def test_a_program_that_never_shuts_down_ends_with_its_process_group_gone():
+    """Else gloo's threads outlive the interpreter, which then sometimes aborts."""
+    program = (
+        "import atexit, torch.distributed as dist\n"
+        "atexit.register(lambda: print('left' if dist.is_initialized() else 'gone'))\n"
+        "from lirpa_megatron.parallel import runtime\n"
+        "runtime.initialize()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         timeout=BOUNDED_TIME, cwd=Path(__file__).parents[1])
+    assert (run.returncode, run.stdout.split()) == (0, ["gone"]), run.stderr
+
+
 def test_without_the_cpu_shim_the_error_says_what_to_call():
     for outcome in _together(_without_shim):
         assert outcome.error == "UserError" and "cpu_shim.install()" in outcome.message

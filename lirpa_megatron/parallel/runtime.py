@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ def initialize(
     """Sets up torch.distributed and Megatron's parallel_state; installs the CPU shim.
 
     Under torchrun all processes take part (NCCL with CUDA, else gloo); in a plain python process
-    there is one rank and no launcher is needed. What is already initialised is left alone.
+    there is one rank and no launcher is needed. What is already initialised is left alone. On a CPU,
+    a program that never calls `shutdown` has it called when it ends.
 
     Args:
         tensor_parallel_size: ranks per model; all processes by default. The remaining processes
@@ -38,6 +40,9 @@ def initialize(
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if cuda else "gloo"
+        if not cuda:
+            # An interpreter that ends with gloo's threads still there now and then aborts.
+            atexit.register(shutdown)
         if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
@@ -58,6 +63,7 @@ def initialize(
 
 def shutdown() -> None:
     """Takes down what `initialize` set up."""
+    atexit.unregister(shutdown)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
