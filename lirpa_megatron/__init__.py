@@ -16,12 +16,23 @@ from typing import TYPE_CHECKING, Any
 from lirpa_megatron import requirements
 
 if TYPE_CHECKING:
+    from lirpa_megatron.adapters.embeddings import embed
     from lirpa_megatron.adapters.parallelize import explain, parallelize
+    from lirpa_megatron.adapters.views import at_position, bert_head, from_layer
     from lirpa_megatron.bounded_module import BoundedModule
     from lirpa_megatron.errors import RemoteRankError, SPMDError, UserError
     from lirpa_megatron.host import BoundedParameter, BoundedTensor, PerturbationLpNorm
+    from lirpa_megatron.inputs import perturb_tokens
     from lirpa_megatron.options import METHODS
     from lirpa_megatron.parallel.spmd import guard
+    from lirpa_megatron.perturbations import PerturbationHull
+    from lirpa_megatron.specifications import (
+        classification_margins,
+        label_token_margins,
+        next_token_margins,
+        smallest_margin,
+        some_label_wins,
+    )
 
 __version__ = "0.1.0"
 
@@ -30,22 +41,41 @@ __all__ = [
     "BoundedModule",
     "BoundedParameter",
     "BoundedTensor",
+    "PerturbationHull",
     "PerturbationLpNorm",
     "RemoteRankError",
     "SPMDError",
     "UserError",
+    "at_position",
+    "bert_head",
+    "classification_margins",
+    "embed",
     "explain",
+    "from_layer",
     "guard",
+    "label_token_margins",
+    "next_token_margins",
     "parallelize",
+    "perturb_tokens",
+    "smallest_margin",
+    "some_label_wins",
 ]
 
 _MODULES = {
+    "adapters.embeddings": ("embed",),
     "adapters.parallelize": ("explain", "parallelize"),
+    "adapters.views": ("at_position", "bert_head", "from_layer"),
     "bounded_module": ("BoundedModule",),
     "errors": ("RemoteRankError", "SPMDError", "UserError"),
     "host": ("BoundedParameter", "BoundedTensor", "PerturbationLpNorm"),
+    "inputs": ("perturb_tokens",),
     "options": ("METHODS",),
     "parallel.spmd": ("guard",),
+    "perturbations": ("PerturbationHull",),
+    "specifications": (
+        "classification_margins", "label_token_margins", "next_token_margins", "smallest_margin",
+        "some_label_wins",
+    ),
 }
 
 

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 
 from lirpa_megatron import host
 from lirpa_megatron.operators.linear import (
-    BoundReplicatedLinear,
     IdentityRows,
     LocalLinear,
     dense,
     stack_sides,
 )
+from lirpa_megatron.operators.vocabulary import Margins
 from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
 
 
@@ -76,7 +76,8 @@ class BackwardPass:
         layout: its layout, shared with the operators.
         sharded: node name -> whether its value is feature-sharded.
         plan: the course of the pass.
-        start: the start node.
+        start: the start node, by whose name operators know their alpha (`plan.start` may be what
+            it gathers).
         alpha_rows: which rows of alpha this pass carries at WHOLE, OWN and BLOCK nodes, and how
             many rows the rank has in all; None when it carries all of them.
     """
@@ -107,7 +108,7 @@ class BackwardPass:
         """
         self.rows, self.batch, self.like = C.shape[0], C.shape[1], C
         self.sides = lower, upper
-        self._A[self.start.name] = _Sides(C if lower else None, C if upper else None)
+        self._A[self.plan.start.name] = _Sides(C if lower else None, C if upper else None)
         self.layout.spec_sharded = self.plan.spec_sharded
         for node in self.plan.order:
             self._visit(node)
@@ -142,9 +143,9 @@ class BackwardPass:
 
     def _for_operator(self, node: host.Bound, A: Any) -> Any:
         """Identity rows in a form that the operator knows."""
-        if not isinstance(A, IdentityRows) or isinstance(node, LocalLinear):
+        if not isinstance(A, IdentityRows) or isinstance(node, (LocalLinear, Margins)):
             return A
-        if type(node) in (host.BoundLinear, BoundReplicatedLinear) and len(A.shape) == 3:
+        if type(node) is host.BoundLinear and len(A.shape) == 3:
             return host.OneHotC(A.shape, A.device, A.own, None)
         return dense(A)
 
@@ -295,7 +296,7 @@ class BackwardPass:
         """f for the perturbation set, which each rank uses on its own rows."""
         saved = []
         if self.plan.spec_sharded and torch.is_grad_enabled() and self.tp.size > 1:
-            names = ("x_L", "x_U", "eps")
+            names = ("x_L", "x_U", "eps", "vertices", "radii")
             for owner, name in ((leaf, "center"), *((leaf.perturbation, n) for n in names)):
                 value = getattr(owner, name, None)
                 if isinstance(value, torch.Tensor) and value.requires_grad:

@@ -16,15 +16,26 @@ from torch import nn
 
 from lirpa_megatron import host
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
+from lirpa_megatron.forms import bound_centered, form_is_of_use, reader_of_scores, without_nan
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
-from lirpa_megatron.operators.gather import BoundGatherFromRegion, BoundScatterToRegion
+from lirpa_megatron.operators.gather import (
+    BoundGatherFromRegion,
+    BoundScatterToRegion,
+    BoundSelectFromRegion,
+)
 from lirpa_megatron.operators.linear import BoundReplicatedLinear
 from lirpa_megatron.operators.row import BoundRowParallelLinear
+from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabularyMargins, Margins
 from lirpa_megatron.options import OwnOptions, check_compute_bounds, check_method, check_options
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.layouts import Layout
 from lirpa_megatron.passes import Passes
-from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls, is_ball
+from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls, is_box
+
+_SPLITS = (
+    BoundColumnParallelLinear, BoundScatterToRegion, BoundSelectFromRegion, BoundVocabularyMargins,
+)
+"""Operators that make sharded values of replicated ones."""
 
 
 class BoundedModule(host.HostBoundedModule):
@@ -78,12 +89,14 @@ class BoundedModule(host.HostBoundedModule):
             with host.conversion(global_input), host.running():
                 super().__init__(
                     traceable(model, layout.collectives), global_input, bound_opts=opts,
-                    device=device, verbose=verbose,
+                    device=_device_of(model, global_input) if device == "auto" else device,
+                    verbose=verbose,
                     custom_ops={**CUSTOM_OPS, **(custom_ops or {})},
                 )
             self._adopt_parameters(trainable)
             object.__setattr__(self, "sharded", self._mark_sharded())
             object.__setattr__(self, "passes", Passes(self))
+            layout.sharded, layout.value_of = self.sharded, self.get_forward_value
             self.train(model.training)
             self._check_parameters_agree()
 
@@ -102,7 +115,7 @@ class BoundedModule(host.HostBoundedModule):
         sharded: dict[str, bool] = {}
         shards: set[str] = set()
         for node in self._modules.values():
-            if isinstance(node, BoundColumnParallelLinear):
+            if isinstance(node, (BoundColumnParallelLinear, Margins)):
                 shards |= {x.name for x in node.inputs[1:]}
             elif isinstance(node, BoundRowParallelLinear):
                 shards.add(node.inputs[1].name)
@@ -110,12 +123,14 @@ class BoundedModule(host.HostBoundedModule):
         def visit(node: host.Bound) -> bool:
             if node.name not in sharded:
                 inputs = [visit(x) for x in node.inputs]
-                if isinstance(node, (BoundColumnParallelLinear, BoundScatterToRegion)):
+                if isinstance(node, _SPLITS):
                     value = True
                     if inputs[0]:
                         raise NotImplementedError(
                             f"{node.name}: a ColumnParallelLinear whose input is sharded already"
                         )
+                elif isinstance(node, BoundTokenMargins):
+                    value = False
                 elif isinstance(node, (BoundRowParallelLinear, BoundGatherFromRegion)):
                     value = False
                     if not inputs[0] and self.layout.collectives.size > 1:
@@ -225,10 +240,27 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "_final_is_identity", C is None)
             self._check_output(C, kwargs)
             object.__setattr__(self, "_depth", 1)
+            # What an earlier call found may not hold for these inputs.
+            self.layout.forms.clear()
+            self.layout.centered.clear()
             try:
-                return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
+                C = self._identity(x, kwargs) if C is None else C
+                bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
+                return (*without_nan(*bounds[:2]), *bounds[2:])
             finally:
                 object.__setattr__(self, "_depth", 0)
+
+    def _identity(self, x: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """What the host is given for the identity at a gathered output: [B, S, S] of one element.
+
+        Left alone it would build the matrix, S the size of a vocabulary. Nothing reads it.
+        """
+        final = self._final(kwargs)
+        if kwargs["method"] == "IBP" or not isinstance(final, BoundGatherFromRegion):
+            return None
+        S = math.prod(final.output_shape[1:])
+        batch = self.batch_size if x is None else x[0].shape[0]
+        return torch.ones(1, device=self.device).expand(batch, S, S)
 
     def _check_output(self, C: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         final = self._final(kwargs)
@@ -271,9 +303,17 @@ class BoundedModule(host.HostBoundedModule):
             value = self.get_forward_value(node)
             node.interval = node.lower, node.upper = value, value
             return
-        if not self._bounded_by_ibp(node):
-            bounds = self.passes.run(node, None, self.layout.collectives.size > 1)
+        readers = [self[name] for name in node.output_name]
+        attend, use = reader_of_scores(node, readers), form_is_of_use(node, readers)
+        if attend is not None:
+            node.lower, node.upper = self._ibp_of(node)
+            self.layout.centered[node.name] = bound_centered(self.passes, node, attend)
+        elif use or not self._bounded_by_ibp(node):
+            bounds = self.passes.run(node, None, self.layout.collectives.size > 1, form=use)
             node.lower, node.upper = bounds.shaped(node.output_shape[1:])
+            if bounds.form is not None:
+                self.layout.forms[node.name] = bounds.form
+        node.lower, node.upper = without_nan(node.lower, node.upper)
         if self.own_options.compare_crown_with_ibp:
             self._intersect(node, self._ibp_of(node))
         if node.name in self.reference_bounds:
@@ -283,8 +323,9 @@ class BoundedModule(host.HostBoundedModule):
     def _bounded_by_ibp(self, node: host.Bound) -> bool:
         """IBP where it gives what CROWN gives: monotone activations, and a first linear layer."""
         x = node.inputs[0] if node.inputs else None
-        if isinstance(node, host.BoundLinear) and is_ball(getattr(x, "perturbation", None)):
-            return False  # its interval is the box around the ball (`enclose_balls`)
+        ptb = getattr(x, "perturbation", None)
+        if isinstance(node, host.BoundLinear) and ptb is not None and not is_box(ptb):
+            return False  # its interval is the box around the set
         if self.check_IBP_intermediate(node) or self.check_IBP_first_linear(node):
             return True
         linear = isinstance(node, (BoundColumnParallelLinear, BoundReplicatedLinear))
@@ -302,6 +343,8 @@ class BoundedModule(host.HostBoundedModule):
             C: [B, S, features of the node], or None.
             **kwargs: as in auto_LiRPA.
         """
+        if self._depth > 0 and self._final_is_identity:
+            C = None  # see `_identity`
         x = node.inputs[0] if isinstance(node, BoundGatherFromRegion) else None
         if C is not None and isinstance(x, BoundColumnParallelLinear):
             return super().IBP_general(x, self.layout.collectives.split_features(C), **kwargs)
@@ -363,13 +406,25 @@ class BoundedModule(host.HostBoundedModule):
                 rows = 1
             else:
                 identity = not is_final or self._final_is_identity
-                S = self.passes.rows_of(start) if identity else c.size(1)
+                if not identity:
+                    S = c.size(1)
+                else:
+                    S = (self.passes.rows_of if is_final else self.passes.rows_run)(start)
                 spec_sharded = self.layout.collectives.size > 1
                 if is_final:
                     spec_sharded = self._final_spec_sharded(start, identity, S)
-                rows = self.passes.rows_at(node, start, S, spec_sharded)
+                origin, spec_sharded = self.passes.begin(start, identity, spec_sharded)
+                if origin is not start:
+                    S = self.passes.rows_of(origin)
+                rows = self.passes.rows_at(node, origin, S, spec_sharded)
             entries.append(host.alpha_start_node(start.name, rows, is_final))
         return entries
+
+
+def _device_of(model: nn.Module, inputs: Any) -> torch.device:
+    """Where the model is, or its first input."""
+    tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return next(iter([*model.parameters(), *tensors])).device
 
 
 def _value_of(node: host.BoundParams) -> Any:

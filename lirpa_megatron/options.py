@@ -35,6 +35,10 @@ class OwnOptions:
     """With 'auto': up to this many rows the final pass is whole."""
     return_A_rows: str = "whole"
     """`return_A` gives all rows ('whole', gathered) or the rank's 'own'."""
+    form_limit: int = 2**26
+    """Numbers in the affine form of one node ([B, node, perturbed inputs], see
+    `operators.enclosure`) up to which transformers' norms and attention use it; 0 for boxes alone.
+    Its memory and the time of a pass grow with it, and so does tightness."""
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
 

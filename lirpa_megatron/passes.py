@@ -8,7 +8,7 @@ of the last row, so that all ranks do the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 
 from lirpa_megatron import host
 from lirpa_megatron.backward import BackwardPass, RowBounds
+from lirpa_megatron.forms import InputSet
+from lirpa_megatron.operators.enclosure import AffineForm
+from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import IdentityRows
 from lirpa_megatron.parallel.layouts import Plan, Rows, make_plan
 
@@ -31,6 +34,7 @@ class Bounds:
 
     lower: torch.Tensor | None
     upper: torch.Tensor | None
+    form: AffineForm | None = None
 
     def shaped(self, shape: Sequence[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(lower, upper), each [B, *shape]."""
@@ -50,6 +54,7 @@ class Passes:
 
     def __init__(self, module: Any) -> None:
         self.module, self.tp = module, module.layout.collectives
+        self._rows_run: dict[str, int] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,9 +68,39 @@ class Passes:
         """The course of a pass from `start`."""
         return make_plan(start, self.module.sharded, spec_sharded, self.tp.size)
 
+    def begin(
+        self, start: host.Bound, identity: bool, spec_sharded: bool
+    ) -> tuple[host.Bound, bool]:
+        """Where the pass of a start node begins, and whether it is spec-sharded from there.
+
+        All rows of gathered features are those of the sharded node that is gathered: there each
+        rank has its own, and the identity is neither built nor communicated.
+
+        Args:
+            start: the start node.
+            identity: whether its rows are those of the identity.
+            spec_sharded: whether ranks carry their own rows, for other start nodes.
+        """
+        if identity and isinstance(start, BoundGatherFromRegion):
+            if self.module.sharded[start.inputs[0].name]:
+                return start.inputs[0], self.tp.size > 1
+        return start, spec_sharded
+
+    def rows_run(self, start: host.Bound) -> int:
+        """Rows of the last run from an intermediate node (of scores: not one for each number)."""
+        return self._rows_run.get(start.name, self.rows_of(start))
+
     def rows_of(self, start: host.Bound, C: torch.Tensor | None = None) -> int:
         """Rows in all: of C [S, B, ...], or of the identity at the start node (on this rank)."""
         return math.prod(start.output_shape[1:]) if C is None else C.shape[0]
+
+    def _numel(self, start: host.Bound, C: Any) -> int:
+        """Rows of a start node on all ranks together, and so the same at every size."""
+        rows = self.rows_of(start, C)
+        return rows * self.tp.size if self.module.sharded[start.name] else rows
+
+    def _limit(self) -> int:
+        return self.module.own_options.form_limit // self.module.batch_size
 
     def rows_at(self, node: host.Bound, start: host.Bound, S: int, spec_sharded: bool) -> int:
         """Rows of A that this rank has at `node` when a pass from `start` is not chunked."""
@@ -76,7 +111,7 @@ class Passes:
 
     def run(
         self, start: host.Bound, C: torch.Tensor | None, spec_sharded: bool,
-        lower: bool = True, upper: bool = True,
+        lower: bool = True, upper: bool = True, form: bool = False,
     ) -> Bounds:
         """Bounds of all rows of a start node, by backward passes to the inputs.
 
@@ -87,29 +122,52 @@ class Passes:
             lower, upper: which bounds.
         """
         module = self.module
-        plan = self.plan(start, spec_sharded)
+        origin, spec_sharded = self.begin(start, C is None, spec_sharded)
+        plan = self.plan(origin, spec_sharded)
         for node in plan.order:
             module.backward_from[node.name].append(start)
-        S = self.rows_of(start, C)
-        split = spec_sharded and plan.rows[start.name] is not Rows.BLOCK
+        S = self._rows_run[origin.name] = self.rows_of(origin, C)
+        split = spec_sharded and plan.rows[origin.name] is not Rows.BLOCK
         n = -(-S // self.tp.size) if split else S
         limit = module.own_options.max_spec_rows or n
         keep_A = bool(module.return_A and start.name in module.needed_A_dict)
-        chunks = []
+        inputs = InputSet(plan.leaves) if form else None
+        if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
+            inputs = None
+        chunks, forms = [], []
         for first in range(0, n, limit):
             local = torch.arange(first, min(first + limit, n), device=module.device)
             run = BackwardPass(
                 module, module.layout, module.sharded, plan, start,
                 alpha_rows=(local, n) if limit < n else None,
             )
-            rows = self._start_rows(start, C, local, n, S, split)
-            chunks.append(run.run(rows, lower, upper, keep_A))
+            rows = self._start_rows(origin, C, local, n, S, split)
+            found = run.run(rows, lower, upper, keep_A or inputs is not None)
+            if inputs is not None:
+                forms.append(inputs.rows(found, self.tp.copy_to))
+                if not keep_A:
+                    found.lA, found.uA = {}, {}
+            chunks.append(found)
         whole = _concatenate(chunks)
+
+        def in_order(rows: torch.Tensor) -> torch.Tensor:
+            """The rows of all ranks, one rank's after the other's, as the start node has them."""
+            if origin is start:
+                return rows[:S] if split else rows
+            parts = rows.unflatten(0, (self.tp.size, -1, origin.output_shape[-1]))
+            return parts.transpose(0, 1).flatten(0, 2)
+
         if keep_A:
-            self._record_A(start, whole, S if split or not spec_sharded else S * self.tp.size,
-                           spec_sharded)
+            self._record_A(start, whole, spec_sharded, in_order)
         bounds = Bounds(whole.lower, whole.upper)
-        return self._gathered(bounds, S) if split else bounds
+        gather = split or (spec_sharded and origin is not start)
+        if gather:
+            bounds = self._gathered(bounds, in_order)
+        if inputs is not None:
+            rows = torch.cat(forms)
+            rows = in_order(self.tp.gather_rows(rows)) if gather else rows
+            bounds.form = inputs.form(rows, start.output_shape[1:] if C is None else (S,))
+        return bounds
 
     def _start_rows(
         self, start: host.Bound, C: torch.Tensor | None, local: torch.Tensor, n: int, S: int,
@@ -119,7 +177,8 @@ class Passes:
         every = torch.stack([(local + rank * n).clamp(max=S - 1) for rank in range(self.tp.size)])
         own = every[self.tp.rank] if split else local
         if C is not None:
-            return C.index_select(0, own) if split or len(own) < S else C
+            some = split or len(own) < S or not isinstance(C, torch.Tensor)
+            return C.index_select(0, own) if some else C
         return IdentityRows(
             own=own,
             all=every.flatten() if split else None,
@@ -128,23 +187,23 @@ class Passes:
             device=torch.device(self.module.device),
         )
 
-    def _gathered(self, own: Bounds, S: int) -> Bounds:
+    def _gathered(self, own: Bounds, in_order: Callable) -> Bounds:
         """Every rank's rows, both sides in one collective: [n, B] -> [S, B]."""
         present = [b for b in (own.lower, own.upper) if b is not None]
-        gathered = self.tp.gather_results(torch.stack(present, dim=1))[:S]
+        gathered = in_order(self.tp.gather_results(torch.stack(present, dim=1)))
         sides = iter(gathered.unbind(1))
         return Bounds(*(None if b is None else next(sides) for b in (own.lower, own.upper)))
 
     def _record_A(
-        self, start: host.Bound, bounds: RowBounds, total: int, spec_sharded: bool
+        self, start: host.Bound, bounds: RowBounds, spec_sharded: bool, in_order: Callable
     ) -> None:
         """A and biases of the pass into the host's dictionary, batch first.
 
         Args:
             start: the start node.
             bounds: the rank's rows.
-            total: rows of all ranks.
             spec_sharded: whether ranks carried their own rows.
+            in_order: puts the rows of all ranks in the start node's order.
         """
         gather = spec_sharded and self.module.own_options.return_A_rows == "whole"
 
@@ -152,7 +211,7 @@ class Passes:
             if A is None:
                 return None
             A = A.detach()
-            return (self.tp.gather_results(A)[:total] if gather else A).transpose(0, 1)
+            return (in_order(self.tp.gather_results(A)) if gather else A).transpose(0, 1)
 
         lbias, ubias = shown(bounds.lbias), shown(bounds.ubias)
         self.module.A_dict[start.name] = {

@@ -1,4 +1,4 @@
-"""Checks of what is perturbed, and L1 and L2 balls where the host takes them for points."""
+"""Sets of inputs that the host lacks, checks of what is perturbed, and boxes around balls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,102 @@ from typing import Any
 import torch
 
 from lirpa_megatron import host
+from lirpa_megatron.errors import UserError
+
+
+class PerturbationInBox(host.PerturbationLpNorm):
+    """A set of inputs inside of a box.
+
+    To the host it is the box from x_L to x_U: that is what IBP, and every operator that reads the
+    input directly, gets to see. Where A is concretized it is the set itself.
+
+    Args:
+        x_L, x_U: the smallest box around the set, [B, *input shape].
+    """
+
+    def __init__(self, x_L: torch.Tensor, x_U: torch.Tensor) -> None:
+        super().__init__(norm=float("inf"), x_L=x_L, x_U=x_U)
+
+    def concretize(
+        self, x: torch.Tensor, A: torch.Tensor | None, sign: int = -1, aux: Any = None, **_: Any
+    ) -> torch.Tensor | None:
+        """Minimum (sign -1) or maximum (+1) of <A, x> over the set.
+
+        Args:
+            x: the clean input [B, *input shape].
+            A: [B, R, *input shape], also flattened, or None.
+            sign: -1 or 1.
+            aux: unused.
+
+        Returns:
+            [B, R], or None without A.
+        """
+        if A is None:
+            return None
+        return self.extreme(x, A.reshape(*A.shape[:2], *x.shape[1:]), sign)
+
+    def extreme(self, x: torch.Tensor, A: torch.Tensor, sign: int) -> torch.Tensor:
+        """`concretize`, A in the shape [B, R, *input shape]."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({tuple(self.x_L.shape)})"
+
+
+class PerturbationHull(PerturbationInBox):
+    """At each position any point of the convex hull of its own vertices, independently.
+
+    A linear function is extreme at vertices: min <A, x> = sum_s min_k <A_s, v_sk>.
+
+    Args:
+        vertices: [B, S, K, h]; positions with fewer than K vertices repeat one of theirs.
+
+    Raises:
+        UserError: vertices of another shape, or none at all.
+    """
+
+    def __init__(self, vertices: torch.Tensor) -> None:
+        if vertices.ndim != 4 or vertices.shape[2] == 0:
+            given = tuple(vertices.shape)
+            raise UserError(f"vertices have shape {given}: give [B, S, K, h], K at least 1")
+        super().__init__(vertices.amin(2), vertices.amax(2))
+        self.vertices = vertices
+
+    def extreme(self, x: torch.Tensor, A: torch.Tensor, sign: int) -> torch.Tensor:
+        values = torch.einsum("brsh,bskh->brsk", A, self.vertices.to(A))
+        return (values.amax(-1) if sign > 0 else values.amin(-1)).sum(-1)
+
+
+class PerturbationPositions(PerturbationInBox):
+    """An L1 or L2 ball over some positions, or one ball for each position.
+
+    max <A, x - c> is sum_s r_s ||A_s||_q for balls of radius r_s at each position s, 1/p + 1/q = 1,
+    and (sum_s (r ||A_s||_q)^q)^1/q for one ball of radius r over all positions of radius r (the
+    others have radius 0).
+
+    Args:
+        x: the clean input c, [B, S, h].
+        radii: [B, S].
+        norm: 1 or 2.
+        joint: one ball over all positions instead of one for each.
+    """
+
+    def __init__(self, x: torch.Tensor, radii: torch.Tensor, norm: float, joint: bool) -> None:
+        super().__init__(x - radii.unsqueeze(-1), x + radii.unsqueeze(-1))
+        self.radii, self.joint = radii, joint
+        self.dual = 2.0 if norm == 2 else float("inf")
+
+    def extreme(self, x: torch.Tensor, A: torch.Tensor, sign: int) -> torch.Tensor:
+        reach = torch.linalg.vector_norm(A, self.dual, dim=-1) * self.radii.to(A).unsqueeze(1)
+        if self.joint:
+            deviation = torch.linalg.vector_norm(reach, self.dual, dim=-1)
+        else:
+            deviation = reach.sum(-1)
+        return (A * x.unsqueeze(1)).flatten(2).sum(-1) + sign * deviation
+
+
+_PARTS = ("x_L", "x_U", "eps", "norm", "vertices", "radii", "joint", "dual")
+"""Attributes that say what a perturbation is."""
 
 
 def described(x: Sequence[Any]) -> dict[str, torch.Tensor | str | None]:
@@ -19,7 +115,7 @@ def described(x: Sequence[Any]) -> dict[str, torch.Tensor | str | None]:
         values[f"input {i}"] = value
         ptb = getattr(value, "ptb", None)
         values[f"the perturbation of input {i}"] = type(ptb).__name__
-        for name in ("x_L", "x_U", "eps", "norm"):
+        for name in _PARTS:
             part = getattr(ptb, name, None)
             values[f"{name} of input {i}"] = part if isinstance(part, torch.Tensor) else str(part)
     return values
@@ -28,6 +124,12 @@ def described(x: Sequence[Any]) -> dict[str, torch.Tensor | str | None]:
 def is_ball(ptb: Any) -> bool:
     """Whether the perturbation is an L1 or L2 ball."""
     return isinstance(ptb, host.PerturbationLpNorm) and ptb.norm != float("inf")
+
+
+def is_box(ptb: Any) -> bool:
+    """Whether the perturbation is all of a box: IBP is then exact in a first linear layer."""
+    part = is_ball(ptb) or isinstance(ptb, PerturbationInBox)
+    return isinstance(ptb, host.PerturbationLpNorm) and not part
 
 
 def check_perturbations(module: Any, x: Sequence[Any], method: str) -> None:

@@ -295,6 +295,54 @@ def test_alpha_crown_of_a_sharded_output_without_c_is_refused_by_name():
         assert "gather_output=True" in outcome.message
 
 
+class Selected(nn.Module):
+    """Gathered features of which each rank takes its own choice, as attention with fewer
+    key/value groups than ranks does."""
+
+    def __init__(self):
+        super().__init__()
+        (w1, b1), _, (w3, b3) = _weights(6, 8, 12, 4)
+        self.up, self.down = _layer("column", 6, 8, w1, b1), _layer("row", 12, 4, w3, b3)
+
+    def forward(self, x):
+        from lirpa_megatron.adapters.linear_facades import gather_features, select_from_region
+
+        tp = self.up.tp
+        x = gather_features(torch.relu(self.up(x)[0]), tp)
+        return self.down(torch.relu(select_from_region(x, _chosen(tp.size, tp.rank), tp)))[0]
+
+
+def _chosen(size, rank):
+    """Twelve of eight features, some of them twice; this rank's part of the choice."""
+    return torch.tensor([0, 1, 2, 6, 7, 1, 5, 4, 3, 1, 0, 7]).chunk(size)[rank]
+
+
+def _selected():
+    torch.set_default_dtype(torch.float64)
+    (w1, b1), _, (w3, b3) = _weights(6, 8, 12, 4)
+    full = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    with torch.no_grad():
+        full[0].weight.copy_(w1), full[0].bias.copy_(b1)
+        full[2].weight.copy_(torch.eye(8)[_chosen(1, 0)]), full[2].bias.zero_()
+        full[4].weight.copy_(w3), full[4].bias.copy_(b3)
+    x, model = _input(), Selected()
+    errors = _compare(model, full, x, **{"final_rows": "own", "max_spec_rows": 3})
+    errors |= {(m, "whole"): e for m, e in _compare(model, full, x).items()}
+    gradients = []
+    for module, weight in ((model, model.up.weight), (full, full[0].weight)):
+        bounded = BoundedModule(module, x).train()
+        lower, upper = bounded.compute_bounds(x=(_ball(x),), method="CROWN")
+        gradients.append(torch.autograd.grad((upper - lower).sum(), weight)[0])
+    return errors, gradients[0], gradients[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_features_that_ranks_select_from_a_gathered_value_are_exact(size):
+    for rank, (errors, ours, full) in enumerate(pool(size).run(_selected)):
+        assert max(errors.values()) < 1e-10, errors
+        torch.testing.assert_close(ours, full.chunk(size)[rank], rtol=1e-10, atol=1e-12)
+
+
 def _expert_layer():
     torch.set_default_dtype(torch.float64)
     model = Pairs({}, {})

@@ -159,11 +159,25 @@ def _norm(
 # ------------------------------------------------------------------ the graph's nodes
 
 
-def _op(g: Any, name: str, *inputs: Any, sizes: list[int] | None = None, **attributes: Any) -> Any:
-    """A node of the traced graph, with a shape (the first input's, or `sizes`)."""
+def _op(
+    g: Any, name: str, *inputs: Any, sizes: Callable[[list[int]], list[int]] | None = None,
+    **attributes: Any,
+) -> Any:
+    """A node of the traced graph; its shape follows from the first input's where that is known.
+
+    Args:
+        g: the graph.
+        name: of the operator.
+        *inputs: its inputs.
+        sizes: shape of the first input -> shape of the result; the same shape by default.
+        **attributes: as torch.onnx wants them, with their type as suffix.
+    """
     out = g.op(f"lirpa_megatron::{name}", *inputs, **attributes)
     like = inputs[0].type()
-    return out.setType(like if sizes is None else like.with_sizes(sizes))
+    known = like.sizes() if like.kind() == "TensorType" else None
+    if known is None:
+        return out
+    return out.setType(like if sizes is None else like.with_sizes(sizes(known)))
 
 
 def _elementwise(kind: str) -> type[torch.autograd.Function]:
@@ -221,9 +235,10 @@ class _RotarySymbol(torch.autograd.Function):
 class _ScoresSymbol(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, head_dim: int, scale: float, q: Any, k: Any) -> Any:
-        batch, sequence, width = q.type().sizes()
-        sizes = [batch, width // head_dim, sequence, sequence]
-        return _op(g, "Scores", q, k, sizes=sizes, head_dim_i=head_dim, scale_f=scale)
+        return _op(
+            g, "Scores", q, k, head_dim_i=head_dim, scale_f=scale,
+            sizes=lambda q: [q[0], q[2] // head_dim, q[1], q[1]],
+        )
 
     @staticmethod
     def forward(ctx: Any, head_dim: int, scale: float, q: Any, k: Any) -> torch.Tensor:
@@ -235,10 +250,9 @@ class _ScoresSymbol(torch.autograd.Function):
 class _AttendSymbol(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, head_dim: int, fill: float, s: Any, v: Any, *mask: Any) -> Any:
-        batch, heads, sequence, _ = s.type().sizes()
         finite = int(math.isfinite(fill))
         return _op(
-            g, "Attend", s, v, *mask, sizes=[batch, sequence, heads * head_dim],
+            g, "Attend", s, v, *mask, sizes=lambda s: [s[0], s[2], s[1] * head_dim],
             head_dim_i=head_dim, finite_fill_i=finite, fill_f=fill if finite else 0.0,
         )
 
@@ -254,8 +268,7 @@ class _AttendSymbol(torch.autograd.Function):
 class _PositionSymbol(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, position: int, x: Any) -> Any:
-        batch, _, width = x.type().sizes()
-        return _op(g, "SelectPosition", x, sizes=[batch, width], position_i=position)
+        return _op(g, "SelectPosition", x, sizes=lambda x: [x[0], x[2]], position_i=position)
 
     @staticmethod
     def forward(ctx: Any, position: int, x: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron import host
-from lirpa_megatron.operators.linear import (
-    IdentityRows,
-    LocalLinear,
-    both_sides,
-    dense,
-    rows_of_bias,
-)
+from lirpa_megatron.operators.linear import LocalLinear
 
 
 class BoundColumnParallelLinear(LocalLinear):
@@ -42,11 +36,30 @@ class BoundColumnParallelLinear(LocalLinear):
     IBP: [l, u] -> W_r m -+ |W_r| d + b_r with midpoint m and half-width d (for an L2 or L1 ball
     straight from the input: the dual norm of each row times eps). Exact for each neuron;
     a zero-width interval gives a zero-width one.
+
+    With `rows` the layer is taken for some of the rank's output features only (the queries, keys or
+    values of a packed projection; the gate of a gated MLP): W_r and b_r are then those rows.
     """
 
-    def forward(
-        self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.has_rows = bool(attr.get("has_rows", 0))
+
+    def _own(self, w: Any, rest: Any) -> tuple[Any, Any]:
+        """(weight, bias or None) of the chosen rows; `rest` is [bias], [rows]."""
+        *bias, rows = rest if self.has_rows else (*rest, None)
+        b = bias[0] if bias else None
+        if rows is None:
+            return w, b
+        return w[rows], None if b is None else b[rows]
+
+    def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.check_unperturbed()
+        w, *rest = (self.layout.value_of(node) for node in x[1:])
+        return self._own(w, rest)
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        w, b = self._own(w, rest)
         self.input_shape = self.x_shape = x.shape
         self.y_shape = w.t().shape
         return F.linear(self.layout.collectives.copy_to(x), w, b)
@@ -59,23 +72,13 @@ class BoundColumnParallelLinear(LocalLinear):
             x = host.Interval(lower, upper if v[0].ptb is not None else lower, v[0].ptb)
         else:
             x = (lower, upper)
+        w, b = self._own(v[1][0], [y[0] for y in v[2:]])
         if C is None:
-            return super().interval_propagate(x, *v[1:])
-        # |sum_r C_r W_r| is needed, not sum_r |C_r W_r|: the product is reduced first.
-        merged = tp.reduce_from(C.matmul(v[1][0]))
-        bias = tp.reduce_from(C.matmul(v[2][0])) if len(v) > 2 else None
+            merged, bias = w, b
+        else:
+            # |sum_r C_r W_r| is needed, not sum_r |C_r W_r|: the product is reduced first.
+            merged = tp.reduce_from(C.matmul(w))
+            bias = None if b is None else tp.reduce_from(C.matmul(b))
+            x = v[0]
         rest = [(merged, merged)] if bias is None else [(merged, merged), (bias, bias)]
-        return host.BoundLinear.interval_propagate(self, v[0], *rest)
-
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
-        """This rank's terms of A_x and of the bias. Shapes: see the class."""
-        w, b = self.weight_and_bias(x)
-
-        def product(A: Any) -> torch.Tensor:
-            if isinstance(A, IdentityRows) and len(A.shape) == 3:
-                return w.index_select(0, A.own).unsqueeze(1).expand(-1, A.shape[1], -1)
-            return dense(A).matmul(w)
-
-        lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
-        A_x = both_sides(product, last_lA, last_uA)
-        return [A_x, *[(None, None)] * (len(x) - 1)], lbias, ubias
+        return super().interval_propagate(x, *rest)

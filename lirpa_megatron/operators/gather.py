@@ -1,4 +1,4 @@
-"""The borders of a sharded region without a product: gather_output and input_is_parallel=False."""
+"""The borders of a sharded region without a product: gathered, split and selected features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lirpa_megatron.parallel.layouts import Layout
 
 
 class _Border(host.Bound):
-    """Base: both operators only move features, so every bound is exact."""
+    """Base: the operators only move features, so every bound is exact."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -25,7 +25,8 @@ class _Border(host.Bound):
         norm, eps = host.Interval.get_perturbation(v[0])[:2]
         if norm != float("inf"):
             lower, upper = lower - eps, upper + eps
-        return self.forward(lower), self.forward(upper)
+        rest = [constant[0] for constant in v[1:]]
+        return self.forward(lower, *rest), self.forward(upper, *rest)
 
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
@@ -76,3 +77,26 @@ class BoundScatterToRegion(_Border):
             )
 
         return [both_sides(place, last_lA, last_uA)], 0, 0
+
+
+class BoundSelectFromRegion(_Border):
+    """y_r = the rank's own choice of x's features (its query heads and their key/value group).
+
+    x [B, ..., n] replicated, idx [m] int64, y_r [B, ..., m] sharded; ranks may choose the same
+    feature. A_x is A_y added up at idx, zero elsewhere: this rank's term of the sum that the pass
+    takes.
+    """
+
+    def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+        return self.layout.collectives.copy_to(x).index_select(-1, idx)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, idx: Any, **kwargs: Any) -> tuple:
+        """A [R, B, ..., m] -> partial sums [R, B, ..., n]."""
+        chosen, n = idx.lower, x.output_shape[-1]
+
+        def place(A: torch.Tensor) -> torch.Tensor:
+            A_x = A.new_zeros(*A.shape[:-1], n)
+            return A_x.index_add(-1, chosen, A)
+
+        lA, uA = both_sides(place, *both_sides(dense, last_lA, last_uA))
+        return [(lA, uA), (None, None)], 0, 0

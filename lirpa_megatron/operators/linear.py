@@ -74,23 +74,37 @@ class LocalLinear(host.BoundLinear):
     def interval_propagate_with_weight(self, *args: Any, **kwargs: Any) -> Any:
         raise self._refused("perturbed weights")
 
-    def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The local weight [o, i] and bias [o] or None."""
+    def check_unperturbed(self) -> None:
+        """Refuses perturbed weights."""
         if any(self.is_input_perturbed(i) for i in range(1, len(self.inputs))):
             raise self._refused("perturbed weights")
+
+    def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The local weight [o, i] and bias [o] or None."""
+        self.check_unperturbed()
         return x[1].lower, x[2].lower if len(x) > 2 else None
 
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+        """A [R, B, ..., o] W and <A, b> with the local weight and bias; no communication."""
+        w, b = self.weight_and_bias(x)
 
-class BoundReplicatedLinear(host.BoundLinear):
-    """nn.Linear without a bias: y = x W^T, everything replicated.
+        def product(A: Any) -> torch.Tensor:
+            if isinstance(A, IdentityRows):
+                return rows_of_weight(w, A.own, A)
+            return dense(A).matmul(w)
 
-    The host traces it as a matrix product, whose IBP cannot take a specification (0.3) and whose
-    backward pass builds the identity. As its BoundLinear it has neither restriction.
+        lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
+        A_x = both_sides(product, last_lA, last_uA)
+        return [A_x, *[(None, None)] * (len(x) - 1)], lbias, ubias
+
+
+class BoundReplicatedLinear(LocalLinear):
+    """nn.Linear, y = x W^T + b, everything replicated; x [B, ..., i], y [B, ..., o].
+
+    The host traces one without a bias, or one on tokens, as a matrix product (and a sum). That
+    product's IBP cannot take a specification on 0.3, and its backward pass bounds both factors and
+    builds the identity. As its BoundLinear it has none of these.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.transB = 1  # [out, in]
 
 
 def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
@@ -116,6 +130,26 @@ def dense(A: Any) -> torch.Tensor:
     return A.dense() if isinstance(A, IdentityRows) else A
 
 
+def rows_of_weight(w: torch.Tensor, rows: torch.Tensor, A: IdentityRows) -> torch.Tensor:
+    """Rows of the identity at a linear layer's output, times its weight: nothing is multiplied.
+
+    Args:
+        w: [o, i].
+        rows: indices into the flattened output [*tokens, o], [R].
+        A: the identity rows; their shape says how many tokens there are.
+
+    Returns:
+        [R, B, *tokens, i]: row (t, f) has w[f] at token t and zero elsewhere.
+    """
+    _, batch, *tokens, width = A.shape
+    chosen = w.index_select(0, rows % width)
+    if tokens:
+        places = torch.arange(len(rows), device=rows.device), rows // width
+        zeros = w.new_zeros(len(rows), math.prod(tokens), w.shape[1])
+        chosen = zeros.index_put(places, chosen).unflatten(1, tuple(tokens))
+    return chosen.unsqueeze(1).expand(-1, batch, *chosen.shape[1:])
+
+
 def rows_of_bias(A: Any, b: torch.Tensor | None) -> torch.Tensor | int:
     """The bias term of each row, summed over tokens and features.
 
@@ -128,7 +162,7 @@ def rows_of_bias(A: Any, b: torch.Tensor | None) -> torch.Tensor | int:
     """
     if b is None:
         return 0
-    if isinstance(A, IdentityRows) and len(A.shape) == 3:
-        return b.index_select(0, A.own).unsqueeze(1).expand(-1, A.shape[1])
+    if isinstance(A, IdentityRows):
+        return b.index_select(0, A.own % A.shape[-1]).unsqueeze(1).expand(-1, A.shape[1])
     product = dense(A).matmul(b)
     return product.flatten(2).sum(-1) if product.ndim > 2 else product

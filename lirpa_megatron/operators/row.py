@@ -14,6 +14,7 @@ from lirpa_megatron.operators.linear import (
     both_sides,
     dense,
     rows_of_bias,
+    rows_of_weight,
     stack_sides,
 )
 
@@ -77,7 +78,7 @@ class BoundRowParallelLinear(LocalLinear):
         rest = [(None, None)] * (len(x) - 1)
         lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
         given = last_lA if last_lA is not None else last_uA
-        if isinstance(given, IdentityRows) and len(given.shape) == 3:
+        if isinstance(given, IdentityRows):
             return [both_sides(lambda A: self._start(A, w), last_lA, last_uA), *rest], lbias, ubias
         last_lA, last_uA = both_sides(dense, last_lA, last_uA)
         if self.layout.collectives.size == 1:
@@ -87,6 +88,5 @@ class BoundRowParallelLinear(LocalLinear):
 
     @staticmethod
     def _start(A: IdentityRows, w: torch.Tensor) -> torch.Tensor:
-        """W_r's rows for the identity rows of all ranks, [p n, B, n/p]."""
-        rows = A.own if A.all is None else A.all
-        return w.index_select(0, rows).unsqueeze(1).expand(-1, A.shape[1], -1)
+        """W_r's rows for the identity rows of all ranks, [p n, B, ..., n/p]."""
+        return rows_of_weight(w, A.own if A.all is None else A.all, A)

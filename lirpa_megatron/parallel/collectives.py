@@ -15,7 +15,8 @@ split_features     slice of the last dim       all-gather              0, then (
 =================  ==========================  ======================  =====================
 
 `gather_rows` is for a result that each rank uses differently (its gradient is a sum over ranks),
-`gather_results` for one that all use alike. Bytes are those of ring algorithms.
+`gather_results` for one that all use alike. `look_up` is a `reduce_from` of rows that one rank has.
+Bytes are those of ring algorithms.
 
 The guard exists because megatron-core up to 0.18 reduces a *copy* of a non-contiguous tensor and
 returns the tensor unreduced, and reduces a contiguous one in place: every tensor handed to a
@@ -125,6 +126,35 @@ class Collectives:
             return x
         y = mappings.scatter_to_tensor_model_parallel_region(x, group=self.group)
         return self._guard_backward(y, "all_gather", self.size - 1)
+
+    def look_up(self, shard: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a table that lies row by row on the ranks, as a vocabulary does.
+
+        Each rank looks up what it has, the others contribute zero (`reduce_from`).
+
+        Args:
+            shard: this rank's rows, [V/p, ...].
+            ids: int64, replicated, any shape.
+
+        Returns:
+            [*ids.shape, ...], replicated.
+
+        Raises:
+            UserError: ids that are not whole numbers, or not in the table.
+        """
+        size = shard.shape[0] * self.size
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise UserError(f"token ids are whole numbers (int64), these are {ids.dtype}")
+        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < size):
+            raise UserError(
+                f"token ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary has "
+                f"{size} entries"
+            )
+        local = ids.to(shard.device) - self.rank * shard.shape[0]
+        own = (local >= 0) & (local < shard.shape[0])
+        rows = shard[torch.where(own, local, 0)]
+        own = own.reshape(*own.shape, *[1] * (shard.ndim - 1))
+        return self.reduce_from(torch.where(own, rows, 0))
 
     @property
     def _share(self) -> float:

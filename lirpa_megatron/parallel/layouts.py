@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,19 @@ class Layout:
     Attributes:
         collectives: the guarded mappings of the model's tensor-parallel group.
         spec_sharded: whether the pass that is running is spec-sharded.
+        sharded: node name -> whether its value is feature-sharded.
+        value_of: a node's value at the clean input.
+        forms: node name -> its affine form, found by a pass of the present call.
+        centered: the same for the scores of an attention, relative to their weighted mean.
     """
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
         self.spec_sharded = False
+        self.sharded: dict[str, bool] = {}
+        self.value_of: Callable[[Any], Any] = _unknown
+        self.forms: dict[str, Any] = {}
+        self.centered: dict[str, Any] = {}
 
     def __deepcopy__(self, memo: dict) -> Layout:
         return self  # process groups cannot be copied
@@ -83,10 +92,16 @@ class Layout:
         return self.collectives.copy_to(A)
 
 
+def _unknown(node: Any) -> Any:
+    raise RuntimeError(f"{node}: the graph is still being built")
+
+
 @dataclass(frozen=True)
 class Plan:
     """The course of a backward pass from one start node, the same on every rank."""
 
+    start: Any
+    """Where A begins."""
     order: tuple[Any, ...]
     """Nodes to go through, each after all its consumers, the start node first."""
     leaves: tuple[Any, ...]
@@ -126,7 +141,7 @@ def make_plan(start: Any, sharded: dict[str, bool], spec_sharded: bool, ranks: i
     partial = ranks > 1 and any(
         sharded[node.name] and rows[node.name] in (Rows.WHOLE, Rows.ALL) for node in order
     )
-    return Plan(tuple(order), tuple(leaves), rows, spec_sharded, partial)
+    return Plan(start, tuple(order), tuple(leaves), rows, spec_sharded, partial)
 
 
 def _topological(start: Any) -> tuple[list[Any], list[Any]]:

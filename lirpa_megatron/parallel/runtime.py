@@ -22,8 +22,8 @@ def initialize(
     """Sets up torch.distributed and Megatron's parallel_state; installs the CPU shim.
 
     Under torchrun all processes take part (NCCL with CUDA, else gloo); in a plain python process
-    there is one rank and no launcher is needed. What is already initialised is left alone. On a CPU,
-    a program that never calls `shutdown` has it called when it ends.
+    there is one rank and no launcher is needed. What is already initialised is left alone. On a
+    CPU, a program that never calls `shutdown` has it called when it ends.
 
     Args:
         tensor_parallel_size: ranks per model; all processes by default. The remaining processes

@@ -1,0 +1,274 @@
+"""Pre-LN transformers for the benchmarks: in plain torch, of this package's symbols, of Megatron.
+
+The plain one has the weights; a Megatron model takes this rank's part of them. Every mode of a
+benchmark runs in processes of its own (`launch`), which end at a time limit.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PARTS = ("norm", "attention", "gelu")
+GELU = functools.partial(F.gelu, approximate="tanh")
+
+
+class Layer(nn.Module):
+    """Attention and MLP with residuals; `parts` are made of `adapters.symbols`, the rest of torch.
+
+    Args:
+        hidden, ffn, heads: sizes.
+        parts: of PARTS; empty is a module of torch alone.
+    """
+
+    def __init__(self, hidden: int, ffn: int, heads: int, parts: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden) for _ in range(4))
+        self.f1, self.f2 = nn.Linear(hidden, ffn), nn.Linear(ffn, hidden)
+        self.heads, self.size, self.parts = heads, hidden // heads, parts
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = normalize(x, self.n1, self.parts)
+        x = x + self.o(self.attend(self.q(y), self.k(y), self.v(y), mask))
+        y = self.f1(normalize(x, self.n2, self.parts))
+        if "gelu" not in self.parts:
+            return x + self.f2(GELU(y))
+        from lirpa_megatron.adapters import symbols
+
+        return x + self.f2(symbols.activation(y, "gelu_tanh"))
+
+    def attend(self, q, k, v, mask):
+        if "attention" in self.parts:
+            from lirpa_megatron.adapters import symbols
+
+            scores = symbols.scores(q, k, self.size, self.size**-0.5)
+            return symbols.attend(scores, v, mask, self.size)
+        batch, length, hidden = q.shape
+        q, k, v = (z.view(batch, length, self.heads, self.size).transpose(1, 2) for z in (q, k, v))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.size)
+        if mask is not None:
+            scores = scores + mask * -10000.0
+        y = torch.softmax(scores, dim=-1) @ v
+        return y.transpose(1, 2).reshape(batch, length, hidden)
+
+
+def normalize(x: torch.Tensor, layer: nn.LayerNorm, parts: tuple[str, ...]) -> torch.Tensor:
+    """The LayerNorm, in torch or as one operator."""
+    if "norm" not in parts:
+        return layer(x)
+    from lirpa_megatron.adapters import symbols
+
+    return symbols.norm(x, layer.weight, layer.bias, layer.eps)
+
+
+class Plain(nn.Module):
+    """Hidden [B, S, h] -> outputs [B, K] of a linear head at one position.
+
+    Args:
+        layers, hidden, ffn, heads, outputs: sizes.
+        position: that the head reads (from 0).
+        causal: the length that a causal mask is for; None for attention to all positions.
+        parts: as for `Layer`.
+    """
+
+    def __init__(self, layers, hidden, ffn, heads, outputs, position=0, causal=None, parts=()):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(hidden, ffn, heads, parts) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(hidden), nn.Linear(hidden, outputs)
+        self.position, self.parts = position, parts
+        mask = None if causal is None else torch.ones(1, 1, causal, causal).triu(1)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        mask = self.mask if mask is None else mask
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.head(normalize(x[:, self.position], self.norm, self.parts))
+
+
+def config(plain: Plain):
+    """Megatron's TransformerConfig of the plain model."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from lirpa_megatron.parallel import runtime
+
+    first = plain.layers[0]
+    return TransformerConfig(
+        num_layers=len(plain.layers), hidden_size=first.q.in_features,
+        ffn_hidden_size=first.f1.out_features, num_attention_heads=first.heads,
+        tensor_model_parallel_size=runtime.tp_size(), params_dtype=torch.float32,
+        use_cpu_initialization=True, gradient_accumulation_fusion=False, hidden_dropout=0.0,
+        attention_dropout=0.0, masked_softmax_fusion=False, bias_activation_fusion=False,
+        bias_dropout_fusion=False, persist_layer_norm=False, apply_rope_fusion=False,
+        attention_softmax_in_fp32=True, activation_func=GELU,
+    )
+
+
+def fill(block: nn.Module, plain: Plain) -> None:
+    """Copies this rank's part of the plain weights into Megatron's TransformerBlock."""
+    from lirpa_megatron.parallel import runtime
+
+    full: dict[str, torch.Tensor] = {}
+
+    def put(name, weight, bias):
+        full[f"{name}.weight"], full[f"{name}.bias"] = weight, bias
+
+    for i, layer in enumerate(plain.layers):
+        def packed(parameters, heads=layer.heads):  # Megatron's rows: q, k, v of each head
+            return torch.stack([p.unflatten(0, (heads, -1)) for p in parameters], 1).flatten(0, 2)
+
+        qkv, at = (layer.q, layer.k, layer.v), f"layers.{i}"
+        put(f"{at}.input_layernorm", layer.n1.weight, layer.n1.bias)
+        put(f"{at}.self_attention.linear_qkv", packed([m.weight for m in qkv]),
+            packed([m.bias for m in qkv]))
+        put(f"{at}.self_attention.linear_proj", layer.o.weight, layer.o.bias)
+        put(f"{at}.pre_mlp_layernorm", layer.n2.weight, layer.n2.bias)
+        put(f"{at}.mlp.linear_fc1", layer.f1.weight, layer.f1.bias)
+        put(f"{at}.mlp.linear_fc2", layer.f2.weight, layer.f2.bias)
+    put("final_layernorm", plain.norm.weight, plain.norm.bias)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            value = full.pop(name)
+            if getattr(parameter, "tensor_model_parallel", False):
+                parts = value.chunk(runtime.tp_size(), parameter.partition_dim)
+                value = parts[runtime.tp_rank()]
+            parameter.copy_(value)
+    assert not full, f"Megatron's block has no {list(full)}"
+
+
+class Classifier(nn.Module):
+    """Megatron's TransformerBlock, without a mask, and a linear head on one position."""
+
+    def __init__(self, plain: Plain) -> None:
+        super().__init__()
+        from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+        from megatron.core.transformer.transformer_block import TransformerBlock
+
+        from lirpa_megatron import at_position
+
+        block = TransformerBlock(config(plain), bert_layer_local_spec)
+        fill(block, plain)
+        self.block, self.head = at_position(block.eval(), plain.position), plain.head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(hidden))
+
+
+def bound_plainly(model: nn.Module, x: torch.Tensor):
+    """auto_LiRPA's own BoundedModule, with its defaults."""
+    from lirpa_megatron import host
+
+    class Host(host.HostBoundedModule):
+        _named_members = host.named_members
+
+    with host.conversion(x):
+        return Host(model, x, device="cpu")
+
+
+# ------------------------------------------------------------------------ where the time goes
+
+
+@contextlib.contextmanager
+def profiled():
+    """Yields a dictionary name -> [seconds, calls], filled while the block runs."""
+    from lirpa_megatron import backward, bounded_module, forms, host
+
+    spent: dict[str, list] = collections.defaultdict(lambda: [0.0, 0])
+
+    def timed(function, name_of):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                entry = spent[name_of(args)]
+                entry[0] += time.perf_counter() - start
+                entry[1] += 1
+
+        return wrapper
+
+    def of_class(args):
+        return f"backward {type(args[0]).__name__}"
+
+    wrapped = [
+        (host, "bound_backward", of_class),
+        (backward.BackwardPass, "_concretize", lambda args: "concretization"),
+        (backward.BackwardPass, "_reduce", lambda args: "sums over ranks"),
+        (forms.InputSet, "rows", lambda args: "affine forms"),
+        (bounded_module.BoundedModule, "_ibp_of", lambda args: "IBP of a node"),
+    ]
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
+    for owner, name, name_of in wrapped:
+        setattr(owner, name, timed(getattr(owner, name), name_of))
+    try:
+        yield spent
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+
+
+# --------------------------------------------------------------------------------- processes
+
+
+def environment(auto_lirpa: str | None) -> dict[str, str]:
+    """For a worker: one thread, auto_LiRPA from a folder."""
+    found = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if auto_lirpa and Path(auto_lirpa).is_dir():
+        paths = [str(Path(auto_lirpa).resolve()), os.environ.get("PYTHONPATH")]
+        found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return found
+
+
+def launch(script: str, task: dict, ranks: int, limit: float, auto_lirpa: str | None):
+    """Runs `script --worker TASK` with some ranks.
+
+    Returns:
+        What each rank printed as its last JSON line; None past the time limit.
+
+    Raises:
+        SystemExit: a rank failed, with the end of its messages.
+    """
+    command = [sys.executable, "-W", "ignore"]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [script, "--worker", json.dumps(task)]
+    process = subprocess.Popen(
+        command, env=environment(auto_lirpa), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM if ranks > 1 else signal.SIGKILL)
+        process.communicate()
+        return None
+    results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    if process.returncode != 0 or len(results) != ranks:
+        raise SystemExit(f"{task} failed:\n{err[-2000:]}")
+    return results
+
+
+def host_version(auto_lirpa: str | None) -> str:
+    """The version of auto_LiRPA that workers will use."""
+    code = "from lirpa_megatron import host; print(host.VERSION)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    out = subprocess.run(command, env=environment(auto_lirpa), capture_output=True, text=True)
+    if out.returncode != 0:
+        raise SystemExit(out.stderr[-2000:])
+    return out.stdout.split()[-1]

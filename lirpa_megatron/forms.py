@@ -1,0 +1,165 @@
+"""Affine forms of nodes in the model's input, from the rows of a backward pass.
+
+`operators.enclosure` says what they are; here they are made: from the coefficients of one rank's
+rows, for the perturbations that have a box or a ball.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron import host
+from lirpa_megatron.backward import RowBounds
+from lirpa_megatron.operators.attend import BoundAttend
+from lirpa_megatron.operators.enclosure import AffineForm, dual_norm
+
+
+class InputSet:
+    """The perturbed coordinates of a model's inputs as center + radii * u, u in a unit ball.
+
+    Args:
+        leaves: perturbed input nodes.
+
+    Attributes:
+        norm: of the ball: inf for boxes (and what lies in them), its own for one L1 or L2 ball.
+    """
+
+    def __init__(self, leaves: Sequence[host.Bound]) -> None:
+        self.leaves = leaves
+        norms = {float(getattr(leaf.perturbation, "norm", "nan")) for leaf in leaves}
+        self.norm = next(iter(norms)) if len(norms) == 1 else float("nan")
+
+    def offers_form(self, numel: int, limit: int) -> bool:
+        """Whether a node of `numel` numbers gets a form of at most `limit` numbers."""
+        known = self.norm == float("inf") or (self.norm in (1.0, 2.0) and len(self.leaves) == 1)
+        if not known:
+            return False
+        moved = sum(int((self.box(leaf)[1] > 0).flatten(1).any(0).sum()) for leaf in self.leaves)
+        return 0 < numel * moved <= limit
+
+    def box(self, leaf: host.Bound) -> tuple[torch.Tensor, torch.Tensor]:
+        """(center, radii) of one input, [B, *input shape]."""
+        if self.norm == float("inf"):
+            lower, upper = leaf.lower, leaf.upper
+            return (lower + upper) / 2, (upper - lower) / 2
+        eps = torch.as_tensor(leaf.perturbation.eps, dtype=leaf.center.dtype)
+        return leaf.center, eps.to(leaf.center.device).expand_as(leaf.center)
+
+    def rows(
+        self, bounds: RowBounds, shared: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Rows of the form: [rows, B, N + 2], the last two its center and slack.
+
+        Args:
+            bounds: with lA and uA [rows, B, *input shape] of every leaf.
+            shared: gives a replicated value for use on this rank's rows.
+        """
+        middle, half = [], []
+        low, high = bounds.lbias, bounds.ubias
+        for leaf in self.leaves:
+            center, radii = (shared(value) for value in self.box(leaf))
+            lA, uA = bounds.lA[leaf.name].flatten(2), bounds.uA[leaf.name].flatten(2)
+            center, radii = center.flatten(1), radii.flatten(1)
+            low = low + (lA * center).sum(-1)
+            high = high + (uA * center).sum(-1)
+            moved = (radii > 0).any(0)
+            lA, uA, radii = lA[..., moved], uA[..., moved], radii[:, moved]
+            middle.append((lA + uA) / 2 * radii)
+            half.append((uA - lA) / 2 * radii)
+        A, spread = torch.cat(middle, -1), torch.cat(half, -1)
+        slack = ((high - low) / 2 + dual_norm(spread, self.norm)).clamp(min=0)
+        return torch.cat((A, ((high + low) / 2).unsqueeze(-1), slack.unsqueeze(-1)), -1)
+
+    def form(self, rows: torch.Tensor, shape: Sequence[int]) -> AffineForm | None:
+        """All rows [S, B, N + 2] -> the form of a node of `shape` (without the batch)."""
+        rows = rows.transpose(0, 1)
+        A, center, slack = rows[..., :-2], rows[..., -2], rows[..., -1]
+        batch = A.shape[0]
+        return AffineForm(
+            center.reshape(batch, *shape), A.reshape(batch, *shape, A.shape[-1]),
+            slack.reshape(batch, *shape), self.norm,
+        )
+
+
+@dataclass
+class CenteredScores:
+    """What a pass found of t_ij = s_ij - sum_k p_ik s_k; 0 where masked. [B, n, T, T]."""
+
+    lower: torch.Tensor
+    upper: torch.Tensor
+    form: AffineForm | None
+
+
+class CenteredRows:
+    """The rows e_ij - sum_k p_ik e_ik of an attention's scores, built when they are asked for.
+
+    Args:
+        weights: p [B, n, T, T], clean softmax weights.
+        keep: [n, T, T], the pairs that some sample of the batch does not mask.
+    """
+
+    def __init__(self, weights: torch.Tensor, keep: torch.Tensor) -> None:
+        self.weights = weights
+        self.pairs = keep.nonzero(as_tuple=True)
+        self.shape = (len(self.pairs[0]), *weights.shape)
+
+    def index_select(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
+        """Some of the rows, [R, B, n, T, T]."""
+        h, i, j = (index[rows] for index in self.pairs)
+        C = self.weights.new_zeros(len(rows), *self.shape[1:])
+        each = torch.arange(len(rows), device=C.device)
+        C[each, :, h, i] = -self.weights[:, h, i].transpose(0, 1)
+        C[each, :, h, i, j] += 1
+        return C
+
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the rows, [..., R] -> [..., n, T, T], 0 elsewhere."""
+        placed = values.new_zeros(*values.shape[:-1], *self.weights.shape[1:])
+        placed[(..., *self.pairs)] = values
+        return placed
+
+
+def bound_centered(passes: Any, node: host.Bound, attend: Any) -> CenteredScores:
+    """Bounds the scores as an attention reads them: each less the weighted mean of its query.
+
+    Softmax does not see what all scores of a query have in common, which is most of their range.
+    The rows are those of the rank's heads; a head's masked pairs are left out.
+
+    Args:
+        passes: of the bound module.
+        node: the scores.
+        attend: the operator that reads them.
+    """
+    p = attend.clean_weights()
+    rows = CenteredRows(p, (~attend.masked()).any(0))
+    found = passes.run(node, rows, passes.tp.size > 1, form=True)
+    lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
+    form = None if found.form is None else found.form.view(rows.place)
+    return CenteredScores(lower, upper, form)
+
+
+def form_is_of_use(node: host.Bound, readers: Sequence[Any]) -> bool:
+    """Whether an operator that reads the node makes use of its form."""
+    return any(
+        reader.inputs[i] is node
+        for reader in readers for i in getattr(reader, "reads_form", ())
+    )
+
+
+def reader_of_scores(node: host.Bound, readers: Sequence[Any]) -> Any:
+    """The attention that reads the node as its scores; None if anything else reads it too."""
+    alone = len(readers) == 1 and isinstance(readers[0], BoundAttend)
+    return readers[0] if alone and readers[0].inputs[0] is node else None
+
+
+def without_nan(lower: Any, upper: Any) -> tuple[Any, Any]:
+    """Bounds that say nothing where arithmetic gave NaN: -inf and inf."""
+    inf = float("inf")
+    return (
+        None if lower is None else torch.where(lower.isnan(), -inf, lower),
+        None if upper is None else torch.where(upper.isnan(), inf, upper),
+    )

@@ -1,0 +1,210 @@
+"""What a backward pass has found of a node besides its box: an affine form in the model's input.
+
+The products inside norms and attention leave remainders of second order, delta a * delta b. Bounded
+over the *boxes* of a and b they are most of what makes transformers' bounds loose, because both
+deviations come from the same input. The passes that gave the boxes also gave lines in the input;
+they make one affine form per node, over which linear forms and products of them are bounded here.
+
+Shapes: B batch, N perturbed coordinates of the input, d the last dimension of the node.
+
+Products are bounded over an ellipsoid: the box |u_n| <= 1 lies in {u: sum_n D_n u_n^2 <= sum D} for
+all weights D > 0 (Cauchy and Schwarz), and over it, with <b, b'>_D = (sum D) sum_n b_n b'_n / D_n,
+
+    max <b, u> = |b|_D        <b, u> <b', u> in ( <b, b'>_D -+ |b|_D |b'|_D ) / 2.
+
+D is taken as the mean size of the columns concerned. Over a Euclidean ball D = 1 / N is exact; an
+L1 ball lies in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
+"""Relative allowance for the rounding of the sums below."""
+
+
+@dataclass
+class AffineForm:
+    """z in center + A u +- slack for a u of the unit ball, the same u for all of the node.
+
+    Made from CROWN's lines lA x + lb <= z <= uA x + ub, with x = m + R u and R the radii:
+
+        A = (lA + uA)/2 R          center = (lA m + lb + uA m + ub)/2
+        slack = (uA m + ub - lA m - lb)/2 + |(uA - lA)/2 R|_dual
+
+    Attributes:
+        center: [B, *node shape].
+        A: [B, *node shape, N].
+        slack: [B, *node shape], not negative.
+        norm: of the ball of u: inf (a box), 2 or 1.
+    """
+
+    center: torch.Tensor
+    A: torch.Tensor
+    slack: torch.Tensor
+    norm: float
+
+    def view(self, function: Callable[[torch.Tensor], torch.Tensor]) -> AffineForm:
+        """The form of a rearrangement of the node.
+
+        Args:
+            function: rearranges [..., *node shape] -> [..., *new shape], dimensions before the
+                node's counted from the front.
+        """
+        A = function(self.A.movedim(-1, 0)).movedim(0, -1)
+        return AffineForm(function(self.center), A, function(self.slack), self.norm)
+
+    def split(self, size: int) -> AffineForm:
+        """The last dimension in parts of `size`."""
+        return self.view(lambda x: x.unflatten(-1, (-1, size)))
+
+    def reach(self) -> torch.Tensor:
+        """max |A u| for each coordinate: [B, *node shape]."""
+        return dual_norm(self.A, self.norm)
+
+    def through(self, w: torch.Tensor) -> torch.Tensor:
+        """w A: [R, *lead, d] with A [*lead, d, N] -> [R, *lead, N]."""
+        return torch.matmul(w.movedim(0, -2), self.A).movedim(-2, 0)
+
+    def radius(self, w: torch.Tensor, through: torch.Tensor | None = None) -> torch.Tensor:
+        """Half-width of <w, z> over the form: |w A|_dual + <|w|, slack>.
+
+        Args:
+            w: [R, *lead, d], where A is [*lead, d, N].
+            through: w A, if it is known.
+
+        Returns:
+            [R, *lead].
+        """
+        reach = dual_norm(self.through(w) if through is None else through, self.norm)
+        total = reach + (w.abs() * self.slack).sum(-1)
+        return total * (1 + _ROUNDING[w.dtype])
+
+
+def dual_norm(x: torch.Tensor, norm: float) -> torch.Tensor:
+    """max <x, u> over the unit ball of `norm`, on the last dimension."""
+    if norm == float("inf"):
+        return x.abs().sum(-1)
+    return torch.linalg.vector_norm(x, dim=-1) if norm == 2 else x.abs().amax(-1)
+
+
+def safe_root(x: torch.Tensor) -> torch.Tensor:
+    """Square root of x >= 0, with gradient 0 at 0."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), 0.0)
+
+
+def _weights(*squares: torch.Tensor) -> torch.Tensor:
+    """(sum D) / D_n from the squared sizes [..., N] of the columns of several matrices.
+
+    A constant for gradients: every D gives a bound.
+    """
+    shares = [s / s.sum(-1, keepdim=True).clamp_min(1e-30) for s in squares]
+    D = torch.stack(torch.broadcast_tensors(*shares)).sum(0).detach().sqrt()
+    D = D + 1e-6 * D.amax(-1, keepdim=True) + 1e-18
+    return D.sum(-1, keepdim=True) / D
+
+
+def product_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds of <delta a_i, delta b_j> for all i and j; delta is the deviation from the center.
+
+    With A' and B' the matrices over the unit ball of the ellipsoid (A' = A D^-1/2 (sum D)^1/2), for
+    every s > 0
+
+        <A'x, B'x> = |(s A' + B'/s) x|^2 / 4 - |(s A' - B'/s) x|^2 / 4,
+
+    which lies between -+ 1/4 of the largest eigenvalues of s^2 A'A'^T + B'B'^T/s^2 -+ (C + C^T),
+    C = A'B'^T [d, d]; s balances the two traces. The slacks add their products with everything.
+
+    Args:
+        a: [*lead, T, d].
+        b: [*lead, U, d].
+
+    Returns:
+        (lower, upper), each [*lead, T, U].
+    """
+    if a.norm == float("inf"):
+        squares = a.A.square().sum(-2).unsqueeze(-2), b.A.square().sum(-2).unsqueeze(-3)
+        weights = _weights(*squares)
+    else:
+        weights = a.A.new_ones(*a.A.shape[:-2], b.A.shape[-3], a.A.shape[-1])
+    AA = torch.einsum("...tdn,...tun,...ten->...tude", a.A, weights, a.A)
+    BB = torch.einsum("...udn,...tun,...uen->...tude", b.A, weights, b.A)
+    AB = torch.einsum("...tdn,...tun,...uen->...tude", a.A, weights, b.A)
+    traces = [G.diagonal(dim1=-1, dim2=-2).sum(-1).clamp_min(1e-30) for G in (AA, BB)]
+    s2 = (traces[1] / traces[0]).detach().sqrt()[..., None, None]
+    squares, cross = s2 * AA + BB / s2, AB + AB.transpose(-1, -2)
+    slack = a.reach() @ b.slack.transpose(-1, -2)
+    slack = slack + a.slack @ (b.reach() + b.slack).transpose(-1, -2)
+    grow = (1 + 10 * _ROUNDING[a.A.dtype]) / 4
+    upper = slack + grow * _largest_eigenvalue(squares + cross)
+    lower = -slack - grow * _largest_eigenvalue(squares - cross)
+    return lower, upper
+
+
+def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
+    """Of symmetric positive semidefinite matrices; NaN where a matrix is not finite."""
+    finite = torch.isfinite(G).all(-1).all(-1)
+    safe = torch.where(finite[..., None, None], G, 0.0)
+    return torch.where(finite, torch.linalg.eigvalsh(safe)[..., -1].clamp_min(0), float("nan"))
+
+
+@dataclass
+class Pairs:
+    """For query i and key j: v_j less its mean over i's keys, and the score t_ij, as forms.
+
+    With A' [d, N] the coefficients of v_j - sum_k p_ik v_k and alpha [N] those of t_ij:
+
+    Attributes:
+        Q: [B, n, T, U, d, d]; a^T Q a = |A'^T a|_D^2.
+        cross: [B, n, T, U, d]; <a, cross> = <A'^T a, alpha>_D.
+        size: [B, n, T, U], |alpha|_D.
+        slack: [B, n, T, U, d], of the centred value.
+    """
+
+    Q: torch.Tensor
+    cross: torch.Tensor
+    size: torch.Tensor
+    slack: torch.Tensor
+
+    @classmethod
+    def of(cls, values: AffineForm, p: torch.Tensor, scores: AffineForm | None) -> Pairs:
+        """Of values [B, n, U, d], weights p [B, n, T, U] and, if known, scores [B, n, T, U]."""
+        rows = []
+        for i in range(p.shape[-2]):
+            own, alpha = p[..., i, :], None if scores is None else scores.A[..., i, :, :]
+            A = values.A - torch.einsum("bnu,bnudm->bndm", own, values.A).unsqueeze(2)
+            shared = own.unsqueeze(-1) * values.slack
+            slack = values.slack - 2 * shared + shared.sum(2, keepdim=True)
+            if alpha is None:
+                alpha = A.new_zeros(*A.shape[:-2], A.shape[-1])
+            if values.norm == float("inf"):
+                weights = _weights(A.square().sum(-2), alpha.square())
+            else:
+                weights = torch.ones_like(alpha)
+            weighted = A * weights.unsqueeze(-2)
+            rows.append((
+                weighted @ A.transpose(-1, -2), (weighted @ alpha.unsqueeze(-1)).squeeze(-1),
+                safe_root((alpha.square() * weights).sum(-1)), slack,
+            ))
+        return cls(*(torch.stack(row, 2) for row in zip(*rows, strict=True)))
+
+    def reaches(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bounds for rows a [R, B, n, T, d], each [R, B, n, T, U].
+
+        Returns:
+            (W, s, c): |<a_i, delta v'_j>| <= W + s, s from the slack alone; the product of its part
+            W with the affine part of t_ij is at least (c - W size)/2.
+        """
+        W, slack, cross = [], [], []
+        for j in range(self.size.shape[-1]):
+            through = torch.einsum("rbnid,bnide->rbnie", a, self.Q[..., j, :, :])
+            W.append((through * a).sum(-1))
+            slack.append((a.abs() * self.slack[..., j, :]).sum(-1))
+            cross.append((a * self.cross[..., j, :]).sum(-1))
+        root = safe_root(torch.stack(W, -1).clamp(min=0))
+        root = root * (1 + 10 * _ROUNDING[a.dtype])
+        return root, torch.stack(slack, -1), torch.stack(cross, -1)

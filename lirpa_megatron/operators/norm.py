@@ -1,0 +1,266 @@
+"""LayerNorm and RMSNorm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron.operators.enclosure import AffineForm, safe_root
+from lirpa_megatron.operators.relaxed import RowRelaxed, tame
+
+_LARGEST = 1e15
+"""Coordinates beyond this are not squared in float32; only |z r| <= sqrt(d) is used then."""
+
+
+@dataclass
+class _Vectors:
+    """What is known of the vectors x = c + dx, for all rows alike: [*lead] or [*lead, d]."""
+
+    c: torch.Tensor
+    """Any point; the clean value."""
+    dl: torch.Tensor
+    du: torch.Tensor
+    z0: torch.Tensor
+    r0: torch.Tensor
+    r_least: torch.Tensor
+    r_most: torch.Tensor
+    below: tuple[torch.Tensor, torch.Tensor]
+    """(slope, intercept) of a line in t below r - r0."""
+    above: tuple[torch.Tensor, torch.Tensor]
+    t_mid: torch.Tensor
+    t_half: torch.Tensor
+    rho_mid: torch.Tensor
+    """r - r0 - (slope below) t."""
+    rho_half: torch.Tensor
+    form: AffineForm | None
+    wild: torch.Tensor
+    """Where a bound is so large that nothing of the above holds."""
+    t_through: torch.Tensor | None = None
+    """z0 times the form's coefficients."""
+
+    def through(self, v: torch.Tensor) -> torch.Tensor | None:
+        """v times the form's coefficients, if there is a form; v [R, ...]."""
+        return None if self.form is None else self.form.through(v)
+
+    def spread(
+        self, v: torch.Tensor, through: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(least, most) <v, dx> over the box and, if there is one, the affine form."""
+        up, down = v.clamp(min=0), v.clamp(max=0)
+        least = (up * self.dl + down * self.du).sum(-1)
+        most = (up * self.du + down * self.dl).sum(-1)
+        if self.form is not None:
+            middle = (v * (self.form.center - self.c)).sum(-1)
+            radius = self.form.radius(v, through)
+            least = torch.maximum(least, middle - radius)
+            most = torch.maximum(least, torch.minimum(most, middle + radius))
+        return least, most
+
+
+class BoundNorm(RowRelaxed):
+    """y = gamma * z * r(z) + beta with z = P x and r(z) = (|z|^2 / d + eps)^(-1/2).
+
+    ============  =====================  =====================================================
+    tensor        shape                  on the ranks
+    ============  =====================  =====================================================
+    x, y          [B, ..., groups d]     replicated, or sharded between a Column and a Row
+    gamma, beta   [d]                    replicated
+    A_y, A_x      [R, B, ..., groups d]  the layout of y (`parallel.layouts`)
+    ============  =====================  =====================================================
+
+    P takes the mean off (LayerNorm) or is the identity (RMSNorm); each of `groups` equal parts is
+    normalised by itself (the norms of queries and keys).
+
+    **CROWN.** For a row let w = P (gamma * A). Then <gamma * A, z> = <w, x>, and what needs a plane
+    is the scalar s r with s = <w, x>. Around any c, with z0 = P c, x = c + dx, s0 = <w, z0>,
+    ds = <w, dx>, and t = <z0, dx>:
+
+        |z|^2 = q0 + 2 t + n,   q0 = |z0|^2,   0 <= n <= N = sum_i max dx_i^2,
+
+    because |P dx| <= |dx|. f(q) = (q/d + eps)^(-1/2) falls and is convex, so with r0 = f(q0)
+
+    - below: r >= f(q0 + N + 2 t) >= f(q1) + 2 f'(q1) t, the tangent at t = 0, q1 = q0 + N;
+    - above: r <= min(f(q0 + 2 t), f(q_least)) <= its chord over the t that can be.
+
+    q_least and q_most come from t's range and from the triangle inequality
+    | |z0| - N^(1/2) | <= |z| <= |z0| + N^(1/2); q >= 0 always, so r never meets a negative
+    variance. Exactly
+
+        s r = r0 s + (s0 + m_s) dr + ds' dr,   dr = r - r0,   ds' = ds - m_s in [-S, S].
+
+    The second term takes the line above or below, by its sign. The product is linearised in one of
+    two ways, for each row and vector the one with the smaller error:
+
+    - dr = m + dr', |dr'| <= D (the range of r):  ds' dr >= m ds' - S D;
+    - dr = k t + rho, k the slope below (k <= 0), t = m_t + t', rho = m_rho + rho', |rho'| <= D_rho:
+
+          ds' dr >= (k m_t + m_rho) ds' + k max(ds' t') - S D_rho.
+
+      ds' and t' are linear in the same dx, and for every lambda > 0
+      ds' t' <= (lambda ds' + t'/lambda)^2 / 4, whose range is that of one linear form: about half
+      of the product of the two ranges, when the two are independent. lambda^2 = T/S.
+
+    S and t's range are those over the box of x and over the affine form of x in the model's input
+    (`enclosure`), which knows how x's coordinates go together. Where the plane is worse even than
+    -sqrt(d) |w| <= s r on all of the box (wide inputs), that constant is taken, with A_x = 0.
+
+    **IBP.** Each z_i r within [z_i's interval times r's], and |z_i r| <= sqrt(d) (sqrt(d - 1) for
+    LayerNorm, whose z sums to 0).
+
+    **Degenerate.** A zero-width box gives the tangent plane at its point, exact in value; q0 = 0
+    (a constant vector) is safe by eps > 0. Infinite or NaN bounds give the constants.
+
+    The idea of relaxing <w, z> r as a whole is this project's; the McCormick step for ds' dr is
+    that of bilinear terms (McCormick, 1976).
+    """
+
+    reads_form = frozenset({0})
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.eps, self.rms, self.groups = attr["eps"], bool(attr["rms"]), attr["groups"]
+        self.requires_input_bounds = [0]
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, b: Any = None) -> torch.Tensor:
+        z = self._project(self._split(x))
+        y = z * self._r(z.square().sum(-1, keepdim=True)) * self.replicated(w)
+        return (y if b is None else y + self.replicated(b)).reshape(x.shape)
+
+    # ------------------------------------------------------------- one vector each
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.groups, -1))
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.rms else x - x.mean(-1, keepdim=True)
+
+    @property
+    def _d(self) -> int:
+        return self.inputs[0].output_shape[-1] // self.groups
+
+    def _r(self, q: torch.Tensor) -> torch.Tensor:
+        return (q / self._d + self.eps).rsqrt()
+
+    def _vectors(
+        self, l: torch.Tensor, u: torch.Tensor, c: torch.Tensor, form: AffineForm | None
+    ) -> _Vectors:
+        """Everything about r that rows share: [..., groups, d] -> [..., groups]."""
+        l, u, wild = tame(l, u, _LARGEST)
+        wild = wild.any(-1)
+        c = torch.where(wild.unsqueeze(-1), (l + u) / 2, c)
+        z0, dl, du = self._project(c), l - c, u - c
+        q0 = z0.square().sum(-1)
+        N = torch.maximum(dl.square(), du.square()).sum(-1)
+        nothing = torch.zeros_like(q0)
+        found = _Vectors(c, dl, du, z0, *(nothing,) * 3, (nothing,) * 2, (nothing,) * 2,
+                         *(nothing,) * 4, form, wild)
+        found.t_through = found.through(z0.unsqueeze(0))
+        tl, tu = (x[0] for x in found.spread(z0.unsqueeze(0), found.t_through))
+
+        length, reach = torch.linalg.vector_norm(z0, dim=-1), safe_root(N)
+        least = torch.maximum((q0 + 2 * tl).clamp(min=0), (length - reach).clamp(min=0).square())
+        most = torch.minimum((q0 + 2 * tu).clamp(min=0) + N, (length + reach).square())
+        found.r0 = r0 = self._r(q0)
+        found.r_most, found.r_least = self._r(least), self._r(torch.maximum(least, most))
+        # Below: the tangent of f(q1 + 2t) at t = 0.
+        f1 = self._r(q0 + N)
+        found.below = slope, _ = -f1 / (q0 + N + self._d * self.eps), f1 - r0
+        # Above: the chord of f(q0 + 2t), from where it passes r_most.
+        start = torch.minimum(torch.maximum(tl, (least - q0) / 2), tu)
+        f_start = torch.minimum(self._r((q0 + 2 * start).clamp(min=0)), found.r_most)
+        f_end = self._r((q0 + 2 * tu).clamp(min=0))
+        wide = tu - start > 1e-6 * (1e-6 + q0)
+        run = torch.where(wide, tu - start, 1.0)
+        tangent = -r0 / (q0 + self._d * self.eps)
+        chord = torch.where(wide, (f_end - f_start) / run, tangent).clamp(max=0)
+
+        def highest(k: torch.Tensor) -> torch.Tensor:
+            return torch.maximum(f_start - k * start, f_end - k * tu) - r0
+
+        found.above = chord, highest(chord)
+        low, high = f1 - r0, highest(slope)
+        found.rho_mid, found.rho_half = (low + high) / 2, ((high - low) / 2).clamp(min=0)
+        found.t_mid, found.t_half = (tl + tu) / 2, (tu - tl) / 2
+        return found
+
+    # --------------------------------------------------------------------- CROWN
+
+    def relaxation(self, x: Any, *_: Any) -> tuple:
+        """The vectors, and gamma and beta."""
+        form = self.form_of(0)
+        vectors = self._vectors(
+            self._split(x.lower), self._split(x.upper), self._split(self.value_of(0).detach()),
+            None if form is None else form.split(self._d),
+        )
+        beta = self.value_of(2) if len(self.inputs) > 2 else None
+        return vectors, self.value_of(1), beta
+
+    def lower_plane(self, A: torch.Tensor, shared: tuple) -> tuple[tuple, torch.Tensor]:
+        """A [R, B, ..., groups d] -> (A_x of the same shape,), bias [R, B]."""
+        x, gamma, beta = shared
+        A = self._split(A)
+        w = self._project(A * gamma)
+        s0 = (w * x.z0).sum(-1)
+        through = x.through(w)
+        least, most = x.spread(w, through)
+        m_s, S = (least + most) / 2, ((most - least) / 2).clamp(min=0)
+        m, error = self._product(w, through, x, m_s, S)
+        k = s0 + m_s
+        slope = torch.where(k >= 0, k * x.below[0], k * x.above[0])
+        const = torch.where(k >= 0, k * x.below[1], k * x.above[1]) - m * m_s - error + x.r0 * s0
+        coef = (x.r0 + m).unsqueeze(-1) * w + slope.unsqueeze(-1) * x.z0
+
+        floor = -(self._d**0.5) * torch.linalg.vector_norm(w, dim=-1)
+        worst = const + (coef.clamp(min=0) * x.dl + coef.clamp(max=0) * x.du).sum(-1)
+        flat = ~(worst > floor) | x.wild
+        coef = torch.where(flat.unsqueeze(-1), 0.0, coef)
+        value = torch.where(flat, floor, const - (coef * x.c).sum(-1))
+        bias = value.flatten(2).sum(-1)
+        if beta is not None:
+            bias = bias + (A * beta).flatten(2).sum(-1)
+        return (coef.flatten(-2),), bias
+
+    def _product(
+        self, w: torch.Tensor, through: torch.Tensor | None, x: _Vectors, m_s: torch.Tensor,
+        S: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m, error): ds' dr >= m ds' - error for |ds'| <= S."""
+        low, high = x.r_least - x.r0, x.r_most - x.r0
+        m, error = ((low + high) / 2).expand_as(S), S * (high - low) / 2
+        ratio = (x.t_half + 1e-30) / (S.detach() + 1e-30)
+        scale = ratio.detach().clamp(1e-12, 1e12).sqrt().unsqueeze(-1)
+        joint = None if through is None else scale * through + x.t_through / scale
+        least, most = x.spread(scale * w + x.z0 / scale, joint)
+        off = scale.squeeze(-1) * m_s + x.t_mid / scale.squeeze(-1)
+        joint = torch.maximum((most - off).abs(), (least - off).abs()).square() / 4
+        slope = x.below[0]
+        m2 = (slope * x.t_mid + x.rho_mid).expand_as(S)
+        error2 = -slope * joint + S * x.rho_half
+        better = error2 < error
+        return torch.where(better, m2, m), torch.where(better, error2, error)
+
+    # ----------------------------------------------------------------------- IBP
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interval bounds of y, [B, ..., groups d]."""
+        l, u = self._split(v[0][0]), self._split(v[0][1])
+        limit = (self._d if self.rms else self._d - 1) ** 0.5
+        l, u, wild = tame(l, u, _LARGEST)
+        x = self._vectors(l, u, (l + u) / 2, None)
+        if not self.rms:
+            d, sums = self._d, (l.sum(-1, keepdim=True), u.sum(-1, keepdim=True))
+            l, u = l - (sums[1] - u + l) / d, u - (sums[0] - l + u) / d
+        least, most = x.r_least.unsqueeze(-1), x.r_most.unsqueeze(-1)
+        low = torch.where(l < 0, l * most, l * least).clamp(-limit, limit)
+        high = torch.where(u > 0, u * most, u * least).clamp(-limit, limit)
+        wild = wild.any(-1, keepdim=True)
+        low, high = torch.where(wild, -limit, low), torch.where(wild, limit, high)
+        gamma = self.replicated(v[1][0])
+        up, down = gamma.clamp(min=0), gamma.clamp(max=0)
+        lower, upper = up * low + down * high, up * high + down * low
+        if len(v) > 2:
+            beta = self.replicated(v[2][0])
+            lower, upper = lower + beta, upper + beta
+        return lower.flatten(-2), upper.flatten(-2)

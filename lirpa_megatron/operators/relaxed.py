@@ -1,0 +1,94 @@
+"""Base of the operators that relax <A, y> for each row of A as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron import host
+from lirpa_megatron.operators.enclosure import AffineForm
+from lirpa_megatron.operators.linear import dense
+from lirpa_megatron.parallel.layouts import Layout
+
+
+class RowRelaxed(host.Bound):
+    """y of several inputs, bounded from below row by row; from above by minus the bound of -A.
+
+    A CROWN operator usually relaxes each coordinate of y by itself. Knowing the row A of what is
+    wanted of y, the scalar <A, y> can be relaxed instead, which is tighter where y's coordinates
+    share what makes them nonlinear (the length of a vector, the denominator of a softmax).
+
+    A subclass defines
+
+    - `relaxation(*inputs)`: what all rows have in common;
+    - `lower_plane(A, relaxation)`: coefficients for each input that can be perturbed, in order, and
+      a bias [R, B], of a plane below <A, y> on the inputs' bounds;
+    - `reads_form`: the inputs whose affine form (`enclosure`) it makes use of.
+    """
+
+    reads_form: frozenset[int] = frozenset()
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.attributes = attr
+        self.layout: Layout = self.options["layout"]
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
+
+    def value_of(self, index: int) -> torch.Tensor:
+        """An input's value at the clean input of the model."""
+        return self.layout.value_of(self.inputs[index])
+
+    def form_of(self, index: int) -> AffineForm | None:
+        """The input's affine form, if a pass of this call has found it."""
+        return self.layout.forms.get(self.inputs[index].name)
+
+    def replicated(self, x: torch.Tensor) -> torch.Tensor:
+        """A replicated value for use on this operator's features: with the right gradient."""
+        sharded = self.layout.sharded.get(self.name, False)
+        return self.layout.collectives.copy_to(x) if sharded else x
+
+    def relaxation(self, *inputs: Any) -> Any:
+        raise NotImplementedError
+
+    def lower_plane(self, A: torch.Tensor, shared: Any) -> tuple[tuple, torch.Tensor]:
+        raise NotImplementedError
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+        """A and bias of both sides. Shapes: see the class; a bias is [R, B]."""
+        shared = self.relaxation(*x)
+        lower: tuple = ()
+        upper: tuple = ()
+        lbias = ubias = 0
+        if last_lA is not None:
+            lower, lbias = self.lower_plane(dense(last_lA), shared)
+        if last_uA is not None:
+            planes, below = self.lower_plane(-dense(last_uA), shared)
+            upper, ubias = tuple(-A for A in planes), -below
+        # Inputs beyond the planes' (weights, masks) are not perturbed.
+        absent = [None] * len(x)
+        sides = zip([*lower, *absent], [*upper, *absent], strict=False)
+        return list(sides)[: len(x)], lbias, ubias
+
+
+def times(A: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Least A z for z in [low, high], elementwise; 0 where A is 0, whatever the bounds."""
+    value = torch.where(A > 0, A * low, A * high)
+    return torch.where(A == 0, 0.0, value)
+
+
+def tame(l: torch.Tensor, u: torch.Tensor, limit: float) -> tuple:
+    """Bounds for arithmetic that must not overflow.
+
+    Args:
+        l, u: bounds, possibly infinite.
+        limit: of their magnitude.
+
+    Returns:
+        (l, u, wild): `wild` says where a bound exceeds the limit or is NaN; there l and u are 0,
+        and what is computed from them must not be used.
+    """
+    wild = ~((l.abs() <= limit) & (u.abs() <= limit))
+    return torch.where(wild, 0.0, l), torch.where(wild, 0.0, u), wild
