@@ -30,7 +30,7 @@ def _numbers(line):
     return [float(number) for number in re.findall(r"-?\d+\.\d{6}", line)]
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "bert"])
 def test_an_example_certifies_margins_and_radii(name):
     lines = _printed(name)
     assert len(lines) == 2
@@ -38,6 +38,7 @@ def test_an_example_certifies_margins_and_radii(name):
         assert _numbers(line) and min(_numbers(line)) > 0, line
 
 
+@pytest.mark.slow
 def test_the_gpt_example_prints_the_same_on_one_process_and_on_two():
     one, two = _printed("gpt"), _printed("gpt", LAUNCH)
     assert len(one) == len(two) == 2

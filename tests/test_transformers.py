@@ -28,7 +28,7 @@ from lirpa_megatron.adapters.traceable import traceable
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDS = ("IBP", "CROWN-IBP", "CROWN")
-ALPHA = {"iteration": 3, "lr_alpha": 0.1, "optimizer": "sgd", "early_stop_patience": 100}
+ALPHA = {"iteration": 2, "lr_alpha": 0.1, "optimizer": "sgd", "early_stop_patience": 100}
 
 
 def _build(name, dtype):
