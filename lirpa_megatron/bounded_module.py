@@ -241,6 +241,7 @@ class BoundedModule(host.HostBoundedModule):
             self._check_output(C, kwargs)
             object.__setattr__(self, "_depth", 1)
             # What an earlier call found may not hold for these inputs.
+            self.layout.form_limit = self.own_options.form_limit
             self.layout.forms.clear()
             self.layout.centered.clear()
             try:

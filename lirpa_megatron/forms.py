@@ -22,7 +22,8 @@ class InputSet:
     """The perturbed coordinates of a model's inputs as center + radii * u, u in a unit ball.
 
     Args:
-        leaves: perturbed input nodes.
+        leaves: all perturbed input nodes of the model, in one order for all start nodes: the same
+            column of two forms is the same coordinate.
 
     Attributes:
         norm: of the ball: inf for boxes (and what lies in them), its own for one L1 or L2 ball.
@@ -55,15 +56,16 @@ class InputSet:
         """Rows of the form: [rows, B, N + 2], the last two its center and slack.
 
         Args:
-            bounds: with lA and uA [rows, B, *input shape] of every leaf.
+            bounds: with lA and uA [rows, B, *input shape] of every leaf that the pass reached.
             shared: gives a replicated value for use on this rank's rows.
         """
         middle, half = [], []
         low, high = bounds.lbias, bounds.ubias
         for leaf in self.leaves:
             center, radii = (shared(value) for value in self.box(leaf))
-            lA, uA = bounds.lA[leaf.name].flatten(2), bounds.uA[leaf.name].flatten(2)
             center, radii = center.flatten(1), radii.flatten(1)
+            none = low.new_zeros(()).expand(*low.shape, center.shape[-1])
+            lA, uA = (side.get(leaf.name, none).flatten(2) for side in (bounds.lA, bounds.uA))
             low = low + (lA * center).sum(-1)
             high = high + (uA * center).sum(-1)
             moved = (radii > 0).any(0)
@@ -74,7 +76,7 @@ class InputSet:
         slack = ((high - low) / 2 + dual_norm(spread, self.norm)).clamp(min=0)
         return torch.cat((A, ((high + low) / 2).unsqueeze(-1), slack.unsqueeze(-1)), -1)
 
-    def form(self, rows: torch.Tensor, shape: Sequence[int]) -> AffineForm | None:
+    def form(self, rows: torch.Tensor, shape: Sequence[int]) -> AffineForm:
         """All rows [S, B, N + 2] -> the form of a node of `shape` (without the batch)."""
         rows = rows.transpose(0, 1)
         A, center, slack = rows[..., :-2], rows[..., -2], rows[..., -1]

@@ -312,6 +312,11 @@ def roots(module: HostBoundedModule) -> Sequence[Bound]:
     return [module[name] for name in (module.root_name if IS_03 else module.root_names)]
 
 
+def perturbed_inputs(module: HostBoundedModule) -> list[Bound]:
+    """The inputs that are perturbed, in the graph's order."""
+    return [node for node in roots(module) if node.perturbed]
+
+
 @dataclass(frozen=True)
 class BackwardCall:
     """A call of the host to `backward_general`, the same for both versions."""

@@ -120,6 +120,7 @@ class Passes:
             C: [S, B, *start shape] in the layout of the start node; None for the identity.
             spec_sharded: whether each rank carries its own rows.
             lower, upper: which bounds.
+            form: whether to make the start node's affine form too, where it is not too large.
         """
         module = self.module
         origin, spec_sharded = self.begin(start, C is None, spec_sharded)
@@ -131,7 +132,7 @@ class Passes:
         n = -(-S // self.tp.size) if split else S
         limit = module.own_options.max_spec_rows or n
         keep_A = bool(module.return_A and start.name in module.needed_A_dict)
-        inputs = InputSet(plan.leaves) if form else None
+        inputs = InputSet(host.perturbed_inputs(module)) if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
             inputs = None
         chunks, forms = [], []

@@ -109,12 +109,12 @@ NETS = {
 _FUNCTIONS = {name: (build().eval(), width) for name, (build, width) in NETS.items()}
 
 
-def bounds(net, x, radius, dtype, methods=METHODS):
+def bounds(net, x, radius, dtype, methods=METHODS, options=None):
     """method -> (lower, upper) in float64; `radius` a number or a tensor like x."""
     net = net.to(dtype)
     x = x.to(dtype)
     ball = PerturbationLpNorm(norm=math.inf, x_L=x - radius, x_U=x + radius)
-    bounded = BoundedModule(net, x)
+    bounded = BoundedModule(net, x, bound_opts=options)
     found = {}
     with torch.no_grad():
         for method in methods:
@@ -186,6 +186,42 @@ def test_where_only_some_coordinates_move_bounds_hold_and_a_point_is_exact(name)
     at_point, _ = bounds(net, x, 0.0, torch.float64)
     for lower, upper in at_point.values():
         assert (upper - lower).abs().max() < 1e-9 and (lower - net(x)).abs().max() < 1e-9
+
+
+class TwoInputs(nn.Module):
+    """Queries of one input, keys of another, whose deviations have nothing in common."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(6, HEAD).double()
+        self.map.weight.data = drawn(HEAD, 6, seed=70)
+
+    def forward(self, x, y):
+        return symbols.scores(self.map(x), self.map(y), HEAD, 1.0)
+
+
+def test_forms_of_different_inputs_are_not_taken_for_the_same_input():
+    net, radius = TwoInputs(), 0.5
+    xs = drawn(1, 2, 6, seed=71), drawn(1, 2, 6, seed=72)
+    ball = PerturbationLpNorm(norm=math.inf, eps=radius)
+    bounded = BoundedModule(net, xs)
+    with torch.no_grad():
+        found = bounded.compute_bounds(tuple(BoundedTensor(x, ball) for x in xs), method="CROWN")
+        u = drawn(4000, 2, 6, seed=73).sign() * radius
+        # The same deviation of both inputs, and opposite ones.
+        outputs = torch.cat([net(xs[0] + u, xs[1] + sign * u) for sign in (1, -1)])
+    assert violation(found, outputs) < SLACK[torch.float64]
+
+
+@pytest.mark.parametrize("limit", [0, 2**9])
+def test_without_room_for_forms_bounds_hold_and_are_looser(limit):
+    net, width = _FUNCTIONS["attention"]
+    x = drawn(B, T, width, seed=74)
+    wide, box = bounds(net, x, 0.3, torch.float64, ("CROWN",), {"form_limit": limit})
+    tight, _ = bounds(net, x, 0.3, torch.float64, ("CROWN",))
+    assert violation(wide["CROWN"], attack(net, box)) < SLACK[torch.float64]
+    widths = [(upper - lower).mean() for lower, upper in (tight["CROWN"], wide["CROWN"])]
+    assert widths[0] < 0.98 * widths[1]
 
 
 @pytest.mark.parametrize("dtype", list(SLACK))

@@ -80,9 +80,7 @@ def scores(q: torch.Tensor, k: torch.Tensor, head_dim: int, scale: float) -> tor
     """Attention scores: q [B, S, n d], k [B, S, g d], n a multiple of g -> [B, n, S, S]."""
     if torch.jit.is_tracing():
         return _ScoresSymbol.apply(head_dim, float(scale), q, k)
-    q, k = heads_first(q, head_dim), heads_first(k, head_dim)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return (q @ k.transpose(-1, -2)) * scale
+    return _ScoresSymbol.forward(None, head_dim, scale, q, k)
 
 
 def attend(
@@ -101,14 +99,10 @@ def attend(
     Returns:
         [B, S, n d].
     """
+    inputs = (s, v) if mask is None else (s, v, mask)
     if torch.jit.is_tracing():
-        inputs = (s, v) if mask is None else (s, v, mask)
         return _AttendSymbol.apply(head_dim, float(fill), *inputs)
-    if mask is not None:
-        s = s.masked_fill(mask != 0, fill)
-    v = heads_first(v, head_dim)
-    v = v.repeat_interleave(s.shape[1] // v.shape[1], dim=1)
-    return heads_last(torch.softmax(s, dim=-1) @ v)
+    return _AttendSymbol.forward(None, head_dim, fill, *inputs)
 
 
 def select_position(x: torch.Tensor, position: int) -> torch.Tensor:

@@ -172,7 +172,7 @@ class BoundAttend(RowRelaxed):
         shared = heads // (v.lower.shape[-1] // self.head_dim)
         form, (vl, vu, wild) = self.form_of(1), tame(v.lower, v.upper, _LARGEST)
         v0, pairs, shift = (vl + vu) / 2, None, None
-        if form is not None:
+        if form is not None and self.affords(s0.numel() * self.head_dim**2):
             v0 = torch.where(wild, 0.0, form.center)
             alpha = None if scores is None else scores.form
             pairs = Pairs.of(form.view(lambda x: self._values(x, heads)), p0, alpha)

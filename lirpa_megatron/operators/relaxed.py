@@ -45,6 +45,11 @@ class RowRelaxed(host.Bound):
         """The input's affine form, if a pass of this call has found it."""
         return self.layout.forms.get(self.inputs[index].name)
 
+    def affords(self, numel: int) -> bool:
+        """Whether a table of `numel` numbers here, for all ranks together, is within form_limit."""
+        ranks = self.layout.collectives.size if self.layout.sharded.get(self.name) else 1
+        return numel * ranks <= self.layout.form_limit
+
     def replicated(self, x: torch.Tensor) -> torch.Tensor:
         """A replicated value for use on this operator's features: with the right gradient."""
         sharded = self.layout.sharded.get(self.name, False)

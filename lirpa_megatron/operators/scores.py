@@ -76,7 +76,7 @@ class BoundScores(RowRelaxed):
         dq, dk = self._split(*deviations)
         high = torch.nan_to_num(dq @ dk.transpose(-1, -2), nan=float("inf"), posinf=float("inf"))
         low = -high
-        if None not in forms:
+        if None not in forms and self.affords(high.numel() * self.head_dim**2):
             groups = k0.shape[-4]
             a = forms[0].view(lambda x: self._queries(x, groups))
             b = forms[1].view(lambda x: self._keys(x).expand(*x.shape[:-2], *dq.shape[-4:-2],

@@ -63,6 +63,7 @@ class Layout:
         spec_sharded: whether the pass that is running is spec-sharded.
         sharded: node name -> whether its value is feature-sharded.
         value_of: a node's value at the clean input.
+        form_limit: numbers that a table made of forms may have.
         forms: node name -> its affine form, found by a pass of the present call.
         centered: the same for the scores of an attention, relative to their weighted mean.
     """
@@ -72,6 +73,7 @@ class Layout:
         self.spec_sharded = False
         self.sharded: dict[str, bool] = {}
         self.value_of: Callable[[Any], Any] = _unknown
+        self.form_limit = 0
         self.forms: dict[str, Any] = {}
         self.centered: dict[str, Any] = {}
 
