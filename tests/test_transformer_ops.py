@@ -51,6 +51,7 @@ class Norm(nn.Module):
         self.linear = nn.Linear(width, width).double() if deep else None
         if deep:
             self.linear.weight.data = drawn(width, width, seed=3, scale=0.5)
+            self.linear.bias.data = drawn(width, seed=8, scale=0.3)
 
     def forward(self, x):
         y = symbols.norm(x, self.weight, self.bias, self.eps, self.rms, self.groups)
@@ -71,6 +72,7 @@ class Attention(nn.Module):
         )
         for i, layer in enumerate((self.q, self.k, self.v)):
             layer.weight.data = drawn(*layer.weight.shape, seed=4 + i, scale=0.6 * sharp)
+            layer.bias.data = drawn(len(layer.bias), seed=14 + i, scale=0.3)
         self.fill, self.groups, self.rotary = fill, groups, rotary
         self.register_buffer("mask", mask)
         angles = torch.outer(torch.arange(T).double(), torch.tensor([1.0, 0.1]).double())
@@ -96,7 +98,8 @@ NETS = {
     "LayerNorm": (lambda: Norm(), 8),
     "RMSNorm without bias": (lambda: Norm(rms=True, bias=False), 8),
     "norms of heads": (lambda: Norm(rms=True, groups=2), 8),
-    "LayerNorm of two": (lambda: Norm(groups=4, deep=True), 8),
+    # Two equal numbers: the slope is eps^-1/2, which a small eps would make of rounding in float32.
+    "LayerNorm of two": (lambda: Norm(groups=4, deep=True, eps=1e-2), 8),
     "two LayerNorms": (lambda: Norm(deep=True), 8),
     "two RMSNorms": (lambda: Norm(rms=True, deep=True), 8),
     "attention": (lambda: Attention(), 6),
@@ -195,6 +198,7 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.map = nn.Linear(6, HEAD).double()
         self.map.weight.data = drawn(HEAD, 6, seed=70)
+        self.map.bias.data.zero_()
 
     def forward(self, x, y):
         return symbols.scores(self.map(x), self.map(y), HEAD, 1.0)
