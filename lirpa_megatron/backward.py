@@ -229,7 +229,8 @@ class BackwardPass:
         Alpha shared by all rows is a replicated value used on each rank's own rows, so it gets f.
         """
         if not host.is_optimized(node, self.start):
-            yield
+            with host.without_alpha(node):
+                yield
             return
         alpha, dim = node.alpha[self.start.name], host.alpha_spec_dim(node)
         index = None

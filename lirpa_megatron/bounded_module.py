@@ -18,24 +18,15 @@ from lirpa_megatron import host
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.forms import bound_centered, form_is_of_use, reader_of_scores, without_nan
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
-from lirpa_megatron.operators.gather import (
-    BoundGatherFromRegion,
-    BoundScatterToRegion,
-    BoundSelectFromRegion,
-)
+from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import BoundReplicatedLinear
-from lirpa_megatron.operators.row import BoundRowParallelLinear
-from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabularyMargins, Margins
+from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.options import OwnOptions, check_compute_bounds, check_method, check_options
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.layouts import Layout
 from lirpa_megatron.passes import Passes
 from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls, is_box
-
-_SPLITS = (
-    BoundColumnParallelLinear, BoundScatterToRegion, BoundSelectFromRegion, BoundVocabularyMargins,
-)
-"""Operators that make sharded values of replicated ones."""
+from lirpa_megatron.sharded_nodes import mark_sharded
 
 
 class BoundedModule(host.HostBoundedModule):
@@ -78,6 +69,7 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "own_options", own)
             object.__setattr__(self, "layout", layout)
             object.__setattr__(self, "_depth", 0)
+            object.__setattr__(self, "_kept", None)
             optimize_args = host.translate_optimize_args(host_opts.get("optimize_bound_args", {}))
             opts = {
                 **host.PINNED_OPTIONS,
@@ -94,7 +86,8 @@ class BoundedModule(host.HostBoundedModule):
                     custom_ops={**CUSTOM_OPS, **(custom_ops or {})},
                 )
             self._adopt_parameters(trainable)
-            object.__setattr__(self, "sharded", self._mark_sharded())
+            sharded = mark_sharded(self._modules.values(), layout.collectives.size)
+            object.__setattr__(self, "sharded", sharded)
             object.__setattr__(self, "passes", Passes(self))
             layout.sharded, layout.value_of = self.sharded, self.get_forward_value
             self.train(model.training)
@@ -109,48 +102,6 @@ class BoundedModule(host.HostBoundedModule):
         for node in self._modules.values():
             if isinstance(node, host.BoundParams):
                 object.__setattr__(node, "forward", _value_of(node))
-
-    def _mark_sharded(self) -> dict[str, bool]:
-        """Node name -> whether its value is feature-sharded."""
-        sharded: dict[str, bool] = {}
-        shards: set[str] = set()
-        for node in self._modules.values():
-            if isinstance(node, (BoundColumnParallelLinear, Margins)):
-                shards |= {x.name for x in node.inputs[1:]}
-            elif isinstance(node, BoundRowParallelLinear):
-                shards.add(node.inputs[1].name)
-
-        def visit(node: host.Bound) -> bool:
-            if node.name not in sharded:
-                inputs = [visit(x) for x in node.inputs]
-                if isinstance(node, _SPLITS):
-                    value = True
-                    if inputs[0]:
-                        raise NotImplementedError(
-                            f"{node.name}: a ColumnParallelLinear whose input is sharded already"
-                        )
-                elif isinstance(node, BoundTokenMargins):
-                    value = False
-                elif isinstance(node, (BoundRowParallelLinear, BoundGatherFromRegion)):
-                    value = False
-                    if not inputs[0] and self.layout.collectives.size > 1:
-                        raise NotImplementedError(
-                            f"{node.name}: a RowParallelLinear with input_is_parallel=True whose "
-                            "input is not sharded"
-                        )
-                elif isinstance(node, host.BoundParams):
-                    # Megatron marks no weight that it did not initialise itself.
-                    value = node.name in shards or getattr(
-                        node.param, "tensor_model_parallel", False
-                    )
-                else:
-                    value = any(inputs)
-                sharded[node.name] = value
-            return sharded[node.name]
-
-        for node in self._modules.values():
-            visit(node)
-        return sharded
 
     def _check_parameters_agree(self) -> None:
         replicated = {
@@ -241,6 +192,8 @@ class BoundedModule(host.HostBoundedModule):
             self._check_output(C, kwargs)
             object.__setattr__(self, "_depth", 1)
             # What an earlier call found may not hold for these inputs.
+            keeps = kwargs["method"] == "CROWN-Optimized" and not self._optimizes_intermediate
+            object.__setattr__(self, "_kept", {} if keeps else None)
             self.layout.form_limit = self.own_options.form_limit
             self.layout.forms.clear()
             self.layout.centered.clear()
@@ -250,6 +203,7 @@ class BoundedModule(host.HostBoundedModule):
                 return (*without_nan(*bounds[:2]), *bounds[2:])
             finally:
                 object.__setattr__(self, "_depth", 0)
+                object.__setattr__(self, "_kept", None)
 
     def _identity(self, x: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """What the host is given for the identity at a gathered output: [B, S, S] of one element.
@@ -298,6 +252,9 @@ class BoundedModule(host.HostBoundedModule):
         """
         if host.has_bounds(node):
             return
+        if self._kept and node.name in self._kept:
+            node.interval = node.lower, node.upper = self._kept[node.name]
+            return
         if not prior_checked:
             self.check_prior_bounds(node)
         if not node.perturbed:
@@ -320,6 +277,16 @@ class BoundedModule(host.HostBoundedModule):
         if node.name in self.reference_bounds:
             self._intersect(node, self.reference_bounds[node.name])
         node.interval = (node.lower, node.upper)
+        if self._kept is not None:
+            self._kept[node.name] = node.interval
+
+    @property
+    def _optimizes_intermediate(self) -> bool:
+        """Whether alpha-CROWN has alpha for the passes of intermediate nodes (`OwnOptions`)."""
+        choice = self.own_options.optimize_intermediate
+        if choice == "auto":
+            return not any(isinstance(node, RowRelaxed) for node in self._modules.values())
+        return bool(choice)
 
     def _bounded_by_ibp(self, node: host.Bound) -> bool:
         """IBP where it gives what CROWN gives: monotone activations, and a first linear layer."""
@@ -403,6 +370,8 @@ class BoundedModule(host.HostBoundedModule):
         entries = []
         for start in dict.fromkeys(self.backward_from[node.name]):
             is_final = start.name == final_name
+            if not is_final and not self._optimizes_intermediate:
+                continue
             if not is_final and (share_alphas or share_slopes):
                 rows = 1
             else:

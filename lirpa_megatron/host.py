@@ -268,6 +268,20 @@ def is_optimized(node: Bound, start: Bound) -> bool:
     )
 
 
+@contextlib.contextmanager
+def without_alpha(node: Bound) -> Iterator[None]:
+    """While the block runs the node relaxes as in plain CROWN, whatever stage the host is in."""
+    stage = getattr(node, "opt_stage", None)
+    if stage not in ("opt", "reuse"):
+        yield
+        return
+    node.opt_stage = None
+    try:
+        yield
+    finally:
+        node.opt_stage = stage
+
+
 def alpha_spec_dim(node: Bound) -> int:
     """The dimension of `node.alpha[start]` that runs over the rows of A."""
     return node.alpha_batch_dim - 1 if IS_03 else 1

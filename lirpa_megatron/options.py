@@ -39,6 +39,11 @@ class OwnOptions:
     """Numbers in the affine form of one node ([B, node, perturbed inputs], see
     `operators.enclosure`) up to which transformers' norms and attention use it; 0 for boxes alone.
     Its memory and the time of a pass grow with it, and so does tightness."""
+    optimize_intermediate: str | bool = "auto"
+    """CROWN-Optimized: whether the bounds of intermediate nodes have an alpha of their own (as in
+    auto_LiRPA), and so are computed again in every iteration. False: they are CROWN's, computed
+    once, and alpha serves the final pass alone. 'auto': False for models with attention, where
+    alpha for all rows of all nodes fills the memory, True for others."""
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
 
@@ -50,6 +55,12 @@ class OwnOptions:
             raise ValueError(f"final_rows is {self.final_rows!r}: choose auto, whole or own")
         if self.return_A_rows not in ("whole", "own"):
             raise ValueError(f"return_A_rows is {self.return_A_rows!r}: choose whole or own")
+
+        if self.optimize_intermediate not in ("auto", True, False):
+            raise ValueError(
+                f"optimize_intermediate is {self.optimize_intermediate!r}: "
+                "choose 'auto', True or False"
+            )
 
     @classmethod
     def split(

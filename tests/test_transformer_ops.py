@@ -326,8 +326,11 @@ SINGLE = {
 }
 
 
-def lowest_gap(operator, radius, seed):
-    """min over the inputs' boxes of <A, y> less the row's plane, by gradient descent."""
+def lowest_gap(operator, radius, seed, alpha=None):
+    """min over the inputs' boxes of <A, y> less the row's plane, by gradient descent.
+
+    `alpha` is "drawn" (numbers in [-1, 1]) or "ends" (-1 and 1).
+    """
     build, shapes = SINGLE[operator]
     net = build().double()
     xs = [drawn(*shape, seed=seed + i, scale=1.5) for i, shape in enumerate(shapes)]
@@ -342,7 +345,11 @@ def lowest_gap(operator, radius, seed):
         node = next(n for n in bounded.named_nodes().values() if isinstance(n, operator))
         A = drawn(6, 1, *net(*xs).shape[1:], seed=seed + 9)
         shared = node.relaxation(*node.inputs)
-        planes, bias = node.lower_plane(A, shared)
+        move = None
+        if alpha is not None:
+            move = drawn(6, *node.alpha_shape(), seed=seed + 19).tanh()
+            move = move.sign() if alpha == "ends" else move
+        planes, bias = node.lower_plane(A, shared, move)
 
     def gap(points):
         y = net(*points)  # [P, ...]
@@ -372,23 +379,26 @@ def lowest_gap(operator, radius, seed):
     return worst
 
 
+@pytest.mark.parametrize("alpha", [None, "drawn", "ends"])
 @pytest.mark.parametrize("operator", list(SINGLE))
-def test_no_point_of_the_inputs_box_lies_below_a_rows_plane(operator):
+def test_no_point_of_the_inputs_box_lies_below_a_rows_plane(operator, alpha):
     torch.manual_seed(3)
     for seed, radius in enumerate((1e-3, 0.03, 0.2, 0.5, 2.0, 20.0)):
-        assert lowest_gap(operator, radius, 10 * seed) > -1e-9, radius
+        assert lowest_gap(operator, radius, 10 * seed, alpha) > -1e-9, radius
 
 
 @pytest.mark.parametrize(
-    ("operator", "part", "wrong"),
+    ("operator", "part", "wrong", "alpha"),
     [
-        (BoundNorm, "_product", lambda m, error: (m, 0.2 * error)),
-        (BoundAttend, "_tangent_rest", lambda rest: 0.2 * rest),
-        (BoundAttend, "_flat_rest", lambda rest: 0.2 * rest),
-        (BoundScores, "relaxation", lambda q, k, low, high: (q, k, 0.2 * low, 0.2 * high)),
+        (BoundNorm, "_product", lambda *found: (*found[:3], 0.2 * found[3]), None),
+        (BoundNorm, "_product", lambda *found: (*found[:2], 4 * found[2], found[3]), "ends"),
+        (BoundAttend, "_tangent_rest", lambda rest: 0.2 * rest, None),
+        (BoundAttend, "_flat_rest", lambda rest: 0.2 * rest, None),
+        (BoundScores, "relaxation", lambda *x: (*x[:4], 0.2 * x[4], 0.2 * x[5], x[6]), None),
+        (BoundScores, "relaxation", lambda *x: (*x[:6], 0.2 * x[6]), "ends"),
     ],
 )
-def test_a_remainder_that_is_too_small_is_caught(operator, part, wrong, monkeypatch):
+def test_a_remainder_that_is_too_small_is_caught(operator, part, wrong, alpha, monkeypatch):
     right = getattr(operator, part)
 
     def smaller(*args):
@@ -398,7 +408,7 @@ def test_a_remainder_that_is_too_small_is_caught(operator, part, wrong, monkeypa
     static = isinstance(operator.__dict__[part], staticmethod)
     monkeypatch.setattr(operator, part, staticmethod(smaller) if static else smaller)
     cases = itertools.product((0.2, 2.0), (0, 7))
-    assert min(lowest_gap(operator, radius, seed) for radius, seed in cases) < -1e-3
+    assert min(lowest_gap(operator, *case, alpha) for case in cases) < -1e-3
 
 
 # ------------------------------------------------------------------------ the geometry

@@ -28,7 +28,7 @@ from lirpa_megatron.adapters.traceable import traceable
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDS = ("IBP", "CROWN-IBP", "CROWN")
-ALPHA = {"iteration": 2, "lr_alpha": 0.1, "optimizer": "sgd", "early_stop_patience": 100}
+ALPHA = {"iteration": 3, "lr_alpha": 30.0, "optimizer": "sgd", "early_stop_patience": 100}
 
 
 def _build(name, dtype):
@@ -136,9 +136,13 @@ def test_in_float32_too(name):
     _compare(_one(name, torch.float32), pool(2).run(_bounds, name, torch.float32)[0], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=_SLOW)])
-def test_alpha_crown_is_the_same_on_two_ranks_and_no_looser_than_crown(name):
-    options = {"optimize_bound_args": ALPHA}
+@pytest.mark.parametrize(
+    ("name", "intermediate"),
+    [("gpt", "auto"), ("llama", "auto"), pytest.param("bert", True, marks=_SLOW),
+     pytest.param("llama", True, marks=_SLOW)],
+)
+def test_alpha_crown_is_the_same_on_two_ranks_and_no_looser_than_crown(name, intermediate):
+    options = {"optimize_bound_args": ALPHA, "optimize_intermediate": intermediate}
     methods = ("CROWN", "CROWN-Optimized")
     run = (_bounds, name, torch.float64, methods, 0.003, options)
     one, two = pool(1).run(*run)[0], pool(2).run(*run)[0]
@@ -154,9 +158,13 @@ def test_rows_in_chunks_are_the_same_rows(rows):
     _compare({"CROWN": _one("llama", torch.float64)["CROWN"]}, many, torch.float64)
 
 
-def _attacked(name, eps, dtype):
-    """Largest violation by random points, corners and gradient ascent, relative to the size."""
-    found, inputs, net = _bounds(name, dtype, eps=eps, eager=True)
+def _attacked(name, eps, dtype, methods=ROUNDS, options=None):
+    """Largest violation by random points, corners and gradient ascent, relative to the size.
+
+    Returns:
+        method -> violation, method -> mean width.
+    """
+    found, inputs, net = _bounds(name, dtype, methods, eps, options, eager=True)
     net = net.to(dtype)
     center = inputs[0].detach()
     further = [i.detach() for i in inputs[1:]]
@@ -179,14 +187,24 @@ def _attacked(name, eps, dtype):
                 break
             (gradient,) = torch.autograd.grad((y * direction).sum(), x)
             x = (x.detach() + 0.5 * eps * gradient.sign()).clamp(center - eps, center + eps)
-    return worst
+    return worst, {m: (upper - lower).mean().item() for m, (lower, upper) in found.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_point_violates_a_bound(name):
     for eps in (0.003, 0.05, 0.5):
-        for method, gap in pool(1).run(_attacked, name, eps, torch.float64)[0].items():
+        gaps, _ = pool(1).run(_attacked, name, eps, torch.float64)[0]
+        for method, gap in gaps.items():
             assert gap < 1e-12, (method, eps)
+
+
+def test_alpha_crown_is_tighter_than_crown_and_no_point_violates_it():
+    options = {"optimize_bound_args": {"iteration": 8, "lr_alpha": 0.1, "optimizer": "adam"}}
+    methods = ("CROWN", "CROWN-Optimized")
+    run = (_attacked, "gpt", 0.02, torch.float64, methods, options)
+    gaps, widths = pool(1).run(*run)[0]
+    assert gaps["CROWN-Optimized"] < 1e-12
+    assert widths["CROWN-Optimized"] < 0.98 * widths["CROWN"]
 
 
 def _gradients(name, method):

@@ -12,10 +12,10 @@ from lirpa_megatron.operators import curves
 from lirpa_megatron.operators.curves import Curve
 from lirpa_megatron.operators.linear import dense
 from lirpa_megatron.operators.lines import Relaxation
-from lirpa_megatron.operators.optimizable import ElementwiseOptimizable, total
+from lirpa_megatron.operators.optimizable import OptimizableOperator, total
 
 
-class BoundCurve(ElementwiseOptimizable):
+class BoundCurve(OptimizableOperator):
     """y = f(x) for each element.
 
     ========  ===================  =================================

@@ -100,6 +100,9 @@ class BoundAttend(RowRelaxed):
     for every mu, less sum_j |p_j - p0_j| |w_j|. The weights' box comes from the score's intervals
     and the simplex. It bounds y by the hull of the values however wide the scores are.
 
+    **Alpha** [B, n, T], for each row, head and query, moves from the plane of the two that is taken
+    without it towards the other: the planes are mixed, w times the one plus 1 - w times the other.
+
     delta's range comes from a pass of its own, with the rows e_ij - sum_k p0_ik e_ik (BoundedModule
     bounds the scores with them); without it, from the scores' box.
 
@@ -198,7 +201,12 @@ class BoundAttend(RowRelaxed):
         high = torch.where(p0 < 1, (1 - p0) * u, 0.0) - (pl.sum(-1, keepdim=True) - pl)
         return low, high
 
-    def lower_plane(self, A: torch.Tensor, x: _Rows) -> tuple[tuple, torch.Tensor]:
+    def alpha_shape(self) -> tuple[int, ...]:
+        return tuple(self.inputs[0].lower.shape[:-1])
+
+    def lower_plane(
+        self, A: torch.Tensor, x: _Rows, move: torch.Tensor | None = None
+    ) -> tuple[tuple, torch.Tensor]:
         """A_y -> (A_s [R, B, n, T, T], A_v [R, B, T, g d]), bias [R, B]."""
         a, p0 = self._heads(A), x.p0
         means = a @ x.v0.transpose(-1, -2)
@@ -210,8 +218,14 @@ class BoundAttend(RowRelaxed):
         # The plane with s is preferred while it is not clearly worse: it goes on to the input.
         gain = (g.clamp(min=0) * x.du + g.clamp(max=0) * x.dl).sum(-1)
         flat = ~(rest + gain / 2 <= flat_rest) | x.loose
-        rest = torch.where(flat, flat_rest, rest)
-        g = torch.where((flat | x.fixed).unsqueeze(-1), 0.0, g)
+        share = (~flat).to(g.dtype)  # of the plane with s
+        if move is not None:
+            moved = share + move
+            share = moved + (moved.clamp(0, 1) - moved).detach()  # a gradient at the ends too
+            share = torch.where(x.loose | ~(rest < float("inf")), 0.0, share)
+        rest = torch.where(share > 0, share * rest, 0.0)
+        rest = rest + torch.where(share < 1, (1 - share) * flat_rest, 0.0)
+        g = torch.where(x.fixed.unsqueeze(-1), 0.0, g) * share.unsqueeze(-1)
         reads = (a != 0).any(-1)
         rest = torch.where(reads & x.undefined, float("inf"), rest)
         rest = torch.where(reads, rest, 0.0)

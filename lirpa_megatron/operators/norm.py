@@ -27,7 +27,10 @@ class _Vectors:
     r_least: torch.Tensor
     r_most: torch.Tensor
     below: tuple[torch.Tensor, torch.Tensor]
-    """(slope, intercept) of a line in t below r - r0."""
+    """(slope, intercept) of a line in t below r - r0: the tangent of f(q1 + 2 t) at t = 0."""
+    q1: torch.Tensor
+    tl: torch.Tensor
+    tu: torch.Tensor
     above: tuple[torch.Tensor, torch.Tensor]
     t_mid: torch.Tensor
     t_half: torch.Tensor
@@ -81,7 +84,7 @@ class BoundNorm(RowRelaxed):
 
     because |P dx| <= |dx|. f(q) = (q/d + eps)^(-1/2) falls and is convex, so with r0 = f(q0)
 
-    - below: r >= f(q0 + N + 2 t) >= f(q1) + 2 f'(q1) t, the tangent at t = 0, q1 = q0 + N;
+    - below: r >= f(q1 + 2 t) >= its tangent at any t, at t = 0 without alpha, q1 = q0 + N;
     - above: r <= min(f(q0 + 2 t), f(q_least)) <= its chord over the t that can be.
 
     q_least and q_most come from t's range and from the triangle inequality
@@ -101,6 +104,11 @@ class BoundNorm(RowRelaxed):
       ds' and t' are linear in the same dx, and for every lambda > 0
       ds' t' <= (lambda ds' + t'/lambda)^2 / 4, whose range is that of one linear form: about half
       of the product of the two ranges, when the two are independent. lambda^2 = T/S.
+
+    **Alpha** [.., groups, 2], two numbers in [-1, 1] for each row and vector, any of which is
+    sound: the first mixes McCormick's planes of the product, which replaces ds' dr' >= -S D by
+    ds' dr' >= -S D - a (D ds' + S dr') (ds' rho' likewise); the second moves the point t of the
+    tangent below from 0 to the ends of t's range.
 
     S and t's range are those over the box of x and over the affine form of x in the model's input
     (`enclosure`), which knows how x's coordinates go together. Where the plane is worse even than
@@ -154,8 +162,8 @@ class BoundNorm(RowRelaxed):
         q0 = z0.square().sum(-1)
         N = torch.maximum(dl.square(), du.square()).sum(-1)
         nothing = torch.zeros_like(q0)
-        found = _Vectors(c, dl, du, z0, *(nothing,) * 3, (nothing,) * 2, (nothing,) * 2,
-                         *(nothing,) * 4, form, wild)
+        found = _Vectors(c, dl, du, z0, *(nothing,) * 3, (nothing,) * 2, *(nothing,) * 3,
+                         (nothing,) * 2, *(nothing,) * 4, form, wild)
         found.t_through = found.through(z0.unsqueeze(0))
         tl, tu = (x[0] for x in found.spread(z0.unsqueeze(0), found.t_through))
 
@@ -164,9 +172,8 @@ class BoundNorm(RowRelaxed):
         most = torch.minimum((q0 + 2 * tu).clamp(min=0) + N, (length + reach).square())
         found.r0 = r0 = self._r(q0)
         found.r_most, found.r_least = self._r(least), self._r(torch.maximum(least, most))
-        # Below: the tangent of f(q1 + 2t) at t = 0.
-        f1 = self._r(q0 + N)
-        found.below = slope, _ = -f1 / (q0 + N + self._d * self.eps), f1 - r0
+        found.q1, found.tl, found.tu = q0 + N, tl, tu
+        found.below = slope, _ = self._tangent(found, nothing)
         # Above: the chord of f(q0 + 2t), from where it passes r_most.
         start = torch.minimum(torch.maximum(tl, (least - q0) / 2), tu)
         f_start = torch.minimum(self._r((q0 + 2 * start).clamp(min=0)), found.r_most)
@@ -180,12 +187,22 @@ class BoundNorm(RowRelaxed):
             return torch.maximum(f_start - k * start, f_end - k * tu) - r0
 
         found.above = chord, highest(chord)
-        low, high = f1 - r0, highest(slope)
+        low, high = found.below[1], highest(slope)
         found.rho_mid, found.rho_half = (low + high) / 2, ((high - low) / 2).clamp(min=0)
         found.t_mid, found.t_half = (tl + tu) / 2, (tu - tl) / 2
         return found
 
+    def _tangent(self, x: _Vectors, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slope, intercept) in t of the tangent of f(q1 + 2 t) - r0 at a point."""
+        q = (x.q1 + 2 * t).clamp(min=0)
+        f = self._r(q)
+        slope = -f / (q + self._d * self.eps)
+        return slope, f - x.r0 + slope * (x.q1 - q) / 2
+
     # --------------------------------------------------------------------- CROWN
+
+    def alpha_shape(self) -> tuple[int, ...]:
+        return *self.inputs[0].lower.shape[:-1], self.groups, 2
 
     def relaxation(self, x: Any, *_: Any) -> tuple:
         """The vectors, and gamma and beta."""
@@ -197,7 +214,9 @@ class BoundNorm(RowRelaxed):
         beta = self.value_of(2) if len(self.inputs) > 2 else None
         return vectors, self.value_of(1), beta
 
-    def lower_plane(self, A: torch.Tensor, shared: tuple) -> tuple[tuple, torch.Tensor]:
+    def lower_plane(
+        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None
+    ) -> tuple[tuple, torch.Tensor]:
         """A [R, B, ..., groups d] -> (A_x of the same shape,), bias [R, B]."""
         x, gamma, beta = shared
         A = self._split(A)
@@ -206,10 +225,15 @@ class BoundNorm(RowRelaxed):
         through = x.through(w)
         least, most = x.spread(w, through)
         m_s, S = (least + most) / 2, ((most - least) / 2).clamp(min=0)
-        m, error = self._product(w, through, x, m_s, S)
-        k = s0 + m_s
-        slope = torch.where(k >= 0, k * x.below[0], k * x.above[0])
-        const = torch.where(k >= 0, k * x.below[1], k * x.above[1]) - m * m_s - error + x.r0 * s0
+        kappa, rho, half, error = self._product(w, through, x, m_s, S)
+        m, k, slope, const, below = kappa * x.t_mid + rho, s0 + m_s, 0, -error, x.below
+        if move is not None:
+            mix, at = move.unbind(-1)
+            m, k = m - mix * half, k - mix * S
+            slope, const = mix * S * kappa, const + mix * S * rho
+            below = self._tangent(x, torch.where(at > 0, at * x.tu, -at * x.tl))
+        slope = slope + torch.where(k >= 0, k * below[0], k * x.above[0])
+        const = const + torch.where(k >= 0, k * below[1], k * x.above[1]) - m * m_s + x.r0 * s0
         coef = (x.r0 + m).unsqueeze(-1) * w + slope.unsqueeze(-1) * x.z0
 
         floor = -(self._d**0.5) * torch.linalg.vector_norm(w, dim=-1)
@@ -225,21 +249,26 @@ class BoundNorm(RowRelaxed):
     def _product(
         self, w: torch.Tensor, through: torch.Tensor | None, x: _Vectors, m_s: torch.Tensor,
         S: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(m, error): ds' dr >= m ds' - error for |ds'| <= S."""
+    ) -> tuple[torch.Tensor, ...]:
+        """dr = kappa t + rho', |rho' - rho| <= half: ds' dr >= (kappa t_mid + rho) ds' - error.
+
+        Returns:
+            (kappa, rho, half, error), each [R, *lead].
+        """
         low, high = x.r_least - x.r0, x.r_most - x.r0
-        m, error = ((low + high) / 2).expand_as(S), S * (high - low) / 2
+        rho, half = (low + high) / 2, (high - low) / 2
         ratio = (x.t_half + 1e-30) / (S.detach() + 1e-30)
         scale = ratio.detach().clamp(1e-12, 1e12).sqrt().unsqueeze(-1)
         joint = None if through is None else scale * through + x.t_through / scale
         least, most = x.spread(scale * w + x.z0 / scale, joint)
         off = scale.squeeze(-1) * m_s + x.t_mid / scale.squeeze(-1)
         joint = torch.maximum((most - off).abs(), (least - off).abs()).square() / 4
-        slope = x.below[0]
-        m2 = (slope * x.t_mid + x.rho_mid).expand_as(S)
-        error2 = -slope * joint + S * x.rho_half
-        better = error2 < error
-        return torch.where(better, m2, m), torch.where(better, error2, error)
+        error, with_t = S * half, S * x.rho_half - x.below[0] * joint
+        better = with_t < error
+        return (
+            torch.where(better, x.below[0], 0.0), torch.where(better, x.rho_mid, rho),
+            torch.where(better, x.rho_half, half), torch.where(better, with_t, error),
+        )
 
     # ----------------------------------------------------------------------- IBP
 

@@ -1,9 +1,10 @@
-"""Base of the elementwise operators with alpha, for both versions of the host.
+"""Base of the operators with alpha, for both versions of the host.
 
-Alpha of a start node is [2, R, B, *shape] (or 1 for R where rows share it): index 0 serves the
-pass for lower bounds, 1 that for upper ones. An entry needs one number, because the sign of A
-decides which of the two lines it uses. Alpha runs over [-`RANGE`, `RANGE`]: every value is sound, 0
-is the line without alpha, and values outside are clamped where they are used.
+Alpha of a start node is [2, R, B, *alpha shape] (or 1 for R where rows share it): index 0 serves
+the pass for lower bounds, 1 that for upper ones. For elementwise operators the alpha shape is that
+of the node: an entry needs one number, because the sign of A decides which of the two lines it
+uses. Alpha runs over [-`RANGE`, `RANGE`]: every value is sound, 0 is the line without alpha, and
+values outside are clamped where they are used.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ it went back and forth between the ends: after 20 steps bounds of GELU networks 
 wider)."""
 
 
-class ElementwiseOptimizable(host.BoundOptimizableActivation):
-    """An elementwise operator whose lines depend on alpha."""
+class OptimizableOperator(host.BoundOptimizableActivation):
+    """An operator whose lines or planes depend on alpha."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,10 +35,14 @@ class ElementwiseOptimizable(host.BoundOptimizableActivation):
         like = self.inputs[0].lower
         self.alpha = {
             entry[0]: torch.zeros(
-                2, math.prod(entry[1]), *like.shape, dtype=like.dtype, device=like.device
+                2, math.prod(entry[1]), *self.alpha_shape(), dtype=like.dtype, device=like.device
             )
             for entry in start_nodes
         }
+
+    def alpha_shape(self) -> tuple[int, ...]:
+        """Shape of one row's alpha, [B, *alpha shape]; that of the first input by default."""
+        return tuple(self.inputs[0].lower.shape)
 
     def clip_alpha(self) -> None:
         for alpha in self.alpha.values():
@@ -53,7 +58,7 @@ class ElementwiseOptimizable(host.BoundOptimizableActivation):
         self.alpha = saved["alpha"]
 
     def move(self, start: host.Bound, side: int) -> torch.Tensor | None:
-        """Alpha [R or 1, B, *shape] of one side as a number in [-1, 1]; None where not in use."""
+        """Alpha [R or 1, B, *alpha shape] of one side, in [-1, 1]; None where not in use."""
         if not host.is_optimized(self, start):
             return None
         return (self.alpha[start.name][side] / RANGE).clamp(-1, 1)

@@ -9,7 +9,7 @@ import torch
 
 from lirpa_megatron import host
 from lirpa_megatron.operators.linear import dense
-from lirpa_megatron.operators.optimizable import ElementwiseOptimizable, total
+from lirpa_megatron.operators.optimizable import OptimizableOperator, total
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Box:
     most: torch.Tensor
 
 
-class BoundProduct(ElementwiseOptimizable):
+class BoundProduct(OptimizableOperator):
     """y = a b for each element, a and b of equal shapes.
 
     ==============  ===================  =================================

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron import host
 from lirpa_megatron.operators.enclosure import AffineForm
 from lirpa_megatron.operators.linear import dense
+from lirpa_megatron.operators.optimizable import OptimizableOperator
 from lirpa_megatron.parallel.layouts import Layout
 
 
-class RowRelaxed(host.Bound):
+class RowRelaxed(OptimizableOperator):
     """y of several inputs, bounded from below row by row; from above by minus the bound of -A.
 
     A CROWN operator usually relaxes each coordinate of y by itself. Knowing the row A of what is
@@ -22,8 +22,9 @@ class RowRelaxed(host.Bound):
     A subclass defines
 
     - `relaxation(*inputs)`: what all rows have in common;
-    - `lower_plane(A, relaxation)`: coefficients for each input that can be perturbed, in order, and
-      a bias [R, B], of a plane below <A, y> on the inputs' bounds;
+    - `lower_plane(A, relaxation, move)`: coefficients for each input that can be perturbed, in
+      order, and a bias [R, B], of a plane below <A, y> on the inputs' bounds, for every alpha
+      `move` in [-1, 1] (None: no alpha, the same as 0);
     - `reads_form`: the inputs whose affine form (`enclosure`) it makes use of.
     """
 
@@ -33,9 +34,6 @@ class RowRelaxed(host.Bound):
         super().__init__(attr, *args, **kwargs)
         self.attributes = attr
         self.layout: Layout = self.options["layout"]
-
-    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
 
     def value_of(self, index: int) -> torch.Tensor:
         """An input's value at the clean input of the model."""
@@ -58,19 +56,23 @@ class RowRelaxed(host.Bound):
     def relaxation(self, *inputs: Any) -> Any:
         raise NotImplementedError
 
-    def lower_plane(self, A: torch.Tensor, shared: Any) -> tuple[tuple, torch.Tensor]:
+    def lower_plane(
+        self, A: torch.Tensor, shared: Any, move: torch.Tensor | None = None
+    ) -> tuple[tuple, torch.Tensor]:
         raise NotImplementedError
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+    def bound_backward(
+        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
+    ) -> tuple:
         """A and bias of both sides. Shapes: see the class; a bias is [R, B]."""
         shared = self.relaxation(*x)
         lower: tuple = ()
         upper: tuple = ()
         lbias = ubias = 0
         if last_lA is not None:
-            lower, lbias = self.lower_plane(dense(last_lA), shared)
+            lower, lbias = self.lower_plane(dense(last_lA), shared, self.move(start_node, 0))
         if last_uA is not None:
-            planes, below = self.lower_plane(-dense(last_uA), shared)
+            planes, below = self.lower_plane(-dense(last_uA), shared, self.move(start_node, 1))
             upper, ubias = tuple(-A for A in planes), -below
         # Inputs beyond the planes' (weights, masks) are not perturbed.
         absent = [None] * len(x)

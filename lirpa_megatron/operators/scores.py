@@ -34,6 +34,13 @@ class BoundScores(RowRelaxed):
     forms' centers, else the boxes' midpoints. (The planes through the midpoints are the mean of
     McCormick's, 1976.)
 
+    **Alpha** [B, n, T, T], a number m in [-1, 1] for each row and pair, mixes this plane with
+    McCormick's two of the boxes |dq| <= rq, |dk| <= rk, each below <dq, dk>:
+
+        (1 - |m|) low - |m| <rq, rk> - m (<rq, dk> + <rk, dq>)
+
+    and above it (1 - |m|) high + |m| <rq, rk> + m (<rk, dq> - <rq, dk>).
+
     **IBP.** The same with boxes. Zero-width boxes give the exact plane. Bounds beyond 1e15 or NaN
     give s its plane through 0 and an infinite remainder where A is not 0.
     """
@@ -61,7 +68,7 @@ class BoundScores(RowRelaxed):
         return (q @ k.transpose(-1, -2)).flatten(-4, -3) * self.scale
 
     def relaxation(self, q: Any, k: Any) -> tuple[torch.Tensor, ...]:
-        """(q0, k0) split into heads, (low, high) of <dq, dk> [B, g, n/g, T, T]."""
+        """(q0, k0, rq, rk) split into heads, (low, high, <rq, rk>), each [B, g, n/g, T, T]."""
         boxes = [tame(x.lower, x.upper, _LARGEST) for x in (q, k)]
         forms = [self.form_of(0), self.form_of(1)]
         if None in forms:
@@ -75,7 +82,7 @@ class BoundScores(RowRelaxed):
         q0, k0 = self._split(*centers)
         dq, dk = self._split(*deviations)
         high = torch.nan_to_num(dq @ dk.transpose(-1, -2), nan=float("inf"), posinf=float("inf"))
-        low = -high
+        box, low = high, -high
         if None not in forms and self.affords(high.numel() * self.head_dim**2):
             groups = k0.shape[-4]
             a = forms[0].view(lambda x: self._queries(x, groups))
@@ -84,16 +91,33 @@ class BoundScores(RowRelaxed):
             least, most = product_range(a, b)
             low = torch.where(least > low, least, low)  # also where `least` is NaN
             high = torch.where(most < high, most, high)
-        return q0, k0, low, high
+        return q0, k0, dq, dk, low, high, box
 
-    def lower_plane(self, A: torch.Tensor, shared: tuple) -> tuple[tuple, torch.Tensor]:
+    def alpha_shape(self) -> tuple[int, ...]:
+        return self.inputs[0].lower.shape[0], *self.output_shape[1:]
+
+    def lower_plane(
+        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None
+    ) -> tuple[tuple, torch.Tensor]:
         """A_s -> (A_q [R, B, T, n d], A_k [R, B, T, g d]), bias [R, B]."""
-        q0, k0, low, high = shared
+        q0, k0, rq, rk, low, high, box = shared
         A = A.unflatten(-3, (k0.shape[-4], -1)) * self.scale  # [R, B, g, n/g, T, T]
-        A_q = (A @ k0).movedim(-2, -4).flatten(-3)
-        A_k = (A.transpose(-1, -2) @ q0).sum(-3).movedim(-2, -3).flatten(-2)
-        exact = A * (q0 @ k0.transpose(-1, -2))
-        return (A_q, A_k), (times(A, low, high) - exact).flatten(2).sum(-1)
+        A_q, A_k = A @ k0, A.transpose(-1, -2) @ q0
+        rest = -A * (q0 @ k0.transpose(-1, -2))
+        bias = 0
+        if move is not None:
+            m = torch.where(box.isfinite(), move.unflatten(-3, (k0.shape[-4], -1)), 0.0)
+            rq, rk, box = (torch.where(r.isfinite(), r, 0.0) for r in (rq, rk, box))
+            turned_q, turned_k = (m * A.abs()) @ rk, (m * A).transpose(-1, -2) @ rq
+            A_q, A_k = A_q - turned_q, A_k - turned_k
+            bias = ((turned_q * q0).sum(-1) + (turned_k * k0).sum(-1)).flatten(2).sum(-1)
+            plain = 1 - m.abs()
+            low = torch.where(plain == 1, low, plain * low - (1 - plain) * box)
+            high = torch.where(plain == 1, high, plain * high + (1 - plain) * box)
+        bias = bias + (rest + times(A, low, high)).flatten(2).sum(-1)
+        A_q = A_q.movedim(-2, -4).flatten(-3)
+        A_k = A_k.sum(-3).movedim(-2, -3).flatten(-2)
+        return (A_q, A_k), bias
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Interval bounds of s, [B, n, T, T]."""

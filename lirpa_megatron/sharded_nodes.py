@@ -1,0 +1,71 @@
+"""Which nodes of a bound graph are sharded: it follows from the operators alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lirpa_megatron import host
+from lirpa_megatron.operators import BoundColumnParallelLinear
+from lirpa_megatron.operators.gather import (
+    BoundGatherFromRegion,
+    BoundScatterToRegion,
+    BoundSelectFromRegion,
+)
+from lirpa_megatron.operators.row import BoundRowParallelLinear
+from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabularyMargins, Margins
+
+_SPLITS = (
+    BoundColumnParallelLinear, BoundScatterToRegion, BoundSelectFromRegion, BoundVocabularyMargins,
+)
+"""Operators that make sharded values of replicated ones."""
+
+
+def mark_sharded(nodes: Iterable[host.Bound], ranks: int) -> dict[str, bool]:
+    """Node name -> whether its value is feature-sharded.
+
+    Args:
+        nodes: of the bound graph.
+        ranks: tensor-parallel size.
+
+    Raises:
+        NotImplementedError: layers whose sharding does not fit together, by name.
+    """
+    sharded: dict[str, bool] = {}
+    shards: set[str] = set()
+    for node in nodes:
+        if isinstance(node, (BoundColumnParallelLinear, Margins)):
+            shards |= {x.name for x in node.inputs[1:]}
+        elif isinstance(node, BoundRowParallelLinear):
+            shards.add(node.inputs[1].name)
+
+    def visit(node: host.Bound) -> bool:
+        if node.name not in sharded:
+            inputs = [visit(x) for x in node.inputs]
+            if isinstance(node, _SPLITS):
+                value = True
+                if inputs[0]:
+                    raise NotImplementedError(
+                        f"{node.name}: a ColumnParallelLinear whose input is sharded already"
+                    )
+            elif isinstance(node, BoundTokenMargins):
+                value = False
+            elif isinstance(node, (BoundRowParallelLinear, BoundGatherFromRegion)):
+                value = False
+                if not inputs[0] and ranks > 1:
+                    raise NotImplementedError(
+                        f"{node.name}: a RowParallelLinear with input_is_parallel=True whose "
+                        "input is not sharded"
+                    )
+            elif isinstance(node, host.BoundParams):
+                # Megatron marks no weight that it did not initialise itself.
+                value = node.name in shards or getattr(
+                    node.param, "tensor_model_parallel", False
+                )
+            else:
+                value = any(inputs)
+            sharded[node.name] = value
+        return sharded[node.name]
+
+    for node in nodes:
+        visit(node)
+    return sharded
