@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ class _Node:
 
 
 def product_node(a: _Node, b: _Node) -> BoundProduct:
-    node = BoundProduct({}, [], 0, {"optimize_bound_args": {}})
+    options = {"optimize_bound_args": {}, "layout": SimpleNamespace(forms={})}
+    node = BoundProduct({}, [], 0, options)
     node.inputs = [a, b]
     return node
 
@@ -144,6 +146,18 @@ def test_with_one_input_perturbed_the_product_is_linear(perturbed):
     for got, want in zip(reached, (lower.tanh(), upper.tanh()), strict=True):
         assert (abs(got - want) <= abs(upper - lower)).all()
     assert (reached[0] <= lower.tanh()).all() and (reached[1] >= upper.tanh()).all()
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+def test_affine_forms_make_gates_tighter(kind):
+    model, where = mlp(kind, True, torch.float64), inputs(0.3)
+    widths = []
+    for options in ({}, {"form_limit": 0}):
+        module = BoundedModule(model, where.center, options)
+        lower, upper = module.compute_bounds(x=(where.bounded(),), method="CROWN")
+        assert attack(model, where, lower, upper) <= 1e-12
+        widths.append((upper - lower).mean().item())
+    assert widths[0] < 0.9 * widths[1]
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "relu"])

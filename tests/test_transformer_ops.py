@@ -17,7 +17,7 @@ from torch import nn
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.adapters import symbols
 from lirpa_megatron.operators import BoundAttend, BoundNorm, BoundScores, softmax
-from lirpa_megatron.operators.enclosure import AffineForm, Pairs, product_range
+from lirpa_megatron.operators.enclosure import AffineForm, Pairs, elementwise_range, product_range
 
 SLACK = {torch.float64: 1e-11, torch.float32: 2e-5}
 WIDTHS = (0.0, 1e-5, 0.05, 0.4, 3.0, 1e3)
@@ -436,6 +436,22 @@ def test_products_of_forms_stay_in_their_range(norm):
     assert (products.amax(0) <= high).all() and (products.amin(0) >= low).all()
     tight = (products.amax(0) / high).mean()
     assert tight > (0.3 if norm == math.inf else 0.1), tight
+
+
+@pytest.mark.parametrize("norm", [math.inf, 2.0, 1.0])
+def test_elementwise_products_of_forms_stay_in_their_range(norm):
+    a = _form(2, 3, 4, seed=1, slack=0.1, norm=norm)
+    b = _form(2, 3, 4, seed=2, slack=0.2, norm=norm)
+    low, high = elementwise_range(a, b)
+    u = _ball(4000, 6, norm)
+    da, db = (torch.einsum("btdn,pn->pbtd", x.A, u) for x in (a, b))
+    da = da + 0.1 * drawn(4000, 2, 3, 4, seed=3).sign()
+    products = da * (db + 0.2 * drawn(4000, 2, 3, 4, seed=4).sign())
+    assert (products.amax(0) <= high).all() and (products.amin(0) >= low).all()
+    tight = (products.amax(0) / high).mean()
+    assert tight > (0.5 if norm == math.inf else 0.2), tight
+    size = (a.reach() + a.slack) * (b.reach() + b.slack)
+    assert norm == 1 or (high <= size * (1 + 1e-9)).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("norm", [math.inf, 2.0, 1.0])

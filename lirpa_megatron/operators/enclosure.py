@@ -145,6 +145,23 @@ def product_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Ten
     return lower, upper
 
 
+def elementwise_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds of delta a delta b for each coordinate of two forms of one shape.
+
+    Returns:
+        (lower, upper), each [B, *node shape].
+    """
+    if a.norm == float("inf"):
+        weights = _weights(a.A.square(), b.A.square())
+    else:
+        weights = torch.ones_like(a.A)
+    cross = (a.A * weights * b.A).sum(-1)
+    sizes = safe_root((a.A.square() * weights).sum(-1) * (b.A.square() * weights).sum(-1))
+    slack = a.reach() * b.slack + a.slack * (b.reach() + b.slack)
+    sizes = sizes * (1 + 10 * _ROUNDING[a.A.dtype])
+    return (cross - sizes) / 2 - slack, (cross + sizes) / 2 + slack
+
+
 def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
     """Of symmetric positive semidefinite matrices; NaN where a matrix is not finite."""
     finite = torch.isfinite(G).all(-1).all(-1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron import host
+from lirpa_megatron.operators.enclosure import AffineForm, elementwise_range
 from lirpa_megatron.operators.linear import dense
 from lirpa_megatron.operators.optimizable import OptimizableOperator, total
 
@@ -19,6 +20,7 @@ class _Box:
     Attributes:
         a0, ra, b0, rb: [B, *shape]; all 0 where `infinite`.
         gap: ra rb, rounded up.
+        low, high: bounds of (a - a0)(b - b0), at least as tight as -+ gap.
         infinite: where no plane exists; there `least` <= a b <= `most`.
     """
 
@@ -27,6 +29,8 @@ class _Box:
     b0: torch.Tensor
     rb: torch.Tensor
     gap: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
     infinite: torch.Tensor
     least: torch.Tensor
     most: torch.Tensor
@@ -62,10 +66,17 @@ class BoundProduct(OptimizableOperator):
         A_a = A b0 - s |A| d rb        A_b = A (a0 - d ra)
         bias = sum - A a0 b0 - s |A| ra rb + d (s |A| a0 rb + A b0 ra)
 
+    Where the affine forms of a and b in the model's input are known (`enclosure`), a0 and b0 are
+    their centers and the remainder of the plane d = 0 is da db in [low, high] instead of -+ ra rb:
+    both deviations come from one input. Other d mix it with McCormick's planes: -+ ra rb becomes
+    (1 - |d|) low - |d| ra rb and (1 - |d|) high + |d| ra rb.
+
     IBP: least and largest of the four corners. Infinite ends (or such as overflow) leave only the
     constants of IBP; 0 times an infinite end is 0. Zero width: exact up to the rounding margin of
     4 units in the last place.
     """
+
+    reads_form = frozenset({0, 1})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,7 +115,9 @@ class BoundProduct(OptimizableOperator):
         """A at a and b and the bias [R, B]. Shapes: see the class."""
         if not self._both_perturbed:
             return self._linear(last_lA, last_uA, *x)
-        box = _box(x[0], x[1])
+        known = self.options["layout"].forms
+        forms = [known.get(node.name) for node in self.inputs]
+        box = _box(x[0], x[1], None if None in forms else forms)
         any_infinite = bool(box.infinite.any())
 
         def through(last_A: Any, side: int) -> tuple[Any, Any, Any]:
@@ -113,7 +126,7 @@ class BoundProduct(OptimizableOperator):
             A = dense(last_A)
             size = A.abs() if side == 0 else -A.abs()
             d = self.move(start_node, side)
-            bias = -total(A, box.a0 * box.b0) - total(size, box.gap)
+            bias = _remainder(A, box, d, side) - total(A, box.a0 * box.b0)
             A_a, A_b = A * box.b0, A * box.a0
             if d is not None:
                 turned, straight = d * size, d * A
@@ -150,15 +163,35 @@ def _corners(
     return least, torch.maximum(torch.maximum(*products[:2]), torch.maximum(*products[2:]))
 
 
-def _box(a: Any, b: Any) -> _Box:
-    """The box of two nodes' bounds."""
+def _remainder(A: torch.Tensor, box: _Box, d: torch.Tensor | None, side: int) -> torch.Tensor:
+    """The least (side 0) or largest sum of A times what lies beside the plane, [R, B]."""
+    low, high = box.low, box.high
+    if d is not None:
+        share = d.abs()
+        low, high = low - share * (low + box.gap), high + share * (box.gap - high)
+    up, down = (low, high) if side == 0 else (high, low)
+    return total(A.clamp(min=0), up) + total(A.clamp(max=0), down)
+
+
+def _box(a: Any, b: Any, forms: list[AffineForm] | None) -> _Box:
+    """The box of two nodes' bounds, and their forms if they are known."""
     al, au, bl, bu = a.lower, a.upper, b.lower, b.upper
     info = torch.finfo(al.dtype)
     limit = info.max**0.5 / 16
     infinite = ~((al >= -limit) & (au <= limit) & (bl >= -limit) & (bu <= limit))
     least, most = _corners(*(torch.where(infinite, x, 0.0) for x in (al, au, bl, bu)))
     al, au, bl, bu = (torch.where(infinite, 0.0, x) for x in (al, au, bl, bu))
-    a0, b0 = al / 2 + au / 2, bl / 2 + bu / 2
+    if forms is None:
+        a0, b0 = al / 2 + au / 2, bl / 2 + bu / 2
+    else:
+        a0, b0 = (torch.where(infinite, 0.0, form.center) for form in forms)
     ra, rb = torch.maximum(au - a0, a0 - al), torch.maximum(bu - b0, b0 - bl)
     noise = 4 * info.eps * ((a0.abs() + ra) * (b0.abs() + rb)).detach()
-    return _Box(a0, ra, b0, rb, ra * rb + noise, infinite, least, most)
+    gap = ra * rb + noise
+    low, high = -gap, gap
+    if forms is not None:
+        inside = elementwise_range(*forms)
+        low, high = (torch.where(infinite, 0.0, x) for x in inside)
+        low = torch.where(low - noise > -gap, low - noise, -gap)  # also where low is NaN
+        high = torch.where(high + noise < gap, high + noise, gap)
+    return _Box(a0, ra, b0, rb, gap, low, high, infinite, least, most)
