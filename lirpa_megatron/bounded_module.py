@@ -21,7 +21,13 @@ from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import BoundReplicatedLinear
 from lirpa_megatron.operators.relaxed import RowRelaxed
-from lirpa_megatron.options import OwnOptions, check_compute_bounds, check_method, check_options
+from lirpa_megatron.options import (
+    OwnOptions,
+    check_compute_bounds,
+    check_method,
+    check_options,
+    text_of,
+)
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.layouts import Layout
 from lirpa_megatron.passes import Passes
@@ -101,7 +107,7 @@ class BoundedModule(host.HostBoundedModule):
             parameter.requires_grad_(requires_grad)
         for node in self._modules.values():
             if isinstance(node, host.BoundParams):
-                object.__setattr__(node, "forward", _value_of(node))
+                object.__setattr__(node, "forward", host.own_value(node))
 
     def _check_parameters_agree(self) -> None:
         replicated = {
@@ -179,7 +185,7 @@ class BoundedModule(host.HostBoundedModule):
             own_C = C is not None and self.sharded[self._final(kwargs).name]
             values = {
                 "the specification C": str(tuple(C.shape)) if own_C else C,
-                "a keyword argument": _text_of(kwargs),
+                "a keyword argument": text_of(kwargs),
             }
             if x is not None:
                 values |= described(x)
@@ -395,16 +401,3 @@ def _device_of(model: nn.Module, inputs: Any) -> torch.device:
     """Where the model is, or its first input."""
     tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     return next(iter([*model.parameters(), *tensors])).device
-
-
-def _value_of(node: host.BoundParams) -> Any:
-    def forward() -> torch.Tensor:
-        return node.param if node.training else node.param.detach()
-
-    return forward
-
-
-def _text_of(kwargs: Mapping[str, Any]) -> str:
-    """Keyword arguments that must agree between ranks (tensors in them have ranks' own shapes)."""
-    plain = {k: v for k, v in kwargs.items() if isinstance(v, (str, bool, int, float))}
-    return repr(sorted(plain.items()))

@@ -15,7 +15,7 @@ import logging
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,6 +250,15 @@ def named_members(self: Any, get_members_fn: Any, prefix: str = "", recurse: boo
     if IS_03:
         return parent(self, get_members_fn, prefix, recurse)
     return parent(self, get_members_fn, prefix, recurse, remove_duplicate)
+
+
+def own_value(node: BoundParams) -> Callable[[], torch.Tensor]:
+    """What a parameter's node computes: the very parameter, detached in evaluation mode."""
+
+    def forward() -> torch.Tensor:
+        return node.param if node.training else node.param.detach()
+
+    return forward
 
 
 def has_bounds(node: Bound) -> bool:

@@ -126,3 +126,9 @@ def check_compute_bounds(kwargs: Mapping[str, Any]) -> None:
             raise NotImplementedError(
                 f"compute_bounds({name}=...) is not available on a sharded model"
             )
+
+
+def text_of(kwargs: Mapping[str, Any]) -> str:
+    """Keyword arguments that must agree between ranks (tensors in them have ranks' own shapes)."""
+    plain = {k: v for k, v in kwargs.items() if isinstance(v, (str, bool, int, float))}
+    return repr(sorted(plain.items()))

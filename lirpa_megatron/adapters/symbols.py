@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lirpa_megatron.operators.positions import rotate
+
 ACTIVATIONS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "gelu": ("GeluErf", F.gelu),
     "gelu_tanh": ("GeluTanh", lambda x: F.gelu(x, approximate="tanh")),
@@ -121,21 +123,6 @@ def heads_first(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 def heads_last(x: torch.Tensor) -> torch.Tensor:
     """[..., n, S, d] -> [..., S, n d]."""
     return x.transpose(-2, -3).flatten(-2)
-
-
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, interleaved: bool
-) -> torch.Tensor:
-    """`rotary` as torch computes it; x [..., S, heads * d]."""
-    x = x.unflatten(-1, (heads, -1))
-    r = cos.shape[-1]
-    turned, kept = x[..., :r], x[..., r:]
-    if interleaved:
-        half = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-    else:
-        half = torch.cat((-turned[..., r // 2 :], turned[..., : r // 2]), dim=-1)
-    turned = turned * cos.unsqueeze(-2) + half * sin.unsqueeze(-2)
-    return torch.cat((turned, kept), dim=-1).flatten(-2)
 
 
 def _norm(

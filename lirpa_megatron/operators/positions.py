@@ -64,8 +64,6 @@ class BoundRotary(_Exact):
         self.heads, self.interleaved = attr["heads"], bool(attr["interleaved"])
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        from lirpa_megatron.adapters.symbols import rotate
-
         return rotate(x, cos, sin, self.heads, self.interleaved)
 
     def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, *tables: Any, **_: Any) -> tuple:
@@ -87,3 +85,25 @@ class BoundRotary(_Exact):
         spread = kept[..., :r] * cos.abs().unsqueeze(-2) + other * sin.abs().unsqueeze(-2)
         around = torch.cat((spread, kept[..., r:]), dim=-1).flatten(-2)
         return turned - around, turned + around
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, interleaved: bool
+) -> torch.Tensor:
+    """Rotary positions as torch computes them.
+
+    Args:
+        x: [..., S, heads * d].
+        cos, sin: [S, r], r <= d even: the first r coordinates of each head are rotated.
+        heads: on this rank.
+        interleaved: whether neighbours are rotated together, not halves.
+    """
+    x = x.unflatten(-1, (heads, -1))
+    r = cos.shape[-1]
+    turned, kept = x[..., :r], x[..., r:]
+    if interleaved:
+        half = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    else:
+        half = torch.cat((-turned[..., r // 2 :], turned[..., : r // 2]), dim=-1)
+    turned = turned * cos.unsqueeze(-2) + half * sin.unsqueeze(-2)
+    return torch.cat((turned, kept), dim=-1).flatten(-2)
