@@ -329,16 +329,15 @@ def digits(tmp_path_factory):
 
 def job(folder):
     return ["--load", str(folder / "checkpoint"), "--instances", str(DIGITS / "instances.csv"),
-            "--config", str(DOCKER / "job.yaml"), "--resume"]
+            "--config", str(DOCKER / "job.yaml"), "--attack-steps", "0", "--resume"]
 
 
 def results(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "agent", [slurms_agent, pytest.param(trainers_agent, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", [slurms_agent, trainers_agent])
 def test_two_nodes_find_what_one_process_finds(agent, digits, tmp_path):
     port, agents = free_port(), []
     for node in range(2):
@@ -350,7 +349,7 @@ def test_two_nodes_find_what_one_process_finds(agent, digits, tmp_path):
                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     try:
         for process in agents:
-            _, error = process.communicate(timeout=200)
+            _, error = process.communicate(timeout=500)
             assert process.returncode == 0, error
     finally:
         for process in agents:

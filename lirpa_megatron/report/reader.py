@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _checked(line: str) -> dict[str, Any]:
     """A line as a dictionary; ValueError says what is wrong with it."""
+    if _depth(line) > _MOST_DEPTH:
+        raise ValueError("it is nested too deeply")
     try:
         result = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     if not isinstance(result, dict):
         raise ValueError("it is not a JSON object")
     for name in _REQUIRED:
@@ -64,6 +65,16 @@ def _checked(line: str) -> dict[str, Any]:
         if not 0 <= position["position"] < len(result.get("tokens") or ()):
             raise ValueError(f"position {position['position']} is none of its tokens")
     return result
+
+
+def _depth(line: str) -> int:
+    """Of brackets outside strings. json's parser recurses, and where a library has raised Python's
+    limit of recursion it ends the process instead of raising."""
+    depth = deepest = 0
+    for token in _STRINGS_AND_BRACKETS.findall(line):
+        depth += (token in "[{") - (token in "]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _check(values: dict[str, Any], fields: dict[str, _Field], whose: str) -> None:
@@ -90,6 +101,8 @@ def _list_of(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(is_one(item) for item in value)
 
 
+_STRINGS_AND_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]')
+_MOST_DEPTH = 100
 _Field = tuple[str, Callable[[Any], bool]]
 _TEXT: _Field = "a text", _is_text
 _NUMBER: _Field = "a number", _is_number
