@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv, __version__)
+        if arguments["command"] == "report":
+            return _report(arguments)
         _load_libraries()
     except (ImportError, UserError) as error:
         print_error(str(error))
@@ -158,6 +160,24 @@ def _verify(arguments: dict[str, Any]) -> int:
     if runtime.is_rank0():
         print(summary_table(results), file=sys.stdout if plan.output else sys.stderr, flush=True)
     return 1 if any(result.result == "error" for result in results) else 0
+
+
+def _report(arguments: dict[str, Any]) -> int:
+    """Needs one process, and none of the libraries that bounds need."""
+    from lirpa_megatron.report.page import write_report
+    from lirpa_megatron.report.reader import read_lines
+    from lirpa_megatron.report.summary import summary_table
+
+    if not launched_as_rank0():
+        return 0
+    path, output = arguments["results"], arguments.get("output", Path("report.html"))
+    results = read_lines(path)
+    if output.exists() and output.samefile(path):
+        raise UserError(f"output {output} is the file of results: choose another name")
+    summary = write_report(results, output, source=path.name)
+    print(summary_table(summary))
+    print(f"wrote {output}")
+    return 0
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ _EXAMPLES = """examples:
   lirpa-megatron import-onnx net.onnx.gz checkpoint
   lirpa-megatron verify --load checkpoint --vnnlib prop.vnnlib --output results.jsonl
   torchrun --nproc-per-node 2 -m lirpa_megatron verify --instances instances.csv --method CROWN
+  lirpa-megatron report results.jsonl --output report.html
 """
 # Of each group, one option at most; an option of the command line replaces the configuration's.
 _EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"))
@@ -76,6 +77,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands)
     _add_verify(commands)
+    _add_report(commands)
     return parser
 
 
@@ -162,6 +164,19 @@ def _add_verify(commands: Any) -> None:
         help="most rows of bounds carried at once; smaller takes less memory (default: all)",
     )
     add("--seed", metavar="N", type=_number(int, 0), help="of the attack (default 0)")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "report",
+        "Make a page with plots of a file of results; it opens in any browser, without a network.",
+        "example:\n  lirpa-megatron report results.jsonl --output report.html",
+    )
+    parser.add_argument("results", metavar="RESULTS", type=Path, help="what verify --output wrote")
+    parser.add_argument(
+        "--output", metavar="HTML", type=Path, help="page to write (default: report.html)"
+    )
 
 
 def parse_arguments(argv: list[str], version: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What a file of results says: its sums, and a page with plots. Needs no torch."""
