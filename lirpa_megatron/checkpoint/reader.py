@@ -7,7 +7,6 @@ weights_only=True, and each rank reads its own block of each tensor.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lirpa_megatron.adapters.parallelize import parallelize
+from lirpa_megatron.checkpoint.inert import read_inert
 from lirpa_megatron.checkpoint.layout import COMMON, data_directory
 from lirpa_megatron.checkpoint.sharding import block_of
 from lirpa_megatron.checkpoint.tensors import TensorFile
@@ -98,20 +98,8 @@ def _replace_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None
 
 
 def _read_common(path: Path) -> dict[str, Any]:
-    """The plain data of `common.pt`; nothing in it is run."""
-    try:
-        common = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint file {path} does not exist") from None
-    except Exception as error:  # a damaged or hostile pickle can raise anything
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise UserError(
-                f"checkpoint file {path} is refused: its pickle names {refused[1]}, "
-                "which could run code"
-            ) from None
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"checkpoint file {path} is corrupt ({reason})") from None
+    """The content of `common.pt`; nothing in it is run."""
+    common = read_inert(path, str(path))
     if not isinstance(common, dict):
         raise UserError(f"checkpoint file {path} is corrupt (it holds no dictionary)")
     return common

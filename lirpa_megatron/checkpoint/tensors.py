@@ -68,6 +68,32 @@ class TensorFile:
             raise UserError(f"tensor {key} in {self.directory} has NaN or infinite values")
         return target
 
+    def read_bytes(self, key: str, limit: int) -> bytes | None:
+        """The content of a byte item, as it is; None if the checkpoint has no such item.
+
+        Raises:
+            UserError: more than `limit` bytes, or not all there.
+        """
+        places = [
+            info for index, info in self.metadata.storage_data.items() if index.fqn == key
+        ]
+        if not places:
+            return None
+        (place, *others) = places
+        if others or not 0 <= place.length <= limit:
+            raise UserError(f"item {key} in {self.directory} is malformed")
+        try:
+            with (self.directory / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                data = file.read(place.length)
+        except OSError as error:
+            raise UserError(
+                f"item {key} in {self.directory} cannot be read ({error.strerror})"
+            ) from None
+        if len(data) != place.length:
+            raise UserError(f"item {key} in {self.directory} is incomplete")
+        return data
+
 
 class _Reader(FileSystemReader):
     """torch's reader with the metadata already there, so that it never unpickles any."""
