@@ -1,12 +1,11 @@
 """Checkpoints of small Megatron models, as Megatron-LM writes them, for tests.
 
-Functions that a rank pool runs say so. The models are those of `transformers`.
+Functions that all ranks run say so. The models are those of `transformers`.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import pickle
 import signal
 from pathlib import Path
@@ -50,10 +49,6 @@ LLAMA = dict(
     untie_embeddings_and_output_weights=True,
 )
 MODELS = {"gpt": transformers.gpt, "llama": transformers.llama, "bert": transformers.bert}
-
-
-def _gelu_tanh():
-    return dict(bias_activation_fusion=True)
 
 
 # name: (model, its settings as keyword arguments, the arguments that say the same)
@@ -147,8 +142,6 @@ def save_model(built, out, args, iteration=ITERATION, metadata=None, **items):
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    # Megatron's writer forks; the pool's processes are daemons, which may not.
-    multiprocessing.current_process()._config["daemon"] = False
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     directory = Path(out) / f"iter_{iteration:07d}"
     if dist.get_rank() == 0:
@@ -290,3 +283,54 @@ def save_legacy(state, out, args, tp=1, pp=1, fused=False, tied=True, change=Non
             folder = directory / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else ""))
             folder.mkdir()
             torch.save(content, folder / "model_optim_rng.pt")
+
+
+def write_all(out, jobs, size):
+    """Writes cases with `size` processes of torchrun; name in `out` -> expected logits.
+
+    Processes of their own: Megatron's writer forks, which is not safe in those of a rank pool.
+
+    Args:
+        out: folder of the checkpoints.
+        jobs: name -> (case, keyword arguments of `save_case`).
+        size: tensor-parallel size.
+    """
+    import os
+    import subprocess
+    import sys
+
+    tests = Path(__file__).resolve().parent
+    torch.save(jobs, Path(out) / f"jobs{size}.pt")
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+        "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+        str(size), __file__, str(out),
+    ]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(Path(out) / f"expected{size}.pt", weights_only=True)
+
+
+def _write_jobs(out):
+    from lirpa_megatron.parallel import runtime
+
+    with runtime.session():
+        size = runtime.tp_size()
+        jobs = torch.load(out / f"jobs{size}.pt", weights_only=True)
+        expected = {
+            name: save_case(case, out / name, **{"dtype": torch.float64, **options})
+            for name, (case, options) in jobs.items()
+        }
+        if runtime.is_rank0():
+            torch.save(expected, out / f"expected{size}.pt")
+
+
+if __name__ == "__main__":
+    import sys
+
+    _write_jobs(Path(sys.argv[1]))

@@ -9,7 +9,9 @@ refused, and the message says which.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,10 +20,11 @@ import torch
 from lirpa_megatron.errors import UserError
 
 _INERT = re.compile(
-    r"argparse\.Namespace"
+    r"argparse\.Namespace|types\.SimpleNamespace"
     r"|signal\.(Signals|SIG\w+)"
     r"|megatron\.core\.enums\.\w+"
     r"|megatron\.core\.transformer\.enums\.\w+"
+    r"|megatron\.core\.optimizer\.optimizer_config\.\w*OptimizerConfig"
     r"|megatron\.core\.rerun_state_machine\.\w+"
     r"|megatron\.core\.transformer\.pipeline_parallel_layer_layout\.\w+"
     r"|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
@@ -74,18 +77,31 @@ def read_inert(source: Path | IO[bytes], what: str, mmap: bool = False) -> Any:
 
 def _load(source: Path | IO[bytes], what: str, mmap: bool) -> Any:
     options = {"map_location": "cpu", "weights_only": True} | ({"mmap": True} if mmap else {})
-    # Both functions came with torch 2.6; without them only files without any such name are read.
+    # The function came with torch 2.6; without it only files without any such name are read.
     find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
     if find is None:
         return torch.load(source, **options)
-    names = find(source)
-    if not isinstance(source, Path):
-        source.seek(0)
-    for name in names:
-        if not _INERT.fullmatch(name):
-            raise _refusal(what, name)
-    with torch.serialization.safe_globals([_stub(name) for name in names]):
+    with nothing_else_allowed():
+        names = find(source)
+        if not isinstance(source, Path):
+            source.seek(0)
+        for name in names:
+            if not _INERT.fullmatch(name):
+                raise _refusal(what, name)
+        torch.serialization.add_safe_globals([_stub(name) for name in names])
         return torch.load(source, **options)
+
+
+@contextlib.contextmanager
+def nothing_else_allowed() -> Iterator[None]:
+    """Takes back, for a while, what others (Megatron too) have allowed torch.load to call."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
 
 
 def _stub(full_name: str) -> type:

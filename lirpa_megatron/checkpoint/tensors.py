@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from lirpa_megatron.checkpoint.inert import nothing_else_allowed
 from lirpa_megatron.checkpoint.metadata import read_metadata
 from lirpa_megatron.errors import UserError
 
@@ -58,7 +59,8 @@ class TensorFile:
         # NaN, so that a part which overlapping chunks leave out is noticed below.
         target = torch.full(tuple(sizes), math.nan, dtype=dtype)
         try:
-            self._reader.read_data(LoadPlan(items), _Planner(target)).wait()
+            with nothing_else_allowed():
+                self._reader.read_data(LoadPlan(items), _Planner(target)).wait()
         except UserError:
             raise
         except Exception as error:  # a damaged data file can raise anything
