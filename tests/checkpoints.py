@@ -6,8 +6,15 @@ Functions that all ranks run say so. The models are those of `transformers`.
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
+import os
 import pickle
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -117,7 +124,7 @@ def logits(built):
 # ------------------------------------------------------------------------------- torch_dist
 
 
-def save_case(case, out, dtype=torch.float64, metadata=None, **changes):
+def save_case(case, out, dtype=torch.float64, metadata=None, common_item=False, **changes):
     """Writes a case's model with Megatron's dist_checkpointing (runs on every rank).
 
     Args:
@@ -125,6 +132,7 @@ def save_case(case, out, dtype=torch.float64, metadata=None, **changes):
         out: the checkpoint's directory.
         dtype: of the weights.
         metadata: for `sharded_state_dict`, besides the group.
+        common_item: without `common.pt`, as releases from 0.19 on write.
         **changes: of the arguments.
 
     Returns:
@@ -132,11 +140,12 @@ def save_case(case, out, dtype=torch.float64, metadata=None, **changes):
     """
     built = model(case, dtype)
     expected = logits(built) if dtype in (torch.float32, torch.float64) else None
-    save_model(built, out, arguments(**{**CASES[case][2], **changes}), metadata=metadata)
+    args = arguments(**{**CASES[case][2], **changes})
+    save_model(built, out, args, metadata=metadata, common_item=common_item)
     return expected
 
 
-def save_model(built, out, args, iteration=ITERATION, metadata=None, **items):
+def save_model(built, out, args, iteration=ITERATION, metadata=None, common_item=False):
     """As Megatron-LM's save_checkpoint, without an optimizer (runs on every rank)."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state
@@ -148,15 +157,20 @@ def save_model(built, out, args, iteration=ITERATION, metadata=None, **items):
         directory.mkdir(parents=True)
         (Path(out) / TRACKER).write_text(str(iteration))
     dist.barrier()
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
     state = {
-        "args": args, "checkpoint_version": 3.0, "iteration": iteration,
+        **common,
         "model": built.sharded_state_dict(metadata={"dp_cp_group": group, **(metadata or {})}),
         "rng_state": ShardedObject("rng_state", [{"seed": 1}], (1, 1), (0, 0),
                                    replica_id=dist.get_rank()),
-        **items,
     }
+    if common_item:
+        state["common_state"] = ShardedObject("common_state", common, (1,), (0,),
+                                              replica_id=dist.get_rank())
     dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
     dist.barrier()
+    if common_item and dist.get_rank() == 0:
+        (directory / "common.pt").unlink()
 
 
 def load_logits(checkpoint, dtype=None, rows=None, **options):
@@ -270,7 +284,7 @@ def save_legacy(state, out, args, tp=1, pp=1, fused=False, tied=True, change=Non
                 part["output_layer.weight"] = shard(words, state[words], rank, tp, False)
             content = {
                 "args": args, "checkpoint_version": 3.0, "iteration": ITERATION, "model": part,
-                "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1}]},
+                "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []},
                 "opt_param_scheduler": {"max_lr": 1.0},
                 "rng_state": [{
                     "random_rng_state": random.getstate(),
@@ -285,6 +299,24 @@ def save_legacy(state, out, args, tp=1, pp=1, fused=False, tied=True, change=Non
             torch.save(content, folder / "model_optim_rng.pt")
 
 
+# name: (case, keyword arguments of `save_case`); one layer of a kind each keeps the tests short.
+JOBS = {
+    "stacked": ("gpt", dict(common_item=True)),
+    "indexed": ("llama", dict(metadata={"singleton_local_shards": True})),
+    "llama": ("llama", {}),
+    "bert": ("bert", {}),
+    "bfloat16": ("llama", dict(dtype=torch.bfloat16)),
+}
+
+
+@functools.cache
+def written():
+    """(folder of the checkpoints of JOBS, written at TP=2; name -> logits of the saved model)."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder, write_all(folder, JOBS, 2)
+
+
 def write_all(out, jobs, size):
     """Writes cases with `size` processes of torchrun; name in `out` -> expected logits.
 
@@ -295,10 +327,6 @@ def write_all(out, jobs, size):
         jobs: name -> (case, keyword arguments of `save_case`).
         size: tensor-parallel size.
     """
-    import os
-    import subprocess
-    import sys
-
     tests = Path(__file__).resolve().parent
     torch.save(jobs, Path(out) / f"jobs{size}.pt")
     environment = {
@@ -323,7 +351,7 @@ def _write_jobs(out):
         size = runtime.tp_size()
         jobs = torch.load(out / f"jobs{size}.pt", weights_only=True)
         expected = {
-            name: save_case(case, out / name, **{"dtype": torch.float64, **options})
+            name: save_case(case, out / name, **options)
             for name, (case, options) in jobs.items()
         }
         if runtime.is_rank0():
@@ -331,6 +359,4 @@ def _write_jobs(out):
 
 
 if __name__ == "__main__":
-    import sys
-
     _write_jobs(Path(sys.argv[1]))

@@ -3,8 +3,8 @@
     iter_0000010/mp_rank_TT/model_optim_rng.pt        tensor-parallel rank TT
     iter_0000010/mp_rank_TT_PPP/model_optim_rng.pt    and pipeline stage PPP
 
-Each file holds a rank's part of the model, its layers counted from 0 in every stage. The files are
-mapped into memory: what is not read (the optimizer's state, other ranks' weights) stays where it is.
+Each file holds a rank's part of the model, its layers counted from 0 in every stage. Files are
+mapped into memory: what is not read (the optimizer's state, other ranks' weights) stays on disk.
 """
 
 from __future__ import annotations

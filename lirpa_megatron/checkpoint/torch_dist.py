@@ -117,7 +117,8 @@ class TorchDistWeights:
             data = self._file.read_bytes(_COMMON_ITEM, _LARGEST_COMMON)
             if data is None:
                 raise UserError(
-                    f"checkpoint {self.directory} has neither {COMMON} nor {_COMMON_ITEM}"
+                    f"checkpoint file {path} does not exist, nor does the item {_COMMON_ITEM} that "
+                    "newer releases write"
                 )
             common = read_inert(io.BytesIO(data), where)
             # Megatron stores the objects of a key as a list.
