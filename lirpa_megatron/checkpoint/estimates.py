@@ -16,8 +16,8 @@ through l + 1 layers. What is counted:
   these products in `benchmarks/transformers.py`, hence a factor of 4.
 
 On the models of that benchmark (1 and 3 layers, TP=1 to 4), memory measured was 1.1 to 3.3 times
-what is estimated here, and time 0.6 to 0.9 times. Longer inputs, alpha-CROWN and other devices can be
-further off. Batches are of 1.
+what is estimated here, and time 0.6 to 0.9 times. Longer inputs, alpha-CROWN and other devices can
+be further off. Batches are of 1.
 """
 
 from __future__ import annotations
