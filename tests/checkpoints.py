@@ -205,6 +205,22 @@ def bounds(checkpoint):
     return BoundedModule(next_token_margins(built), inputs).compute_bounds(inputs)[0]
 
 
+def refused(checkpoint, message, **options):
+    """Asserts that a description and a model are refused, with one line that says so."""
+    import pytest
+
+    from lirpa_megatron.checkpoint.language_model import (
+        load_language_model,
+        read_model_description,
+    )
+    from lirpa_megatron.errors import UserError
+
+    for function in (read_model_description, lambda c, **o: load_language_model(c, None, **o)):
+        with pytest.raises(UserError, match=message) as caught:
+            function(checkpoint, **options)
+        assert "\n" not in str(caught.value)
+
+
 def rewrite_metadata(directory, change):
     """Changes `.metadata` in place."""
     path = Path(directory) / ".metadata"
