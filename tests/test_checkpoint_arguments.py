@@ -3,6 +3,7 @@
 import checkpoints
 import pytest
 import torch
+from checkpoints import refused
 
 from lirpa_megatron.parallel import runtime
 
@@ -52,14 +53,14 @@ ARGUMENTS = {
 def test_arguments_that_are_refused(state, tmp_path, name):
     value, message = ARGUMENTS[name]
     checkpoints.save_legacy(state, tmp_path / "c", checkpoints.arguments(**{name: value}))
-    checkpoints.refused(tmp_path / "c", message)
+    refused(tmp_path / "c", message)
 
 
 def test_no_arguments_at_all(state, tmp_path):
     checkpoints.save_legacy(
         state, tmp_path / "c", checkpoints.arguments(), change=lambda c, r, s: c.pop("args")
     )
-    checkpoints.refused(tmp_path / "c", r"does not hold Megatron's arguments: give them with --model-config .*"
+    refused(tmp_path / "c", r"does not hold Megatron's arguments: give them with --model-config .*"
                             "missing are num_layers")
 
 
@@ -72,7 +73,7 @@ def test_no_arguments_at_all(state, tmp_path):
 ])
 def test_overrides_that_are_refused(state, tmp_path, overrides, message):
     checkpoints.save_legacy(state, tmp_path / "c", checkpoints.arguments())
-    checkpoints.refused(tmp_path / "c", message, overrides=overrides)
+    refused(tmp_path / "c", message, overrides=overrides)
 
 
 @pytest.mark.parametrize("iteration, message", [
@@ -81,4 +82,4 @@ def test_overrides_that_are_refused(state, tmp_path, overrides, message):
 ])
 def test_iterations_that_are_not_there(state, tmp_path, iteration, message):
     checkpoints.save_legacy(state, tmp_path / "c", checkpoints.arguments())
-    checkpoints.refused(tmp_path / "c", message, iteration=iteration)
+    refused(tmp_path / "c", message, iteration=iteration)

@@ -12,6 +12,7 @@ import checkpoints
 import pytest
 import torch
 import transformers
+from checkpoints import refused
 
 from lirpa_megatron.checkpoint.language_model import load_language_model
 from lirpa_megatron.checkpoint.reader import read_description
@@ -100,7 +101,7 @@ def test_metadata_does_not_run(torch_dist, marker, make, name):
     checkpoints.rewrite_metadata(
         data(torch_dist), lambda m: setattr(m, "planner_data", make(marker))
     )
-    checkpoints.refused(torch_dist, rf"\.metadata is refused: its pickle names {name}")
+    refused(torch_dist, rf"\.metadata is refused: its pickle names {name}")
 
 
 def save_common(checkpoint, change):
@@ -118,7 +119,7 @@ def test_common_state_does_not_run(torch_dist, marker, make, name, where):
         target["hidden_size"] = make(marker)
 
     save_common(torch_dist, put)
-    checkpoints.refused(torch_dist, rf"common\.pt is refused: its pickle names {name}")
+    refused(torch_dist, rf"common\.pt is refused: its pickle names {name}")
 
 
 def replace_item(checkpoint, content):
@@ -139,12 +140,12 @@ def test_the_byte_item_does_not_run(new_layout, marker, make, name):
     stream = io.BytesIO()
     torch.save([{"args": make(marker), "checkpoint_version": 3.0}], stream)
     replace_item(new_layout, stream.getvalue())
-    checkpoints.refused(new_layout, rf"common_state/shard_0_1 is refused: its pickle names {name}")
+    refused(new_layout, rf"common_state/shard_0_1 is refused: its pickle names {name}")
 
 
 def test_a_plain_pickle_as_byte_item_does_not_run(new_layout, marker):
     replace_item(new_layout, pickle.dumps(system(marker)))
-    checkpoints.refused(new_layout, "common_state/shard_0_1 is corrupt")
+    refused(new_layout, "common_state/shard_0_1 is corrupt")
 
 
 def test_a_tensors_data_does_not_run(torch_dist, marker):
@@ -178,7 +179,7 @@ def test_rank_files_do_not_run(state, tmp_path, marker, put, rank, payload):
             put(content, make(marker))
 
     checkpoints.save_legacy(state, tmp_path / "c", checkpoints.arguments(), tp=2, change=change)
-    checkpoints.refused(tmp_path / "c", rf"mp_rank_0{rank}/model_optim_rng\.pt is refused: .* names {name}")
+    refused(tmp_path / "c", rf"mp_rank_0{rank}/model_optim_rng\.pt is refused: .* names {name}")
 
 
 def test_a_plain_pickle_as_rank_file_does_not_run(state, tmp_path, marker):
@@ -186,20 +187,20 @@ def test_a_plain_pickle_as_rank_file_does_not_run(state, tmp_path, marker):
     (data(tmp_path / "c") / "mp_rank_00" / "model_optim_rng.pt").write_bytes(
         pickle.dumps(system(marker))
     )
-    checkpoints.refused(tmp_path / "c", r"model_optim_rng\.pt is corrupt")
+    refused(tmp_path / "c", r"model_optim_rng\.pt is corrupt")
 
 
 def test_what_others_allow_is_not_allowed_here(torch_dist, marker):
     """A process may have told torch.load to trust a function; a checkpoint cannot call it."""
     save_common(torch_dist, lambda common: common.update(args=system(marker)))
     with torch.serialization.safe_globals([(os.system, "posix.system")]):
-        checkpoints.refused(torch_dist, r"names posix\.system")
+        refused(torch_dist, r"names posix\.system")
         assert (os.system, "posix.system") in torch.serialization.get_safe_globals()
 
 
 def test_enums_of_unknown_modules_are_refused_by_name(torch_dist):
     save_common(torch_dist, lambda c: setattr(c["args"], "other", argparse.ArgumentParser))
-    checkpoints.refused(torch_dist, r"names argparse\.ArgumentParser")
+    refused(torch_dist, r"names argparse\.ArgumentParser")
 
 
 # Damage.
@@ -212,7 +213,7 @@ CUTS = {"empty": 0.0, "half": 0.5, "almost whole": 0.97}
 def test_truncated_files(torch_dist, name, part):
     path = data(torch_dist) / name
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-    checkpoints.refused(torch_dist, rf"{re.escape(name)} is corrupt")
+    refused(torch_dist, rf"{re.escape(name)} is corrupt")
 
 
 @pytest.mark.parametrize("part", CUTS.values(), ids=CUTS)
@@ -220,7 +221,7 @@ def test_truncated_rank_files(state, tmp_path, part):
     checkpoints.save_legacy(state, tmp_path / "c", checkpoints.arguments(), tp=2)
     path = data(tmp_path / "c") / "mp_rank_01" / "model_optim_rng.pt"
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-    checkpoints.refused(tmp_path / "c", r"mp_rank_01/model_optim_rng\.pt is corrupt")
+    refused(tmp_path / "c", r"mp_rank_01/model_optim_rng\.pt is corrupt")
 
 
 @pytest.mark.parametrize("said, message", [
@@ -235,7 +236,7 @@ def test_other_layouts(torch_dist, said, message):
     path.unlink()
     if said is not None:
         path.write_text(said if isinstance(said, str) else json.dumps(said))
-    checkpoints.refused(torch_dist, message)
+    refused(torch_dist, message)
 
 
 def test_missing_shards(torch_dist):
@@ -247,7 +248,7 @@ def test_missing_shards(torch_dist):
 def test_a_missing_rank_file(state, tmp_path):
     checkpoints.save_legacy(state, tmp_path / "c", checkpoints.arguments(), tp=2, pp=2)
     shutil.rmtree(data(tmp_path / "c") / "mp_rank_01_001")
-    checkpoints.refused(tmp_path / "c", "lacks the file of tensor-parallel rank 1 of 2 in .* stage 1 of 2")
+    refused(tmp_path / "c", "lacks the file of tensor-parallel rank 1 of 2 in .* stage 1 of 2")
 
 
 def pop(name):
@@ -281,7 +282,7 @@ def malform(metadata):
 ])
 def test_other_tensors(torch_dist, change, message):
     checkpoints.rewrite_metadata(data(torch_dist), change)
-    checkpoints.refused(torch_dist, message)
+    refused(torch_dist, message)
 
 
 def set_nan(content, rank, stage):
@@ -323,7 +324,7 @@ def test_other_rank_files(state, tmp_path, change, message):
     checkpoints.save_legacy(
         state, tmp_path / "c", checkpoints.arguments(), change=lambda c, r, s: change(c)
     )
-    checkpoints.refused(tmp_path / "c", message)
+    refused(tmp_path / "c", message)
 
 
 def test_ranks_that_differ_in_what_is_not_sharded(state, tmp_path):
@@ -341,7 +342,7 @@ def test_a_tied_output_layer_that_is_not_the_embedding(state, tmp_path):
             content["model"]["output_layer.weight"][3] += 1
 
     checkpoints.save_legacy(state, tmp_path / "c", checkpoints.arguments(), pp=2, change=change)
-    checkpoints.refused(tmp_path / "c", "output layer of the last pipeline stage is not the word embeddings")
+    refused(tmp_path / "c", "output layer of the last pipeline stage is not the word embeddings")
 
 
 def test_a_language_model_is_not_a_network(state, tmp_path):
