@@ -129,6 +129,23 @@ def _import_onnx(arguments: dict[str, Any]) -> int:
     return 0
 
 
+def _inspect(arguments: dict[str, Any]) -> int:
+    from lirpa_megatron.checkpoint.arguments import read_model_config
+    from lirpa_megatron.checkpoint.inspection import inspect
+    from lirpa_megatron.parallel import runtime
+    from lirpa_megatron.verify.agreement import agreed
+
+    with agreed(runtime.tp_group(), "inspecting the checkpoint"):
+        if runtime.is_rank0():
+            config = arguments.get("model_config")
+            print(inspect(
+                arguments["checkpoint"], arguments.get("iteration"),
+                None if config is None else read_model_config(config),
+                arguments.get("seq_length"), arguments.get("max_spec_rows"),
+            ), flush=True)
+    return 0
+
+
 def _verify(arguments: dict[str, Any]) -> int:
     from lirpa_megatron.parallel import runtime, spmd
     from lirpa_megatron.verify.agreement import agreed
@@ -208,5 +225,6 @@ def _open_output(path: Path, keep_bytes: int) -> TextIO:
 
 _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "import-onnx": _import_onnx,
+    "inspect": _inspect,
     "verify": _verify,
 }

@@ -14,6 +14,7 @@ from lirpa_megatron.errors import UserError
 _EXAMPLES = """examples:
   lirpa-megatron import-onnx net.onnx.gz checkpoint
   lirpa-megatron verify --load checkpoint --vnnlib prop.vnnlib --output results.jsonl
+  lirpa-megatron inspect checkpoint
   torchrun --nproc-per-node 2 -m lirpa_megatron verify --instances instances.csv --method CROWN
   lirpa-megatron report results.jsonl --output report.html
 """
@@ -76,6 +77,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lirpa-megatron {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands)
+    _add_inspect(commands)
     _add_verify(commands)
     _add_report(commands)
     return parser
@@ -103,6 +105,40 @@ def _add_import(commands: Any) -> None:
     parser.add_argument("net", metavar="NET", type=Path, help="NET.onnx or NET.onnx.gz")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
+
+
+def _iteration(text: str) -> str:
+    """An argparse type: the number of an iteration, or "release"."""
+    if text != "release" and not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'release'")
+    return text
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "inspect",
+        "Say what model a Megatron checkpoint holds, what can be verified, and what that needs.",
+        "example:\n  lirpa-megatron inspect checkpoint --iteration 1000 --seq-length 16",
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", type=Path, help="directory with the tracker file")
+    add(
+        "--iteration", metavar="N", type=_iteration,
+        help="its number, or 'release' (default: what the tracker names)",
+    )
+    add(
+        "--model-config", metavar="YAML", type=Path,
+        help="Megatron's model arguments by name, for what the checkpoint's own lack",
+    )
+    add(
+        "--seq-length", metavar="N", type=_number(int, 1),
+        help="tokens of an input, for the estimate (default 32)",
+    )
+    add(
+        "--max-spec-rows", metavar="N", type=_number(int, 1),
+        help="most rows of bounds carried at once, for the estimate (default: all)",
+    )
 
 
 def _add_verify(commands: Any) -> None:

@@ -17,14 +17,20 @@ RELEASE = "release"
 COMMON = "common.pt"
 
 
-def data_directory(checkpoint: Path) -> Path:
-    """The directory that the checkpoint's tracker names.
+def data_directory(checkpoint: Path, iteration: int | str | None = None) -> Path:
+    """The directory of an iteration of a checkpoint.
+
+    Args:
+        checkpoint: the directory with the tracker file.
+        iteration: its number, or "release"; None: what the tracker names.
 
     Raises:
-        UserError: no such checkpoint, no tracker, or a tracker that names nothing.
+        UserError: no such checkpoint or iteration, no tracker, or a tracker that names nothing.
     """
     if not checkpoint.is_dir():
         raise UserError(f"checkpoint {checkpoint} is not a directory")
+    if iteration is not None:
+        return _chosen_directory(checkpoint, iteration)
     tracker = checkpoint / TRACKER
     try:
         word = tracker.read_text(encoding="ascii").strip()
@@ -36,7 +42,25 @@ def data_directory(checkpoint: Path) -> Path:
         raise UserError(f"tracker {tracker} cannot be read: {error}") from None
     if not re.fullmatch(rf"{RELEASE}|\d{{1,12}}", word):
         raise UserError(f"tracker {tracker} holds {word[:40]!r}, not an iteration or 'release'")
-    directory = checkpoint / (RELEASE if word == RELEASE else f"iter_{int(word):07d}")
+    directory = _directory_of(checkpoint, word)
     if not directory.is_dir():
         raise UserError(f"tracker {tracker} names {word!r}, but there is no {directory}")
     return directory
+
+
+def _chosen_directory(checkpoint: Path, iteration: int | str) -> Path:
+    word = str(iteration)
+    if not re.fullmatch(rf"{RELEASE}|\d{{1,12}}", word):
+        raise UserError(f"iteration {word[:40]!r} is neither a number nor 'release'")
+    directory = _directory_of(checkpoint, word)
+    if not directory.is_dir():
+        found = sorted(p.name for p in checkpoint.iterdir() if re.match("iter_|release", p.name))
+        raise UserError(
+            f"checkpoint {checkpoint} has no iteration {word}; it has "
+            f"{', '.join(found[:20]) or 'none'}"
+        )
+    return directory
+
+
+def _directory_of(checkpoint: Path, word: str) -> Path:
+    return checkpoint / (RELEASE if word == RELEASE else f"iter_{int(word):07d}")

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from lirpa_megatron.errors import UserError
 
@@ -103,8 +108,12 @@ def _check(metadata: Any) -> None:
     if not isinstance(metadata.storage_data, dict):
         raise ValueError("it holds no storage list")
     for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise ValueError("its tensor list is malformed")
         if isinstance(entry, TensorStorageMetadata):
             _check_tensor(key, entry)
+        elif not isinstance(entry, BytesStorageMetadata):
+            raise ValueError(f"the entry of {key} is malformed")
     for index, info in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex):
             raise ValueError("its storage list is malformed")
@@ -115,8 +124,12 @@ def _check(metadata: Any) -> None:
             raise ValueError(f"the place of {index.fqn} is malformed")
 
 
-def _check_tensor(key: Any, entry: TensorStorageMetadata) -> None:
+def _check_tensor(key: str, entry: TensorStorageMetadata) -> None:
     rank = len(entry.size)
+    if not isinstance(entry.size, torch.Size) or not isinstance(
+        entry.properties.dtype, torch.dtype
+    ):
+        raise ValueError(f"the entry of {key} is malformed")
     for chunk in entry.chunks:
-        if not isinstance(key, str) or len(chunk.offsets) != rank or len(chunk.sizes) != rank:
+        if len(chunk.offsets) != rank or len(chunk.sizes) != rank:
             raise ValueError(f"the chunks of {key} are malformed")

@@ -7,7 +7,6 @@ weights_only=True, and each rank reads its own block of each tensor.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,55 @@ import torch.distributed as dist
 from torch import nn
 
 from lirpa_megatron.adapters.parallelize import parallelize
-from lirpa_megatron.checkpoint.layout import COMMON, data_directory
+from lirpa_megatron.checkpoint.layout import data_directory
+from lirpa_megatron.checkpoint.legacy import is_legacy
 from lirpa_megatron.checkpoint.sharding import block_of
 from lirpa_megatron.checkpoint.tensors import TensorFile
+from lirpa_megatron.checkpoint.torch_dist import TorchDistWeights
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.network import Network, NetworkDescription
 
 NETWORK_KEY = "network"
 
 
-def read_description(checkpoint: str | Path) -> NetworkDescription:
+def holds_network(directory: Path) -> bool:
+    """Whether a data directory (`release` or `iter_*`) holds a network that import-onnx wrote.
+
+    Raises:
+        UserError: damaged or hostile.
+    """
+    return not is_legacy(directory) and NETWORK_KEY in TorchDistWeights(directory).common()
+
+
+def read_description(
+    checkpoint: str | Path, iteration: int | str | None = None
+) -> NetworkDescription:
     """The network that a checkpoint holds, without its weights.
+
+    Args:
+        checkpoint: the directory with the tracker file.
+        iteration: its number, or "release"; None: what the tracker names.
 
     Raises:
         UserError: not a checkpoint, damaged, hostile, or not one of a network.
     """
-    directory = data_directory(Path(checkpoint))
-    common = _read_common(directory / COMMON)
+    directory = data_directory(Path(checkpoint), iteration)
+    if is_legacy(directory):
+        raise _not_a_network(checkpoint)
+    common = TorchDistWeights(directory).common()
+    if NETWORK_KEY not in common:
+        raise _not_a_network(checkpoint)
     try:
-        return NetworkDescription.from_plain(common.get(NETWORK_KEY))
+        return NetworkDescription.from_plain(common[NETWORK_KEY])
     except UserError as error:
         raise UserError(f"checkpoint {checkpoint}: {error}") from None
+
+
+def _not_a_network(checkpoint: str | Path) -> UserError:
+    return UserError(
+        f"checkpoint {checkpoint} does not hold a network that import-onnx wrote, but a model of "
+        "Megatron-LM: `lirpa-megatron inspect` says which, load_language_model loads it"
+    )
 
 
 def load_network(
@@ -95,23 +122,3 @@ def _replace_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None
     parameter = nn.Parameter(value, requires_grad=False)
     vars(parameter).update(attributes)
     setattr(owner, attribute, parameter)
-
-
-def _read_common(path: Path) -> dict[str, Any]:
-    """The plain data of `common.pt`; nothing in it is run."""
-    try:
-        common = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint file {path} does not exist") from None
-    except Exception as error:  # a damaged or hostile pickle can raise anything
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise UserError(
-                f"checkpoint file {path} is refused: its pickle names {refused[1]}, "
-                "which could run code"
-            ) from None
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"checkpoint file {path} is corrupt ({reason})") from None
-    if not isinstance(common, dict):
-        raise UserError(f"checkpoint file {path} is corrupt (it holds no dictionary)")
-    return common

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from lirpa_megatron.checkpoint.inert import nothing_else_allowed
 from lirpa_megatron.checkpoint.metadata import read_metadata
 from lirpa_megatron.errors import UserError
 
@@ -58,7 +59,8 @@ class TensorFile:
         # NaN, so that a part which overlapping chunks leave out is noticed below.
         target = torch.full(tuple(sizes), math.nan, dtype=dtype)
         try:
-            self._reader.read_data(LoadPlan(items), _Planner(target)).wait()
+            with nothing_else_allowed():
+                self._reader.read_data(LoadPlan(items), _Planner(target)).wait()
         except UserError:
             raise
         except Exception as error:  # a damaged data file can raise anything
@@ -67,6 +69,32 @@ class TensorFile:
         if not torch.isfinite(target).all():
             raise UserError(f"tensor {key} in {self.directory} has NaN or infinite values")
         return target
+
+    def read_bytes(self, key: str, limit: int) -> bytes | None:
+        """The content of a byte item, as it is; None if the checkpoint has no such item.
+
+        Raises:
+            UserError: more than `limit` bytes, or not all there.
+        """
+        places = [
+            info for index, info in self.metadata.storage_data.items() if index.fqn == key
+        ]
+        if not places:
+            return None
+        (place, *others) = places
+        if others or not 0 <= place.length <= limit:
+            raise UserError(f"item {key} in {self.directory} is malformed")
+        try:
+            with (self.directory / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                data = file.read(place.length)
+        except OSError as error:
+            raise UserError(
+                f"item {key} in {self.directory} cannot be read ({error.strerror})"
+            ) from None
+        if len(data) != place.length:
+            raise UserError(f"item {key} in {self.directory} is incomplete")
+        return data
 
 
 class _Reader(FileSystemReader):

@@ -1,0 +1,105 @@
+"""How much memory and time the bounds of a language model will take: counted, roughly.
+
+CROWN bounds every input of a non-linear operator first, by a backward pass of its own. In a
+transformer of hidden size h, with S tokens perturbed, these start nodes have, in each layer,
+
+    rows = S * (2 h + rows of linear_qkv + rows of linear_fc1)
+
+(inputs of the two norms, of attention and of the activation). A pass from layer l (from 0) goes
+through l + 1 layers. What is counted:
+
+- A matrices: of the largest start node, S * max(qkv, fc1) rows (or `max_spec_rows`), each of
+  S * max(h, qkv, fc1) elements, once for the lower and once for the upper bound, and three of these
+  alive at a time (before an operator, after it, one temporary). A TP rank holds 1/p of it.
+- work: 2 bounds * 2 operations * rows * S * (weights of the layers passed), summed over all passes.
+  A TP rank does 1/p. The rest (relaxations, attention) takes about three times as long as
+  these products in `benchmarks/transformers.py`, hence a factor of 4.
+
+On the models of that benchmark (1 and 3 layers, TP=1 to 4), memory measured was 1.1 to 3.3 times
+what is estimated here, and time 0.6 to 0.9 times. Longer inputs, alpha-CROWN and other devices can
+be further off. Batches are of 1.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lirpa_megatron.checkpoint.description import ModelDescription
+
+_ALIVE, _OVERHEAD = 3, 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """For one tensor-parallel rank."""
+
+    weight_bytes: int
+    a_bytes: int
+    # floating-point operations, with the overhead factor
+    operations: int
+
+
+def weight_elements(description: ModelDescription, tensor_parallel: int = 1) -> int:
+    """Elements of the parameters on one rank, padding of the vocabulary included."""
+    total = 0
+    for parameter in description.parameters().values():
+        shape = list(parameter.shape)
+        if parameter.vocabulary:
+            shape[0] = description.vocabulary_rows(tensor_parallel)
+        if parameter.partition_dim is not None:
+            shape[parameter.partition_dim] //= tensor_parallel
+        total += math.prod(shape)
+    return total
+
+
+def parameter_count(description: ModelDescription) -> int:
+    """Parameters of the model as stored, padding of the vocabulary included."""
+    return sum(math.prod(p.shape) for p in description.parameters().values())
+
+
+def estimate(
+    description: ModelDescription, tensor_parallel: int, seq_length: int, dtype: torch.dtype,
+    max_spec_rows: int | None = None,
+) -> Estimate:
+    """Memory and work of one rank for CROWN bounds of one input.
+
+    Args:
+        description: of the model.
+        tensor_parallel: number of ranks, for which the model must not be a `misfit`.
+        seq_length: tokens of the input, all perturbed.
+        dtype: of the run.
+        max_spec_rows: most rows of A carried at once; None: all.
+    """
+    d = description
+    widest = max(d.qkv_size, d.fc1_size)
+    rows = seq_length * widest
+    if max_spec_rows is not None:
+        rows = min(rows, max_spec_rows)
+    elements = _ALIVE * 2 * rows * seq_length * max(d.hidden_size, widest)
+    layer = sum(
+        math.prod(p.shape) for name, p in d.parameters().items()
+        if f".layers.{d.num_layers - 1}." in name
+    )
+    starts = seq_length * (2 * d.hidden_size + d.qkv_size + d.fc1_size)
+    passes = d.num_layers * (d.num_layers + 1) // 2
+    operations = _OVERHEAD * 4 * starts * seq_length * layer * passes
+    return Estimate(
+        weight_bytes=weight_elements(d, tensor_parallel) * dtype.itemsize,
+        a_bytes=elements * dtype.itemsize // tensor_parallel,
+        operations=operations // tensor_parallel,
+    )
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 768) -> float:
+    """Operations per second of a matrix product on this machine; takes a fraction of a second."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        _ = (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
