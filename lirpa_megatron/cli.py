@@ -56,7 +56,7 @@ def _run(arguments: dict[str, Any]) -> int:
     is_ours = not dist.is_initialized()
     try:
         runtime.initialize(arguments.get("tensor_parallel_size"))
-        if runtime.tp_size() != dist.get_world_size():
+        if runtime.tp_size() != dist.get_world_size() and "data" not in arguments:
             raise UserError(
                 f"--tensor-parallel-size {runtime.tp_size()} is not the number of processes "
                 f"{dist.get_world_size()}: start {runtime.tp_size()} (torchrun --nproc-per-node)"
@@ -146,7 +146,20 @@ def _inspect(arguments: dict[str, Any]) -> int:
     return 0
 
 
+def _verify_sentences(arguments: dict[str, Any]) -> int:
+    from lirpa_megatron.verify.sentences.job import Files, run
+    from lirpa_megatron.verify.sentences.options import SentenceOptions
+
+    def chosen(kind: Any) -> Any:
+        names = {field.name for field in fields(kind)}
+        return kind(**{name: value for name, value in arguments.items() if name in names})
+
+    return run(chosen(Files), chosen(SentenceOptions))
+
+
 def _verify(arguments: dict[str, Any]) -> int:
+    if "data" in arguments:
+        return _verify_sentences(arguments)
     from lirpa_megatron.parallel import runtime, spmd
     from lirpa_megatron.verify.agreement import agreed
     from lirpa_megatron.verify.options import VerifyOptions

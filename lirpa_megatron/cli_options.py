@@ -16,10 +16,11 @@ _EXAMPLES = """examples:
   lirpa-megatron verify --load checkpoint --vnnlib prop.vnnlib --output results.jsonl
   lirpa-megatron inspect checkpoint
   torchrun --nproc-per-node 2 -m lirpa_megatron verify --instances instances.csv --method CROWN
+  torchrun --nproc-per-node 2 -m lirpa_megatron verify --load checkpoint --data reviews.jsonl
   lirpa-megatron report results.jsonl --output report.html
 """
 # Of each group, one option at most; an option of the command line replaces the configuration's.
-_EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"))
+_EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"), ("data", "vnnlib"), ("data", "instances"))
 
 
 def launched_as_rank0() -> bool:
@@ -145,13 +146,26 @@ def _add_verify(commands: Any) -> None:
     parser = _add_command(
         commands,
         "verify",
-        "Verify properties: unsat (holds), sat (counterexample), unknown, timeout, error.",
-        "exit status: 0 all decided or unknown, 1 an instance errored, 2 bad usage\n\n" + _EXAMPLES,
+        "Verify sentences (--data) of a language model, or VNN-LIB properties of a network.",
+        "results: unsat (holds for every input of the set), sat (an attack succeeded), unknown, "
+        "timeout, error;\nfor sentences also misclassified (wrong without any perturbation)\n"
+        "exit status: 0 all decided or unknown, 1 an input errored, 2 bad usage, 143 ended by "
+        "SIGTERM\n\n" + _EXAMPLES,
     )
-    add = parser.add_argument
+    _add_sources(parser.add_argument_group("what is verified").add_argument)
+    _add_question(parser.add_argument_group("sentences (with --data)").add_argument)
+    _add_effort(parser.add_argument_group("how").add_argument)
+
+
+def _add_sources(add: Any) -> None:
     what = "with --instances: only the rows of this network"
-    add("--load", metavar="DIR", type=Path, help=f"checkpoint of the network; {what}")
-    add("--onnx", metavar="FILE", type=Path, help=f"ONNX file of the network; {what}")
+    add("--load", metavar="DIR", type=Path, help=f"Megatron checkpoint; {what}")
+    add("--onnx", metavar="FILE", type=Path, help=f"ONNX file of a network; {what}")
+    add(
+        "--data", metavar="JSONL", type=Path,
+        help="sentences for the language model of --load, one JSON object a line: sentence or "
+        "ids, and where there are such id, label, candidates",
+    )
     add("--vnnlib", metavar="PROP", type=Path, help="property, VNN-LIB 1.0 (.vnnlib or .gz)")
     add(
         "--instances", metavar="CSV", type=Path,
@@ -163,13 +177,63 @@ def _add_verify(commands: Any) -> None:
     )
     add("--resume", action="store_true", help="go on with --output: skip the results it has")
     add("--config", metavar="YAML", type=Path, help="options by name; the command line wins")
+
+
+def _add_question(add: Any) -> None:
+    add(
+        "--question", choices=("certify", "radius", "synonyms"),
+        help="is the prediction certain within --eps; up to which radius (default); whichever of "
+        "the data's candidates stand in the words' places",
+    )
+    add("--eps", metavar="R", type=_number(float, 0), help="radius in the space of embeddings")
+    add("--norm", choices=("inf", "2", "1"), help="of the radius (default inf)")
+    add(
+        "--words", choices=("all", "each"),
+        help="all words move together (default), or each one alone while the others stay",
+    )
+    add(
+        "--shape", choices=("hull", "box"),
+        help="set of a word's substitutes: convex hull (default) or smallest box",
+    )
+    add(
+        "--tolerance", metavar="T", type=_number(float, 0, exclusive=True),
+        help="a radius is found to within this share of itself (default 0.02)",
+    )
+    add(
+        "--task", choices=("classification", "label-tokens", "next-token"),
+        help="default: classification for BERT, label-tokens for GPT with --label-tokens, else "
+        "next-token",
+    )
+    add(
+        "--label-tokens", metavar="WORDS",
+        help="words that stand for class 0, 1, ...: 'bad,awful|good,great'",
+    )
+    add("--prompt", metavar="TEXT", help="what a GPT is asked, with {text} in it (default {text})")
+    add(
+        "--tokenizer", metavar="FILE", type=Path,
+        help="tokenizer.json, or a vocabulary, one token a line (default: tokenizer.json or "
+        "vocab.txt in the checkpoint's folder)",
+    )
+    add(
+        "--iteration", metavar="N", type=_iteration,
+        help="of the checkpoint, or 'release' (default: what its tracker names)",
+    )
+    add(
+        "--model-config", metavar="YAML", type=Path,
+        help="Megatron's model arguments by name, for what the checkpoint's own lack",
+    )
+    add("--limit", metavar="N", type=_number(int, 1), help="only the first N lines of the data")
+
+
+def _add_effort(add: Any) -> None:
     add(
         "--method", type=_method,
         help="IBP, CROWN-IBP, CROWN (default) or CROWN-Optimized (alpha-CROWN)",
     )
     add(
         "--tensor-parallel-size", metavar="N", type=_number(int, 1),
-        help="must be the number of processes (the default)",
+        help="ranks that a model is sharded over (default: all processes); with --data further "
+        "processes are replicas, which share the sentences",
     )
     add(
         "--dtype", choices=("float32", "float64"),
@@ -181,7 +245,7 @@ def _add_verify(commands: Any) -> None:
     )
     add(
         "--lr-alpha", metavar="RATE", type=_number(float, 0, exclusive=True),
-        help="step size of alpha-CROWN (default 0.5)",
+        help="step size of alpha-CROWN (default 0.5; 0.1 for sentences)",
     )
     add(
         "--attack-steps", metavar="N", type=_number(int, 0),
@@ -193,7 +257,7 @@ def _add_verify(commands: Any) -> None:
     )
     add(
         "--timeout", metavar="SECONDS", type=_number(float, 0, exclusive=True),
-        help="limit for each instance, looked at between stages (default: the CSV's)",
+        help="limit for each input, looked at between stages (default: none, or the CSV's)",
     )
     add(
         "--max-spec-rows", metavar="N", type=_number(int, 1),
@@ -235,7 +299,22 @@ def parse_arguments(argv: list[str], version: str) -> dict[str, Any]:
     for first, second in _EXCLUSIVE:
         if first in given and second in given:
             raise UserError(f"--{first} and --{second} exclude each other: give one of them")
+    if given["command"] == "verify":
+        _check_sentences(given)
     return given
+
+
+def _check_sentences(given: dict[str, Any]) -> None:
+    """Options of runs over sentences and over properties do not go together."""
+    if "data" in given:
+        if "load" not in given:
+            raise UserError("--data needs the language model: give --load DIR")
+        return
+    parser = argparse.ArgumentParser()
+    _add_question(parser.add_argument)
+    names = {action.dest for action in parser._actions} - {"help"}
+    for name in sorted(names & set(given)):
+        raise UserError(f"--{name.replace('_', '-')} is for sentences: give --data too")
 
 
 def _from_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:

@@ -166,6 +166,15 @@ def broadcast_object(value: Any, group: dist.ProcessGroup | None) -> Any:
     return control.all_gather(value if control.rank == 0 else None)[0]
 
 
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's `value` (plain data), in rank order, on every rank of the group."""
+    control = _control(group)
+    if control is None:
+        return [value]
+    control.handshake("gather_objects")
+    return control.all_gather(value)
+
+
 def broadcast_tensor(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Rank 0's values in the graph of this rank's replicated `x` (gradient: identity)."""
     return _FromRankZero.apply(x, group)

@@ -46,7 +46,7 @@ def make_plan(arguments: dict[str, Any], options: VerifyOptions) -> Plan:
     instances = _instances(arguments, options)
     output, keep_bytes, done = arguments.get("output"), 0, []
     if output is not None:
-        _check_writable(output)
+        check_writable(output)
     if arguments.get("resume"):
         if output is None:
             raise UserError("--resume needs --output: it goes on with that file")
@@ -116,7 +116,8 @@ def _check_names(instances: list[Instance]) -> None:
         raise UserError(f"--resume cannot tell {paths} apart: they have the same name")
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raises UserError unless a file of results can be written there."""
     if path.is_dir():
         raise UserError(f"output {path} is a directory")
     if not path.parent.is_dir():

@@ -1,0 +1,382 @@
+"""A run over the sentences of a data file, on all processes; each result is written at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+from lirpa_megatron.checkpoint.arguments import read_model_config
+from lirpa_megatron.checkpoint.language_model import load_language_model
+from lirpa_megatron.errors import SPMDError, UserError
+from lirpa_megatron.parallel import runtime, spmd
+from lirpa_megatron.report.summary import summarise, summary_table
+from lirpa_megatron.verify.agreement import agreed
+from lirpa_megatron.verify.network import DTYPES
+from lirpa_megatron.verify.sentences.data import Item, read_items
+from lirpa_megatron.verify.sentences.options import SentenceOptions
+from lirpa_megatron.verify.sentences.results import read_results, result_of, to_line, unfinished
+from lirpa_megatron.verify.sentences.sentence import SentenceVerifier
+from lirpa_megatron.verify.sentences.task import Task, make_task
+from lirpa_megatron.verify.sentences.tokenizer import (
+    Encoded,
+    Tokenizer,
+    read_tokenizer,
+    substitutes_of,
+)
+
+TERMINATED = 143
+"""Exit status of a run that SIGTERM ended between two sentences; --resume goes on."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run reads and writes."""
+
+    load: Path
+    data: Path
+    # tokenizer.json or a vocabulary; None: one of these in the checkpoint's folder, if it is there
+    tokenizer: Path | None = None
+    iteration: str | None = None
+    model_config: Path | None = None
+    # None: standard output
+    output: Path | None = None
+    resume: bool = False
+
+
+@dataclass
+class _Replica:
+    """What one data-parallel replica has."""
+
+    items: list[Item]
+    tokenizer: Tokenizer | None
+    task: Task
+    verifier: SentenceVerifier
+    # number of positions the model has
+    positions: int
+    # tokens that are not padding
+    vocabulary: int
+    network: str
+    done: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(files: Files, options: SentenceOptions) -> int:
+    """Verifies the sentences.
+
+    Every process calls this. Processes beyond one tensor-parallel group are replicas, which share
+    the sentences out; each writes a file of its own (`OUTPUT.1`, ...) that the first one adds to
+    the output at the end, or when a later run resumes.
+
+    Returns:
+        exit status: 0 done, 1 a sentence ended in an error, `TERMINATED` after SIGTERM.
+
+    Raises:
+        UserError: whatever is wrong with arguments, checkpoint, tokenizer or data, on all ranks.
+        SPMDError: a rank failed.
+    """
+    stop = _StopSignal()
+    world = dist.group.WORLD
+    with agreed(world, "checking the arguments"):
+        options.check()
+        if runtime.is_rank0():
+            _check_output(files)
+    replica = _prepare(files, options)
+    with _output(files) as stream, stop.listening():
+        results, ended = _run_replica(replica, options, stream, stop)
+    return _finish(files, replica, results, ended)
+
+
+def _prepare(files: Files, options: SentenceOptions) -> _Replica:
+    group = runtime.tp_group()
+    with agreed(dist.group.WORLD, "reading the data"):
+        items = read_items(files.data, options.limit)
+        path = files.tokenizer or _beside(files.load)
+        tokenizer = None if path is None else read_tokenizer(path)
+        if tokenizer is None and any(item.text is not None for item in items):
+            raise UserError(
+                f"data {files.data} has sentences as text: give the --tokenizer of the model"
+            )
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    with agreed(dist.group.WORLD, "loading the checkpoint"):
+        overrides = read_model_config(files.model_config) if files.model_config else None
+        description, model = load_language_model(
+            files.load, group, dtype, device, files.iteration, overrides
+        )
+        vocabulary = description.vocab_size or description.padded_vocab_size
+        if tokenizer is not None and tokenizer.size > vocabulary:
+            raise UserError(
+                f"tokenizer {tokenizer.name} has {tokenizer.size} tokens, the checkpoint's "
+                f"vocabulary {vocabulary}: they do not belong together"
+            )
+        task = make_task(options.task, model, vocabulary, options.label_tokens, tokenizer)
+    network = files.load.resolve().name
+    done: list[dict[str, Any]] = []
+    with agreed(dist.group.WORLD, "reading earlier results"):
+        if files.resume and runtime.is_rank0():
+            _merge_parts(files.output)
+            done = read_results(files.output)[0] if files.output.exists() else []
+        done = spmd.broadcast_object(done, dist.group.WORLD)
+    like = {"network": network, "task": task.name, **options.key()}
+    left = unfinished(items, done, like)
+    replicas, own = _replicas()
+    positions = description.max_position_embeddings
+    limited = description.position_embedding_type == "learned_absolute"
+    return _Replica(
+        left[own::replicas], tokenizer, task, SentenceVerifier(model, task, options, group),
+        positions if limited else sys.maxsize, vocabulary, network, done,
+    )
+
+
+def _beside(checkpoint: Path) -> Path | None:
+    """A tokenizer file in the checkpoint's folder."""
+    for name in ("tokenizer.json", "vocab.txt"):
+        if (checkpoint / name).is_file():
+            return checkpoint / name
+    return None
+
+
+def _replicas() -> tuple[int, int]:
+    """Number of data-parallel replicas, and which of them this process belongs to."""
+    return (
+        parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    )
+
+
+# --------------------------------------------------------------------- one replica
+
+
+def _run_replica(
+    replica: _Replica, options: SentenceOptions, stream: TextIO | None, stop: _StopSignal
+) -> tuple[list[dict[str, Any]], bool]:
+    """The replica's results, and whether a signal ended the run."""
+    group, results = runtime.tp_group(), []
+    bar = tqdm(
+        replica.items, desc="verify", unit="sentence", file=sys.stderr,
+        disable=not runtime.is_rank0(),
+    )
+    for item in bar:
+        if stop.agreed(group):
+            bar.close()
+            return results, True
+        result = _one(replica, item, options)
+        results.append(result)
+        if stream is not None:
+            stream.write(to_line(result))
+            stream.flush()
+        certified = sum(r["result"] == "unsat" for r in results)
+        bar.set_postfix_str(f"{certified} certified, {result['seconds']:.1f} s the last")
+    return results, stop.agreed(group)
+
+
+def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, Any]:
+    """One sentence; what is wrong with it is its result."""
+    group, begin = runtime.tp_group(), time.monotonic()
+    encoded = verdict = error = None
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with spmd.guard(group, f"sentence {item.name}"):
+            encoded, text = _encode(replica, item, options)
+            substitutes = {}
+            if options.question == "synonyms":
+                if item.candidates is None:
+                    raise UserError("the question is synonyms, but there are no candidates")
+                if options.prompt.strip() != "{text}":
+                    raise UserError("candidates and --prompt do not go together")
+                substitutes = substitutes_of(
+                    replica.tokenizer, text, encoded, item.candidates
+                )
+            verdict = replica.verifier.verify(
+                encoded.ids, encoded.positions, item.label, substitutes, options.timeout
+            )
+    except SPMDError as failure:
+        if _is_remote_death(failure):
+            raise
+        error = str(failure)
+    except Exception as failure:  # recorded; a run of days must not end for one sentence
+        kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
+        error = f"{kind}{failure}"
+    return result_of(
+        item, encoded, verdict, replica.task, replica.network, options, runtime.tp_size(),
+        time.monotonic() - begin, _peak_memory(),
+        None if error is None else " ".join(error.split()),
+    )
+
+
+def _is_remote_death(failure: SPMDError) -> bool:
+    """Whether a rank is gone: then there is nobody to go on with."""
+    return "connection" in str(failure)
+
+
+def _encode(replica: _Replica, item: Item, options: SentenceOptions) -> tuple[Encoded, str]:
+    """The tokens of an item, checked against the model."""
+    if item.error is not None:
+        raise UserError(item.error)
+    text = item.text or ""
+    if item.ids is not None:
+        places = [[p] for p in range(len(item.ids))]
+        encoded = Encoded(list(item.ids), [str(i) for i in item.ids], places)
+        largest = max(item.ids)
+        if largest >= replica.vocabulary:
+            raise UserError(
+                f"token id {largest} is not in the vocabulary of {replica.vocabulary} tokens"
+            )
+    else:
+        before, _, after = options.prompt.partition("{text}")
+        encoded = replica.tokenizer.encode(f"{before}{text}{after}")
+        first = len(before.split())
+        own = encoded.words[first : first + len(text.split())]
+        encoded = Encoded(encoded.ids, encoded.tokens, own, encoded.unknown)
+        if encoded.positions and set(encoded.positions) <= set(encoded.unknown):
+            raise UserError(
+                f"none of the {len(encoded.positions)} tokens is in the vocabulary of "
+                f"{replica.tokenizer.name}"
+            )
+    if not encoded.ids or not encoded.positions:
+        raise UserError("the sentence has no tokens")
+    if len(encoded.ids) > replica.positions:
+        raise UserError(
+            f"the sentence has {len(encoded.ids)} tokens, the model {replica.positions} positions"
+        )
+    if item.label is not None:
+        replica.task.check_label(item.label)
+    return encoded, text
+
+
+def _peak_memory() -> float | None:
+    """Of this rank in MiB: on the GPU since the sentence began, on a CPU since the start."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+class _StopSignal:
+    """SIGTERM, as a scheduler sends it: the run ends after the sentence that is being worked on."""
+
+    def __init__(self) -> None:
+        self._received = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        before = signal.signal(signal.SIGTERM, self._receive)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _receive(self, *_: Any) -> None:
+        self._received = True
+
+    def agreed(self, group: dist.ProcessGroup | None) -> bool:
+        """Whether any rank of the group has received it; collective."""
+        return any(spmd.gather_objects(self._received, group))
+
+
+# -------------------------------------------------------------------------- files
+
+
+def _check_output(files: Files) -> None:
+    from lirpa_megatron.verify.plan import check_writable
+
+    if files.output is not None:
+        check_writable(files.output)
+    elif files.resume:
+        raise UserError("--resume needs --output: it goes on with that file")
+
+
+def _part(output: Path, replica: int) -> Path:
+    return output if replica == 0 else output.with_name(f"{output.name}.{replica}")
+
+
+@contextlib.contextmanager
+def _output(files: Files) -> Iterator[TextIO | None]:
+    """Where this process writes results; None unless it is the first of its replica."""
+    stream, (_, replica) = None, _replicas()
+    with agreed(dist.group.WORLD, "opening the output"):
+        if files.output is None and replica > 0:
+            raise UserError("several replicas write files: give --output")
+        if runtime.tp_rank() == 0:
+            stream = sys.stdout if files.output is None else _opened(files, replica)
+    try:
+        yield stream
+    finally:
+        if stream not in (None, sys.stdout):
+            stream.close()
+
+
+def _opened(files: Files, replica: int) -> TextIO:
+    """The results file, cut after the part that is kept."""
+    path = _part(files.output, replica)
+    keep = 0
+    if replica == 0 and files.resume and path.exists():
+        keep = read_results(path)[1]
+    try:
+        stream = path.open("a", encoding="utf-8")
+        stream.truncate(keep)
+    except OSError as error:
+        raise UserError(f"output {path} cannot be written: {error.strerror}") from None
+    return stream
+
+
+def _merge_parts(output: Path) -> None:
+    """Adds what replicas have written to the output, and removes their files."""
+    parts = sorted(p for p in output.parent.glob(f"{output.name}.*") if p.suffix[1:].isdigit())
+    if not parts:
+        return
+    kept = [output, *parts] if output.exists() else parts
+    merged = b"".join(path.read_bytes()[: read_results(path)[1]] for path in kept)
+    temporary = output.with_name(f".{output.name}.merging")
+    temporary.write_bytes(merged)
+    os.replace(temporary, output)
+    for part in parts:
+        part.unlink()
+
+
+def _finish(files: Files, replica: _Replica, results: list[dict[str, Any]], ended: bool) -> int:
+    """Puts the parts together, prints the sums, and gives the exit status, on all processes."""
+    flags = spmd.gather_objects(
+        (ended, any(r["result"] == "error" for r in results)), dist.group.WORLD
+    )
+    with agreed(dist.group.WORLD, "summing up"):
+        if runtime.is_rank0():
+            every = replica.done + results
+            if files.output is not None:
+                _merge_parts(files.output)
+                every = read_results(files.output)[0]
+                _write_summary(files.output.with_name("summary.json"), every)
+            if every:
+                print(
+                    summary_table(summarise(every)),
+                    file=sys.stderr if files.output is None else sys.stdout, flush=True,
+                )
+    if any(flag[0] for flag in flags):
+        return TERMINATED
+    return 1 if any(flag[1] for flag in flags) else 0
+
+
+def _write_summary(path: Path, results: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        temporary.write_text(
+            json.dumps(summarise(results), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,118 @@
+"""Results of a run over sentences: one JSON object a line, and what `--resume` makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.verify.results import RESULT_WORDS
+from lirpa_megatron.verify.sentences.data import Item
+from lirpa_megatron.verify.sentences.options import SentenceOptions
+from lirpa_megatron.verify.sentences.sentence import Finding, Verdict
+from lirpa_megatron.verify.sentences.task import Task
+from lirpa_megatron.verify.sentences.tokenizer import Encoded
+
+_WORDS = (*RESULT_WORDS, "misclassified")
+_DEEPEST = 20
+
+
+def result_of(
+    item: Item, encoded: Encoded | None, verdict: Verdict | None, task: Task, network: str,
+    options: SentenceOptions, ranks: int, seconds: float, memory: float | None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """The line for one sentence, as plain data; see README for the fields."""
+    found = verdict.finding if verdict is not None else None
+    positions = None
+    if verdict is not None and options.words == "each":
+        positions = [
+            {"position": p, "result": each.result, "margin": each.margin,
+             "certified_radius": each.certified_radius, "attacked_radius": each.attacked_radius,
+             "counterexample": each.sentence}
+            for p, each in sorted(verdict.positions.items())
+        ]
+    margin = None if found is None else found.margin
+    found = found or Finding("unknown")
+    return {
+        "network": network,
+        "property": item.name,
+        "result": "error" if verdict is None else verdict.result,
+        "task": task.name,
+        **options.key(),
+        "text": item.text,
+        "tokens": None if encoded is None else encoded.tokens,
+        "label": item.label,
+        "predicted": None if verdict is None else verdict.predicted,
+        "label_name": None if item.label is None else task.class_name(item.label),
+        "predicted_name": None if verdict is None else task.class_name(verdict.predicted),
+        "clean_margin": None if verdict is None else verdict.clean_margin,
+        "margin": margin,
+        "lower_bounds": [] if margin is None else [margin],
+        "certified_radius": found.certified_radius,
+        "attacked_radius": found.attacked_radius,
+        "positions": positions,
+        "counterexample": found.sentence,
+        "tensor_parallel": ranks,
+        "seconds": round(seconds, 4),
+        "peak_memory_mib": memory,
+        **({} if error is None else {"error": error}),
+    }
+
+
+def to_line(result: dict[str, Any]) -> str:
+    return json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def key_of(result: dict[str, Any]) -> tuple:
+    """What `--resume` recognises a sentence and a question by."""
+    names = ("network", "property", "task", "method", "question", "norm", "eps", "words", "shape")
+    return tuple(result.get(name) for name in names)
+
+
+def read_results(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Results of an earlier run, and the size in bytes of the part of the file to keep.
+
+    A killed run may leave half a line at the end, which is dropped.
+
+    Raises:
+        UserError: a line, other than half a last one, is not a result of a run over sentences.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"results {path} cannot be read: {error.strerror}") from None
+    kept = data[: data.rfind(b"\n") + 1]
+    results = []
+    for number, line in enumerate(kept.splitlines(), start=1):
+        try:
+            if line.count(b"[") + line.count(b"{") > 4 * len(_WORDS) + 10 * line.count(b":"):
+                raise ValueError("nested")
+            result = json.loads(line)
+            if not isinstance(result, dict) or result.get("result") not in _WORDS:
+                raise ValueError("not a result")
+            if not isinstance(result.get("property"), str) or "question" not in result:
+                raise ValueError("not of a sentence")
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"line {number} of {path} is not a result of verify --data: remove it or choose "
+                "another --output"
+            ) from None
+        results.append(result)
+    return results, len(kept)
+
+
+def unfinished(
+    items: Sequence[Item], done: Sequence[dict[str, Any]], like: dict[str, Any]
+) -> list[Item]:
+    """The items without a result for this question.
+
+    Args:
+        items: of the data.
+        done: earlier results.
+        like: network, task and `SentenceOptions.key`, as a result has them.
+    """
+    finished = {key_of(result) for result in done}
+    return [item for item in items if key_of({**like, "property": item.name}) not in finished]

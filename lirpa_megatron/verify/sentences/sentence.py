@@ -1,0 +1,245 @@
+"""One sentence: what the model says, what is certified about it, and what an attack finds."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lirpa_megatron.adapters.embeddings import embed
+from lirpa_megatron.bounded_module import BoundedModule
+from lirpa_megatron.inputs import perturb_tokens
+from lirpa_megatron.parallel import spmd
+from lirpa_megatron.verify.instance import Deadline
+from lirpa_megatron.verify.sentences.attack import find_words, smallest_success
+from lirpa_megatron.verify.sentences.options import NORMS, SentenceOptions
+from lirpa_megatron.verify.sentences.search import largest_certified, smallest_attacked
+from lirpa_megatron.verify.sentences.task import Task
+
+_KEPT = 4
+"""Bound graphs that are kept, each for sentences of one length."""
+
+
+class OutOfTime(Exception):
+    """The time limit of a sentence is over."""
+
+
+@dataclass
+class Finding:
+    """What was found of one set of perturbations."""
+
+    # "unsat" (certified), "sat" (attacked), "unknown"
+    result: str
+    # smallest lower bound of the margin: at eps, or over the substitutes
+    margin: float | None = None
+    certified_radius: float | None = None
+    attacked_radius: float | None = None
+    # ids of a sentence on which the model is wrong
+    sentence: list[int] | None = None
+
+
+@dataclass
+class Verdict:
+    """The outcome for a sentence."""
+
+    # one of results.RESULT_WORDS, or "misclassified"
+    result: str
+    predicted: int
+    # margin of the clean sentence
+    clean_margin: float
+    finding: Finding | None = None
+    # position -> what was found of it alone
+    positions: dict[int, Finding] = field(default_factory=dict)
+
+
+class SentenceVerifier:
+    """Answers one question about one sentence after another; bound graphs are reused.
+
+    Args:
+        model: GPTModel or BertModel, in eval mode.
+        task: how its output is read.
+        options: the question.
+        group: the tensor-parallel group; every rank calls `verify` with the same sentences.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, options: SentenceOptions,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.model, self.task, self.options, self.group = model, task, options, group
+        self.norm = NORMS[options.norm]
+        self._graphs: dict[int, BoundedModule] = {}
+        self._deadline = Deadline(None, group)
+
+    def verify(
+        self, ids: Sequence[int], places: Sequence[int], label: int | None,
+        substitutes: dict[int, list[int]], seconds: float | None = None,
+    ) -> Verdict:
+        """Answers the question about a sentence.
+
+        Args:
+            ids: token ids.
+            places: positions that are words and may move.
+            label: the right class; None: the prediction is what has to stay.
+            substitutes: position -> ids, for the question "synonyms".
+            seconds: time limit, looked at between bounds.
+        """
+        self._deadline = Deadline(seconds, self.group)
+        tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+        with torch.no_grad():
+            hidden = embed(self.model, tokens, **self._types(tokens))
+            scores = self.task.scores(self.task.net(hidden))[0].double().tolist()
+        scores = spmd.broadcast_object(scores, self.group)
+        if not all(map(math.isfinite, scores)):
+            raise ArithmeticError("the model's scores are not finite")
+        predicted = max(range(len(scores)), key=scores.__getitem__)
+        label = predicted if label is None else label
+        clean = scores[label] - max(s for k, s in enumerate(scores) if k != label)
+        verdict = Verdict("misclassified", predicted, clean)
+        if predicted != label or clean <= 0:
+            return verdict
+        try:
+            if self.options.words == "all":
+                verdict.finding = self._find(tokens, hidden, label, list(places), substitutes)
+                verdict.result = verdict.finding.result
+            else:
+                self._each(verdict, tokens, hidden, label, places, substitutes)
+        except OutOfTime:
+            verdict.result = "timeout"
+        return verdict
+
+    def _each(
+        self, verdict: Verdict, tokens: torch.Tensor, hidden: torch.Tensor, label: int,
+        places: Sequence[int], substitutes: dict[int, list[int]],
+    ) -> None:
+        """One word at a time; the sentence is as strong as its weakest word."""
+        synonyms = self.options.question == "synonyms"
+        for place in places:
+            others = {place: substitutes[place]} if place in substitutes else {}
+            if synonyms and not others:
+                continue
+            verdict.positions[place] = self._find(tokens, hidden, label, [place], others)
+        words = [found.result for found in verdict.positions.values()]
+        verdict.result = "sat" if "sat" in words else "unknown" if "unknown" in words else "unsat"
+        if not words:  # no word has a substitute: there is the clean sentence alone
+            verdict.finding = Finding("unsat", margin=verdict.clean_margin)
+
+    def _find(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, label: int, places: list[int],
+        substitutes: dict[int, list[int]],
+    ) -> Finding:
+        if self.options.question == "synonyms":
+            return self._synonyms(tokens, label, places, substitutes)
+        where = torch.zeros(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        where[places] = True
+
+        def margin_at(eps: float) -> float:
+            return self._margin(tokens, label, eps=eps, norm=self.norm, positions=places)
+
+        def attack(radius: float) -> float | None:
+            return self._attack(hidden, label, where, radius)
+
+        if self.options.question == "certify":
+            eps = float(self.options.eps or 0.0)
+            margin = margin_at(eps)
+            if margin > 0:
+                return Finding("unsat", _finite(margin))
+            broken = attack(eps)
+            return Finding("unknown" if broken is None else "sat", _finite(margin),
+                           attacked_radius=broken)
+        guess, tolerance = self._linear_radius(hidden, label, where), self.options.tolerance
+        certified = largest_certified(lambda eps: margin_at(eps) > 0, guess / 4, tolerance)
+        attacked = None
+        if self.options.attack_steps:
+            attacked = smallest_attacked(attack, certified, max(guess, certified), tolerance)
+        return Finding(
+            "unsat" if certified > 0 else "unknown", certified_radius=certified,
+            attacked_radius=attacked,
+        )
+
+    def _synonyms(
+        self, tokens: torch.Tensor, label: int, places: list[int],
+        substitutes: dict[int, list[int]],
+    ) -> Finding:
+        chosen = {place: ids for place, ids in substitutes.items() if place in places}
+        words: dict[str, Any] = {"substitutes": chosen, "shape": self.options.shape}
+        if self.options.eps is not None:
+            words |= {"eps": self.options.eps, "positions": places}
+        margin = self._margin(tokens, label, **words)
+        if margin > 0:
+            return Finding("unsat", _finite(margin))
+        found = None
+        if self.options.attack_steps:
+            self._check_time()
+            found = find_words(
+                lambda h: self.task.margin(h, label),
+                lambda ids: embed(self.model, ids, **self._types(ids)), tokens, chosen, self.group,
+            )
+        return Finding("unknown" if found is None else "sat", _finite(margin), sentence=found)
+
+    # -------------------------------------------------------------------- numbers
+
+    def _check_time(self) -> None:
+        if self._deadline.is_over():
+            raise OutOfTime
+
+    def _types(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Token type 0 everywhere, for a model that has token types."""
+        has = getattr(self.model.embedding, "tokentype_embeddings", None) is not None
+        return {"tokentype_ids": torch.zeros_like(tokens)} if has else {}
+
+    def _margin(self, tokens: torch.Tensor, label: int, **perturbation: Any) -> float:
+        """A lower bound of the label's margin over a set; -inf where there is none."""
+        self._check_time()
+        inputs = perturb_tokens(self.model, tokens, **perturbation, **self._types(tokens))
+        inputs = (*inputs, *(x.to(tokens.device) for x in self.task.further_inputs(label)))
+        length = tokens.shape[1]
+        if length not in self._graphs:
+            if len(self._graphs) >= _KEPT:
+                self._graphs.pop(next(iter(self._graphs)))
+            self._graphs[length] = BoundedModule(
+                self.task.view, inputs, bound_opts=self.options.bound_opts()
+            )
+        # Only alpha needs gradients; recording them otherwise costs memory.
+        optimized = self.options.method == "CROWN-Optimized"
+        with contextlib.nullcontext() if optimized else torch.no_grad():
+            lower, _ = self._graphs[length].compute_bounds(
+                inputs, C=self.task.specification(label, inputs[0].data),
+                method=self.options.method, bound_upper=False,
+            )
+        value = float(self.task.smallest(lower.detach(), label))
+        value = spmd.broadcast_object(value, self.group)
+        return value if math.isfinite(value) else -math.inf
+
+    def _attack(
+        self, hidden: torch.Tensor, label: int, where: torch.Tensor, radius: float
+    ) -> float | None:
+        self._check_time()
+        options = self.options
+        if options.attack_steps < 1:
+            return None
+        return smallest_success(
+            lambda h: self.task.margin(h, label), hidden, where, self.norm, radius,
+            options.attack_steps, options.attack_restarts, options.seed, self.group,
+        )
+
+    def _linear_radius(self, hidden: torch.Tensor, label: int, where: torch.Tensor) -> float:
+        """The radius at which the margin's tangent at the clean sentence is 0."""
+        points = hidden.detach().requires_grad_(True)
+        margin = self.task.margin(points, label)
+        (gradient,) = torch.autograd.grad(margin.sum(), points)
+        dual = {math.inf: 1.0, 1.0: math.inf, 2.0: 2.0}[self.norm]
+        slope = torch.linalg.vector_norm((gradient * where.view(1, -1, 1)).flatten(), ord=dual)
+        radius = float(margin.detach().sum() / slope.clamp(min=1e-20))
+        radius = spmd.broadcast_object(radius, self.group)
+        return min(max(radius, 1e-12), 1e6) if math.isfinite(radius) else 1.0
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

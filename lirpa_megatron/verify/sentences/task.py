@@ -1,0 +1,215 @@
+"""What a language model decides about a sentence: scores of classes, and margins to be bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.models.bert.bert_model import BertModel
+from torch import nn
+
+from lirpa_megatron.adapters.traceable import traceable
+from lirpa_megatron.adapters.views import at_position, bert_head
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.specifications import (
+    classification_margins,
+    next_token_margins,
+    smallest_margin,
+)
+from lirpa_megatron.verify.sentences.tokenizer import Tokenizer
+
+TASKS = ("classification", "label-tokens", "next-token")
+
+
+class Task:
+    """One way to read a model's output.
+
+    Attributes:
+        name: one of TASKS.
+        view: the module whose bounds are the margins: (hidden, *further inputs) -> outputs.
+        net: the same layers, differentiable: hidden [N, S, h] -> outputs that `scores` reads.
+    """
+
+    name: str
+    view: nn.Module
+    net: nn.Module
+
+    def scores(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[N, K], the largest is the prediction."""
+        return outputs
+
+    def margin(self, hidden: torch.Tensor, label: int) -> torch.Tensor:
+        """By how much the label wins over the strongest other class at each point: [N]."""
+        scores = self.scores(self.net(hidden))
+        return scores[:, label] - _without(scores, label).amax(-1)
+
+    def further_inputs(self, label: int) -> tuple[torch.Tensor, ...]:
+        """Inputs of `view` beside the hidden states."""
+        return ()
+
+    def specification(self, label: int, like: torch.Tensor) -> torch.Tensor | None:
+        """C for `compute_bounds`, or None."""
+        return None
+
+    def smallest(self, lower: torch.Tensor, label: int) -> torch.Tensor:
+        """From the lower bounds [1, rows] a lower bound of `margin`: a number; NaN proves nothing.
+        """
+        raise NotImplementedError
+
+    def class_name(self, index: int) -> str:
+        return str(index)
+
+    def check_label(self, label: int) -> None:
+        """Raises UserError for a label that is no class."""
+        if not 0 <= label < self.classes:
+            raise UserError(f"label {label} is outside of 0 to {self.classes - 1}")
+
+    classes: int
+
+
+class Classification(Task):
+    """The binary head of a BertModel."""
+
+    name = "classification"
+
+    def __init__(self, model: BertModel) -> None:
+        self.view = bert_head(model, "binary")
+        self.net = traceable(self.view)
+        self.classes = model.binary_head.weight.shape[0]
+
+    def specification(self, label: int, like: torch.Tensor) -> torch.Tensor:
+        return classification_margins(torch.tensor([label]), self.classes).to(like)
+
+    def smallest(self, lower: torch.Tensor, label: int) -> torch.Tensor:
+        return lower.min()
+
+
+class LabelTokens(Task):
+    """Which label word comes next: a class is as strong as the likeliest of its tokens.
+
+    Class y certainly wins over the others if for each token j of theirs some token t of y has a
+    margin logit[t] - logit[j] above 0: the smallest over j of the largest over t.
+
+    Args:
+        model: a GPTModel.
+        tokens: for each class its token ids.
+        names: of the classes.
+    """
+
+    name = "label-tokens"
+
+    def __init__(self, model: nn.Module, tokens: Sequence[Sequence[int]], names: Sequence[str]):
+        self.view = at_position(model, -1)
+        self.net = traceable(self.view)
+        self.tokens, self.names, self.classes = tokens, names, len(tokens)
+
+    def scores(self, outputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([outputs[:, list(ids)].amax(-1) for ids in self.tokens], -1)
+
+    def _others(self, label: int) -> list[int]:
+        return [j for index, ids in enumerate(self.tokens) if index != label for j in ids]
+
+    def specification(self, label: int, like: torch.Tensor) -> torch.Tensor:
+        others = self._others(label)
+        size = self.view.model.vocab_size
+        C = like.new_zeros(1, len(self.tokens[label]), len(others), size)
+        for t, own in enumerate(self.tokens[label]):
+            C[0, t, :, own] += 1
+            C[0, t, range(len(others)), others] -= 1
+        return C.flatten(1, 2)
+
+    def smallest(self, lower: torch.Tensor, label: int) -> torch.Tensor:
+        by_token = lower.view(len(self.tokens[label]), -1)
+        return by_token.amax(0).amin()  # NaN stays NaN
+
+    def class_name(self, index: int) -> str:
+        return self.names[index]
+
+
+class NextToken(Task):
+    """The next token, among the whole vocabulary.
+
+    Args:
+        model: a GPTModel.
+        vocab_size: entries from here on only pad the vocabulary.
+        tokenizer: gives names, if there is one.
+    """
+
+    name = "next-token"
+
+    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+        self.view = next_token_margins(model)
+        self.net = traceable(at_position(model, -1))
+        self.classes = vocab_size
+
+    def scores(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs[:, : self.classes]
+
+    def further_inputs(self, label: int) -> tuple[torch.Tensor, ...]:
+        return (torch.tensor([label]),)
+
+    def smallest(self, lower: torch.Tensor, label: int) -> torch.Tensor:
+        return smallest_margin(lower, torch.tensor([label]), self.classes)[0]
+
+
+def _without(scores: torch.Tensor, label: int) -> torch.Tensor:
+    """The other columns."""
+    return torch.cat((scores[:, :label], scores[:, label + 1 :]), 1)
+
+
+def make_task(
+    name: str | None, model: nn.Module, vocab_size: int, label_tokens: str | None,
+    tokenizer: Tokenizer | None,
+) -> Task:
+    """The task of that name; by default what the model is made for.
+
+    Args:
+        name: of TASKS, or None: classification for a BertModel, label-tokens for a GPTModel if
+            these are given, else next-token.
+        model: GPTModel or BertModel.
+        vocab_size: its tokens that are not padding.
+        label_tokens: "bad,awful|good,great": words of class 0, 1, ...
+        tokenizer: that knows them.
+
+    Raises:
+        UserError: a task that the model is not made for, label words that are no tokens.
+    """
+    is_bert = isinstance(model, BertModel)
+    if name is None:
+        default = "next-token" if label_tokens is None else "label-tokens"
+        name = "classification" if is_bert else default
+    if (name == "classification") != is_bert:
+        fits = "classification" if is_bert else "label-tokens or next-token"
+        kind = "BERT" if is_bert else "GPT"
+        raise UserError(f"--task {name} is not for a {kind} model: choose {fits}")
+    if (name == "label-tokens") != (label_tokens is not None):
+        raise UserError("--label-tokens and --task label-tokens need each other")
+    if name == "classification":
+        if model.binary_head is None:
+            raise UserError("the BERT model has no binary head (add_binary_head), so no classes")
+        return Classification(model)
+    if name == "next-token":
+        return NextToken(model, vocab_size)
+    names, ids = _label_ids(label_tokens or "", tokenizer)
+    return LabelTokens(model, ids, names)
+
+
+def _label_ids(text: str, tokenizer: Tokenizer | None) -> tuple[list[str], list[list[int]]]:
+    if tokenizer is None:
+        raise UserError("--label-tokens are words: give the --tokenizer that knows them")
+    classes = [[w.strip() for w in part.split(",") if w.strip()] for part in text.split("|")]
+    if len(classes) < 2 or not all(classes):
+        raise UserError(
+            f"--label-tokens {text!r}: give words of two or more classes, as in 'bad,awful|good'"
+        )
+    ids = []
+    for words in classes:
+        found = [tokenizer.id_of(word) for word in words]
+        if None in found:
+            word = words[found.index(None)]
+            raise UserError(f"--label-tokens: {word!r} is not one token of {tokenizer.name}")
+        ids.append(found)
+    every = [i for found in ids for i in found]
+    if len(set(every)) != len(every):
+        raise UserError(f"--label-tokens {text!r}: the same token stands twice")
+    return [words[0] for words in classes], ids
