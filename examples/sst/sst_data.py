@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,11 +83,26 @@ def encode(records: list[dict], words: list[str], length: int) -> list[torch.Ten
     ]
 
 
+def shuffled(
+    sentences: list[torch.Tensor], size: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """The indices of all sentences in batches of `size`, in random order.
+
+    A batch has sentences of about the same length, so that little is spent on [PAD].
+    """
+    order = torch.randperm(len(sentences), generator=generator).split(16 * size)
+    batches = []
+    for part in order:
+        lengths = torch.tensor([len(sentences[i]) for i in part.tolist()])
+        batches += part[lengths.argsort(stable=True)].split(size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
 def batches(
-    sentences: list[torch.Tensor], labels: torch.Tensor, order: torch.Tensor, size: int
+    sentences: list[torch.Tensor], labels: torch.Tensor, order: Iterable[torch.Tensor]
 ) -> Iterator[Batch]:
-    """The sentences in the given order, each batch as long as its longest sentence."""
-    for chosen in order.split(size):
+    """The sentences of each of the given batches of indices, filled up to the longest of it."""
+    for chosen in order:
         ids = torch.nn.utils.rnn.pad_sequence(
             [sentences[i] for i in chosen.tolist()], batch_first=True, padding_value=PADDING
         )

@@ -59,10 +59,13 @@ def parse_arguments() -> argparse.Namespace:
                         help="how often a word is read as [UNK] in training")
     parser.add_argument("--adversarial-eps", type=float, default=0.0,
                         help="L-inf radius of adversarial training; 0: none")
-    parser.add_argument("--init-method-std", type=float, default=0.05)
+    parser.add_argument("--init-method-std", type=float, default=0.02)
+    parser.add_argument("--embedding-init-method-std", type=float, default=0.02)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--global-batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--decoupled-lr", type=float, default=1e-2,
+                        help="learning rate of the embeddings")
     parser.add_argument("--lr-warmup-fraction", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1234)
@@ -126,16 +129,21 @@ def build(args: argparse.Namespace) -> BertModel:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         use_cpu_initialization=True,  # every rank draws the full weights and keeps its part
         init_method_std=args.init_method_std,
+        embedding_init_method_std=args.embedding_init_method_std,
         hidden_dropout=args.hidden_dropout, attention_dropout=args.attention_dropout,
         layernorm_epsilon=args.norm_epsilon, params_dtype=args.params_dtype,
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, persist_layer_norm=False,
     )
-    return BertModel(
+    model = BertModel(
         config, num_tokentypes=2, transformer_layer_spec=bert_layer_local_spec,
         vocab_size=args.padded_vocab_size, max_sequence_length=args.max_position_embeddings,
         share_embeddings_and_output_weights=True, add_binary_head=True,
     )
+    # All words start alike, far from the origin (at the position's and the token type's vectors):
+    # then LayerNorm is nearly linear in what a word adds, and bounds through it are tight.
+    torch.nn.init.zeros_(model.embedding.word_embeddings.weight)
+    return model
 
 
 def embed(model: BertModel, ids: torch.Tensor) -> torch.Tensor:
@@ -153,37 +161,35 @@ def accuracy(model: BertModel, sentences: list[torch.Tensor], labels: torch.Tens
     model.eval()
     right = 0
     with torch.no_grad():
-        order = torch.arange(len(labels))
-        for ids, mask, expected in sst_data.batches(sentences, labels, order, 256):
+        order = torch.arange(len(labels)).split(256)
+        for ids, mask, expected in sst_data.batches(sentences, labels, order):
             right += (classify(model, embed(model, ids), mask).argmax(-1) == expected).sum().item()
     model.train()
     return right / len(labels)
 
 
-def attack(
-    model: BertModel, hidden: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, eps: float
+def backward(
+    model: BertModel, batch: sst_data.Batch, word_dropout: float, eps: float
 ) -> torch.Tensor:
-    """What to add to `hidden`: a random point of the box of radius eps, and one step uphill.
+    """The loss of a batch, some of its words unknown, and its gradients.
 
-    The gradient of hidden states is whole on every rank, so all ranks get the same.
+    With eps > 0, half of the loss is that of the hidden states one step uphill, on the border of
+    the L-inf ball. The gradient of hidden states is whole on every rank, so all take the same step.
     """
-    move = torch.empty_like(hidden).uniform_(-eps, eps).requires_grad_()
-    loss = F.cross_entropy(classify(model, hidden.detach() + move, mask), labels)
-    (slope,) = torch.autograd.grad(loss, move)
-    return (move.detach() + 1.25 * eps * slope.sign()).clamp(-eps, eps)
-
-
-def losses(model: BertModel, batch: sst_data.Batch, args: argparse.Namespace) -> torch.Tensor:
-    """The loss of a batch, some of its words unknown."""
     ids, mask, labels = batch
-    dropped = torch.rand(ids.shape) < args.word_dropout
+    dropped = torch.rand(ids.shape) < word_dropout
     ids = torch.where(dropped & (ids >= len(sst_data.SPECIAL)), sst_data.UNKNOWN, ids)
     hidden = embed(model, ids)
+    hidden.retain_grad()
     loss = F.cross_entropy(classify(model, hidden, mask), labels)
-    if args.adversarial_eps > 0:
-        moved = hidden + attack(model, hidden, mask, labels, args.adversarial_eps)
-        loss = (loss + F.cross_entropy(classify(model, moved, mask), labels)) / 2
-    return loss
+    if eps == 0:
+        loss.backward()
+        return loss.detach()
+    (loss / 2).backward()
+    moved = embed(model, ids) + eps * hidden.grad.sign()
+    attacked = F.cross_entropy(classify(model, moved, mask), labels)
+    (attacked / 2).backward()
+    return (loss.detach() + attacked.detach()) / 2
 
 
 def train(
@@ -194,32 +200,37 @@ def train(
     count = len(labels["train"])
     # Gradients are in the buffers of Megatron's DDP; its optimizers need CUDA, torch's do not.
     parallel = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr, weight_decay=args.weight_decay,
-    )
+    words = model.embedding.word_embeddings.weight
+    start = [p for p in model.embedding.parameters() if p is not words]
+    others = [p for p in model.parameters() if all(p is not q for q in (words, *start))]
+    groups = [
+        {"params": [words], "lr": args.decoupled_lr, "weight_decay": args.weight_decay},
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": start + [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
     total = args.epochs * -(-count // args.global_batch_size)
     warmup = max(1, round(args.lr_warmup_fraction * total))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, (total - i) / max(1, total - warmup))
     )
-    order = torch.Generator().manual_seed(args.seed)  # the same at every tensor-parallel size
+    generator = torch.Generator().manual_seed(args.seed)  # the same at every tensor-parallel size
     progress = tqdm(total=total, unit="batch", disable=not runtime.is_rank0())
+    iteration = 0
     for epoch in range(args.epochs):
-        mean, shuffled = 0.0, torch.randperm(count, generator=order)
-        for batch in sst_data.batches(
-            sentences["train"], labels["train"], shuffled, args.global_batch_size
-        ):
+        mean = 0.0
+        order = sst_data.shuffled(sentences["train"], args.global_batch_size, generator)
+        for batch in sst_data.batches(sentences["train"], labels["train"], order):
             parallel.zero_grad_buffer()
-            loss = losses(model, batch, args)
-            loss.backward()
+            # A model that knows nothing yet would learn nothing under attack.
+            eps = args.adversarial_eps * min(1.0, max(0.0, 2 * iteration / total - 0.5))
+            loss = backward(model, batch, args.word_dropout, eps)
             finalize_model_grads([parallel])
             for parameter in model.parameters():
                 parameter.grad = parameter.main_grad
             optimizer.step()
             schedule.step()
+            iteration += 1
             mean += loss.item() * len(batch.labels) / count
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             progress.update()
@@ -227,7 +238,7 @@ def train(
         if runtime.is_rank0():
             progress.write(f"epoch {epoch + 1}: loss {mean:.4f}, dev accuracy {right:.4f}")
     progress.close()
-    return total
+    return iteration
 
 
 def save(model: BertModel, args: argparse.Namespace, iteration: int, folder: Path) -> None:
