@@ -53,21 +53,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ffn-hidden-size", type=int, default=128)
     parser.add_argument("--num-attention-heads", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=64, help="tokens, with [CLS]")
-    parser.add_argument("--hidden-dropout", type=float, default=0.2)
+    parser.add_argument("--hidden-dropout", type=float, default=0.3)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
     parser.add_argument("--word-dropout", type=float, default=0.2,
                         help="how often a word is read as [UNK] in training")
-    parser.add_argument("--adversarial-eps", type=float, default=0.0,
+    parser.add_argument("--adversarial-eps", type=float, default=0.03,
                         help="L-inf radius of adversarial training; 0: none")
     parser.add_argument("--init-method-std", type=float, default=0.02)
-    parser.add_argument("--embedding-init-method-std", type=float, default=0.02)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--embedding-init-method-std", type=float, default=0.4)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--global-batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--decoupled-lr", type=float, default=1e-2,
                         help="learning rate of the embeddings")
     parser.add_argument("--lr-warmup-fraction", type=float, default=0.1)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1234)
     return parser.parse_args()
 
@@ -223,7 +223,7 @@ def train(
         for batch in sst_data.batches(sentences["train"], labels["train"], order):
             parallel.zero_grad_buffer()
             # A model that knows nothing yet would learn nothing under attack.
-            eps = args.adversarial_eps * min(1.0, max(0.0, 2 * iteration / total - 0.5))
+            eps = args.adversarial_eps * min(1.0, max(0.0, 2 * iteration / total - 2 / 3))
             loss = backward(model, batch, args.word_dropout, eps)
             finalize_model_grads([parallel])
             for parameter in model.parameters():
