@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel import runtime
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "sst"
 DATA = ROOT.parent / "shared" / "data" / "sst"
@@ -23,19 +27,35 @@ SMALL = ("--epochs 8 --hidden-size 16 --ffn-hidden-size 32 --num-attention-heads
          "--embedding-init-method-std 0.1 --adversarial-eps 0.01 --word-dropout 0").split()
 
 
-def _train(*options, launcher=()):
-    """Runs train.py; returns the finished process."""
+def _train_on_two_ranks(*options):
+    """What train.py prints under torchrun."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLE / "train.py"), *map(str, options)],
+    process = subprocess.run(
+        [sys.executable, *LAUNCH, str(EXAMPLE / "train.py"), *map(str, options)],
         capture_output=True, text=True, env=environment, timeout=1200,
     )
-
-
-def _losses(process):
     assert process.returncode == 0, process.stderr
-    return [float(loss) for loss in re.findall(r"epoch \d+: loss (\d+\.\d+)", process.stdout)]
+    return process.stdout
+
+
+@pytest.fixture
+def train_here(monkeypatch, capsys):
+    """Runs train.py in this process, one rank; returns what it prints."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    module = importlib.import_module("train")
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+        with runtime.session():
+            module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def _losses(printed):
+    return [float(loss) for loss in re.findall(r"epoch \d+: loss (\d+\.\d+)", printed)]
 
 
 def _tensors(checkpoint):
@@ -68,10 +88,11 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_training_learns_and_saves_a_checkpoint_in_megatrons_layout(data, tmp_path, size):
-    process = _train("--data", data, "--save", tmp_path / "out", "--vocab-file",
-                     tmp_path / "vocab.txt", *SMALL, launcher=LAUNCH if size > 1 else ())
-    losses = _losses(process)
+def test_training_learns_and_saves_a_checkpoint_in_megatrons_layout(
+    train_here, data, tmp_path, size
+):
+    train = train_here if size == 1 else _train_on_two_ranks
+    losses = _losses(train("--data", data, "--save", tmp_path / "out", *SMALL))
     assert len(losses) == 8 and losses[-1] < 0.5 * losses[0], losses
     words = (tmp_path / "vocab.txt").read_text().splitlines()
     assert words[:3] == ["[PAD]", "[UNK]", "[CLS]"] and set(words[3:]) == {
@@ -90,12 +111,18 @@ def test_training_learns_and_saves_a_checkpoint_in_megatrons_layout(data, tmp_pa
     assert shapes["binary_head.weight"] == (2, 16)
 
 
-def test_missing_data_are_one_clear_line(tmp_path):
-    process = _train("--data", tmp_path, "--save", tmp_path / "out")
-    assert process.returncode == 2
-    (line,) = process.stderr.splitlines()
-    assert str(tmp_path / "train.jsonl") in line and "--data" in line
-    assert not (tmp_path / "out").exists()
+def test_missing_data_are_one_clear_line(train_here, tmp_path):
+    with pytest.raises(UserError, match="train.jsonl .*--data") as caught:
+        train_here("--data", tmp_path / "nothing", "--save", tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_bad_options_are_refused_before_training(train_here, data, tmp_path):
+    with pytest.raises(UserError, match="exists already.*--save"):
+        train_here("--data", data, "--save", tmp_path)
+    with pytest.raises(UserError, match="--hidden-size 10 .* --num-attention-heads 4"):
+        train_here("--data", data, "--save", tmp_path / "out", "--hidden-size", 10)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_committed_checkpoint_and_sentences_go_together():
@@ -117,9 +144,7 @@ def test_the_committed_checkpoint_and_sentences_go_together():
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the SST sentences are not in ../shared/data/sst")
 def test_training_on_sst_reaches_78_percent_on_two_ranks(tmp_path):
-    process = _train("--save", tmp_path / "out", "--vocab-file", tmp_path / "vocab.txt",
-                     launcher=LAUNCH)
-    _losses(process)
-    (dev,) = re.findall(r"accuracy train [\d.]+, dev ([\d.]+)", process.stdout)
+    printed = _train_on_two_ranks("--save", tmp_path / "out")
+    (dev,) = re.findall(r"accuracy train [\d.]+, dev ([\d.]+)", printed)
     assert float(dev) >= 0.78
     assert (tmp_path / "vocab.txt").read_bytes() == (EXAMPLE / "vocab.txt").read_bytes()

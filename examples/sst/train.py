@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 examples/sst/train.py --save CHECKPOINT
 
 Every process is a tensor-parallel rank. The class is that of the binary head, which looks at the
-first token, [CLS]. Options and the checkpoint are Megatron-LM's: torch_dist format, with the
-arguments in common.pt, so any tensor-parallel size loads it. With --adversarial-eps, half of the
-loss is that of embeddings moved against the model, each coordinate by at most so much: plainly
-trained transformers are accurate too, but little can be certified of them.
+first token, [CLS]. The options are named as Megatron-LM's, and so is what the checkpoint holds:
+torch_dist format, with the arguments in common.pt; any tensor-parallel size loads it. Two choices
+make the model one that can be certified: where the words start (`build`), and that half of the loss
+is that of embeddings moved against the model (`backward`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tqdm import tqdm
 
+from lirpa_megatron.checkpoint.writer import check_output
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
 
@@ -44,8 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA,
                         help="folder of train.jsonl and dev.jsonl (default: %(default)s)")
     parser.add_argument("--save", type=Path, required=True, help="checkpoint to write")
-    parser.add_argument("--vocab-file", type=Path, default=HERE / "vocab.txt",
-                        help="one word a line; written before training")
+    parser.add_argument("--vocab-file", type=Path,
+                        help="to write, one word a line (default: vocab.txt beside the checkpoint)")
     parser.add_argument("--vocab-least", type=int, default=2,
                         help="how often a word must occur in train.jsonl")
     parser.add_argument("--num-layers", type=int, default=2)
@@ -69,11 +70,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr-warmup-fraction", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1234)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.vocab_file = args.vocab_file or args.save.parent / "vocab.txt"
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for sizes that do not go together, before anything is built."""
+    """Raises UserError for files that cannot be written and sizes that do not go together."""
+    if args.save.exists():
+        raise UserError(f"{args.save} exists already: choose another name with --save")
+    check_output(args.save, force=False)
+    if not args.vocab_file.parent.is_dir():
+        raise UserError(f"cannot write {args.vocab_file}: there is no such folder")
     tp = runtime.tp_size()
     for name in ("hidden_size", "num_attention_heads", "ffn_hidden_size"):
         if getattr(args, name) % tp != 0:
@@ -115,9 +123,8 @@ def megatron_arguments(args: argparse.Namespace, words: int) -> argparse.Namespa
         data_parallel_size=1, world_size=tp, sequence_parallel=False,
         transformer_impl="local", spec=None, fp8=None, ckpt_format="torch_dist",
     )
-    # Folders are the machine's own business, and paths no plain data.
-    own = {name: str(value) if isinstance(value, Path) else value
-           for name, value in vars(args).items() if name not in ("data", "save", "vocab_file")}
+    # Folders are this machine's business, and paths are no plain data.
+    own = {n: v for n, v in vars(args).items() if n not in ("data", "save", "vocab_file")}
     return argparse.Namespace(**own, **derived)
 
 
