@@ -5,48 +5,61 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-_DOUBLINGS = 40
+_MOST = 60
+"""Bounds computed in one search."""
 
 
 def largest_certified(
-    holds: Callable[[float], bool], guess: float, tolerance: float, limit: float = math.inf
+    margin_at: Callable[[float], float], clean: float, linear: float, tolerance: float
 ) -> float:
-    """The largest radius found at which `holds`, by doubling or halving and then bisection.
+    """The largest radius found at which the margin's lower bound is above 0.
 
     A certificate at one radius holds at all smaller ones, so only what was itself proved is
-    returned: `holds` was True at the result, and False at one within a factor 1 + tolerance above
-    it (or the limit was reached).
+    returned: the bound was above 0 at the result, and not so at a radius within a factor
+    1 + tolerance above it. In between the next radius is where a parabola through what is known of
+    the bound (its value and slope at 0, and the largest radius certified) meets 0, or the middle
+    if that did not help.
 
     Args:
-        holds: whether a radius is certified.
-        guess: where to begin, above 0.
+        margin_at: lower bound at a radius; the same on every rank.
+        clean: the margin at radius 0, above 0.
+        linear: where the margin's tangent at radius 0 meets 0, above 0.
         tolerance: relative.
-        limit: no larger radius is tried.
 
     Returns:
-        0 if nothing was certified down to 2^-40 of the guess.
+        0 if nothing was certified.
     """
-    guess = min(guess, limit)
-    low, high = 0.0, math.inf
-    radius = guess
-    for _ in range(_DOUBLINGS):
-        if holds(radius):
-            low = radius
-            if low >= limit or high < math.inf:
-                break
-            radius = min(2 * radius, limit)
+    low, value, high = 0.0, clean, math.inf
+    radius = linear / 8
+    for step in range(_MOST):
+        margin = margin_at(radius)
+        if margin > 0:
+            low, value = radius, margin
         else:
             high = radius
-            if low > 0:
-                break
-            radius /= 2
-    while low > 0 and high < math.inf and high - low > tolerance * low:
-        middle = (low + high) / 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle
+        if low > 0 and high <= low * (1 + tolerance) * (1 + 1e-12):
+            break
+        if low == 0:
+            radius = high / 4
+            continue
+        aim = _root(clean, linear, low, value) * (1 - tolerance / 2)
+        radius = max(aim, low * (1 + tolerance))
+        if high < math.inf and (radius >= high or step % 3 == 2):
+            radius = (low + high) / 2
+            if high - low <= 2 * tolerance * low:
+                radius = min(low * (1 + tolerance), high - tolerance * low / 2)
+        elif high == math.inf:
+            radius = min(radius, 4 * low)
     return low
+
+
+def _root(clean: float, linear: float, radius: float, value: float) -> float:
+    """Where clean (1 - r/linear) - b r^2 is 0; b such that it has the value at the radius."""
+    bend = (clean * (1 - radius / linear) - value) / radius**2
+    slope = clean / linear
+    if bend <= 0:
+        return linear
+    return (-slope + math.sqrt(slope**2 + 4 * bend * clean)) / (2 * bend)
 
 
 def smallest_attacked(

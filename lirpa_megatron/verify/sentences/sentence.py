@@ -153,11 +153,12 @@ class SentenceVerifier:
             broken = attack(eps)
             return Finding("unknown" if broken is None else "sat", _finite(margin),
                            attacked_radius=broken)
-        guess, tolerance = self._linear_radius(hidden, label, where), self.options.tolerance
-        certified = largest_certified(lambda eps: margin_at(eps) > 0, guess / 4, tolerance)
+        clean, linear = self._tangent(hidden, label, where)
+        tolerance = self.options.tolerance
+        certified = largest_certified(margin_at, clean, linear, tolerance)
         attacked = None
         if self.options.attack_steps:
-            attacked = smallest_attacked(attack, certified, max(guess, certified), tolerance)
+            attacked = smallest_attacked(attack, certified, linear, tolerance)
         return Finding(
             "unsat" if certified > 0 else "unknown", certified_radius=certified,
             attacked_radius=attacked,
@@ -229,16 +230,19 @@ class SentenceVerifier:
             options.attack_steps, options.attack_restarts, options.seed, self.group,
         )
 
-    def _linear_radius(self, hidden: torch.Tensor, label: int, where: torch.Tensor) -> float:
-        """The radius at which the margin's tangent at the clean sentence is 0."""
+    def _tangent(
+        self, hidden: torch.Tensor, label: int, where: torch.Tensor
+    ) -> tuple[float, float]:
+        """The clean margin, and the radius at which its tangent there is 0."""
         points = hidden.detach().requires_grad_(True)
         margin = self.task.margin(points, label)
         (gradient,) = torch.autograd.grad(margin.sum(), points)
         dual = {math.inf: 1.0, 1.0: math.inf, 2.0: 2.0}[self.norm]
         slope = torch.linalg.vector_norm((gradient * where.view(1, -1, 1)).flatten(), ord=dual)
-        radius = float(margin.detach().sum() / slope.clamp(min=1e-20))
-        radius = spmd.broadcast_object(radius, self.group)
-        return min(max(radius, 1e-12), 1e6) if math.isfinite(radius) else 1.0
+        clean = float(margin.detach().sum())
+        radius = clean / max(float(slope), 1e-20)
+        radius = min(max(radius, 1e-12), 1e6) if math.isfinite(radius) else 1.0
+        return spmd.broadcast_object((clean, radius), self.group)
 
 
 def _finite(value: float) -> float | None:
