@@ -27,19 +27,22 @@ _MOST = 4096
 
 def smallest_success(
     margin: Margin, hidden: torch.Tensor, where: torch.Tensor, norm: float, radius: float,
-    steps: int, restarts: int, seed: int, group: dist.ProcessGroup | None,
+    steps: int, restarts: int, seed: int, group: dist.ProcessGroup | None, smaller: float = 0.02,
 ) -> float | None:
-    """Projected gradient descent on the margin within a ball around the embeddings.
+    """Projected gradient descent on the margin within a ball that shrinks with each success.
 
     Args:
         margin: of the sharded model, replicated; differentiable.
         hidden: clean [1, S, h].
         where: [S] bool, the positions that move.
         norm: inf, 2 or 1, over all moving coordinates together.
-        radius: of the ball.
-        steps, restarts: of the descent; the first start is the clean point.
+        radius: of the ball at the beginning.
+        steps, restarts: of the descent; it ends after so many steps without a success. The first
+            start is the clean point.
         seed: of the other starts.
         group: the tensor-parallel group.
+        smaller: after a success at some size the ball is this share smaller than that; 1 ends with
+            the first success.
 
     Returns:
         the size (in the norm) of the smallest perturbation met that made the margin 0 or less, at
@@ -51,22 +54,26 @@ def smallest_success(
     drawn[0] = 0
     delta = _project(drawn.to(hidden) * moving * radius, norm, radius)
     delta = spmd.broadcast_tensor(delta, group).detach()
-    best = math.inf
-    for step in range(steps + 1):
+    best, since = math.inf, 0
+    while True:
         delta.requires_grad_(True)
         value = margin(hidden + delta)
         with torch.no_grad():
             success = (value <= 0) & value.isfinite()
-            sizes = torch.where(success, _size(delta, norm), math.inf)
-            best = min(best, sizes.min().item())
-        if step == steps:
-            break
+            size = torch.where(success, _size(delta, norm), math.inf).min()
         (gradient,) = torch.autograd.grad(value.sum(), delta)
-        rate = 0.5 * radius * (1 - step / (steps + 1))
+        # Points and decision are rank 0's, in one broadcast.
+        rate = 0.5 * radius * (1 - since / (steps + 1))
         moved = delta.detach() - rate * _steepest(gradient * moving, norm)
-        delta = spmd.broadcast_tensor(_project(moved, norm, radius), group).detach()
-    best = spmd.broadcast_object(best, group)
-    return best if best < math.inf else None
+        packed = spmd.broadcast_tensor(torch.cat([moved.flatten(), size.to(moved)[None]]), group)
+        moved, found = packed[:-1].view_as(moved).detach(), float(packed[-1])
+        since += 1
+        if found < best:
+            best, since = found, 0
+            radius = best * (1 - smaller)
+        if since > steps or radius <= 0:
+            return best if best < math.inf else None
+        delta = _project(moved, norm, radius)
 
 
 def _size(delta: torch.Tensor, norm: float) -> torch.Tensor:

@@ -62,34 +62,18 @@ def _root(clean: float, linear: float, radius: float, value: float) -> float:
     return (-slope + math.sqrt(slope**2 + 4 * bend * clean)) / (2 * bend)
 
 
-def smallest_attacked(
-    attack: Callable[[float], float | None], low: float, guess: float, tolerance: float
-) -> float | None:
-    """The smallest radius found at which an attack succeeds.
+def smallest_attacked(attack: Callable[[float], float | None], start: float) -> float | None:
+    """The size of the smallest perturbation found that succeeds: an upper bound of the radius.
 
     Args:
-        attack: radius -> the size of the perturbation that succeeded, at most the radius; or None.
-        low: a radius below which none can succeed (it is certified), or 0.
-        guess: where to begin, above 0.
-        tolerance: relative; an attack that fails proves nothing, so the result is an upper bound.
+        attack: radius -> the size of the smallest perturbation within it that succeeded, or None.
+        start: the first radius, above 0; it is doubled until an attack succeeds.
 
     Returns:
-        None if no attack succeeded up to 2^20 times the guess.
+        None if no attack succeeded up to 2^10 times the start.
     """
-    radius, failed = max(guess, low * (1 + tolerance)), low
-    found = None
-    for _ in range(20):
-        found = attack(radius)
+    for doubling in range(11):
+        found = attack(start * 2**doubling)
         if found is not None:
-            break
-        failed, radius = radius, 2 * radius
-    if found is None:
-        return None
-    while found - failed > tolerance * found:
-        middle = (failed + found) / 2
-        better = attack(middle)
-        if better is None:
-            failed = middle
-        else:
-            found = min(found, better)
-    return found
+            return found
+    return None

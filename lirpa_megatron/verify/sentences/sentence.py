@@ -158,7 +158,7 @@ class SentenceVerifier:
         certified = largest_certified(margin_at, clean, linear, tolerance)
         attacked = None
         if self.options.attack_steps:
-            attacked = smallest_attacked(attack, certified, linear, tolerance)
+            attacked = smallest_attacked(attack, max(linear, certified))
         return Finding(
             "unsat" if certified > 0 else "unknown", certified_radius=certified,
             attacked_radius=attacked,
@@ -228,6 +228,7 @@ class SentenceVerifier:
         return smallest_success(
             lambda h: self.task.margin(h, label), hidden, where, self.norm, radius,
             options.attack_steps, options.attack_restarts, options.seed, self.group,
+            smaller=self.options.tolerance if self.options.question == "radius" else 1.0,
         )
 
     def _tangent(
