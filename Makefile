@@ -6,11 +6,12 @@ PY := .venv/bin/python
 # Several ranks share the cores: one thread each, unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo demo-digits test test-all lint bench clean
 
 help:
 	@echo 'make setup     .venv with torch, lirpa_megatron and auto_LiRPA'
-	@echo 'make demo      import a network of digits at TP=2, verify it with two processes and with one'
+	@echo 'make demo      certify sentences from a Megatron checkpoint, with two processes and with one'
+	@echo 'make demo-digits  the same for a network of digits from an ONNX file'
 	@echo 'make test      the tests; make test-all adds the slow ones'
 	@echo 'make lint      ruff'
 	@echo 'make bench     memory and time against plain auto_LiRPA'
@@ -20,6 +21,9 @@ setup:
 	@tools/setup_env.sh
 
 demo: setup
+	$(PY) examples/sst/demo.py $(ARGS)
+
+demo-digits: setup
 	$(PY) examples/digits/demo.py $(ARGS)
 
 test: setup

@@ -1,6 +1,6 @@
-"""The main job: a network becomes a Megatron checkpoint at TP=2 and is certified from it.
+"""An ONNX network becomes a Megatron checkpoint at TP=2 and is certified from it.
 
-    make demo
+    make demo-digits
 
 Imports digits.onnx on two processes, verifies instances.csv from that checkpoint on two processes
 and on one, and compares the two result files. Exit status 1 if a result word differs or a lower
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = Path("examples/digits")
-OUTPUT = Path("build/demo")
+OUTPUT = Path("build/digits")
 # Of the largest bound of the instance. float32 has 6e-8, and the sums behind a bound are hundreds
 # of terms long and are added in another order on two ranks.
 TOLERANCE = 1e-5

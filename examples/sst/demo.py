@@ -1,0 +1,127 @@
+"""The main job: sentences of a Megatron checkpoint are certified and attacked, at TP=1 and TP=2.
+
+    make demo                               a few of sentences.jsonl
+    make demo ARGS='--limit 30'             all of them: the table in README.md
+    make demo ARGS='--data ../shared/data/sst/dev.jsonl --limit 10'
+
+Exit status 1 if the runs disagree: a result, or a certified radius by more than the tolerance to
+which it is searched.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SST = Path("examples/sst")
+OUTPUT = Path("build/demo")
+TOLERANCE = 0.02
+SIZES = (1, 2)
+
+
+def run(*arguments, processes=1):
+    """`python -m lirpa_megatron arguments` from the root of the project, echoed as it can be typed
+    there; ends the demo with the command's exit status if that is not 0."""
+    command = ["-m", "lirpa_megatron", *map(str, arguments)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command = [*launcher, str(processes), *command]
+    command.insert(0, sys.executable)
+    print("\n$", shlex.join([os.path.relpath(sys.executable, ROOT), *command[1:]]), flush=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the processes share the cores
+    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    if status:
+        sys.exit(status)
+
+
+def results(path):
+    """{id: result} of a file of results, in the order of the file."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return {entry["property"]: entry for entry in map(json.loads, lines)}
+
+
+def radii(entry):
+    """"[certified, attacked]" as text, the first rounded down."""
+    low, high = entry["certified_radius"], entry["attacked_radius"]
+    if low is None:
+        return entry["result"]
+    low = int(low * 1e5) / 1e5
+    return f"[{low:.5f}, {'-' if high is None else format(high, '.5f')}]"
+
+
+def agree(one, two):
+    """Whether two results say the same, radii to within the tolerance of their search."""
+    low, high = sorted(entry["certified_radius"] or 0.0 for entry in (one, two))
+    return one["result"] == two["result"] and high <= low * (1 + 1.01 * TOLERANCE)
+
+
+def compare(runs):
+    """Prints the table of sentences; True if all runs agree."""
+    first = runs[SIZES[0]]
+    if any(entries.keys() != first.keys() for entries in runs.values()):
+        print("the runs did not verify the same sentences")
+        return False
+    columns = [f"TP={size} [certified, attacked]" for size in SIZES]
+    print(f"\n{'label':>5} {'model':>5}  {columns[0]:<27} {columns[1]:<27} sentence")
+    same = True
+    for name, entry in first.items():
+        others = [entries[name] for entries in runs.values()]
+        same = same and all(agree(entry, other) for other in others)
+        cells = " ".join(f"{radii(other):<27}" for other in others)
+        print(f"{entry['label']:>5} {entry['predicted']:>5}  {cells} {entry['text']}")
+    return same
+
+
+def summary(size):
+    """The sums of a run, as the job wrote them."""
+    path = ROOT / OUTPUT / f"tp{size}" / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8"))["groups"][0]
+
+
+def table():
+    """The table of the README."""
+    print("\n| | sentences | clean accuracy | certified accuracy | mean certified radius | "
+          "mean attacked radius | seconds per sentence |")
+    print("|---|---|---|---|---|---|---|")
+    for size in SIZES:
+        sums, entries = summary(size), results(OUTPUT / f"tp{size}" / "results.jsonl").values()
+        attacked = [e["attacked_radius"] for e in entries if e["attacked_radius"] is not None]
+        mean = sum(attacked) / len(attacked) if attacked else float("nan")
+        print(
+            f"| TP={size} | {sums['inputs']} | {sums['clean_accuracy']:.0%} | "
+            f"{sums['certified_accuracy']:.0%} | {sums['mean_radius'] or 0:.4f} | {mean:.4f} | "
+            f"{sums['seconds_per_input']:.1f} |"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=SST / "sentences.jsonl", help="JSONL of sentences")
+    parser.add_argument("--limit", default="3", help="how many of them (default 3)")
+    chosen = parser.parse_args()
+    shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
+    common = ("verify", "--load", SST / "checkpoint", "--tokenizer", SST / "vocab.txt")
+    common += ("--data", chosen.data, "--limit", chosen.limit)
+    for size in reversed(SIZES):
+        folder = OUTPUT / f"tp{size}"
+        (ROOT / folder).mkdir(parents=True)
+        run(*common, "--output", folder / "results.jsonl", processes=size)
+    folder = OUTPUT / "synonyms"
+    (ROOT / folder).mkdir()
+    run(*common, "--question", "synonyms", "--words", "each", "--output", folder / "results.jsonl")
+    run("report", OUTPUT / "tp1" / "results.jsonl", "--output", OUTPUT / "report.html")
+    same = compare({size: results(OUTPUT / f"tp{size}" / "results.jsonl") for size in SIZES})
+    table()
+    print("\nWithin the certified radius (of all words' embeddings, L-inf) no perturbation changes "
+          "the class; at the attacked one a perturbation was found that does.")
+    print("The runs agree." if same else f"The runs disagree (radii by more than {TOLERANCE:.0%}).")
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
