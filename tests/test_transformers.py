@@ -303,3 +303,26 @@ def _sets():
         assert (lower <= upper).all() and torch.isfinite(lower).all()
         found += [lower, upper]
     return found
+
+
+def _at_one_position_and_at_all(name, position):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    model, _, further = _build(name, torch.float64)
+    ids = transformers.tokens()[0]
+    found = []
+    for view in (from_layer(model, 0), at_position(model, position)):
+        view.eval()
+        inputs = perturb_tokens(view, ids, eps=0.01, **further)
+        with torch.no_grad():
+            bounds = BoundedModule(view, inputs).compute_bounds(inputs, method="CROWN")
+        found.append([b if b.ndim == 2 else b[:, position] for b in bounds])
+    return found
+
+
+@pytest.mark.parametrize("position", [-1, 1])
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_one_position_has_the_bounds_that_it_has_among_all(name, position):
+    everywhere, alone = pool(1).run(_at_one_position_and_at_all, name, position)[0]
+    for a, b in zip(everywhere, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

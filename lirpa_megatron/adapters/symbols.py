@@ -79,7 +79,7 @@ def rotary(
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, head_dim: int, scale: float) -> torch.Tensor:
-    """Attention scores: q [B, S, n d], k [B, S, g d], n a multiple of g -> [B, n, S, S]."""
+    """Attention scores: q [B, Q, n d], k [B, S, g d], n a multiple of g -> [B, n, Q, S]."""
     if torch.jit.is_tracing():
         return _ScoresSymbol.apply(head_dim, float(scale), q, k)
     return _ScoresSymbol.forward(None, head_dim, scale, q, k)
@@ -87,29 +87,33 @@ def scores(q: torch.Tensor, k: torch.Tensor, head_dim: int, scale: float) -> tor
 
 def attend(
     s: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, head_dim: int,
-    fill: float = -10000.0,
+    fill: float = -10000.0, query: int | None = None,
 ) -> torch.Tensor:
     """softmax(s with masked entries set to `fill`) v.
 
     Args:
-        s: [B, n, S, S].
+        s: [B, n, Q, S], Q = S queries, or 1.
         v: [B, S, g d].
         mask: [B or 1, 1 or n, S, S] as numbers, 1 where masked, 0 elsewhere; None masks nothing.
         head_dim: d.
         fill: Megatron's -10000, or -inf.
+        query: the position (from 0) of the one query; None: all are there.
 
     Returns:
-        [B, S, n d].
+        [B, Q, n d].
     """
     inputs = (s, v) if mask is None else (s, v, mask)
+    query = -1 if query is None else query
     if torch.jit.is_tracing():
-        return _AttendSymbol.apply(head_dim, float(fill), *inputs)
-    return _AttendSymbol.forward(None, head_dim, fill, *inputs)
+        return _AttendSymbol.apply(head_dim, float(fill), query, *inputs)
+    return _AttendSymbol.forward(None, head_dim, fill, query, *inputs)
 
 
-def select_position(x: torch.Tensor, position: int) -> torch.Tensor:
-    """[B, S, h] -> [B, h] at one position (negative counts from the end)."""
-    return _PositionSymbol.apply(position, x) if torch.jit.is_tracing() else x[:, position]
+def select_position(x: torch.Tensor, position: int, keep: bool = False) -> torch.Tensor:
+    """[B, S, h] -> [B, h], or [B, 1, h] (`keep`), at one position (negative: from the end)."""
+    if torch.jit.is_tracing():
+        return _PositionSymbol.apply(position, int(keep), x)
+    return _PositionSymbol.forward(None, position, int(keep), x)
 
 
 # ------------------------------------------------------------------------- shapes
@@ -216,9 +220,10 @@ class _RotarySymbol(torch.autograd.Function):
 class _ScoresSymbol(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, head_dim: int, scale: float, q: Any, k: Any) -> Any:
+        keys = k.type().sizes() if k.type().kind() == "TensorType" else None
         return _op(
             g, "Scores", q, k, head_dim_i=head_dim, scale_f=scale,
-            sizes=lambda q: [q[0], q[2] // head_dim, q[1], q[1]],
+            sizes=lambda q: [q[0], q[2] // head_dim, q[1], (keys or q)[1]],
         )
 
     @staticmethod
@@ -230,17 +235,23 @@ class _ScoresSymbol(torch.autograd.Function):
 
 class _AttendSymbol(torch.autograd.Function):
     @staticmethod
-    def symbolic(g: Any, head_dim: int, fill: float, s: Any, v: Any, *mask: Any) -> Any:
+    def symbolic(
+        g: Any, head_dim: int, fill: float, query: int, s: Any, v: Any, *mask: Any
+    ) -> Any:
         finite = int(math.isfinite(fill))
         return _op(
             g, "Attend", s, v, *mask, sizes=lambda s: [s[0], s[2], s[1] * head_dim],
             head_dim_i=head_dim, finite_fill_i=finite, fill_f=fill if finite else 0.0,
+            query_i=query,
         )
 
     @staticmethod
-    def forward(ctx: Any, head_dim: int, fill: float, s: Any, v: Any, *mask: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, head_dim: int, fill: float, query: int, s: Any, v: Any, *mask: Any
+    ) -> torch.Tensor:
         if mask:
-            s = s.masked_fill(mask[0] != 0, fill)
+            rows = mask[0] if query < 0 else mask[0][:, :, query : query + 1]
+            s = s.masked_fill(rows != 0, fill)
         v = heads_first(v, head_dim)
         v = v.repeat_interleave(s.shape[1] // v.shape[1], dim=1)
         return heads_last(torch.softmax(s, dim=-1) @ v)
@@ -248,9 +259,13 @@ class _AttendSymbol(torch.autograd.Function):
 
 class _PositionSymbol(torch.autograd.Function):
     @staticmethod
-    def symbolic(g: Any, position: int, x: Any) -> Any:
-        return _op(g, "SelectPosition", x, sizes=lambda x: [x[0], x[2]], position_i=position)
+    def symbolic(g: Any, position: int, keep: int, x: Any) -> Any:
+        return _op(
+            g, "SelectPosition", x, position_i=position, keep_i=keep,
+            sizes=lambda x: [x[0], *([1] if keep else []), x[2]],
+        )
 
     @staticmethod
-    def forward(ctx: Any, position: int, x: torch.Tensor) -> torch.Tensor:
-        return x[:, position].clone()
+    def forward(ctx: Any, position: int, keep: int, x: torch.Tensor) -> torch.Tensor:
+        y = x[:, position].clone()
+        return y.unsqueeze(1) if keep else y

@@ -111,8 +111,8 @@ def _activation_of(mlp: MLP, name: str) -> str:
 
 
 class SelfAttentionFacade(nn.Module):
-    """SelfAttention: hidden [B, S, h] -> [B, S, h], with the bias of linear_proj (Megatron leaves
-    it to the caller).
+    """SelfAttention: hidden [B, S, h] -> [B, S, h], or [B, 1, h] for the query at one position,
+    with the bias of linear_proj (Megatron leaves it to the caller).
 
     This rank has n query heads and g key/value groups of d features. The rows of linear_qkv are
     packed per group [q_0 ... q_(n/g-1), k, v]; q [B, S, n d], k and v [B, S, g d] are taken as
@@ -157,20 +157,23 @@ class SelfAttentionFacade(nn.Module):
         self.train(attention.training)
 
     def forward(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None = None, rotary: Rotary | None = None
+        self, hidden: torch.Tensor, mask: torch.Tensor | None = None,
+        rotary: Rotary | None = None, position: int | None = None,
     ) -> torch.Tensor:
-        q, k, v = self._query_key_value(hidden)
+        query = None if position is None else position % int(hidden.shape[1])
+        q, k, v = self._query_key_value(hidden, query)
         if self.q_layernorm is not None:
             q = self.q_layernorm(q, self.heads)
         if self.k_layernorm is not None and not self._norms_gathered_keys():
             k = self.k_layernorm(k, self.groups)
         if rotary is not None and not self.no_rope:
-            q = symbols.rotary(q, *rotary, self.heads, self.rotary_interleaved)
+            own = rotary if query is None else tuple(x[query : query + 1] for x in rotary)
+            q = symbols.rotary(q, *own, self.heads, self.rotary_interleaved)
             k = symbols.rotary(k, *rotary, self.groups, self.rotary_interleaved)
         if mask is None and self.causal:
             mask = causal_mask(int(hidden.shape[1]), hidden.dtype, hidden.device)
         s = symbols.scores(q, k, self.head_dim, self.scale)
-        return self.linear_proj.whole(symbols.attend(s, v, mask, self.head_dim))
+        return self.linear_proj.whole(symbols.attend(s, v, mask, self.head_dim, query=query))
 
     def _norms_gathered_keys(self) -> bool:
         """Whether keys are normalised before ranks select theirs: in the graph of bounds.
@@ -180,19 +183,24 @@ class SelfAttentionFacade(nn.Module):
         """
         return self.k_layernorm is not None and self.gathered and torch.jit.is_tracing()
 
-    def _query_key_value(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+    def _query_key_value(self, hidden: torch.Tensor, query: int | None) -> list[torch.Tensor]:
+        def at_query(x: torch.Tensor) -> torch.Tensor:
+            return x if query is None else symbols.select_position(x, query, keep=True)
+
         qkv = self.linear_qkv
         x, selections = qkv.normalized(hidden), (self.q_rows, self.k_rows, self.v_rows)
         if not self.gathered:
-            return [qkv.rows(x, rows) for rows in selections]
+            reads = (at_query(x), x, x)
+            return [qkv.rows(y, rows) for y, rows in zip(reads, selections, strict=True)]
         x = gather_features(column_rows(x, qkv.weight, qkv.bias, None, self.tp), self.tp)
         keys = x
         if self._norms_gathered_keys():
             keys = self.k_layernorm(x, x.shape[-1] // self.head_dim)
-        return [
+        q, k, v = (
             select_from_region(values, features, self.tp)
             for values, features in zip((x, keys, x), selections, strict=True)
-        ]
+        )
+        return [at_query(q), k, v]
 
 
 def _softmax_scale(core: nn.Module, name: str, config: object, head_dim: int) -> float:
@@ -218,7 +226,11 @@ def _softmax_scale(core: nn.Module, name: str, config: object, head_dim: int) ->
 
 
 class TransformerLayerFacade(nn.Module):
-    """TransformerLayer: hidden [B, S, h] -> hidden [B, S, h] (Megatron returns a context too)."""
+    """TransformerLayer: hidden [B, S, h] -> hidden [B, S, h] (Megatron returns a context too).
+
+    With a position, what it returns of that position alone, [B, 1, h]: nothing else of the layer's
+    queries and of its MLP is computed, and so nothing else bounded.
+    """
 
     def __init__(self, layer: TransformerLayer, name: str, copy: Copy) -> None:
         super().__init__()
@@ -243,10 +255,13 @@ class TransformerLayerFacade(nn.Module):
         self.train(layer.training)
 
     def forward(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None = None, rotary: Rotary | None = None
+        self, hidden: torch.Tensor, mask: torch.Tensor | None = None,
+        rotary: Rotary | None = None, position: int | None = None,
     ) -> torch.Tensor:
         x = hidden if self.input_layernorm is None else self.input_layernorm(hidden)
-        hidden = hidden + self.self_attention(x, mask, rotary)
+        if position is not None:
+            hidden = symbols.select_position(hidden, position, keep=True)
+        hidden = hidden + self.self_attention(x, mask, rotary, position)
         x = hidden if self.pre_mlp_layernorm is None else self.pre_mlp_layernorm(hidden)
         return hidden + self.mlp(x)
 
@@ -259,8 +274,7 @@ class TransformerBlockFacade(nn.Module):
         name: of the block in its model.
         copy: gives facades of submodules.
         start_layer: the layer (from 0) that `hidden` enters.
-        position: of the sequence, taken before the final norm, which acts on each token alone;
-            None keeps all.
+        position: of the sequence, taken where the last layer has read all of them; None keeps all.
     """
 
     def __init__(
@@ -285,10 +299,12 @@ class TransformerBlockFacade(nn.Module):
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor | None = None, rotary: Rotary | None = None
     ) -> torch.Tensor:
-        for layer in self.layers[self.start_layer :]:
+        layers = self.layers[self.start_layer :]
+        for layer in layers[:-1]:
             hidden = layer(hidden, mask, rotary)
+        hidden = layers[-1](hidden, mask, rotary, self.position)
         if self.position is not None:
-            hidden = symbols.select_position(hidden, self.position)
+            hidden = symbols.select_position(hidden, 0)
         return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
 
 

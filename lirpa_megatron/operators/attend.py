@@ -58,6 +58,9 @@ class _Rows:
 class BoundAttend(RowRelaxed):
     """y_i = sum_j p_ij v_j, p = softmax of s over the keys j that are not masked.
 
+    (As written here there are T queries; with the attribute `query` there is one, at that
+    position: s is [B, n, 1, T] and y [B, 1, n d], and of the mask only its row counts.)
+
     ======  ====================  ================================================
     tensor  shape                 on the ranks
     ======  ====================  ================================================
@@ -119,6 +122,7 @@ class BoundAttend(RowRelaxed):
         super().__init__(attr, *args, **kwargs)
         self.head_dim = attr["head_dim"]
         self.fill = attr["fill"] if attr["finite_fill"] else float("-inf")
+        self.query = attr["query"]
         self.requires_input_bounds = [0, 1]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,9 +139,13 @@ class BoundAttend(RowRelaxed):
         """[..., n, T, d] -> [..., T, n d]."""
         return x.transpose(-2, -3).flatten(-2)
 
+    def _masks(self, mask: torch.Tensor) -> torch.Tensor:
+        """Where the scores that there are count as masked."""
+        return (mask if self.query < 0 else mask[:, :, self.query : self.query + 1]) != 0
+
     def forward(self, s: torch.Tensor, v: torch.Tensor, mask: Any = None) -> torch.Tensor:
         if mask is not None:
-            s = s.masked_fill(mask != 0, self.fill)
+            s = s.masked_fill(self._masks(mask), self.fill)
         return self._merge(torch.softmax(s, -1) @ self._values(v, s.shape[1]))
 
     def masked(self) -> torch.Tensor:
@@ -145,7 +153,7 @@ class BoundAttend(RowRelaxed):
         s = self.value_of(0)
         if len(self.inputs) < 3:
             return torch.zeros_like(s, dtype=torch.bool)
-        return (self.value_of(2) != 0).expand(s.shape)
+        return self._masks(self.value_of(2)).expand(s.shape)
 
     def clean_weights(self) -> torch.Tensor:
         """p0 [B, n, T, T]: the softmax of the clean scores over what is not masked."""
@@ -290,7 +298,7 @@ class BoundAttend(RowRelaxed):
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Interval bounds of y, [B, T, n d]."""
         l, u = v[0][0], v[0][1]
-        masked = (v[2][0] != 0).expand(l.shape) if len(v) > 2 else torch.zeros_like(l).bool()
+        masked = self._masks(v[2][0]).expand(l.shape) if len(v) > 2 else torch.zeros_like(l).bool()
         least, most = weight_interval(l, u, masked, self.fill)
         vl, vu, wild = tame(self._values(v[1][0], l.shape[1]), self._values(v[1][1], l.shape[1]),
                             _LARGEST)

@@ -18,31 +18,32 @@ class _Exact(host.Bound):
 
 
 class BoundSelectPosition(_Exact):
-    """y = x[:, position]: x [B, S, h] -> y [B, h], replicated or sharded alike.
+    """y = x[:, position]: x [B, S, h] -> y [B, h], or [B, 1, h]; replicated or sharded alike.
 
     A_x is A_y at that position and zero elsewhere. Exact for every bound.
     """
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
-        self.position = attr["position"]
+        self.position, self.keep = attr["position"], bool(attr["keep"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, self.position]
+        y = x[:, self.position]
+        return y.unsqueeze(1) if self.keep else y
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Interval bounds of y; an L1 or L2 ball becomes the box around it."""
         norm, eps = host.Interval.get_perturbation(v[0])[:2]
         around = 0 if norm == float("inf") else eps
-        return v[0][0][:, self.position] - around, v[0][1][:, self.position] + around
+        return self.forward(v[0][0]) - around, self.forward(v[0][1]) + around
 
     def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
-        """A [R, B, h] -> [R, B, S, h]."""
+        """A [R, B, (1,) h] -> [R, B, S, h]."""
         length = self.inputs[0].output_shape[1]
         before = self.position % length
 
         def place(A: Any) -> torch.Tensor:
-            A = dense(A).unsqueeze(2)
+            A = dense(A) if self.keep else dense(A).unsqueeze(2)
             return torch.nn.functional.pad(A, (0, 0, before, length - 1 - before))
 
         return [both_sides(place, last_lA, last_uA)], 0, 0
