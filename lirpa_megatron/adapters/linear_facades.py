@@ -121,6 +121,17 @@ class ColumnFacade(_LinearFacade):
         """
         return column_rows(x, self.weight, self.bias, rows, self.tp)
 
+    def selections(self, x: torch.Tensor, *rows: torch.Tensor) -> list[torch.Tensor]:
+        """`rows` for each of several selections.
+
+        In the graph of bounds each is an operator. Run as a module they are one product: x then
+        has one gradient to be summed over the ranks, not several.
+        """
+        if torch.jit.is_tracing():
+            return [self.rows(x, chosen) for chosen in rows]
+        y = self.rows(x)
+        return [y[..., chosen] for chosen in rows]
+
 
 class LayerNormColumnFacade(ColumnFacade):
     """TELayerNormColumnParallelLinear: a norm and the ColumnParallelLinear that follows it."""

@@ -86,8 +86,8 @@ class MLPFacade(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         x = self.linear_fc1.normalized(hidden)
         if self.gated:
-            gate = symbols.activation(self.linear_fc1.rows(x, self.gate_rows), self.kind)
-            up = self.linear_fc1.rows(x, self.up_rows)
+            gate, up = self.linear_fc1.selections(x, self.gate_rows, self.up_rows)
+            gate = symbols.activation(gate, self.kind)
             x = symbols.product(gate, up + self.offset if self.offset else up)
         else:
             x = symbols.activation(self.linear_fc1.rows(x), self.kind)
@@ -190,8 +190,10 @@ class SelfAttentionFacade(nn.Module):
         qkv = self.linear_qkv
         x, selections = qkv.normalized(hidden), (self.q_rows, self.k_rows, self.v_rows)
         if not self.gathered:
-            reads = (at_query(x), x, x)
-            return [qkv.rows(y, rows) for y, rows in zip(reads, selections, strict=True)]
+            if query is None or not torch.jit.is_tracing():
+                q, k, v = qkv.selections(x, *selections)
+                return [at_query(q), k, v]
+            return [qkv.rows(at_query(x), self.q_rows), *qkv.selections(x, *selections[1:])]
         x = gather_features(column_rows(x, qkv.weight, qkv.bias, None, self.tp), self.tp)
         keys = x
         if self._norms_gathered_keys():
