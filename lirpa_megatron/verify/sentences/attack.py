@@ -74,10 +74,14 @@ def _size(delta: torch.Tensor, norm: float) -> torch.Tensor:
 
 
 def _steepest(gradient: torch.Tensor, norm: float) -> torch.Tensor:
-    """A direction of descent of size about 1 in the norm."""
+    """A direction of descent that moves by about 1 in the norm.
+
+    For L1 the coordinate of the largest gradient moves by 1: the others, which a vertex of the ball
+    does not need, are taken back by the projection.
+    """
     if norm == math.inf:
         return gradient.sign()
-    size = _size(gradient, norm).clamp(min=1e-30)
+    size = _size(gradient, math.inf if norm == 1 else norm).clamp(min=1e-30)
     return gradient / size.view(-1, 1, 1)
 
 
