@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from lirpa_megatron.checkpoint.arguments import read_model_config
-from lirpa_megatron.checkpoint.language_model import load_language_model
+from lirpa_megatron.checkpoint.language_model import load_language_model, read_model_description
 from lirpa_megatron.errors import SPMDError, UserError
 from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.report.summary import summarise, summary_table
@@ -101,9 +101,12 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
     group = runtime.tp_group()
     with agreed(dist.group.WORLD, "reading the data"):
         items = read_items(files.data, options.limit)
+        overrides = read_model_config(files.model_config) if files.model_config else None
         path = files.tokenizer or _beside(files.load)
         tokenizer = None if path is None else read_tokenizer(path)
         if tokenizer is None and any(item.text is not None for item in items):
+            # What is wrong may be the checkpoint, in whose folder a tokenizer was looked for.
+            read_model_description(files.load, options.iteration, overrides)
             raise UserError(
                 f"data {files.data} has sentences as text: give the --tokenizer of the model"
             )
@@ -112,7 +115,6 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     with agreed(dist.group.WORLD, "loading the checkpoint"):
-        overrides = read_model_config(files.model_config) if files.model_config else None
         description, model = load_language_model(
             files.load, group, dtype, device, options.iteration, overrides
         )
