@@ -1,7 +1,7 @@
 """Bad input to `verify --data`: one clear line, exit status 2, nothing half-written.
 
-45 cases here end the run, 15 of test_job.py are the error of one line of the data, 18 of
-test_checkpoint_arguments.py and 75 of test_hostile_checkpoints.py are checkpoints that are refused.
+62 cases here end the run, 15 of test_job.py are the error of one line of the data. About 40 cases
+of test_checkpoint_arguments.py and 80 of test_hostile_checkpoints.py are checkpoints.
 """
 
 import json

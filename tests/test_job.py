@@ -340,11 +340,15 @@ def test_what_replicas_left_is_kept_by_resume_alone(folder, tmp_path, capsys):
     assert not (tmp_path / "r.jsonl.1").exists() and (tmp_path / "r.jsonl.old").exists()
 
 
-def many(tmp_path, count):
+# Long enough for a signal to arrive between two of them on a busy machine.
+COUNT, SLOW = 60, ("--attack-steps", 0, "--tolerance", 0.02)
+
+
+def many(tmp_path):
     return write_lines(
         tmp_path / "many.jsonl",
-        *({"sentence": " ".join(f"w{1 + (i * k) % 31}" for k in range(1, 5))}
-          for i in range(count)),
+        *({"sentence": " ".join(f"w{1 + (i * k) % 31}" for k in range(1, 8))}
+          for i in range(COUNT)),
     )
 
 
@@ -361,8 +365,8 @@ def rank_process(launched, rank):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_run_and_resume_completes_it(folder, tmp_path, size, victim):
     """Of a sharded model, and of replicas: what is finished is kept, nothing is done twice."""
-    data, output, count = many(tmp_path, 40), tmp_path / "r.jsonl", 40
-    arguments = ("--load", folder / "bert", "--data", data, *CERTIFY, "--output", output)
+    data, output = many(tmp_path), tmp_path / "r.jsonl"
+    arguments = ("--load", folder / "bert", "--data", data, *SLOW, "--output", output)
     launched = start(2, *arguments, "--tensor-parallel-size", size)
     wait_for_lines(output, 3, launched)
     rank_process(launched, victim).kill()
@@ -370,29 +374,29 @@ def test_a_killed_rank_ends_the_run_and_resume_completes_it(folder, tmp_path, si
     assert status != 0, err
     kept = output.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
-    assert 3 <= kept.count(b"\n") < count
+    assert 3 <= kept.count(b"\n") < COUNT
     assert all(json.loads(line)["result"] != "error" for line in kept.splitlines())
     assert main(["verify", *map(str, arguments), "--resume"]) == 0
     assert output.read_bytes().startswith(kept)
     results = read(output)
-    assert len({r["property"] for r in results}) == len(results) == count
+    assert len({r["property"] for r in results}) == len(results) == COUNT
     assert {r["result"] for r in results} == {"unsat"}
 
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_ends_all_ranks_after_their_sentence(folder, tmp_path):
-    data, output = many(tmp_path, 40), tmp_path / "r.jsonl"
-    arguments = ("--load", folder / "bert", "--data", data, *CERTIFY, "--output", output)
+    data, output = many(tmp_path), tmp_path / "r.jsonl"
+    arguments = ("--load", folder / "bert", "--data", data, *SLOW, "--output", output)
     launched = start(2, *arguments)
     wait_for_lines(output, 2, launched)
     launched.send_signal(signal.SIGTERM)
     status, out, err = finish(launched, 90)
-    assert status != 0 and "Traceback" not in err.split("lirpa-megatron")[0]
+    assert status != 0 and "lirpa-megatron: error" not in err  # torchrun has a traceback of its own
     lines = output.read_bytes()
-    assert lines.endswith(b"\n") and 2 <= lines.count(b"\n") < 40
+    assert lines.endswith(b"\n") and 2 <= lines.count(b"\n") < COUNT
     assert json.loads((tmp_path / "summary.json").read_text())["groups"][0]["inputs"] >= 2
     assert main(["verify", *map(str, arguments), "--resume"]) == 0
-    assert output.read_bytes().startswith(lines) and len(read(output)) == 40
+    assert output.read_bytes().startswith(lines) and len(read(output)) == COUNT
 
 
 def test_the_position_table_is_as_long_as_the_tests_say():

@@ -40,7 +40,7 @@ def build(task, dtype=torch.float64):
 def answer(task, ids=IDS, substitutes=None, seconds=None, built=None, **options):
     """The verdict on a sentence (runs on a rank)."""
     model, made = built or build(task)
-    settings = SentenceOptions(**{"attack_steps": 20, "attack_restarts": 4, **options})
+    settings = SentenceOptions(**{"attack_steps": 10, "attack_restarts": 3, **options})
     settings.check()
     verifier = SentenceVerifier(model, made, settings, runtime.tp_group())
     return verifier.verify(ids, PLACES, None, substitutes or {}, seconds)
@@ -132,8 +132,17 @@ def test_scores_are_the_models(task, built):
     assert verdict.clean_margin == pytest.approx(gap, rel=1e-9)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("task", TASKS)
+# Enough for every run: each task with the box, each norm with the classifier.
+CERTIFIED = [
+    pytest.param(
+        task, norm,
+        marks=() if task == "classification" or norm == "inf" else pytest.mark.slow,
+    )
+    for task in TASKS for norm in NORMS
+]
+
+
+@pytest.mark.parametrize("task, norm", CERTIFIED)
 def test_no_attack_succeeds_within_a_certified_radius(task, norm, built):
     model, made = built(task)
     verdict = answer(task, built=built(task), norm=norm)
@@ -173,7 +182,9 @@ def test_other_methods_are_as_sound(method, built):
     assert lowest > 0 and broken is None
 
 
-@pytest.mark.parametrize("task", ["classification", "next-token"])
+@pytest.mark.parametrize(
+    "task", ["classification", pytest.param("next-token", marks=pytest.mark.slow)]
+)
 def test_one_word_at_a_time(task, built):
     model, made = built(task)
     together = answer(task, built=built(task), attack_steps=0).finding.certified_radius
@@ -314,7 +325,10 @@ def same_numbers(task, questions):
                     assert a == b or a == pytest.approx(b, rel=0.02), question
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    ["classification", "next-token", pytest.param("label-tokens", marks=pytest.mark.slow)],
+)
 def test_two_ranks_say_what_one_says(task):
     same_numbers(task, QUESTIONS)
 
