@@ -31,7 +31,9 @@ setup(
             "pytest",  # runs the tests
             "hypothesis",  # draws the networks and boxes of the property-based tests
             "ruff",  # make lint
+            "tokenizers",  # the tests of tokenizer.json
         ],
+        "tokenizers": ["tokenizers"],  # reads the tokenizer.json of verify --data --tokenizer
         "examples": ["scikit-learn"],  # bundles the images of handwritten digits
         "benchmarks": ["matplotlib"],  # draws the figures of benchmarks/
     },

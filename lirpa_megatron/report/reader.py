@@ -32,7 +32,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                results.append(_checked(line))
+                results.append(checked(line))
             except ValueError as error:
                 raise UserError(
                     f"line {number} of {path} is not a result of verify: {error}"
@@ -42,14 +42,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _checked(line: str) -> dict[str, Any]:
-    """A line as a dictionary; ValueError says what is wrong with it."""
+def parse(line: str) -> Any:
+    """A line of JSON from a stranger; ValueError says what is wrong with it."""
     if _depth(line) > _MOST_DEPTH:
         raise ValueError("it is nested too deeply")
     try:
-        result = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error.msg}, column {error.colno})") from None
+
+
+def checked(line: str) -> dict[str, Any]:
+    """A line as a result of `verify`; ValueError says what is wrong with it."""
+    result = parse(line)
     if not isinstance(result, dict):
         raise ValueError("it is not a JSON object")
     for name in _REQUIRED:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.report.reader import checked
 
 # VNN-COMP's words: holds, violated, not decided, out of time, failed.
 RESULT_WORDS = ("unsat", "sat", "unknown", "timeout", "error")
@@ -47,10 +47,11 @@ class Result:
         return json.dumps(fields, allow_nan=False) + "\n"
 
     @classmethod
-    def from_plain(cls, plain: Any) -> Result:
-        """Raises TypeError for anything but a result."""
-        if not isinstance(plain, dict) or plain.get("result") not in RESULT_WORDS:
-            raise TypeError("not a result")
+    def from_line(cls, line: str) -> Result:
+        """Raises ValueError or TypeError for anything but a result."""
+        plain = checked(line)
+        if plain["result"] not in RESULT_WORDS or plain.get("tensor_parallel") is None:
+            raise ValueError("not of a property")
         return cls(**plain)
 
 
@@ -69,7 +70,7 @@ def read_results(path: Path) -> tuple[list[Result], int]:
     results = []
     for number, line in enumerate(kept.splitlines(), start=1):
         try:
-            results.append(Result.from_plain(json.loads(line)))
+            results.append(Result.from_line(line.decode("utf-8")))
         except (ValueError, TypeError):
             raise UserError(
                 f"line {number} of {path} is not a result of verify: remove it or choose another "

@@ -37,8 +37,8 @@ def smallest_success(
         where: [S] bool, the positions that move.
         norm: inf, 2 or 1, over all moving coordinates together.
         radius: of the ball at the beginning.
-        steps, restarts: of the descent; it ends after so many steps without a success. The first
-            start is the clean point.
+        steps, restarts: of the descent; it ends after so many steps without a smaller success, and
+            after 20 times as many in all. The first start is the clean point.
         seed: of the other starts.
         group: the tensor-parallel group.
         smaller: after a success at some size the ball is this share smaller than that; 1 ends with
@@ -55,7 +55,7 @@ def smallest_success(
     delta = _project(drawn.to(hidden) * moving * radius, norm, radius)
     delta = spmd.broadcast_tensor(delta, group).detach()
     best, since = math.inf, 0
-    while True:
+    for _ in range(20 * (steps + 1)):
         delta.requires_grad_(True)
         value = margin(hidden + delta)
         with torch.no_grad():
@@ -72,8 +72,9 @@ def smallest_success(
             best, since = found, 0
             radius = best * (1 - smaller)
         if since > steps or radius <= 0:
-            return best if best < math.inf else None
+            break
         delta = _project(moved, norm, radius)
+    return best if best < math.inf else None
 
 
 def _size(delta: torch.Tensor, norm: float) -> torch.Tensor:
@@ -81,10 +82,14 @@ def _size(delta: torch.Tensor, norm: float) -> torch.Tensor:
 
 
 def _steepest(gradient: torch.Tensor, norm: float) -> torch.Tensor:
-    """A direction of descent of size about 1 in the norm."""
+    """A direction of descent that moves by about 1 in the norm.
+
+    For L1 the coordinate of the largest gradient moves by 1: the others, which a vertex of the ball
+    does not need, are taken back by the projection.
+    """
     if norm == math.inf:
         return gradient.sign()
-    size = _size(gradient, norm).clamp(min=1e-30)
+    size = _size(gradient, math.inf if norm == 1 else norm).clamp(min=1e-30)
     return gradient / size.view(-1, 1, 1)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.report.reader import parse
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
         UserError: the file cannot be read or is empty; a name that occurs twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # Not splitlines: a sentence may hold other separators, as U+2028.
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise UserError(f"data {path} cannot be read: {error.strerror}") from None
     numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
@@ -59,26 +61,23 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     return items
 
 
-def _item(number: int, line: str) -> Item:
+def _item(number: int, line: bytes) -> Item:
     name = f"line-{number}"
     try:
-        plain = json.loads(line, parse_constant=_no_constant)
+        plain = parse(line.decode("utf-8"))
         if not isinstance(plain, dict):
             raise UserError("not a JSON object")
         if plain.get("id") is not None:
-            if not isinstance(plain["id"], (str, int)) or not str(plain["id"]).strip():
+            if not (_is_text(plain["id"]) or _is_id(plain["id"])):
                 raise UserError("id is neither a name nor a number")
             name = str(plain["id"])
         return Item(name, **_fields(plain))
     except UserError as error:
         return Item(name, error=f"line {number}: {error}")
-    except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
-        return Item(name, error=f"line {number}: not JSON ({reason})")
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number of JSON")
+    except UnicodeDecodeError:
+        return Item(name, error=f"line {number}: it is not text in UTF-8")
+    except ValueError as error:
+        return Item(name, error=f"line {number}: {error}")
 
 
 def _fields(plain: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def _fields(plain: dict[str, Any]) -> dict[str, Any]:
     ids, label, candidates = plain.get("ids"), plain.get("label"), plain.get("candidates")
     if (text is None) == (ids is None):
         raise UserError("give either a 'sentence' or token 'ids'")
-    if text is not None and (not isinstance(text, str) or not text.strip()):
+    if text is not None and not _is_text(text):
         raise UserError("the sentence is empty or no text")
     if ids is not None and (not isinstance(ids, list) or not ids or not all(map(_is_id, ids))):
         raise UserError("ids must be a list of whole numbers from 0 on")
@@ -96,8 +95,7 @@ def _fields(plain: dict[str, Any]) -> dict[str, Any]:
         if text is None:
             raise UserError("candidates need a sentence")
         good = isinstance(candidates, list) and all(
-            isinstance(c, list) and all(isinstance(w, str) and w.strip() for w in c)
-            for c in candidates
+            isinstance(c, list) and all(map(_is_text, c)) for c in candidates
         )
         if not good:
             raise UserError("candidates must be a list of lists of words")
@@ -109,6 +107,14 @@ def _fields(plain: dict[str, Any]) -> dict[str, Any]:
         "text": text, "ids": None if ids is None else tuple(ids), "label": label,
         "candidates": candidates,
     }
+
+
+def _is_text(value: Any) -> bool:
+    """Not blank, and no half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _is_id(value: Any) -> bool:

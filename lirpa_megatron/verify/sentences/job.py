@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import resource
 import signal
 import sys
@@ -12,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,15 +18,28 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from lirpa_megatron.checkpoint.arguments import read_model_config
-from lirpa_megatron.checkpoint.language_model import load_language_model
+from lirpa_megatron.checkpoint.language_model import load_language_model, read_model_description
 from lirpa_megatron.errors import SPMDError, UserError
 from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.report.summary import summarise, summary_table
 from lirpa_megatron.verify.agreement import agreed
 from lirpa_megatron.verify.network import DTYPES
 from lirpa_megatron.verify.sentences.data import Item, read_items
+from lirpa_megatron.verify.sentences.files import (
+    Files,
+    ResultsFile,
+    check_output,
+    merge_parts,
+    write_summary,
+)
 from lirpa_megatron.verify.sentences.options import SentenceOptions
-from lirpa_megatron.verify.sentences.results import read_results, result_of, to_line, unfinished
+from lirpa_megatron.verify.sentences.results import (
+    of_items,
+    read_results,
+    result_of,
+    to_line,
+    unfinished,
+)
 from lirpa_megatron.verify.sentences.sentence import SentenceVerifier
 from lirpa_megatron.verify.sentences.task import Task, make_task
 from lirpa_megatron.verify.sentences.tokenizer import (
@@ -40,21 +51,6 @@ from lirpa_megatron.verify.sentences.tokenizer import (
 
 TERMINATED = 143
 """Exit status of a run that SIGTERM ended between two sentences; --resume goes on."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where a run reads and writes."""
-
-    load: Path
-    data: Path
-    # tokenizer.json or a vocabulary; None: one of these in the checkpoint's folder, if it is there
-    tokenizer: Path | None = None
-    iteration: str | None = None
-    model_config: Path | None = None
-    # None: standard output
-    output: Path | None = None
-    resume: bool = False
 
 
 @dataclass
@@ -70,7 +66,9 @@ class _Replica:
     # tokens that are not padding
     vocabulary: int
     network: str
+    # results of the output before this run, and those of them that answer this run's question
     done: list[dict[str, Any]] = field(default_factory=list)
+    answered: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(files: Files, options: SentenceOptions) -> int:
@@ -92,7 +90,7 @@ def run(files: Files, options: SentenceOptions) -> int:
     with agreed(world, "checking the arguments"):
         options.check()
         if runtime.is_rank0():
-            _check_output(files)
+            check_output(files)
     replica = _prepare(files, options)
     with _output(files) as stream, stop.listening():
         results, ended = _run_replica(replica, options, stream, stop)
@@ -103,9 +101,12 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
     group = runtime.tp_group()
     with agreed(dist.group.WORLD, "reading the data"):
         items = read_items(files.data, options.limit)
+        overrides = read_model_config(files.model_config) if files.model_config else None
         path = files.tokenizer or _beside(files.load)
         tokenizer = None if path is None else read_tokenizer(path)
         if tokenizer is None and any(item.text is not None for item in items):
+            # What is wrong may be the checkpoint, in whose folder a tokenizer was looked for.
+            read_model_description(files.load, options.iteration, overrides)
             raise UserError(
                 f"data {files.data} has sentences as text: give the --tokenizer of the model"
             )
@@ -114,9 +115,8 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     with agreed(dist.group.WORLD, "loading the checkpoint"):
-        overrides = read_model_config(files.model_config) if files.model_config else None
         description, model = load_language_model(
-            files.load, group, dtype, device, files.iteration, overrides
+            files.load, group, dtype, device, options.iteration, overrides
         )
         vocabulary = description.vocab_size or description.padded_vocab_size
         if tokenizer is not None and tokenizer.size > vocabulary:
@@ -129,7 +129,7 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
     done: list[dict[str, Any]] = []
     with agreed(dist.group.WORLD, "reading earlier results"):
         if files.resume and runtime.is_rank0():
-            _merge_parts(files.output)
+            merge_parts(files.output)
             done = read_results(files.output)[0] if files.output.exists() else []
         done = spmd.broadcast_object(done, dist.group.WORLD)
     like = {"network": network, "task": task.name, **options.key()}
@@ -140,6 +140,7 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
     return _Replica(
         left[own::replicas], tokenizer, task, SentenceVerifier(model, task, options, group),
         positions if limited else sys.maxsize, vocabulary, network, done,
+        of_items(items, done, like),
     )
 
 
@@ -162,7 +163,7 @@ def _replicas() -> tuple[int, int]:
 
 
 def _run_replica(
-    replica: _Replica, options: SentenceOptions, stream: TextIO | None, stop: _StopSignal
+    replica: _Replica, options: SentenceOptions, stream: ResultsFile | None, stop: _StopSignal
 ) -> tuple[list[dict[str, Any]], bool]:
     """The replica's results, and whether a signal ended the run."""
     group, results = runtime.tp_group(), []
@@ -178,7 +179,6 @@ def _run_replica(
         results.append(result)
         if stream is not None:
             stream.write(to_line(result))
-            stream.flush()
         certified = sum(r["result"] == "unsat" for r in results)
         bar.set_postfix_str(f"{certified} certified, {result['seconds']:.1f} s the last")
     return results, stop.agreed(group)
@@ -205,13 +205,12 @@ def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, A
             verdict = replica.verifier.verify(
                 encoded.ids, encoded.positions, item.label, substitutes, options.timeout
             )
-    except SPMDError as failure:
-        if _is_remote_death(failure):
-            raise
-        error = str(failure)
     except Exception as failure:  # recorded; a run of days must not end for one sentence
-        kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
-        error = f"{kind}{failure}"
+        is_told = isinstance(failure, (UserError, SPMDError))
+        error = str(failure) if is_told else f"{type(failure).__name__}: {failure}"
+        # Raises if the reason is that a rank is gone: there is nobody to go on with, and the
+        # sentence is still to be done.
+        spmd.handshake(group, f"the error of sentence {item.name}")
     return result_of(
         item, encoded, verdict, replica.task, replica.network, options, runtime.tp_size(),
         time.monotonic() - begin, _peak_memory(),
@@ -219,28 +218,20 @@ def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, A
     )
 
 
-def _is_remote_death(failure: SPMDError) -> bool:
-    """Whether a rank is gone: then there is nobody to go on with."""
-    return "connection" in str(failure)
-
-
 def _encode(replica: _Replica, item: Item, options: SentenceOptions) -> tuple[Encoded, str]:
     """The tokens of an item, checked against the model."""
     if item.error is not None:
         raise UserError(item.error)
-    text = item.text or ""
+    text = (item.text or "").strip()
     if item.ids is not None:
+        if options.prompt.strip() != "{text}":
+            raise UserError("token ids and --prompt do not go together")
         places = [[p] for p in range(len(item.ids))]
         encoded = Encoded(list(item.ids), [str(i) for i in item.ids], places)
-        largest = max(item.ids)
-        if largest >= replica.vocabulary:
-            raise UserError(
-                f"token id {largest} is not in the vocabulary of {replica.vocabulary} tokens"
-            )
     else:
         before, _, after = options.prompt.partition("{text}")
         encoded = replica.tokenizer.encode(f"{before}{text}{after}")
-        first = len(before.split())
+        first = len(f"{before}x".split()) - 1  # a word of the prompt may touch the sentence's first
         own = encoded.words[first : first + len(text.split())]
         encoded = Encoded(encoded.ids, encoded.tokens, own, encoded.unknown)
         if encoded.positions and set(encoded.positions) <= set(encoded.unknown):
@@ -250,6 +241,10 @@ def _encode(replica: _Replica, item: Item, options: SentenceOptions) -> tuple[En
             )
     if not encoded.ids or not encoded.positions:
         raise UserError("the sentence has no tokens")
+    if max(encoded.ids) >= replica.vocabulary:
+        raise UserError(
+            f"token id {max(encoded.ids)} is not in the vocabulary of {replica.vocabulary} tokens"
+        )
     if len(encoded.ids) > replica.positions:
         raise UserError(
             f"the sentence has {len(encoded.ids)} tokens, the model {replica.positions} positions"
@@ -289,78 +284,36 @@ class _StopSignal:
         return any(spmd.gather_objects(self._received, group))
 
 
-# -------------------------------------------------------------------------- files
-
-
-def _check_output(files: Files) -> None:
-    from lirpa_megatron.verify.plan import check_writable
-
-    if files.output is not None:
-        check_writable(files.output)
-    elif files.resume:
-        raise UserError("--resume needs --output: it goes on with that file")
-
-
-def _part(output: Path, replica: int) -> Path:
-    return output if replica == 0 else output.with_name(f"{output.name}.{replica}")
+# -------------------------------------------------------------------- the end
 
 
 @contextlib.contextmanager
-def _output(files: Files) -> Iterator[TextIO | None]:
+def _output(files: Files) -> Iterator[ResultsFile | None]:
     """Where this process writes results; None unless it is the first of its replica."""
     stream, (_, replica) = None, _replicas()
     with agreed(dist.group.WORLD, "opening the output"):
         if files.output is None and replica > 0:
             raise UserError("several replicas write files: give --output")
         if runtime.tp_rank() == 0:
-            stream = sys.stdout if files.output is None else _opened(files, replica)
+            stream = ResultsFile(files, replica)
     try:
         yield stream
     finally:
-        if stream not in (None, sys.stdout):
+        if stream is not None:
             stream.close()
-
-
-def _opened(files: Files, replica: int) -> TextIO:
-    """The results file, cut after the part that is kept."""
-    path = _part(files.output, replica)
-    keep = 0
-    if replica == 0 and files.resume and path.exists():
-        keep = read_results(path)[1]
-    try:
-        stream = path.open("a", encoding="utf-8")
-        stream.truncate(keep)
-    except OSError as error:
-        raise UserError(f"output {path} cannot be written: {error.strerror}") from None
-    return stream
-
-
-def _merge_parts(output: Path) -> None:
-    """Adds what replicas have written to the output, and removes their files."""
-    parts = sorted(p for p in output.parent.glob(f"{output.name}.*") if p.suffix[1:].isdigit())
-    if not parts:
-        return
-    kept = [output, *parts] if output.exists() else parts
-    merged = b"".join(path.read_bytes()[: read_results(path)[1]] for path in kept)
-    temporary = output.with_name(f".{output.name}.merging")
-    temporary.write_bytes(merged)
-    os.replace(temporary, output)
-    for part in parts:
-        part.unlink()
 
 
 def _finish(files: Files, replica: _Replica, results: list[dict[str, Any]], ended: bool) -> int:
     """Puts the parts together, prints the sums, and gives the exit status, on all processes."""
-    flags = spmd.gather_objects(
-        (ended, any(r["result"] == "error" for r in results)), dist.group.WORLD
-    )
+    failed = any(r["result"] == "error" for r in replica.answered + results)
+    flags = spmd.gather_objects((ended, failed), dist.group.WORLD)
     with agreed(dist.group.WORLD, "summing up"):
         if runtime.is_rank0():
             every = replica.done + results
             if files.output is not None:
-                _merge_parts(files.output)
+                merge_parts(files.output)
                 every = read_results(files.output)[0]
-                _write_summary(files.output.with_name("summary.json"), every)
+                write_summary(files.output, every)
             if every:
                 print(
                     summary_table(summarise(every)),
@@ -369,14 +322,3 @@ def _finish(files: Files, replica: _Replica, results: list[dict[str, Any]], ende
     if any(flag[0] for flag in flags):
         return TERMINATED
     return 1 if any(flag[1] for flag in flags) else 0
-
-
-def _write_summary(path: Path, results: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        temporary.write_text(
-            json.dumps(summarise(results), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None

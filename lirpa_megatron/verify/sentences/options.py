@@ -49,6 +49,8 @@ class SentenceOptions:
     timeout: float | None = None
     # most rows of A that a rank carries at once
     max_spec_rows: int | None = None
+    # of the checkpoint; None: what its tracker names
+    iteration: str | None = None
     # only the first so many lines of the data
     limit: int | None = None
 
@@ -64,6 +66,8 @@ class SentenceOptions:
             raise UserError("--eps around substitutes needs --shape box")
         if "{text}" not in self.prompt:
             raise UserError(f"--prompt {self.prompt!r} has no {{text}}, the place of the sentence")
+        if self.prompt.count("{text}") > 1:
+            raise UserError(f"--prompt {self.prompt!r} has {{text}} more than once")
 
     def bound_opts(self) -> dict[str, Any]:
         """Options of `BoundedModule`."""
@@ -78,6 +82,12 @@ class SentenceOptions:
             "method": self.method, "question": self.question, "norm": self.norm, "eps": self.eps,
             "words": self.words,
         }
+        if self.prompt != "{text}":
+            asked["prompt"] = self.prompt
+        if self.label_tokens is not None:
+            asked["label_tokens"] = self.label_tokens
+        if self.iteration is not None:
+            asked["iteration"] = self.iteration
         if self.question == "synonyms":
             asked["shape"] = self.shape
         return asked

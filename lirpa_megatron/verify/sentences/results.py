@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.verify.results import RESULT_WORDS
+from lirpa_megatron.report.reader import checked
 from lirpa_megatron.verify.sentences.data import Item
 from lirpa_megatron.verify.sentences.options import SentenceOptions
 from lirpa_megatron.verify.sentences.sentence import Finding, Verdict
 from lirpa_megatron.verify.sentences.task import Task
 from lirpa_megatron.verify.sentences.tokenizer import Encoded
 
-_WORDS = (*RESULT_WORDS, "misclassified")
-_DEEPEST = 20
+_KEY = (
+    "network", "iteration", "property", "task", "method", "question", "norm", "eps", "words",
+    "shape", "prompt", "label_tokens", "text", "label",
+)
 
 
 def result_of(
@@ -46,7 +48,8 @@ def result_of(
         "tokens": None if encoded is None else encoded.tokens,
         "label": item.label,
         "predicted": None if verdict is None else verdict.predicted,
-        "label_name": None if item.label is None else task.class_name(item.label),
+        # An error may be that the label is no class.
+        "label_name": None if None in (verdict, item.label) else task.class_name(item.label),
         "predicted_name": None if verdict is None else task.class_name(verdict.predicted),
         "clean_margin": None if verdict is None else verdict.clean_margin,
         "margin": margin,
@@ -68,8 +71,7 @@ def to_line(result: dict[str, Any]) -> str:
 
 def key_of(result: dict[str, Any]) -> tuple:
     """What `--resume` recognises a sentence and a question by."""
-    names = ("network", "property", "task", "method", "question", "norm", "eps", "words", "shape")
-    return tuple(result.get(name) for name in names)
+    return tuple(map(result.get, _KEY))
 
 
 def read_results(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -88,14 +90,11 @@ def read_results(path: Path) -> tuple[list[dict[str, Any]], int]:
     results = []
     for number, line in enumerate(kept.splitlines(), start=1):
         try:
-            if line.count(b"[") + line.count(b"{") > 4 * len(_WORDS) + 10 * line.count(b":"):
-                raise ValueError("nested")
-            result = json.loads(line)
-            if not isinstance(result, dict) or result.get("result") not in _WORDS:
-                raise ValueError("not a result")
-            if not isinstance(result.get("property"), str) or "question" not in result:
+            result = checked(line.decode("utf-8"))
+            if result.get("question") is None:
                 raise ValueError("not of a sentence")
-        except (ValueError, RecursionError):
+            hash(key_of(result))
+        except (ValueError, TypeError):
             raise UserError(
                 f"line {number} of {path} is not a result of verify --data: remove it or choose "
                 "another --output"
@@ -115,4 +114,16 @@ def unfinished(
         like: network, task and `SentenceOptions.key`, as a result has them.
     """
     finished = {key_of(result) for result in done}
-    return [item for item in items if key_of({**like, "property": item.name}) not in finished]
+    return [item for item in items if key_of(_asked(item, like)) not in finished]
+
+
+def of_items(
+    items: Sequence[Item], done: Sequence[dict[str, Any]], like: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The earlier results for this question; arguments as for `unfinished`."""
+    keys = {key_of(_asked(item, like)) for item in items}
+    return [result for result in done if key_of(result) in keys]
+
+
+def _asked(item: Item, like: dict[str, Any]) -> dict[str, Any]:
+    return {**like, "property": item.name, "text": item.text, "label": item.label}

@@ -18,7 +18,7 @@ def largest_certified(
     returned: the bound was above 0 at the result, and not so at a radius within a factor
     1 + tolerance above it. In between the next radius is where a parabola through what is known of
     the bound (its value and slope at 0, and the largest radius certified) meets 0, or the middle
-    if that did not help.
+    if that did not help; twice the radius if it is certified beyond that.
 
     Args:
         margin_at: lower bound at a radius; the same on every rank.
@@ -49,7 +49,7 @@ def largest_certified(
             if high - low <= 2 * tolerance * low:
                 radius = min(low * (1 + tolerance), high - tolerance * low / 2)
         elif high == math.inf:
-            radius = min(radius, 4 * low)
+            radius = 2 * low if aim <= low else min(radius, 4 * low)
     return low
 
 

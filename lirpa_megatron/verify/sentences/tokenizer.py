@@ -78,9 +78,9 @@ class Vocabulary:
 
     def __init__(self, name: str, text: str) -> None:
         self.name = name
-        tokens = text.splitlines()
+        tokens = text.removesuffix("\n").split("\n")  # a token may be another separator
         self._ids = {token: index for index, token in enumerate(tokens)}
-        if not tokens:
+        if not text.strip():
             raise UserError(f"tokenizer {name} is empty")
         if len(self._ids) != len(tokens):
             line = next(i for i, token in enumerate(tokens) if self._ids[token] != i)
@@ -147,7 +147,7 @@ class HuggingFaceTokenizer:
         return Encoded(list(found.ids), list(found.tokens), words, unknown)
 
     def id_of(self, token: str) -> int | None:
-        for text in (token, f" {token}"):
+        for text in (f" {token}", token):  # most often the word comes after a blank
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
             if len(ids) == 1 and ids[0] != self._unknown:
                 return ids[0]

@@ -1,0 +1,404 @@
+"""`lirpa-megatron verify --data` end to end, in this process (TP=1) and under torchrun."""
+
+import json
+import os
+import resource
+import signal
+
+import psutil
+import pytest
+import transformers
+from sentences import (
+    WORDS,
+    finish,
+    read,
+    save_checkpoint,
+    start,
+    wait_for_lines,
+    without_times,
+    write_lines,
+)
+
+from lirpa_megatron.cli import main
+from lirpa_megatron.parallel import runtime
+from lirpa_megatron.report.reader import read_lines
+from lirpa_megatron.report.summary import summarise
+from lirpa_megatron.verify.sentences.sentence import SentenceVerifier
+
+QUICK = ("--attack-steps", 2, "--attack-restarts", 1, "--tolerance", 0.3)
+CERTIFY = ("--question", "certify", "--eps", 1e-4, "--attack-steps", 0)
+FIELDS = {
+    "network", "property", "result", "task", "method", "question", "norm", "eps", "words", "text",
+    "tokens", "label", "predicted", "label_name", "predicted_name", "clean_margin", "margin",
+    "lower_bounds", "certified_radius", "attacked_radius", "positions", "counterexample",
+    "tensor_parallel", "seconds", "peak_memory_mib",
+}
+
+
+@pytest.fixture(autouse=True)
+def unchanged_environment(monkeypatch):
+    """The command line silences its libraries for the whole process; undone after each test."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session():
+    with runtime.session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, session):
+    """bert and gpt with their vocabularies; six sentences."""
+    folder = tmp_path_factory.mktemp("job")
+    save_checkpoint("bert", folder / "bert")
+    save_checkpoint("gpt", folder / "gpt")
+    write_lines(
+        folder / "data.jsonl", {"id": "first", "sentence": "w3 W7 unheard"}, {"text": "w4 w5"},
+        {"ids": [7, 3, 20, 11]}, {"sentence": "w9"}, {"sentence": "w1 w2 w3 w4 w5 w6 w7 w8"},
+        {"id": 6, "sentence": "w11 w12"},
+    )
+    return folder
+
+
+def verify(folder, *arguments, output=None, model="bert", data="data.jsonl"):
+    """Exit status, and results if there is an output."""
+    extra = ["--output", output] if output else []
+    status = main([
+        "verify", "--load", str(folder / model), "--data", str(folder / data),
+        *map(str, [*arguments, *extra]),
+    ])
+    return status, read(output) if output else None
+
+
+def test_each_sentence_has_one_result_with_all_fields(folder, tmp_path, capsys):
+    status, results = verify(folder, *QUICK, "--limit", 3, output=tmp_path / "r.jsonl")
+    captured = capsys.readouterr()
+    assert status == 0
+    assert [r["property"] for r in results] == ["first", "line-2", "line-3"]
+    for result in results:
+        assert set(result) == FIELDS
+        assert result["result"] == "unsat" and 0 < result["certified_radius"]
+        assert result["certified_radius"] <= (result["attacked_radius"] or 1e9)
+        assert result["network"] == "bert" and result["tensor_parallel"] == 1
+        assert (result["task"], result["question"]) == ("classification", "radius")
+        assert result["predicted_name"] == str(result["predicted"]) and result["label"] is None
+        assert result["clean_margin"] > 0 and result["seconds"] > 0
+    assert results[0]["tokens"] == ["w3", "w7", "unheard"]
+    assert results[2]["tokens"] == ["7", "3", "20", "11"] and results[2]["text"] is None
+    table = captured.out
+    radius = min(r["certified_radius"] for r in results)
+    assert "min certified radius" in table and f"{radius:.3g}"[:4] in table
+    assert "certified" in captured.err  # the bar
+
+
+def test_the_summary_and_the_report_are_of_the_results(folder, tmp_path, capsys):
+    verify(folder, *CERTIFY, "--limit", 2, output=tmp_path / "r.jsonl")
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text) == json.loads(json.dumps(summarise(read_lines(tmp_path / "r.jsonl"))))
+    page = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "r.jsonl"), "--output", str(page)]) == 0
+    assert "unheard" in page.read_text() and "</html>" in page.read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "r.jsonl", "report.html", "summary.json"
+    ]
+
+
+def test_without_an_output_results_go_to_standard_output(folder, capsys):
+    assert verify(folder, *CERTIFY, "--limit", 2)[0] == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["property"] for line in captured.out.splitlines()] == [
+        "first", "line-2"
+    ]
+    assert "seconds per input" in captured.err
+
+
+def test_a_cut_run_goes_on_where_it_was(folder, tmp_path):
+    _, whole = verify(folder, *CERTIFY, output=tmp_path / "whole.jsonl")
+    cut = tmp_path / "cut.jsonl"
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    cut.write_bytes(lines[0] + lines[1] + lines[2][:40])
+    status, results = verify(folder, *CERTIFY, "--resume", output=cut)
+    assert status == 0 and cut.read_bytes().startswith(lines[0] + lines[1])
+    assert without_times(results) == without_times(whole)
+    before = cut.read_bytes()
+    assert verify(folder, *CERTIFY, "--resume", output=cut)[0] == 0
+    assert cut.read_bytes() == before  # nothing was left to do
+
+
+@pytest.mark.parametrize("change", [
+    ("--eps", 2e-4), ("--norm", "2"), ("--words", "each"), ("--method", "IBP"),
+    ("--iteration", 10), ("--prompt", "w1 {text}"),
+], ids=str)
+def test_results_of_another_question_are_not_taken_for_this_one(folder, tmp_path, change):
+    data, output = tmp_path / "d.jsonl", tmp_path / "r.jsonl"
+    write_lines(data, {"sentence": "w9"})
+    verify(folder, *CERTIFY, data=data, output=output)
+    _, results = verify(folder, *CERTIFY, *change, "--resume", data=data, output=output)
+    assert len(results) == 2
+    _, results = verify(folder, *CERTIFY, *change, "--resume", data=data, output=output)
+    assert len(results) == 2
+
+
+def test_a_sentence_that_was_changed_is_done_again(folder, tmp_path):
+    data, output = tmp_path / "d.jsonl", tmp_path / "r.jsonl"
+    for text in ("w9", "w10", "w10"):
+        write_lines(data, {"id": "x", "sentence": text})
+        _, results = verify(folder, *CERTIFY, "--resume", data=data, output=output)
+    assert [r["text"] for r in results] == ["w9", "w10"]
+
+
+def stopped_after(count, monkeypatch):
+    """SIGTERM arrives while this many sentences are done and one is worked on."""
+    calls, original = [], SentenceVerifier.verify
+
+    def slowly(self, *arguments, **named):
+        calls.append(1)
+        if len(calls) == count + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(SentenceVerifier, "verify", slowly)
+
+
+def test_sigterm_ends_the_run_after_the_sentence(folder, tmp_path, monkeypatch, capsys):
+    output, before = tmp_path / "r.jsonl", signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stopped_after(1, patch)
+        status, results = verify(folder, *CERTIFY, output=output)
+    assert status == 143 and [r["result"] for r in results] == ["unsat", "unsat"]
+    assert json.loads((tmp_path / "summary.json").read_text())["groups"][0]["inputs"] == 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    status, results = verify(folder, *CERTIFY, "--resume", output=output)
+    assert status == 0 and len({r["property"] for r in results}) == len(results) == 6
+
+
+def test_a_full_disk_is_one_line_and_resume_goes_on(folder, tmp_path, capsys):
+    output, limits = tmp_path / "r.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        status = verify(folder, *CERTIFY, "--output", output)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+    assert status == 2 and line.endswith("r.jsonl cannot be written: File too large")
+    assert output.read_bytes().count(b"\n") >= 1
+    status, results = verify(folder, *CERTIFY, "--resume", output=output)
+    assert status == 0 and len({r["property"] for r in results}) == len(results) == 6
+
+
+def test_a_time_limit(folder, tmp_path):
+    status, results = verify(
+        folder, *QUICK, "--timeout", 1e-9, "--limit", 2, output=tmp_path / "r.jsonl"
+    )
+    assert status == 0 and [r["result"] for r in results] == ["timeout"] * 2
+    assert all(r["certified_radius"] is None for r in results)
+
+
+def test_each_word_alone(folder, tmp_path):
+    _, (result,) = verify(
+        folder, *QUICK, "--words", "each", "--limit", 1, output=tmp_path / "r.jsonl"
+    )
+    assert result["words"] == "each" and result["certified_radius"] is None
+    assert [p["position"] for p in result["positions"]] == [0, 1, 2]
+    assert all(p["result"] == "unsat" and p["certified_radius"] > 0 for p in result["positions"])
+
+
+def test_synonyms(folder, tmp_path):
+    data = write_lines(
+        tmp_path / "d.jsonl",
+        {"sentence": "w3 w7", "candidates": [["w3"], ["W7", "unheard"]]},  # nothing else
+        {"sentence": "w3 w7", "candidates": [WORDS[1:], WORDS[1:]]},
+    )
+    _, (certain, tried) = verify(
+        folder, "--question", "synonyms", data=data, output=tmp_path / "r.jsonl"
+    )
+    assert certain["result"] == "unsat" and certain["shape"] == "hull" and certain["margin"] > 0
+    assert tried["result"] == "sat" and len(tried["counterexample"]) == 2
+    assert all(0 < token < len(WORDS) for token in tried["counterexample"])
+
+
+def test_label_words_in_a_prompt(folder, tmp_path):
+    data = write_lines(tmp_path / "d.jsonl", {"sentence": "w9 w8"}, {"sentence": "w9 w8 w7"})
+    arguments = ("--label-tokens", "w1,w2|w3", "--prompt", "w5 {text} w6", "--words", "each")
+    status, results = verify(
+        folder, *CERTIFY, *arguments, model="gpt", data=data, output=tmp_path / "r.jsonl"
+    )
+    assert status == 0
+    for result, count in zip(results, (2, 3), strict=True):
+        assert result["task"] == "label-tokens" and result["predicted_name"] in ("w1", "w3")
+        assert len(result["tokens"]) == count + 2  # of the sentence's words alone is it asked
+        assert [p["position"] for p in result["positions"]] == list(range(1, count + 1))
+
+
+@pytest.mark.parametrize("prompt, places", [
+    ("w5 {text}", [1, 2]), ("w5{text}", [0, 1]), ("{text}w6 w7", [0, 1]), (" {text} ", [0, 1]),
+])
+def test_words_of_the_prompt_may_touch_the_sentence(folder, tmp_path, prompt, places):
+    data = write_lines(tmp_path / "d.jsonl", {"sentence": " w9 w8 "})
+    _, (result,) = verify(
+        folder, *CERTIFY, "--prompt", prompt, "--words", "each", data=data,
+        output=tmp_path / "r.jsonl",
+    )
+    assert [p["position"] for p in result["positions"]] == places
+
+
+def test_labels_decide_what_is_misclassified(folder, tmp_path):
+    data = write_lines(
+        tmp_path / "d.jsonl",
+        *({"id": label, "sentence": "w9", "label": label} for label in (0, 1)),
+    )
+    status, results = verify(folder, *CERTIFY, data=data, output=tmp_path / "r.jsonl")
+    assert status == 0 and sorted(r["result"] for r in results) == ["misclassified", "unsat"]
+    for result in results:
+        assert (result["result"] == "unsat") == (result["predicted"] == result["label"])
+        assert (result["clean_margin"] > 0) == (result["result"] == "unsat")
+
+
+LINES = {
+    "not JSON": ("{not JSON", "line 2: it is not JSON"),
+    "nested": ("[" * 100_000, "line 2: it is nested too deeply"),
+    "no sentence": ({"id": "x"}, "line 2: give either a 'sentence' or token 'ids'"),
+    "empty": ({"sentence": " "}, "line 2: the sentence is empty"),
+    "too long": ({"sentence": " ".join(["w1"] * 9)}, "has 9 tokens, the model 8 positions"),
+    "ids too long": ({"ids": [1] * 9}, "has 9 tokens, the model 8 positions"),
+    "unknown words": ({"sentence": "never heard"}, "none of the 2 tokens is in the vocabulary of"),
+    "label": ({"sentence": "w1", "label": 2}, "label 2 is outside of 0 to 1"),
+    "token id": ({"ids": [32]}, "token id 32 is not in the vocabulary of 32 tokens"),
+    "candidates": ({"sentence": "w1", "candidates": [[], []]}, "2 lists of candidates for 1 words"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_that_is_wrong_is_an_error_and_the_others_go_on(folder, tmp_path, name):
+    line, message = LINES[name]
+    data = write_lines(tmp_path / "d.jsonl", {"sentence": "w1"}, line, {"sentence": "w2"})
+    output = tmp_path / "r.jsonl"
+    status, results = verify(folder, *CERTIFY, data=data, output=output)
+    assert status == 1 and [r["result"] for r in results] == ["unsat", "error", "unsat"]
+    assert message in results[1]["error"] and "\n" not in results[1]["error"]
+    assert results[1]["predicted"] is None and results[1]["margin"] is None
+    # It stays an error for those who look at the exit status of the second run alone.
+    assert verify(folder, *CERTIFY, "--resume", data=data, output=output) == (1, results)
+
+
+@pytest.mark.parametrize("line, arguments, message", [
+    ({"sentence": "w1"}, ("--question", "synonyms"), "there are no candidates"),
+    ({"sentence": "w1", "candidates": [["w2"]]},
+     ("--question", "synonyms", "--prompt", "w3 {text}"), "candidates and --prompt do not go"),
+    ({"ids": [1]}, (*CERTIFY, "--prompt", "w3 {text}"), "token ids and --prompt do not go"),
+    ({"sentence": "w1", "label": 32}, (*CERTIFY, "model=gpt"), "label 32 is outside of 0 to 31"),
+    ({"sentence": "w1", "label": 2}, (*CERTIFY, "model=gpt", "--label-tokens", "w1|w2"),
+     "label 2 is outside of 0 to 1"),
+])
+def test_a_line_that_does_not_fit_the_question(folder, tmp_path, line, arguments, message):
+    data = write_lines(tmp_path / "d.jsonl", line)
+    model = "gpt" if "model=gpt" in arguments else "bert"
+    arguments = [a for a in arguments if a != "model=gpt"]
+    status, (result,) = verify(
+        folder, *arguments, model=model, data=data, output=tmp_path / "r.jsonl"
+    )
+    assert status == 1 and result["result"] == "error" and message in result["error"]
+
+
+# Processes.
+
+
+def test_replicas_share_the_sentences(folder, tmp_path):
+    output = tmp_path / "r.jsonl"
+    arguments = ("--load", folder / "bert", "--data", folder / "data.jsonl", *CERTIFY)
+    status, out, err = finish(
+        start(2, *arguments, "--tensor-parallel-size", 1, "--output", output), 200
+    )
+    assert status == 0, err
+    results = read(output)
+    (tmp_path / "alone").mkdir()
+    _, alone = verify(folder, *CERTIFY, output=tmp_path / "alone" / "r.jsonl")
+    by_name = {r["property"]: r for r in without_times(results)}
+    assert len(results) == len(by_name) == len(alone)
+    assert [by_name[r["property"]] for r in alone] == without_times(alone)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "r.jsonl", "summary.json"]
+    assert out.count("seconds per input") == 1
+
+
+def test_what_replicas_left_is_kept_by_resume_alone(folder, tmp_path, capsys):
+    """Of a run that was killed: a part, half a line in it, and a merge that was cut off."""
+    verify(folder, *CERTIFY, "--limit", 4, output=tmp_path / "r.jsonl")
+    lines = (tmp_path / "r.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "r.jsonl").write_bytes(lines[0] + lines[2])
+    (tmp_path / "r.jsonl.1").write_bytes(lines[2] + lines[1] + lines[3][:50])
+    (tmp_path / "r.jsonl.old").write_text("something else")
+    capsys.readouterr()
+    assert verify(folder, *CERTIFY, "--output", tmp_path / "r.jsonl")[0] == 2
+    assert "r.jsonl.1 has results of a run that did not end" in capsys.readouterr().err
+    assert (tmp_path / "r.jsonl").read_bytes() == lines[0] + lines[2]
+    status, results = verify(folder, *CERTIFY, "--resume", output=tmp_path / "r.jsonl")
+    names = [r["property"] for r in results]
+    assert status == 0 and names == ["first", "line-3", "line-2", "line-4", "line-5", "6"]
+    assert (tmp_path / "r.jsonl").read_bytes().startswith(lines[0] + lines[2] + lines[1])
+    assert not (tmp_path / "r.jsonl.1").exists() and (tmp_path / "r.jsonl.old").exists()
+
+
+# Long enough for a signal to arrive between two of them on a busy machine.
+COUNT, SLOW = 60, ("--attack-steps", 0, "--tolerance", 0.02)
+
+
+def many(tmp_path):
+    return write_lines(
+        tmp_path / "many.jsonl",
+        *({"sentence": " ".join(f"w{1 + (i * k) % 31}" for k in range(1, 8))}
+          for i in range(COUNT)),
+    )
+
+
+def rank_process(launched, rank):
+    """The process of a rank among torchrun's children."""
+    for child in psutil.Process(launched.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_run_and_resume_completes_it(folder, tmp_path, size, victim):
+    """Of a sharded model, and of replicas: what is finished is kept, nothing is done twice."""
+    data, output = many(tmp_path), tmp_path / "r.jsonl"
+    arguments = ("--load", folder / "bert", "--data", data, *SLOW, "--output", output)
+    launched = start(2, *arguments, "--tensor-parallel-size", size)
+    wait_for_lines(output, 3, launched)
+    rank_process(launched, victim).kill()
+    status, _, err = finish(launched, 90)
+    assert status != 0, err
+    kept = output.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert 3 <= kept.count(b"\n") < COUNT
+    assert all(json.loads(line)["result"] != "error" for line in kept.splitlines())
+    assert main(["verify", *map(str, arguments), "--resume"]) == 0
+    assert output.read_bytes().startswith(kept)
+    results = read(output)
+    assert len({r["property"] for r in results}) == len(results) == COUNT
+    assert {r["result"] for r in results} == {"unsat"}
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_ends_all_ranks_after_their_sentence(folder, tmp_path):
+    data, output = many(tmp_path), tmp_path / "r.jsonl"
+    arguments = ("--load", folder / "bert", "--data", data, *SLOW, "--output", output)
+    launched = start(2, *arguments)
+    wait_for_lines(output, 2, launched)
+    launched.send_signal(signal.SIGTERM)
+    status, out, err = finish(launched, 90)
+    assert status != 0 and "lirpa-megatron: error" not in err  # torchrun has a traceback of its own
+    lines = output.read_bytes()
+    assert lines.endswith(b"\n") and 2 <= lines.count(b"\n") < COUNT
+    assert json.loads((tmp_path / "summary.json").read_text())["groups"][0]["inputs"] >= 2
+    limit = lines.count(b"\n") + 2
+    assert main(["verify", *map(str, arguments), "--resume", "--limit", str(limit)]) == 0
+    assert output.read_bytes().startswith(lines) and len(read(output)) == limit
+
+
+def test_the_position_table_is_as_long_as_the_tests_say():
+    assert transformers.LENGTH == 8 and transformers.VOCABULARY == len(WORDS) == 32
