@@ -1,14 +1,11 @@
 """The parts of `verify --data`: tokens, lines of data, searches, attacks, tasks, options."""
 
-import itertools
 import json
 import math
 
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
@@ -249,7 +246,7 @@ def test_a_linear_margin_is_attacked_at_the_radius_of_the_dual_norm(norm, shape)
 def test_a_tolerance_finer_than_numbers_ends():
     hidden, where = torch.zeros(1, 1, 2).double(), torch.ones(1, dtype=torch.bool)
     found = attack.smallest_success(
-        lambda points: 1 - points.flatten(1).sum(1), hidden, where, 2.0, 1.0, 10, 3, 0, None,
+        lambda points: 1 - points.flatten(1).sum(1), hidden, where, 2.0, 1.0, 20, 3, 0, None,
         smaller=1e-30,
     )
     assert found == pytest.approx(0.5**0.5, rel=0.05)

@@ -41,8 +41,8 @@ def smallest_success(
             after 20 times as many in all. The first start is the clean point.
         seed: of the other starts.
         group: the tensor-parallel group.
-        smaller: after a success at some size the ball is this share smaller than that; 1 ends with
-            the first success.
+        smaller: after a success at some size the ball is this share (0.005 at least) smaller than
+            that; 1 ends with the first success.
 
     Returns:
         the size (in the norm) of the smallest perturbation met that made the margin 0 or less, at
@@ -70,7 +70,7 @@ def smallest_success(
         since += 1
         if found < best:
             best, since = found, 0
-            radius = best * (1 - smaller)
+            radius = best * (1 - max(smaller, 0.005))
         if since > steps or radius <= 0:
             break
         delta = _project(moved, norm, radius)
