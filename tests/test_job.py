@@ -215,6 +215,8 @@ def test_synonyms(folder, tmp_path):
         folder, "--question", "synonyms", data=data, output=tmp_path / "r.jsonl"
     )
     assert certain["result"] == "unsat" and certain["shape"] == "hull" and certain["margin"] > 0
+    assert certain["substitutes"] == [] and certain["dropped_candidates"] == ["unheard"]
+    assert [len(s["words"]) for s in tried["substitutes"]] == [len(WORDS) - 2] * 2
     assert tried["result"] == "sat" and len(tried["counterexample"]) == 2
     assert all(0 < token < len(WORDS) for token in tried["counterexample"])
 

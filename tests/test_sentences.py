@@ -124,14 +124,16 @@ def test_substitutes_are_the_candidates_that_change_one_position():
     words = vocabulary()
     encoded = words.encode("a good film")
     candidates = [["a"], ["Bad", "bad", "good", "unheard", "very good"], []]
-    assert substitutes_of(words, "a good film", encoded, candidates) == {2: [5]}
+    found = substitutes_of(words, "a good film", encoded, candidates)
+    assert found.ids == {2: [5]} and found.words == {2: ["Bad"]}
+    assert found.dropped == ["unheard", "very good"]
 
 
 def test_words_of_several_tokens_have_no_substitutes(tmp_path):
     tokenizer = word_level(tmp_path / "tokenizer.json")
     encoded = tokenizer.encode("good movie")
     found = substitutes_of(tokenizer, "good movie", encoded, [["bad", "movie"], ["film"]])
-    assert found == {1: [5]}
+    assert found.ids == {1: [5]} and found.dropped == ["movie", "film"]
 
 
 # Lines of data.

@@ -44,6 +44,7 @@ from lirpa_megatron.verify.sentences.sentence import SentenceVerifier
 from lirpa_megatron.verify.sentences.task import Task, make_task
 from lirpa_megatron.verify.sentences.tokenizer import (
     Encoded,
+    Substitutes,
     Tokenizer,
     read_tokenizer,
     substitutes_of,
@@ -188,12 +189,12 @@ def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, A
     """One sentence; what is wrong with it is its result."""
     group, begin = runtime.tp_group(), time.monotonic()
     encoded = verdict = error = None
+    substitutes = Substitutes()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
         with spmd.guard(group, f"sentence {item.name}"):
             encoded, text = _encode(replica, item, options)
-            substitutes = {}
             if options.question == "synonyms":
                 if item.candidates is None:
                     raise UserError("the question is synonyms, but there are no candidates")
@@ -203,7 +204,7 @@ def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, A
                     replica.tokenizer, text, encoded, item.candidates
                 )
             verdict = replica.verifier.verify(
-                encoded.ids, encoded.positions, item.label, substitutes, options.timeout
+                encoded.ids, encoded.positions, item.label, substitutes.ids, options.timeout
             )
     except Exception as failure:  # recorded; a run of days must not end for one sentence
         is_told = isinstance(failure, (UserError, SPMDError))
@@ -212,7 +213,8 @@ def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, A
         # sentence is still to be done.
         spmd.handshake(group, f"the error of sentence {item.name}")
     return result_of(
-        item, encoded, verdict, replica.task, replica.network, options, runtime.tp_size(),
+        item, encoded, substitutes, verdict, replica.task, replica.network, options,
+        runtime.tp_size(),
         time.monotonic() - begin, _peak_memory(),
         None if error is None else " ".join(error.split()),
     )

@@ -13,7 +13,7 @@ from lirpa_megatron.verify.sentences.data import Item
 from lirpa_megatron.verify.sentences.options import SentenceOptions
 from lirpa_megatron.verify.sentences.sentence import Finding, Verdict
 from lirpa_megatron.verify.sentences.task import Task
-from lirpa_megatron.verify.sentences.tokenizer import Encoded
+from lirpa_megatron.verify.sentences.tokenizer import Encoded, Substitutes
 
 _KEY = (
     "network", "iteration", "property", "task", "method", "question", "norm", "eps", "words",
@@ -22,9 +22,9 @@ _KEY = (
 
 
 def result_of(
-    item: Item, encoded: Encoded | None, verdict: Verdict | None, task: Task, network: str,
-    options: SentenceOptions, ranks: int, seconds: float, memory: float | None,
-    error: str | None = None,
+    item: Item, encoded: Encoded | None, substitutes: Substitutes, verdict: Verdict | None,
+    task: Task, network: str, options: SentenceOptions, ranks: int, seconds: float,
+    memory: float | None, error: str | None = None,
 ) -> dict[str, Any]:
     """The line for one sentence, as plain data; see README for the fields."""
     found = verdict.finding if verdict is not None else None
@@ -36,6 +36,10 @@ def result_of(
              "counterexample": each.sentence}
             for p, each in sorted(verdict.positions.items())
         ]
+    asked = {}
+    if options.question == "synonyms":
+        asked["substitutes"] = [{"position": p, "words": w} for p, w in substitutes.words.items()]
+        asked["dropped_candidates"] = substitutes.dropped
     margin = None if found is None else found.margin
     found = found or Finding("unknown")
     return {
@@ -57,6 +61,7 @@ def result_of(
         "certified_radius": found.certified_radius,
         "attacked_radius": found.attacked_radius,
         "positions": positions,
+        **asked,
         "counterexample": found.sentence,
         "tensor_parallel": ranks,
         "seconds": round(seconds, 4),

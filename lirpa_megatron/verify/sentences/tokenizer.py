@@ -164,33 +164,47 @@ def _spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+@dataclass
+class Substitutes:
+    """What may stand at the positions of a sentence, and which candidates were left out."""
+
+    # position -> ids, without the word's own
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    # position -> the same as words
+    words: dict[int, list[str]] = field(default_factory=dict)
+    # candidates that are not in the vocabulary, or not one token in the place of one token
+    dropped: list[str] = field(default_factory=list)
+
+
 def substitutes_of(
     tokenizer: Tokenizer, text: str, encoded: Encoded, candidates: Sequence[Sequence[str]]
-) -> dict[int, list[int]]:
-    """Position -> ids that may stand there instead, for words that are one token each.
+) -> Substitutes:
+    """The candidates that can be verified: one token each, for words that are one token.
 
     A candidate counts if the sentence with it is the same at all other positions, and if the
     vocabulary has it; the word itself is none.
 
     Args:
+        tokenizer: of the model.
         text: the sentence.
         encoded: its tokens.
         candidates: for each word of it the words that may stand in its place.
     """
     words = text.split()
-    found: dict[int, list[int]] = {}
+    found = Substitutes()
     for index, (places, others) in enumerate(zip(encoded.words, candidates, strict=True)):
-        if len(places) != 1:
-            continue
-        (place,) = places
         for other in others:
             changed = tokenizer.encode(" ".join([*words[:index], other, *words[index + 1 :]]))
+            if changed.ids == encoded.ids and not changed.unknown:
+                continue  # the word itself
+            place = places[0] if len(places) == 1 else -1
             same = changed.ids[:place] + changed.ids[place + 1 :]
-            if len(changed.ids) != len(encoded.ids) or place in changed.unknown:
-                continue
-            if same != encoded.ids[:place] + encoded.ids[place + 1 :]:
-                continue
-            ids = found.setdefault(place, [])
-            if changed.ids[place] != encoded.ids[place] and changed.ids[place] not in ids:
-                ids.append(changed.ids[place])
-    return {place: ids for place, ids in found.items() if ids}
+            if (
+                place < 0 or len(changed.ids) != len(encoded.ids) or place in changed.unknown
+                or same != encoded.ids[:place] + encoded.ids[place + 1 :]
+            ):
+                found.dropped.append(other)
+            elif changed.ids[place] not in found.ids.get(place, []):
+                found.ids.setdefault(place, []).append(changed.ids[place])
+                found.words.setdefault(place, []).append(other)
+    return found
