@@ -19,12 +19,12 @@ BIAS = [-0.14, 0.0]
 WORDS = ["[UNK]", *(f"w{i}" for i in range(1, transformers.VOCABULARY))]
 
 
-def save_checkpoint(kind, out, change=None, **arguments):
-    """A rank file of a model of one small layer in float64 (needs a session); its folder."""
+def save_checkpoint(kind, out, change=None, dtype=torch.float64, **arguments):
+    """A rank file of a model of one small layer (needs a session); its folder."""
     model = {"gpt": transformers.gpt, "bert": transformers.bert}[kind](**SMALL)
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
     if kind == "bert":
-        state["binary_head.bias"] = torch.tensor(BIAS, dtype=torch.float64)
+        state["binary_head.bias"] = torch.tensor(BIAS, dtype=dtype)
     values = checkpoints.arguments(**{**SMALL, "kv_channels": 4, **arguments})
     checkpoints.save_legacy(
         state, out, values, change=None if change is None else lambda c, r, s: change(c)

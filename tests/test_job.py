@@ -7,6 +7,7 @@ import signal
 
 import psutil
 import pytest
+import torch
 import transformers
 from sentences import (
     WORDS,
@@ -31,7 +32,8 @@ FIELDS = {
     "network", "property", "result", "task", "method", "question", "norm", "eps", "words", "text",
     "tokens", "label", "predicted", "label_name", "predicted_name", "clean_margin", "margin",
     "lower_bounds", "certified_radius", "attacked_radius", "positions", "counterexample",
-    "tensor_parallel", "seconds", "peak_memory_mib",
+    "tensor_parallel", "seconds", "peak_memory_mib", "tolerance", "iteration", "dtype",
+    "stored_dtype",
 }
 
 
@@ -93,6 +95,18 @@ def test_each_sentence_has_one_result_with_all_fields(folder, tmp_path, capsys):
     assert "certified" in captured.err  # the bar
 
 
+def test_bfloat16_weights_are_verified_as_float32_and_that_is_said(folder, tmp_path, capsys):
+    save_checkpoint("bert", tmp_path / "bert", dtype=torch.bfloat16)
+    arguments = ["--data", folder / "data.jsonl", "--limit", 1, "--output", tmp_path / "r.jsonl"]
+    arguments = ["verify", "--load", tmp_path / "bert", *CERTIFY, *arguments]
+    assert main(list(map(str, arguments))) == 0
+    (result,) = read(tmp_path / "r.jsonl")
+    assert (result["stored_dtype"], result["dtype"]) == ("bfloat16", "float32")
+    captured = capsys.readouterr()
+    assert "weights stored as bfloat16, verified as float32" in captured.err
+    assert "stored as bfloat16, verified as float32" in captured.out
+
+
 def test_the_summary_and_the_report_are_of_the_results(folder, tmp_path, capsys):
     verify(folder, *CERTIFY, "--limit", 2, output=tmp_path / "r.jsonl")
     text = (tmp_path / "summary.json").read_text()
@@ -129,7 +143,7 @@ def test_a_cut_run_goes_on_where_it_was(folder, tmp_path):
 
 @pytest.mark.parametrize("change", [
     ("--eps", 2e-4), ("--norm", "2"), ("--words", "each"), ("--method", "IBP"),
-    ("--iteration", 10), ("--prompt", "w1 {text}"),
+    ("--dtype", "float32"), ("--prompt", "w1 {text}"),
 ], ids=str)
 def test_results_of_another_question_are_not_taken_for_this_one(folder, tmp_path, change):
     data, output = tmp_path / "d.jsonl", tmp_path / "r.jsonl"

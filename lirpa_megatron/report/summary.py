@@ -32,7 +32,10 @@ WORDS = {
     "error": "error",
     "misclassified": "misclassified",
 }
-_SETTING = ("network", "method", "task", "question", "norm")
+_SETTING = (
+    "network", "iteration", "stored_dtype", "dtype", "method", "task", "question", "norm", "words",
+    "shape", "tolerance", "prompt", "label_tokens",
+)
 
 Result = dict[str, Any]
 
@@ -86,7 +89,7 @@ def asks_radius(result: Result) -> bool:
 
 
 def groups_of(results: Sequence[Result]) -> list[list[Result]]:
-    """Results of one network, method, task, question and norm together, in order of appearance.
+    """Results of one network and one question (`_SETTING`) together, in order of appearance.
 
     They are also told apart by eps if an input occurs with several, so that it counts once.
     """
@@ -98,7 +101,7 @@ def groups_of(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def summarise(results: Sequence[Result]) -> dict[str, Any]:
-    """Sums of a run, one group for each setting (one network, method, task, question, norm, eps).
+    """Sums of a run, one group for each setting: one network and one question, see `groups_of`.
 
     Of each group:
         inputs, counts: how many, and how many of each result word.
@@ -156,9 +159,12 @@ def summary_rows(group: dict[str, Any]) -> list[tuple[str, str]]:
     at = " at a radius above 0" if group["question"] == "radius" else ""
     rows = [
         ("network", group["network"]),
+        ("iteration", group["iteration"] or "-"),
+        ("weights", _precision(group)),
         ("method", group["method"]),
         ("task", group["task"] or "VNN-LIB property"),
         ("question", group["question"] or "-"),
+        ("words perturbed", {"all": "together", "each": "one at a time"}.get(group["words"], "-")),
         ("norm", "-" if group["norm"] is None else f"L{group['norm']}"),
         ("eps", ", ".join(figure(eps) for eps in group["eps"]) or "-"),
         ("tensor-parallel size", ", ".join(map(str, group["tensor_parallel"])) or "-"),
@@ -303,6 +309,13 @@ def _steps(ends: list[float], beyond: int, total: int) -> list[tuple[float, floa
     """(end, share up to it) for ascending ends of one input each, and some that never end."""
     first = {end: index for index, end in reversed(list(enumerate(ends)))}
     return [(end, (len(ends) - first[end] + beyond) / total) for end in sorted(first)]
+
+
+def _precision(group: dict[str, Any]) -> str:
+    stored, used = group["stored_dtype"], group["dtype"]
+    if used is None:
+        return "-"
+    return used if stored in (None, used) else f"stored as {stored}, verified as {used}"
 
 
 def _share(group: dict[str, Any], name: str) -> str:

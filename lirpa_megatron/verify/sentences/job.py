@@ -66,7 +66,8 @@ class _Replica:
     positions: int
     # tokens that are not padding
     vocabulary: int
-    network: str
+    # what tells its results from those of another question or model, as they are written
+    asked: dict[str, Any]
     # results of the output before this run, and those of them that answer this run's question
     done: list[dict[str, Any]] = field(default_factory=list)
     answered: list[dict[str, Any]] = field(default_factory=list)
@@ -126,22 +127,32 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
                 f"vocabulary {vocabulary}: they do not belong together"
             )
         task = make_task(options.task, model, vocabulary, options.label_tokens, tokenizer)
-    network = files.load.resolve().name
+    used = str(next(model.parameters()).dtype).removeprefix("torch.")
+    asked = {
+        "network": files.load.resolve().name, "task": task.name, **options.key(),
+        "iteration": description.stored.iteration, "stored_dtype": description.stored.dtype,
+        "dtype": used,
+    }
     done: list[dict[str, Any]] = []
     with agreed(dist.group.WORLD, "reading earlier results"):
         if files.resume and runtime.is_rank0():
             merge_parts(files.output)
             done = read_results(files.output)[0] if files.output.exists() else []
         done = spmd.broadcast_object(done, dist.group.WORLD)
-    like = {"network": network, "task": task.name, **options.key()}
-    left = unfinished(items, done, like)
+    if runtime.is_rank0():
+        print(
+            f"{description.kind} of {files.load}, iteration {description.stored.iteration}: "
+            f"weights stored as {description.stored.dtype}, verified as {used}",
+            file=sys.stderr, flush=True,
+        )
+    left = unfinished(items, done, asked)
     replicas, own = _replicas()
     positions = description.max_position_embeddings
     limited = description.position_embedding_type == "learned_absolute"
     return _Replica(
         left[own::replicas], tokenizer, task, SentenceVerifier(model, task, options, group),
-        positions if limited else sys.maxsize, vocabulary, network, done,
-        of_items(items, done, like),
+        positions if limited else sys.maxsize, vocabulary, asked, done,
+        of_items(items, done, asked),
     )
 
 
@@ -213,8 +224,7 @@ def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, A
         # sentence is still to be done.
         spmd.handshake(group, f"the error of sentence {item.name}")
     return result_of(
-        item, encoded, substitutes, verdict, replica.task, replica.network, options,
-        runtime.tp_size(),
+        item, encoded, substitutes, verdict, replica.task, replica.asked, runtime.tp_size(),
         time.monotonic() - begin, _peak_memory(),
         None if error is None else " ".join(error.split()),
     )

@@ -86,8 +86,8 @@ class SentenceOptions:
             asked["prompt"] = self.prompt
         if self.label_tokens is not None:
             asked["label_tokens"] = self.label_tokens
-        if self.iteration is not None:
-            asked["iteration"] = self.iteration
         if self.question == "synonyms":
             asked["shape"] = self.shape
+        if self.question == "radius":
+            asked["tolerance"] = self.tolerance
         return asked

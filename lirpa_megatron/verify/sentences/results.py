@@ -10,44 +10,45 @@ from typing import Any
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.report.reader import checked
 from lirpa_megatron.verify.sentences.data import Item
-from lirpa_megatron.verify.sentences.options import SentenceOptions
 from lirpa_megatron.verify.sentences.sentence import Finding, Verdict
 from lirpa_megatron.verify.sentences.task import Task
 from lirpa_megatron.verify.sentences.tokenizer import Encoded, Substitutes
 
 _KEY = (
     "network", "iteration", "property", "task", "method", "question", "norm", "eps", "words",
-    "shape", "prompt", "label_tokens", "text", "label",
+    "shape", "tolerance", "prompt", "label_tokens", "dtype", "text", "label",
 )
 
 
 def result_of(
     item: Item, encoded: Encoded | None, substitutes: Substitutes, verdict: Verdict | None,
-    task: Task, network: str, options: SentenceOptions, ranks: int, seconds: float,
+    task: Task, asked: dict[str, Any], ranks: int, seconds: float,
     memory: float | None, error: str | None = None,
 ) -> dict[str, Any]:
-    """The line for one sentence, as plain data; see README for the fields."""
+    """The line for one sentence, as plain data; see README for the fields.
+
+    `asked` is what the results of one run have in common, among it `SentenceOptions.key`.
+    """
     found = verdict.finding if verdict is not None else None
     positions = None
-    if verdict is not None and options.words == "each":
+    if verdict is not None and asked["words"] == "each":
         positions = [
             {"position": p, "result": each.result, "margin": each.margin,
              "certified_radius": each.certified_radius, "attacked_radius": each.attacked_radius,
              "counterexample": each.sentence}
             for p, each in sorted(verdict.positions.items())
         ]
-    asked = {}
-    if options.question == "synonyms":
-        asked["substitutes"] = [{"position": p, "words": w} for p, w in substitutes.words.items()]
-        asked["dropped_candidates"] = substitutes.dropped
+    tried = {}
+    if asked["question"] == "synonyms":
+        tried["substitutes"] = [{"position": p, "words": w} for p, w in substitutes.words.items()]
+        tried["dropped_candidates"] = substitutes.dropped
     margin = None if found is None else found.margin
     found = found or Finding("unknown")
     return {
-        "network": network,
+        "network": asked["network"],
         "property": item.name,
         "result": "error" if verdict is None else verdict.result,
-        "task": task.name,
-        **options.key(),
+        **asked,
         "text": item.text,
         "tokens": None if encoded is None else encoded.tokens,
         "label": item.label,
@@ -61,7 +62,7 @@ def result_of(
         "certified_radius": found.certified_radius,
         "attacked_radius": found.attacked_radius,
         "positions": positions,
-        **asked,
+        **tried,
         "counterexample": found.sentence,
         "tensor_parallel": ranks,
         "seconds": round(seconds, 4),
@@ -116,7 +117,7 @@ def unfinished(
     Args:
         items: of the data.
         done: earlier results.
-        like: network, task and `SentenceOptions.key`, as a result has them.
+        like: what this run's results have in common, as a result has it.
     """
     finished = {key_of(result) for result in done}
     return [item for item in items if key_of(_asked(item, like)) not in finished]
