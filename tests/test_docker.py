@@ -4,7 +4,6 @@ Images cannot be built and clusters not be had in a test; what is checked is wha
 """
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -18,14 +17,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sentences import read, save_checkpoint, write_lines
 
 from lirpa_megatron import __version__
-from lirpa_megatron.cli import main
-from lirpa_megatron.cli_options import make_parser, parse_arguments
+from lirpa_megatron.cli_options import parse_arguments
+from lirpa_megatron.parallel import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / "docker"
-DIGITS = ROOT / "examples" / "digits"
 VERIFY = (
     "-m lirpa_megatron verify --load /checkpoint --data /data/data.jsonl "
     "--config /config/job.yaml --output /results/results.jsonl --resume"
@@ -135,17 +134,9 @@ def test_torchrun_takes_what_stands_before_the_line(tmp_path):
             assert launcher.standalone == (name != "trainjob.yaml")
 
 
-def _has_option(name):
-    commands = next(a for a in make_parser(__version__)._actions if a.dest == "command")
-    return name in commands.choices["verify"]._option_string_actions
-
-
 def test_the_command_line_takes_the_line_and_the_options():
     line = list(VERIFY[2:])
     line[line.index("--config") + 1] = str(DOCKER / "job.yaml")
-    if not _has_option("--data"):  # the rest of the line is checked all the same
-        at = line.index("--data")
-        del line[at : at + 2]
     arguments = parse_arguments(line, __version__)
     assert arguments["command"] == "verify" and arguments["resume"] is True
     assert str(arguments["load"]) == "/checkpoint"
@@ -318,44 +309,43 @@ def trainers_agent(node, port):
                 "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """A checkpoint, and what one process makes of it."""
-    folder = tmp_path_factory.mktemp("digits")
-    assert main(["import-onnx", str(DIGITS / "digits.onnx"), str(folder / "checkpoint")]) == 0
-    assert main(["verify", *job(folder), "--output", str(folder / "one.jsonl")]) == 0
-    return folder
-
-
-def job(folder):
-    return ["--load", str(folder / "checkpoint"), "--instances", str(DIGITS / "instances.csv"),
-            "--config", str(DOCKER / "job.yaml"), "--attack-steps", "0", "--resume"]
-
-
-def results(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("agent", [slurms_agent, trainers_agent])
-def test_two_nodes_find_what_one_process_finds(agent, digits, tmp_path):
-    port, agents = free_port(), []
-    for node in range(2):
-        options, extra = agent(node, port)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
-        command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "lirpa_megatron",
-                   "verify", *job(digits), "--output", str(tmp_path / "two.jsonl")]
-        agents.append(subprocess.Popen(command, env=environment, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    try:
-        for process in agents:
-            _, error = process.communicate(timeout=500)
-            assert process.returncode == 0, error
-    finally:
-        for process in agents:
-            process.kill()
-    one, two = results(digits / "one.jsonl"), results(tmp_path / "two.jsonl")
-    assert {result["tensor_parallel"] for result in two} == {2} and len(two) == 15
-    for a, b in zip(one, two, strict=True):
-        assert (a["property"], a["result"]) == (b["property"], b["result"])
-        assert a["lower_bounds"] == pytest.approx(b["lower_bounds"], rel=1e-5, abs=1e-4)
+@pytest.mark.parametrize(
+    "agent", [slurms_agent, pytest.param(trainers_agent, marks=pytest.mark.slow)]
+)
+def test_two_nodes_run_the_line_and_find_what_one_process_finds(agent, tmp_path):
+    mounted = {"/checkpoint": tmp_path / "bert", "/data": tmp_path, "/config": tmp_path}
+    with runtime.session():
+        save_checkpoint("bert", mounted["/checkpoint"])
+    write_lines(tmp_path / "data.jsonl", {"sentence": "w3 W7 unheard"}, {"sentence": "w9"})
+    options = yaml.safe_load((DOCKER / "job.yaml").read_text())
+    options |= {"attack-steps": 2, "attack-restarts": 1, "tolerance": 0.3}  # quick
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(options))
+    found = []
+    for nodes in (1, 2):
+        mounted["/results"] = tmp_path / f"{nodes}"
+        mounted["/results"].mkdir()
+        line = " ".join(VERIFY)
+        for inside, outside in mounted.items():
+            line = line.replace(f" {inside}", f" {outside}")
+        port, started = free_port(), []
+        for node in range(nodes):
+            launch, extra = agent(node, port) if nodes > 1 else ([], {})
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+            launch = ["-m", "torch.distributed.run", *launch] if nodes > 1 else []
+            started.append(subprocess.Popen(
+                [sys.executable, *launch, *line.split()], env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ))
+        try:
+            for process in started:
+                _, error = process.communicate(timeout=300)
+                assert process.returncode == 0, error
+        finally:
+            for process in started:
+                process.kill()
+        results = read(mounted["/results"] / "results.jsonl")
+        assert {r["tensor_parallel"] for r in results} == {nodes}
+        found.append([(r["property"], r["result"], r["certified_radius"]) for r in results])
+    assert len(found[0]) == len(found[1]) == 2
+    for (name, result, radius), (same, also, other) in zip(*found, strict=True):
+        assert (name, result) == (same, also) and radius == pytest.approx(other, rel=1e-6) > 0
