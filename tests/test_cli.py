@@ -281,7 +281,7 @@ def test_published_instances_are_proved_as_published(mnist_fc_alone):
 
 
 @needs_mnist_fc
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.slow) for size in (2, 4)])
 def test_published_instances_have_the_same_bounds_at_any_size(mnist_fc_alone, size, tmp_path):
     arguments = ("--instances", MNIST_FC / "instances.csv", "--attack-steps", 0)
     run = torchrun(size, "verify", *arguments, "--output", tmp_path / "r.jsonl", timeout=900)

@@ -166,7 +166,8 @@ def worst(tp: int, *args: Any) -> float:
 
 @pytest.mark.parametrize(
     ("options", "by_eps"),
-    [("whole", False), ("own", True), ("own in chunks", False), ("own in chunks", True)],
+    [("whole", False), ("own", True), ("own in chunks", True),
+     pytest.param("own in chunks", False, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_of_crown_are_those_of_one_device(name, options, by_eps):

@@ -78,7 +78,7 @@ def _at(size, dtype):
     return results[0]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_crown_proves_the_published_numbers_of_properties(size):
     bounds = _at(size, torch.float32)
     proved = {key: int((lower > 0).all(1).sum()) for key, (lower, _) in bounds.items()}
@@ -89,7 +89,7 @@ def test_crown_proves_the_published_numbers_of_properties(size):
     (torch.float32, 1e-5),  # sums of up to 784 terms in another order
     (torch.float64, 1e-10),
 ])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_lower_bounds_agree_between_tensor_parallel_sizes(size, dtype, tolerance):
     one, many = _at(1, dtype), _at(size, dtype)
     for key, (lower, clean) in one.items():

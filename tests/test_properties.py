@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,9 +94,23 @@ def sharded(net: Net, call: Call) -> list:
     return [b.detach().numpy() for b in bounds]
 
 
-@settings(derandomize=True, deadline=None, max_examples=32, database=None)
-@given(net=nets(), call=calls(), tp=st.sampled_from([1, 2, 4]))
+DRAWN = given(net=nets(), call=calls(), tp=st.sampled_from([1, 2, 4]))
+
+
+@settings(derandomize=True, deadline=None, max_examples=12, database=None)
+@DRAWN
 def test_bounds_are_those_of_one_device_and_hold(net, call, tp):
+    check(net, call, tp)
+
+
+@pytest.mark.slow
+@settings(derandomize=True, deadline=None, max_examples=100, database=None)
+@DRAWN
+def test_bounds_of_many_more_are_those_of_one_device_and_hold(net, call, tp):
+    check(net, call, tp)
+
+
+def check(net: Net, call: Call, tp: int) -> None:
     net, call = possible(net, call)
     results = pool(tp).run(sharded, net, call)
     for of_rank in results[1:]:

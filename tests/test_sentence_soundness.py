@@ -327,7 +327,7 @@ def same_numbers(task, questions):
 
 @pytest.mark.parametrize(
     "task",
-    ["classification", "next-token", pytest.param("label-tokens", marks=pytest.mark.slow)],
+    ["classification", *(pytest.param(t, marks=pytest.mark.slow) for t in list(TASKS)[1:])],
 )
 def test_two_ranks_say_what_one_says(task):
     same_numbers(task, QUESTIONS)

@@ -87,7 +87,7 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_learns_and_saves_a_checkpoint_in_megatrons_layout(
     train_here, data, tmp_path, size
 ):

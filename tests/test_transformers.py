@@ -320,8 +320,10 @@ def _at_one_position_and_at_all(name, position):
     return found
 
 
-@pytest.mark.parametrize("position", [-1, 1])
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [("gpt", 1), ("llama", -1), *(pytest.param(*c, marks=_SLOW) for c in (("gpt", -1), ("llama", 1)))],
+)
 def test_one_position_has_the_bounds_that_it_has_among_all(name, position):
     everywhere, alone = pool(1).run(_at_one_position_and_at_all, name, position)[0]
     for a, b in zip(everywhere, alone, strict=True):
