@@ -322,7 +322,8 @@ def _at_one_position_and_at_all(name, position):
 
 @pytest.mark.parametrize(
     ("name", "position"),
-    [("gpt", 1), ("llama", -1), *(pytest.param(*c, marks=_SLOW) for c in (("gpt", -1), ("llama", 1)))],
+    [("gpt", 1), ("llama", -1), pytest.param("gpt", -1, marks=_SLOW),
+     pytest.param("llama", 1, marks=_SLOW)],
 )
 def test_one_position_has_the_bounds_that_it_has_among_all(name, position):
     everywhere, alone = pool(1).run(_at_one_position_and_at_all, name, position)[0]
