@@ -348,4 +348,5 @@ def test_two_nodes_run_the_line_and_find_what_one_process_finds(agent, tmp_path)
         found.append([(r["property"], r["result"], r["certified_radius"]) for r in results])
     assert len(found[0]) == len(found[1]) == 2
     for (name, result, radius), (same, also, other) in zip(*found, strict=True):
-        assert (name, result) == (same, also) and radius == pytest.approx(other, rel=1e-6) > 0
+        assert (name, result) == (same, also) and radius > 0
+        assert radius == pytest.approx(other, rel=1e-6)

@@ -87,7 +87,7 @@ def test_crown_proves_the_published_numbers_of_properties(size):
 
 @pytest.mark.parametrize("dtype, tolerance", [
     (torch.float32, 1e-5),  # sums of up to 784 terms in another order
-    (torch.float64, 1e-10),
+    pytest.param(torch.float64, 1e-10, marks=pytest.mark.slow),
 ])
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_lower_bounds_agree_between_tensor_parallel_sizes(size, dtype, tolerance):

@@ -392,7 +392,7 @@ def test_questions_that_differ_have_other_keys():
     other = [
         dict(method="IBP"), dict(question="certify", eps=0.1), dict(norm="1"), dict(words="each"),
         dict(question="synonyms"), dict(question="synonyms", shape="box"),
-        dict(prompt="It: {text}"), dict(label_tokens="a|b"), dict(iteration="10"),
+        dict(prompt="It: {text}"), dict(label_tokens="a|b"), dict(tolerance=0.1),
     ]
     keys = [json.dumps(SentenceOptions(**change).key()) for change in [{}, *other]]
     assert len(set(keys)) == len(keys)
