@@ -206,7 +206,8 @@ class BackwardPass:
         sharded node to its own features. Without f their gradient is one rank's part of it.
         """
         own_rows = self.plan.spec_sharded and not self.sharded[node.name]
-        saved = []
+        saved: list[tuple] = []
+        forms, known = self.layout.forms, {}
         if torch.is_grad_enabled() and self.tp.size > 1 and (own_rows or self.sharded[node.name]):
             for x in node.inputs:
                 if self.sharded[x.name]:
@@ -216,9 +217,13 @@ class BackwardPass:
                     if isinstance(value, torch.Tensor) and value.requires_grad:
                         saved.append((x, name, value))
                         setattr(x, name, self.tp.copy_to(value))
+                if x.name in forms:
+                    known[x.name] = forms[x.name]
+                    forms[x.name] = forms[x.name].mapped(self.tp.copy_to)
         try:
             yield
         finally:
+            forms.update(known)
             for x, name, value in saved:
                 setattr(x, name, value)
 

@@ -84,7 +84,7 @@ class BoundedModule(host.HostBoundedModule):
                 "layout": layout,
             }
             trainable = {p: p.requires_grad for p in model.parameters()}
-            with host.conversion(global_input), host.running():
+            with host.conversion(global_input), host.running(), host.widened(model):
                 super().__init__(
                     traceable(model, layout.collectives), global_input, bound_opts=opts,
                     device=_device_of(model, global_input) if device == "auto" else device,

@@ -132,7 +132,9 @@ from auto_LiRPA import (  # noqa: E402, F401
 )
 from auto_LiRPA.bound_ops import (  # noqa: E402, F401
     Bound,
+    BoundActivation,
     BoundBuffers,
+    BoundDropout,
     BoundInput,
     BoundLinear,
     BoundOptimizableActivation,
@@ -252,13 +254,63 @@ def named_members(self: Any, get_members_fn: Any, prefix: str = "", recurse: boo
     return parent(self, get_members_fn, prefix, recurse, remove_duplicate)
 
 
-def own_value(node: BoundParams) -> Callable[[], torch.Tensor]:
-    """What a parameter's node computes: the very parameter, detached in evaluation mode."""
+def own_value(node: BoundParams, share: float = 1.0) -> Callable[[], torch.Tensor]:
+    """What a parameter's node computes: the very parameter, detached in evaluation mode.
+
+    A parameter of half precision is given as float32, in which bounds are computed.
+
+    Args:
+        node: of the parameter.
+        share: of the gradient, that reaches the parameter.
+    """
 
     def forward() -> torch.Tensor:
-        return node.param if node.training else node.param.detach()
+        value = node.param if node.training else node.param.detach()
+        if value.dtype in HALF:
+            value = value.float()
+        return value if share == 1 or not value.requires_grad else _Share.apply(value, share)
 
     return forward
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class _Share(torch.autograd.Function):
+    """Identity whose gradient is a share of what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, share: float) -> torch.Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad * ctx.share, None
+
+
+@contextlib.contextmanager
+def widened(model: torch.nn.Module) -> Iterator[None]:
+    """Parameters of half precision hold float32 for a block: the host traces with float32 inputs.
+
+    Buffers of half precision stay as they are.
+    """
+    kept = {p: p.data for p in model.parameters() if p.dtype in HALF}
+    try:
+        for parameter, data in kept.items():
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
+
+
+def known_bounds(node: Bound) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The lower and upper bounds that the last call left at a node; None if there are none."""
+    pair = getattr(node, "interval", None)
+    if pair is None:
+        pair = getattr(node, "lower", None), getattr(node, "upper", None)
+    return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
 
 
 def has_bounds(node: Bound) -> bool:

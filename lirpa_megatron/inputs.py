@@ -94,6 +94,8 @@ def perturb_tokens(
         _check_substitutes(substitutes, ids, shape, eps, norm, first)
 
     hidden = embed(model, ids, **words)
+    if hidden.dtype in host.HALF:
+        hidden = hidden.float()  # bounds are computed in float32
     if not model.training:
         hidden = hidden.detach()
     if mask is not None:

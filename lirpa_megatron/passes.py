@@ -166,7 +166,7 @@ class Passes:
             bounds = self._gathered(bounds, in_order)
         if inputs is not None:
             rows = torch.cat(forms)
-            rows = in_order(self.tp.gather_rows(rows)) if gather else rows
+            rows = in_order(self.tp.gather_results(rows)) if gather else rows
             bounds.form = inputs.form(rows, start.output_shape[1:] if C is None else (S,))
         return bounds
 

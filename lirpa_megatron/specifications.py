@@ -50,7 +50,9 @@ def classification_margins(labels: torch.Tensor, num_classes: int) -> torch.Tens
     return C[other].view(len(labels), num_classes - 1, num_classes)
 
 
-def next_token_margins(model: nn.Module, against: Sequence[int] | None = None) -> nn.Module:
+def next_token_margins(
+    model: nn.Module, against: Sequence[int] | None = None, *, gather_output: bool = True
+) -> nn.Module:
     """logit[t] - logit[j] of a language model at one position, as a model to be bounded.
 
     Its inputs are those of the model's view, and the targets t, int64 [B], last: (hidden, targets)
@@ -66,6 +68,8 @@ def next_token_margins(model: nn.Module, against: Sequence[int] | None = None) -
         model: a GPTModel, a BertModel (its 'lm' head: the word at a position) or a view of one;
             without `at_position` the last position is meant.
         against: token ids j; None for the whole vocabulary.
+        gather_output: False leaves on each rank the margins over its own entries, [B, V/p], as
+            Megatron's parallel_output does with logits.
 
     Returns:
         A module that shares the model's parameters.
@@ -73,7 +77,7 @@ def next_token_margins(model: nn.Module, against: Sequence[int] | None = None) -
     Raises:
         UserError: token ids out of the vocabulary, a model without one.
     """
-    return _margins(model, None, against)
+    return _margins(model, None, against, gather_output)
 
 
 def label_token_margins(model: nn.Module, labels: Sequence[int]) -> nn.Module:
@@ -92,12 +96,13 @@ def label_token_margins(model: nn.Module, labels: Sequence[int]) -> nn.Module:
 
 
 def _margins(
-    model: nn.Module, targets: Sequence[int] | None, against: Sequence[int] | None
+    model: nn.Module, targets: Sequence[int] | None, against: Sequence[int] | None,
+    gather_output: bool = True,
 ) -> TokenMargins:
     if not isinstance(model, View):
-        return TokenMargins(model, targets, against)
+        return TokenMargins(model, targets, against, gather_output=gather_output)
     return TokenMargins(
-        model.model, targets, against, model.start_layer, model.position, model.head
+        model.model, targets, against, model.start_layer, model.position, model.head, gather_output
     )
 
 

@@ -27,6 +27,7 @@ class TokenMargins(View):
         against: j; None: the whole vocabulary.
         start_layer, position, head: as for `View`; the position is the last one by default, and
             the head of a BertModel 'lm'.
+        gather_output: whether the margins over the vocabulary are put together on every rank.
 
     Raises:
         UserError: a model without a vocabulary at its end, or token ids out of it.
@@ -35,7 +36,7 @@ class TokenMargins(View):
     def __init__(
         self, model: nn.Module, targets: Sequence[int] | None = None,
         against: Sequence[int] | None = None, start_layer: int = 0, position: int | None = None,
-        head: str | None = None,
+        head: str | None = None, gather_output: bool = True,
     ) -> None:
         if not isinstance(model, (GPTModel, BertModel)) or head == "binary":
             kind = "the binary head" if head == "binary" else type(model).__name__
@@ -44,6 +45,9 @@ class TokenMargins(View):
         super().__init__(model, start_layer, -1 if position is None else position, head)
         self.targets = None if targets is None else _ids(model, targets, "the labels")
         self.against = None if against is None else _ids(model, against, "against")
+        self.gather_output = gather_output
+        if against is not None and not gather_output:
+            raise UserError("margins against some tokens are whole: leave gather_output at True")
 
     def forward(self, hidden: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         from lirpa_megatron.adapters.traceable import traceable
@@ -67,14 +71,15 @@ def _ids(model: nn.Module, ids: Sequence[int], name: str) -> torch.Tensor:
 class TokenMarginsFacade(nn.Module):
     """Holds the facade of the model, so that parameters keep their names.
 
-    Output [B, V] (replicated), [B, m] against m tokens; [B, T, V] and [B, T, m] for T targets that
-    are the same for all samples.
+    Output [B, V] (replicated; the rank's own [B, V/p] without gather_output), [B, m] against m
+    tokens; [B, T, V] and [B, T, m] for T targets that are the same for all samples.
     """
 
     def __init__(self, view: TokenMargins, facade: Any, tp: Collectives) -> None:
         super().__init__()
         self.model, self.tp = facade, tp
         self.targets, self.against = view.targets, view.against
+        self.gather_output = view.gather_output
         self.train(view.training)
 
     def forward(self, hidden: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -90,7 +95,8 @@ class TokenMarginsFacade(nn.Module):
         x = self.model.before_output(hidden, *mask)
         weight, bias = self.model.output_weight_and_bias()
         shared = self.targets is not None
-        return token_margins(x, weight, bias, targets, self.against, shared, self.tp)
+        y = token_margins(x, weight, bias, targets, self.against, shared, self.tp)
+        return gather_features(y, self.tp) if self.against is None and self.gather_output else y
 
 
 def token_margins(
@@ -109,21 +115,19 @@ def token_margins(
         tp: the output layer's collectives.
 
     Returns:
-        [B, V or m], or [B, T, V or m]; replicated.
+        the rank's own [B, V/p], or [B, T, V/p]; against m tokens [B, m] or [B, T, m], replicated.
     """
     tables = (weight,) if bias is None else (weight, bias)
     if torch.jit.is_tracing():
         ids = (targets,) if against is None else (targets, against)
         name = "VocabularyMargins" if against is None else "TokenMargins"
-        y = _MarginsSymbol.apply(name, int(shared), len(tables) - 1, x, *tables, *ids)
-        return gather_features(y, tp) if against is None else y
+        return _MarginsSymbol.apply(name, int(shared), len(tables) - 1, x, *tables, *ids)
     found = [tp.look_up(table, targets) for table in tables]
     if against is None:
         x, found = tp.copy_to(x), [tp.copy_to(rows) for rows in found]
     else:
         tables = [tp.look_up(table, against) for table in tables]
-    y = margins(x, *(*found, None)[:2], F.linear(x, *tables), shared)
-    return gather_features(y, tp) if against is None else y
+    return margins(x, *(*found, None)[:2], F.linear(x, *tables), shared)
 
 
 class _MarginsSymbol(torch.autograd.Function):

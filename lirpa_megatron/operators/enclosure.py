@@ -58,6 +58,12 @@ class AffineForm:
         A = function(self.A.movedim(-1, 0)).movedim(0, -1)
         return AffineForm(function(self.center), A, function(self.slack), self.norm)
 
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> AffineForm:
+        """The form with each of its tensors replaced by what the function makes of it."""
+        return AffineForm(
+            function(self.center), function(self.A), function(self.slack), self.norm
+        )
+
     def split(self, size: int) -> AffineForm:
         """The last dimension in parts of `size`."""
         return self.view(lambda x: x.unflatten(-1, (-1, size)))

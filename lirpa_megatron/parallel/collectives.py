@@ -15,7 +15,8 @@ split_features     slice of the last dim       all-gather              0, then (
 =================  ==========================  ======================  =====================
 
 `gather_rows` is for a result that each rank uses differently (its gradient is a sum over ranks),
-`gather_results` for one that all use alike. `look_up` is a `reduce_from` of rows that one rank has.
+`gather_results` for one that all use alike. `look_up` is a `reduce_from` of rows that one rank has;
+`largest` is an all-reduce without a gradient, for which Megatron has no mapping.
 Bytes are those of ring algorithms.
 
 The guard exists because megatron-core up to 0.18 reduces a *copy* of a non-contiguous tensor and
@@ -155,6 +156,16 @@ class Collectives:
         rows = shard[torch.where(own, local, 0)]
         own = own.reshape(*own.shape, *[1] * (shard.ndim - 1))
         return self.reduce_from(torch.where(own, rows, 0))
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """Largest over ranks; without a gradient. x: any shape, each rank's own."""
+        x = x.detach()
+        if self.size == 1:
+            return x
+        self._enter("all_reduce", x, 2 * self._share)
+        y = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y, op=dist.ReduceOp.MAX, group=self.group)
+        return y
 
     @property
     def _share(self) -> float:
