@@ -34,7 +34,10 @@ setup(
             "tokenizers",  # the tests of tokenizer.json
         ],
         "tokenizers": ["tokenizers"],  # reads the tokenizer.json of verify --data --tokenizer
-        "examples": ["scikit-learn"],  # bundles the images of handwritten digits
+        "examples": [
+            "scikit-learn",  # bundles the images of handwritten digits
+            "matplotlib",  # draws the curves of certified_training.py
+        ],
         "benchmarks": ["matplotlib"],  # draws the figures of benchmarks/
     },
     entry_points={"console_scripts": ["lirpa-megatron=lirpa_megatron.cli:main"]},

@@ -24,6 +24,7 @@ from lirpa_megatron.operators.linear import (
     dense,
     stack_sides,
 )
+from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.operators.vocabulary import Margins
 from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
 
@@ -206,6 +207,9 @@ class BackwardPass:
         sharded node to its own features. Without f their gradient is one rank's part of it.
         """
         own_rows = self.plan.spec_sharded and not self.sharded[node.name]
+        if isinstance(node, RowRelaxed):  # they read clean values, and these must get f too
+            for x in node.inputs:
+                self.module.get_forward_value(x)
         saved: list[tuple] = []
         forms, known = self.layout.forms, {}
         if torch.is_grad_enabled() and self.tp.size > 1 and (own_rows or self.sharded[node.name]):

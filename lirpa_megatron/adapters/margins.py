@@ -95,13 +95,14 @@ class TokenMarginsFacade(nn.Module):
         x = self.model.before_output(hidden, *mask)
         weight, bias = self.model.output_weight_and_bias()
         shared = self.targets is not None
-        y = token_margins(x, weight, bias, targets, self.against, shared, self.tp)
-        return gather_features(y, self.tp) if self.against is None and self.gather_output else y
+        return token_margins(
+            x, weight, bias, targets, self.against, shared, self.tp, self.gather_output
+        )
 
 
 def token_margins(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-    against: torch.Tensor | None, shared: bool, tp: Collectives,
+    against: torch.Tensor | None, shared: bool, tp: Collectives, gather_output: bool = True,
 ) -> torch.Tensor:
     """Margins of targets, from the rank's part of the output layer; see `operators.vocabulary`.
 
@@ -113,21 +114,25 @@ def token_margins(
         against: [m] or None.
         shared: whether targets are the same for all samples.
         tp: the output layer's collectives.
+        gather_output: whether margins over the vocabulary are put together.
 
     Returns:
-        the rank's own [B, V/p], or [B, T, V/p]; against m tokens [B, m] or [B, T, m], replicated.
+        [B, V or m], or [B, T, V or m], replicated; without gather_output over the vocabulary the
+        rank's own [B, V/p] or [B, T, V/p].
     """
     tables = (weight,) if bias is None else (weight, bias)
     if torch.jit.is_tracing():
         ids = (targets,) if against is None else (targets, against)
         name = "VocabularyMargins" if against is None else "TokenMargins"
-        return _MarginsSymbol.apply(name, int(shared), len(tables) - 1, x, *tables, *ids)
+        y = _MarginsSymbol.apply(name, int(shared), len(tables) - 1, x, *tables, *ids)
+        return gather_features(y, tp) if against is None and gather_output else y
     found = [tp.look_up(table, targets) for table in tables]
     if against is None:
         x, found = tp.copy_to(x), [tp.copy_to(rows) for rows in found]
     else:
         tables = [tp.look_up(table, against) for table in tables]
-    return margins(x, *(*found, None)[:2], F.linear(x, *tables), shared)
+    y = margins(x, *(*found, None)[:2], F.linear(x, *tables), shared)
+    return gather_features(y, tp) if against is None and gather_output else y
 
 
 class _MarginsSymbol(torch.autograd.Function):

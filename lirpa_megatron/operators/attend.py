@@ -157,13 +157,13 @@ class BoundAttend(RowRelaxed):
 
     def clean_weights(self) -> torch.Tensor:
         """p0 [B, n, T, T]: the softmax of the clean scores over what is not masked."""
-        return masked_softmax(self.value_of(0).detach(), self.masked())
+        return masked_softmax(self.value_of(0), self.masked())
 
     # --------------------------------------------------------------------- CROWN
 
     def relaxation(self, s: Any, v: Any, *_: Any) -> _Rows:
         """What rows share."""
-        masked, s0, p0 = self.masked(), self.value_of(0).detach(), self.clean_weights()
+        masked, s0, p0 = self.masked(), self.value_of(0), self.clean_weights()
         empty = masked.all(-1)
         dl, du = self._deviations(s, s0, p0)
         dl, du, wild = tame(dl, du, _FAR)

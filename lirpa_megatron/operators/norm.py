@@ -208,7 +208,7 @@ class BoundNorm(RowRelaxed):
         """The vectors, and gamma and beta."""
         form = self.form_of(0)
         vectors = self._vectors(
-            self._split(x.lower), self._split(x.upper), self._split(self.value_of(0).detach()),
+            self._split(x.lower), self._split(x.upper), self._split(self.value_of(0)),
             None if form is None else form.split(self._d),
         )
         beta = self.value_of(2) if len(self.inputs) > 2 else None
