@@ -44,7 +44,7 @@ from lirpa_megatron.training import CertifiedLoss, Ramp
 
 WIDTHS, CLASSES, HELD_OUT = (64, 256, 256, 10), 10, 360
 EPS, RADII = 0.1, (0.01, 0.02, 0.05, 0.1, 0.15)
-EPOCHS = {"natural": 10, "certified": 60}
+PHASES = ("natural", "certified")
 BATCH, RATE = 128, {"natural": 1e-2, "certified": 2e-3}
 
 
@@ -71,28 +71,35 @@ def box(x, eps):
     return BoundedTensor(x, PerturbationLpNorm(norm=math.inf, x_L=low, x_U=high))
 
 
-def train(phase, model, loss_of, data, folder):
+def train(phase, epochs, model, loss_of, data, folder):
     """Trains with Megatron's DistributedDataParallel, epoch by epoch; saves each."""
-    config = TransformerConfig(num_layers=1, hidden_size=WIDTHS[1], num_attention_heads=1,
-                               tensor_model_parallel_size=runtime.tp_size())
+    size = runtime.tp_size()
+    config = TransformerConfig(  # Megatron's reductions ask it for the parallel sizes
+        num_layers=1, hidden_size=WIDTHS[1], num_attention_heads=size,
+        tensor_model_parallel_size=size,
+    )
     ddp = DistributedDataParallel(
         config, DistributedDataParallelConfig(overlap_grad_reduce=False), model
     )
     ddp.zero_grad_buffer()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE[phase])
     x, y = data
-    epochs, steps = EPOCHS[phase], len(x) // BATCH
+    steps = len(x) // BATCH
     radius = Ramp(start=0, length=steps * epochs * 2 // 3, first=0.0, last=EPS)
     crown_share = Ramp(start=0, length=steps * epochs * 2 // 3, first=1.0, last=0.0, mid=0)
     replicas = parallel_state.get_data_parallel_world_size()
     replica = parallel_state.get_data_parallel_rank()
-    state = folder / f"{phase}-{runtime.tp_rank()}of{runtime.tp_size()}.pt"
+    state = folder / f"{phase}-{runtime.tp_rank()}of{size}.pt"
     first = 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["epoch"] + 1
+    firsts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(firsts, first)
+    if len(set(firsts)) > 1:
+        raise UserError(f"{folder} was saved after different epochs by the processes: --restart")
     for epoch in range(first, epochs):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
         total = 0.0
@@ -118,6 +125,8 @@ def train(phase, model, loss_of, data, folder):
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                      "epoch": epoch}
             torch.save(saved, state.with_suffix(".tmp"))
+        torch.distributed.barrier()  # all or, but for a moment, none of the processes have saved
+        if replica == 0:
             state.with_suffix(".tmp").replace(state)
     if runtime.is_rank0():
         print(file=sys.stderr)
@@ -176,6 +185,8 @@ def plot(path, curves):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tensor-parallel-size", type=int, help="default: all processes")
+    parser.add_argument("--epochs", type=int, nargs=2, default=(10, 60), metavar="N",
+                        help="natural and certified epochs (default 10 60)")
     parser.add_argument("--folder", type=Path, default=Path("build/certified_training"))
     parser.add_argument("--restart", action="store_true", help="forget what was saved")
     chosen = parser.parse_args()
@@ -190,8 +201,8 @@ def main():
         # Before Megatron's DistributedDataParallel: it wraps the same parameters.
         loss_of = CertifiedLoss(model, (x[:1],), num_classes=CLASSES, method="CROWN-IBP")
         found = {}
-        for phase in EPOCHS:
-            train(phase, model, loss_of, (x, y), chosen.folder)
+        for phase, epochs in zip(PHASES, chosen.epochs, strict=True):
+            train(phase, epochs, model, loss_of, (x, y), chosen.folder)
             found[phase] = evaluate(model, held_x, held_y)
         if runtime.is_rank0():
             others = [eps for eps in RADII if eps != EPS]

@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 
 
-def _printed(name, launcher=()):
+def _printed(name, launcher=(), options=()):
     """The lines that an example prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     process = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "examples" / f"{name}.py")],
+        [sys.executable, *launcher, str(ROOT / "examples" / f"{name}.py"), *map(str, options)],
         capture_output=True, text=True, env=environment, timeout=300,
     )
     assert process.returncode == 0, process.stderr
@@ -47,3 +47,28 @@ def test_the_gpt_example_prints_the_same_on_one_process_and_on_two():
         assert clean >= near > 0 and radius > 0
         assert _numbers(other) == pytest.approx([clean, near, radius], abs=2e-6)
         assert line.split(":")[0] == other.split(":")[0]  # the same sequence and next word
+
+
+@pytest.mark.slow
+def test_certified_training_learns_the_same_at_every_size_and_resumes(tmp_path):
+    pytest.importorskip("sklearn")
+    tables = []
+    for name, launcher, options in (
+        ("one", (), ()), ("tp", LAUNCH, ()), ("dp", LAUNCH, ("--tensor-parallel-size", 1)),
+        ("one", (), ()),  # finished: it trains nothing and finds the same
+    ):
+        folder = tmp_path / name
+        lines = _printed(
+            "certified_training", launcher, ("--epochs", 5, 20, "--folder", folder, *options)
+        )
+        rows = [line.strip("| ").split(" | ") for line in lines if "%" in line]
+        assert [row[0] for row in rows] == ["natural", "certified"]
+        tables.append([[float(cell.rstrip("%")) for cell in row[1:]] for row in rows])
+        assert (folder / "certified_accuracy.png").exists() or "no plot" in lines[-1]
+    natural, certified = tables[0]
+    assert natural[0] > 95 and certified[0] > 95
+    assert natural[2] < 20 and certified[2] > natural[2] + 30  # certified at EPS
+    for table in tables[1:3]:
+        for row, expected in zip(table, tables[0], strict=True):
+            assert max(abs(a - b) for a, b in zip(row, expected, strict=True)) <= 2
+    assert tables[3] == tables[0]
