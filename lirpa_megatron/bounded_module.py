@@ -30,6 +30,7 @@ from lirpa_megatron.options import (
 )
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.layouts import Layout
+from lirpa_megatron.parameters import own_value, widened
 from lirpa_megatron.passes import Passes
 from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls, is_box
 from lirpa_megatron.sharded_nodes import mark_sharded
@@ -84,7 +85,7 @@ class BoundedModule(host.HostBoundedModule):
                 "layout": layout,
             }
             trainable = {p: p.requires_grad for p in model.parameters()}
-            with host.conversion(global_input), host.running(), host.widened(model):
+            with host.conversion(global_input), host.running(), widened(model):
                 super().__init__(
                     traceable(model, layout.collectives), global_input, bound_opts=opts,
                     device=_device_of(model, global_input) if device == "auto" else device,
@@ -107,7 +108,7 @@ class BoundedModule(host.HostBoundedModule):
             parameter.requires_grad_(requires_grad)
         for node in self._modules.values():
             if isinstance(node, host.BoundParams):
-                object.__setattr__(node, "forward", host.own_value(node))
+                object.__setattr__(node, "forward", own_value(node))
 
     def _check_parameters_agree(self) -> None:
         replicated = {

@@ -15,7 +15,7 @@ import logging
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,57 +252,6 @@ def named_members(self: Any, get_members_fn: Any, prefix: str = "", recurse: boo
     if IS_03:
         return parent(self, get_members_fn, prefix, recurse)
     return parent(self, get_members_fn, prefix, recurse, remove_duplicate)
-
-
-def own_value(node: BoundParams, share: float = 1.0) -> Callable[[], torch.Tensor]:
-    """What a parameter's node computes: the very parameter, detached in evaluation mode.
-
-    A parameter of half precision is given as float32, in which bounds are computed.
-
-    Args:
-        node: of the parameter.
-        share: of the gradient, that reaches the parameter.
-    """
-
-    def forward() -> torch.Tensor:
-        value = node.param if node.training else node.param.detach()
-        if value.dtype in HALF:
-            value = value.float()
-        return value if share == 1 or not value.requires_grad else _Share.apply(value, share)
-
-    return forward
-
-
-HALF = (torch.bfloat16, torch.float16)
-
-
-class _Share(torch.autograd.Function):
-    """Identity whose gradient is a share of what it is given."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, share: float) -> torch.Tensor:
-        ctx.share = share
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad * ctx.share, None
-
-
-@contextlib.contextmanager
-def widened(model: torch.nn.Module) -> Iterator[None]:
-    """Parameters of half precision hold float32 for a block: the host traces with float32 inputs.
-
-    Buffers of half precision stay as they are.
-    """
-    kept = {p: p.data for p in model.parameters() if p.dtype in HALF}
-    try:
-        for parameter, data in kept.items():
-            parameter.data = data.float()
-        yield
-    finally:
-        for parameter, data in kept.items():
-            parameter.data = data
 
 
 def known_bounds(node: Bound) -> tuple[torch.Tensor, torch.Tensor] | None:

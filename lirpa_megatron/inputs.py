@@ -19,6 +19,7 @@ from lirpa_megatron.adapters.embeddings import embed
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.adapters.views import View
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.parameters import HALF
 from lirpa_megatron.perturbations import PerturbationHull, PerturbationPositions
 
 Substitutes = Mapping[int, Sequence[int]]
@@ -94,7 +95,7 @@ def perturb_tokens(
         _check_substitutes(substitutes, ids, shape, eps, norm, first)
 
     hidden = embed(model, ids, **words)
-    if hidden.dtype in host.HALF:
+    if hidden.dtype in HALF:
         hidden = hidden.float()  # bounds are computed in float32
     if not model.training:
         hidden = hidden.detach()

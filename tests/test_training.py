@@ -161,15 +161,9 @@ def gradients(name, with_natural=True):
     assert set(model.state_dict()) == names
     tp, whole = robust.bounded.layout.collectives, {}
     for parameter, value in model.named_parameters():
-        gradient = value.main_grad.clone()
-        if getattr(value, "tensor_model_parallel", False):
-            dim = value.partition_dim
-            parts = tp.gather_results(gradient.movedim(dim, 0).contiguous())
-            if "linear_fc1" in parameter and model.config.gated_linear_unit:
-                halves = [part.chunk(2) for part in parts.chunk(tp.size)]
-                parts = torch.cat([h[0] for h in halves] + [h[1] for h in halves])
-            gradient = parts.movedim(0, dim)
-        whole[parameter] = gradient
+        whole[parameter] = transformers.whole_gradient(
+            parameter, value, value.main_grad, model, tp
+        )
     return replica, whole, torch.cat(losses, 1)
 
 

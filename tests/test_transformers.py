@@ -227,15 +227,7 @@ def _gradients(name, method):
     for parameter, value in model.named_parameters():
         if value.grad is None:
             continue
-        gradient = value.grad
-        if getattr(value, "tensor_model_parallel", False):
-            dim = value.partition_dim
-            parts = tp.gather_results(gradient.movedim(dim, 0).contiguous())
-            if "linear_fc1" in parameter and model.config.gated_linear_unit:
-                halves = [part.chunk(2) for part in parts.chunk(tp.size)]
-                parts = torch.cat([h[0] for h in halves] + [h[1] for h in halves])
-            gradient = parts.movedim(0, dim)
-        whole[parameter] = gradient.clone()
+        whole[parameter] = transformers.whole_gradient(parameter, value, value.grad, model, tp)
     return whole
 
 

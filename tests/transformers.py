@@ -109,6 +109,18 @@ def filled(model, dtype=torch.float64):
     return model
 
 
+def whole_gradient(name, parameter, gradient, model, tp):
+    """A gradient of the rank's part of a parameter -> that of the whole one; collective."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return gradient.clone()
+    dim = parameter.partition_dim
+    parts = tp.gather_results(gradient.movedim(dim, 0).contiguous())
+    if "linear_fc1" in name and model.config.gated_linear_unit:  # [gate; up] on every rank
+        halves = [part.chunk(2) for part in parts.chunk(tp.size)]
+        parts = torch.cat([h[0] for h in halves] + [h[1] for h in halves])
+    return parts.movedim(0, dim).clone()
+
+
 def tokens(batch=2):
     """ids [B, S], position ids [B, S], padding mask [B, S] (1 keeps), token types [B, S]."""
     generator = torch.Generator().manual_seed(5)

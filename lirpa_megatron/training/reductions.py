@@ -8,6 +8,7 @@ from torch import nn
 
 from lirpa_megatron import host
 from lirpa_megatron.bounded_module import BoundedModule
+from lirpa_megatron.parameters import own_value
 
 
 def leave_sums_to_megatron(bounded: BoundedModule, model: nn.Module) -> None:
@@ -23,7 +24,7 @@ def leave_sums_to_megatron(bounded: BoundedModule, model: nn.Module) -> None:
         return
     for node in bounded.named_nodes().values():
         if isinstance(node, host.BoundParams) and _is_summed(node.ori_name, node.param, model):
-            object.__setattr__(node, "forward", host.own_value(node, 1 / size))
+            object.__setattr__(node, "forward", own_value(node, 1 / size))
 
 
 def _is_summed(name: str, parameter: nn.Parameter, model: nn.Module) -> bool:
