@@ -134,7 +134,6 @@ from auto_LiRPA.bound_ops import (  # noqa: E402, F401
     Bound,
     BoundActivation,
     BoundBuffers,
-    BoundDropout,
     BoundInput,
     BoundLinear,
     BoundOptimizableActivation,

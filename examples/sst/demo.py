@@ -2,7 +2,7 @@
 
     make demo                               a few of sentences.jsonl
     make demo ARGS='--limit 30'             all of them: the table in README.md
-    make demo ARGS='--data ../shared/data/sst/dev.jsonl --limit 10'
+    make demo ARGS='--data ../shared/data/sst/dev.jsonl --limit 1'
 
 Exit status 1 if the runs disagree: a result, or a certified radius by more than the tolerance to
 which it is searched.

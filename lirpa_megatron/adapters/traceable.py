@@ -20,6 +20,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from lirpa_megatron.adapters import refusals
 from lirpa_megatron.adapters.activations import ActivationFacade
@@ -122,6 +123,8 @@ class _Copier:
         for cls, facade in _FACADES.items():
             if isinstance(module, cls):
                 return facade(module, name, self, **part)
+        if isinstance(module, _DropoutNd) and not module.training:
+            return nn.Identity()  # also when the bounded module is trained later
         if is_norm(module):
             return NormFacade(module, name)
         if type(module) in (nn.GELU, nn.SiLU):

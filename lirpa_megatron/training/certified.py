@@ -92,9 +92,6 @@ class CertifiedLoss:
             for module, training in modes.items():
                 module.training = training
         self.bounded.train()
-        for node in self.bounded.named_nodes().values():
-            if isinstance(node, host.BoundDropout):
-                node.eval()
         leave_sums_to_megatron(self.bounded, model)
         self._tp = self.bounded.layout.collectives
 
