@@ -279,7 +279,7 @@ def test_alpha_after_twenty_steps_of_adam_is_that_of_one_device():
     assert (optimized[0] - crown[0]).max() > 1e-2  # it did optimize
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["residual", "skip over a pair", "mixed"])
 @pytest.mark.parametrize("method", ["CROWN-IBP", "CROWN"])
 def test_bounds_of_every_inner_node_are_the_ranks_part_of_the_unsharded_ones(name, method, tp):

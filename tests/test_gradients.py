@@ -174,7 +174,9 @@ def test_gradients_of_crown_are_those_of_one_device(name, options, by_eps):
     assert worst(2, NETS[name], "CROWN", options, by_eps) <= TOLERANCE
 
 
-@pytest.mark.parametrize("options", ["whole", "own in chunks"])
+@pytest.mark.parametrize(
+    "options", ["whole", pytest.param("own in chunks", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", ["IBP", "CROWN-IBP"])
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_with_interval_bounds_are_those_of_one_device(name, method, options):

@@ -171,7 +171,9 @@ def test_the_files_of_the_project_name_no_path_of_a_machine():
         assert f"{ROOT}/" not in text and not homes.search(text), path.relative_to(ROOT)
 
 
-@pytest.mark.parametrize("example, count", [(0, 6), (1, 1)], ids=["library", "GPT"])
+@pytest.mark.parametrize(
+    "example, count", [(0, 6), pytest.param(1, 1, marks=pytest.mark.slow)], ids=["library", "GPT"]
+)
 def test_the_readmes_examples_print_the_same_bounds_on_one_process_and_on_two(
     example, count, tmp_path
 ):

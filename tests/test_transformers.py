@@ -138,7 +138,8 @@ def test_in_float32_too(name):
 
 @pytest.mark.parametrize(
     ("name", "intermediate"),
-    [("gpt", "auto"), ("llama", "auto"), pytest.param("bert", True, marks=_SLOW),
+    [("gpt", "auto"), pytest.param("llama", "auto", marks=_SLOW),
+     pytest.param("bert", True, marks=_SLOW),
      pytest.param("llama", True, marks=_SLOW)],
 )
 def test_alpha_crown_is_the_same_on_two_ranks_and_no_looser_than_crown(name, intermediate):
@@ -233,7 +234,8 @@ def _gradients(name, method):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("llama", "CROWN"), ("one key group, norms of queries and keys", "IBP"),
+    [pytest.param("llama", "CROWN", marks=_SLOW),  # test_training has one with its loss
+     ("one key group, norms of queries and keys", "IBP"),
      pytest.param("gpt", "CROWN", marks=_SLOW), pytest.param("llama", "CROWN-IBP", marks=_SLOW),
      pytest.param("one key group, norms of queries and keys", "CROWN", marks=_SLOW)],
 )
