@@ -70,5 +70,6 @@ def test_certified_training_learns_the_same_at_every_size_and_resumes(tmp_path):
     assert natural[2] < 20 and certified[2] > natural[2] + 30  # certified at EPS
     for table in tables[1:3]:
         for row, expected in zip(table, tables[0], strict=True):
+            # Points of 360 images: rounding grows over the steps, a few images change sides.
             assert max(abs(a - b) for a, b in zip(row, expected, strict=True)) <= 2
     assert tables[3] == tables[0]

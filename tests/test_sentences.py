@@ -10,8 +10,9 @@ import transformers
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
 from lirpa_megatron.verify.sentences import attack, search
-from lirpa_megatron.verify.sentences.data import read_items
+from lirpa_megatron.verify.sentences.data import Item, read_items
 from lirpa_megatron.verify.sentences.options import SentenceOptions
+from lirpa_megatron.verify.sentences.results import unfinished
 from lirpa_megatron.verify.sentences.task import LabelTokens, make_task
 from lirpa_megatron.verify.sentences.tokenizer import Vocabulary, read_tokenizer, substitutes_of
 
@@ -396,3 +397,14 @@ def test_questions_that_differ_have_other_keys():
     ]
     keys = [json.dumps(SentenceOptions(**change).key()) for change in [{}, *other]]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("change", [
+    {"iteration": "20"}, {"dtype": "float64"}, {"tolerance": 0.5}, {"network": "other"},
+], ids=str)
+def test_results_of_other_weights_or_numbers_are_not_taken_for_these(change):
+    items = [Item("a", text="w1")]
+    like = {"network": "n", "task": "t", "iteration": "10", "dtype": "float32", "tolerance": 0.02}
+    done = [{**like, "property": "a", "text": "w1", "label": None}]
+    assert unfinished(items, done, like) == []
+    assert unfinished(items, done, {**like, **change}) == items

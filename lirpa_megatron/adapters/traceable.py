@@ -20,7 +20,6 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from lirpa_megatron.adapters import refusals
 from lirpa_megatron.adapters.activations import ActivationFacade
@@ -46,6 +45,10 @@ _FACADES: dict[type, type] = {
     SelfAttention: SelfAttentionFacade,
     MLP: MLPFacade,
 }
+
+_DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)
 
 
 def collectives_of(model: nn.Module) -> Collectives:
@@ -123,7 +126,8 @@ class _Copier:
         for cls, facade in _FACADES.items():
             if isinstance(module, cls):
                 return facade(module, name, self, **part)
-        if isinstance(module, _DropoutNd) and not module.training:
+        # Of torch's own classes alone: another one's forward may not be the identity in eval mode.
+        if type(module) in _DROPOUTS and not module.training:
             return nn.Identity()  # also when the bounded module is trained later
         if is_norm(module):
             return NormFacade(module, name)

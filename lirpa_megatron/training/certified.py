@@ -55,7 +55,8 @@ class CertifiedLoss:
         model: of classes, such as BERT with its binary head or an MLP, whose output is logits
             [B, K]; or a GPTModel (a BertModel with its 'lm' head), or a view of one, whose next
             token is asked for. Its parameters may be bfloat16; the bounds are float32 then.
-        inputs: example inputs: (x,) for classes, what `perturb_tokens` gives for tokens.
+        inputs: example inputs: (x,) for classes, what `perturb_tokens` gives for tokens. Those of
+            a step are made anew: building the graph writes to the parameters that these depend on.
         num_classes: K; None for a language model's tokens.
         vocab_size: entries of the vocabulary from here on pad it; None: none do.
         method: "IBP", "CROWN-IBP" or "CROWN".
@@ -105,7 +106,7 @@ class CertifiedLoss:
             inputs: (x,) with x a BoundedTensor [B, ...], or what `perturb_tokens` gives.
             labels: classes or target tokens, int64 [B].
             crown_share: beta in beta CROWN + (1 - beta) IBP, the lower bounds that are mixed
-                (CROWN-IBP, Zhang et al., 2020, section 4); of no meaning for method "IBP".
+                (CROWN-IBP, Zhang et al., ICLR 2020); of no meaning for method "IBP".
             iteration: for the message of an error.
 
         Raises:

@@ -19,8 +19,8 @@ def margin_cross_entropy(
 
         -log softmax(logits(x))_t = log sum_j exp(logit_j - logit_t) <= log (1 + sum_j exp(-l_j)),
 
-    j over the classes other than t: the robust cross-entropy of Wong & Kolter (2018), theorem 2,
-    as CROWN-IBP (Zhang et al., 2020, equation 3) uses it. A margin of 0 at t itself gives the 1.
+    j over the classes other than t: the robust cross-entropy of Wong & Kolter (ICML 2018), as
+    CROWN-IBP (Zhang et al., ICLR 2020) uses it. The 1 is of t itself, whose margin is 0.
 
     Args:
         lower: [B, K-1], replicated: classes other than the target (`classification_margins`). With
@@ -36,7 +36,7 @@ def margin_cross_entropy(
     worst = -lower
     if own is not None:
         worst = torch.where(own, worst, _NO_RIVAL)
-    # The 1 is of the target, whose margin is 0; the largest exponent is taken out.
+    # The largest exponent is taken out, as in logsumexp.
     top = worst.detach().amax(-1).clamp(min=0)
     if tp is not None:
         top = tp.largest(top)

@@ -21,11 +21,12 @@ from lirpa_megatron.parallel import runtime
 def ibp_initialization(model: nn.Module, seed: int = 0) -> None:
     """Draws weights with which IBP's intervals neither grow nor shrink from layer to layer.
 
-    Section 3.1: through W with entries of N(0, s^2) the width of an interval grows by the factor
+    Through W with entries of N(0, s^2) the width of an interval grows by the factor
     n E|W_ij| / 2 (half of it is cut off by ReLU), n the inputs; it is 1 for s = sqrt(2 pi) / n.
-    Biases become 0. Applies to nn.Linear and to column- and row-parallel layers, n the inputs of
-    the whole layer; the whole weight is drawn and cut, so that it is the same at every
-    tensor-parallel size.
+    Biases become 0. Applies to nn.Linear and to column- and row-parallel layers that have a weight
+    of their own, n the inputs of the whole layer; the whole weight is drawn and cut, so that the
+    network is the same at every tensor-parallel size (but for gated layers, whose ranks have parts
+    of both halves).
 
     Args:
         model: changed in place; all ranks call this.
@@ -36,6 +37,8 @@ def ibp_initialization(model: nn.Module, seed: int = 0) -> None:
         if not (is_column(module) or is_row(module) or type(module) is nn.Linear):
             continue
         weight, size, rank = module.weight, 1, 0
+        if weight is None:  # an output layer that uses the word embeddings
+            continue
         shape, dim = list(weight.shape), 1 if is_row(module) else 0
         if type(module) is not nn.Linear:
             group = getattr(module, "tp_group", None) or runtime.tp_group()
@@ -51,7 +54,7 @@ def ibp_initialization(model: nn.Module, seed: int = 0) -> None:
 def bound_regularizer(bounded: BoundedModule, tolerance: float = 0.5) -> torch.Tensor:
     """Penalties on intervals that grow and on ReLUs that are mostly on one side, for the warm-up.
 
-    Sections 3.2 and 3.3, of the m activations' inputs with intervals [l, u], D = (u - l)/2 and
+    Of the m activations' inputs with intervals [l, u], D = (u - l)/2 and
     c = (u + l)/2, means E over features and batch, D_0 that of the input:
 
         tightness  1/(t m) sum relu(t - E D_0 / E D_i)
