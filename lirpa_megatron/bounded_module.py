@@ -202,8 +202,7 @@ class BoundedModule(host.HostBoundedModule):
             keeps = kwargs["method"] == "CROWN-Optimized" and not self._optimizes_intermediate
             object.__setattr__(self, "_kept", {} if keeps else None)
             self.layout.form_limit = self.own_options.form_limit
-            self.layout.forms.clear()
-            self.layout.centered.clear()
+            self.layout.forget()
             try:
                 C = self._identity(x, kwargs) if C is None else C
                 bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
@@ -211,6 +210,7 @@ class BoundedModule(host.HostBoundedModule):
             finally:
                 object.__setattr__(self, "_depth", 0)
                 object.__setattr__(self, "_kept", None)
+                self.layout.forget()
 
     def _identity(self, x: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """What the host is given for the identity at a gathered output: [B, S, S] of one element.

@@ -28,7 +28,12 @@ class OwnOptions:
     """Entries of `bound_opts` that auto_LiRPA does not have."""
 
     max_spec_rows: int | None = None
-    """Most rows of A that a rank carries at once; None for all. The same on every rank."""
+    """Most rows of A that a rank carries at once. None: as many as `pass_memory` has room for. The
+    same on every rank."""
+    pass_memory: float | None = None
+    """MiB for the rows of A (both sides, at the node where they take most) that a rank carries at
+    once; a pass needs a small multiple of it. None: 16 MiB on a CPU (what its cache holds), on GPUs
+    a sixteenth of what is free on the rank that has least."""
     final_rows: str = "auto"
     """Rows of the final pass: 'whole' on every rank, each rank its 'own', or 'auto'."""
     whole_rows_limit: int = 64
@@ -51,6 +56,9 @@ class OwnOptions:
         limit = self.max_spec_rows
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise ValueError(f"max_spec_rows is {limit!r}: give a whole number of at least 1")
+        memory = self.pass_memory
+        if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
+            raise ValueError(f"pass_memory is {memory!r}: give a number of MiB above 0")
         if self.final_rows not in ("auto", "whole", "own"):
             raise ValueError(f"final_rows is {self.final_rows!r}: choose auto, whole or own")
         if self.return_A_rows not in ("whole", "own"):

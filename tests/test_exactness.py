@@ -44,6 +44,7 @@ NETS = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "chunks": {"max_spec_rows": 3},
+    "little memory": {"pass_memory": 1e-3},
     "own rows": {"final_rows": "own"},
     "own rows in chunks": {"final_rows": "own", "max_spec_rows": 1},
 }

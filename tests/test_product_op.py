@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLp
 from lirpa_megatron.adapters import symbols
 from lirpa_megatron.operators import BoundProduct
 from lirpa_megatron.operators.optimizable import RANGE
+from lirpa_megatron.parallel.collectives import Collectives
+from lirpa_megatron.parallel.layouts import Layout
 
 INF = math.inf
 DTYPES = (torch.float32, torch.float64)
@@ -30,7 +31,7 @@ class _Node:
 
 
 def product_node(a: _Node, b: _Node) -> BoundProduct:
-    options = {"optimize_bound_args": {}, "layout": SimpleNamespace(forms={})}
+    options = {"optimize_bound_args": {}, "layout": Layout(Collectives(None))}
     node = BoundProduct({}, [], 0, options)
     node.inputs = [a, b]
     return node

@@ -25,6 +25,7 @@ from lirpa_megatron import (
     perturb_tokens,
 )
 from lirpa_megatron.adapters.traceable import traceable
+from lirpa_megatron.operators import norm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDS = ("IBP", "CROWN-IBP", "CROWN")
@@ -152,11 +153,37 @@ def test_alpha_crown_is_the_same_on_two_ranks_and_no_looser_than_crown(name, int
     assert widths[1] <= widths[0] * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("rows", [pytest.param(5, marks=_SLOW), 50])
-def test_rows_in_chunks_are_the_same_rows(rows):
-    options = {"max_spec_rows": rows}
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"max_spec_rows": 5}, marks=_SLOW), {"max_spec_rows": 50}, {"pass_memory": 0.2}],
+    ids=str,
+)
+def test_rows_in_chunks_are_the_same_rows(options):
     many = pool(2).run(_bounds, "llama", torch.float64, ("CROWN",), 0.01, options)[0]
     _compare({"CROWN": _one("llama", torch.float64)["CROWN"]}, many, torch.float64)
+
+
+def _in_positions(name):
+    """Arguments of `_bounds`."""
+    options = {"optimize_bound_args": ALPHA}
+    return name, torch.float64, ("CROWN", "CROWN-Optimized"), 0.003, options
+
+
+def _position_by_position(name):
+    """Bounds with norms that use the form of each position by itself, however small it is."""
+    before, norm._PART = norm._PART, 0
+    try:
+        return _bounds(*_in_positions(name))
+    finally:
+        norm._PART = before
+
+
+@pytest.mark.parametrize("name", ["gpt", pytest.param("bert", marks=_SLOW)])
+def test_forms_used_position_by_position_give_the_same_bounds(name):
+    whole = pool(1).run(_bounds, *_in_positions(name))[0]
+    for ranks in (1, 2):
+        parts = pool(ranks).run(_position_by_position, name)[0]
+        _compare(whole, parts, torch.float64)
 
 
 def _attacked(name, eps, dtype, methods=ROUNDS, options=None):

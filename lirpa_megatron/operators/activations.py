@@ -50,7 +50,7 @@ class BoundCurve(OptimizableOperator):
         self, last_lA: Any, last_uA: Any, x: Any, start_node: Any = None, **kwargs: Any
     ) -> tuple:
         """A at x and the bias [R, B]. Shapes: see the class."""
-        lines = Relaxation(self.curve, x.lower, x.upper)
+        lines = self.common(lambda x: Relaxation(self.curve, x.lower, x.upper), x)
 
         def through(last_A: Any, side: int) -> tuple[Any, Any]:
             if last_A is None:

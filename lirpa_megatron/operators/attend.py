@@ -186,7 +186,9 @@ class BoundAttend(RowRelaxed):
         if form is not None and self.affords(s0.numel() * self.head_dim**2):
             v0 = torch.where(wild, 0.0, form.center)
             alpha = None if scores is None else scores.form
-            pairs = Pairs.of(form.view(lambda x: self._values(x, heads)), p0, alpha)
+            of_interest = ((p0 > 0) | (least < p0) | (most > p0)).flatten(0, 1).any(0)
+            values = form.view(lambda x: self._values(x, heads))
+            pairs = Pairs.of(values, p0, alpha, of_interest)
             if alpha is not None:
                 shift = (alpha.center - s0 + (p0 * s0).sum(-1, keepdim=True)).abs()
         dv = torch.where(wild, 0.0, torch.maximum(vu - v0, v0 - vl))

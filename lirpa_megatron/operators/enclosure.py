@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
 """Relative allowance for the rounding of the sums below."""
@@ -67,6 +68,19 @@ class AffineForm:
     def split(self, size: int) -> AffineForm:
         """The last dimension in parts of `size`."""
         return self.view(lambda x: x.unflatten(-1, (-1, size)))
+
+    def at(self, dim: int, index: int) -> AffineForm:
+        """The form of one part of a dimension, which is kept, without the last columns of zeros.
+
+        What a causal mask keeps from a position are such columns.
+        """
+        A = self.A.narrow(dim, index, 1)
+        used = (A != 0).flatten(0, -2).any(0).nonzero()
+        columns = int(used[-1]) + 1 if len(used) else 1
+        return AffineForm(
+            self.center.narrow(dim, index, 1), A[..., :columns], self.slack.narrow(dim, index, 1),
+            self.norm,
+        )
 
     def reach(self) -> torch.Tensor:
         """max |A u| for each coordinate: [B, *node shape]."""
@@ -179,55 +193,74 @@ def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
 class Pairs:
     """For query i and key j: v_j less its mean over i's keys, and the score t_ij, as forms.
 
-    With A' [d, N] the coefficients of v_j - sum_k p_ik v_k and alpha [N] those of t_ij:
+    With A' [d, N] the coefficients of v_j - sum_k p_ik v_k and alpha [N] those of t_ij, one tensor
+    for each query, of its first K <= U keys: those after them are of no interest.
 
     Attributes:
-        Q: [B, n, T, U, d, d]; a^T Q a = |A'^T a|_D^2.
-        cross: [B, n, T, U, d]; <a, cross> = <A'^T a, alpha>_D.
+        Q: T of [B, n, d, K d]; a^T Q a = |A'^T a|_D^2 for each key's [d, d].
+        cross: T of [B, n, d, K]; <a, cross> = <A'^T a, alpha>_D.
+        slack: T of [B, n, d, K], of the centred value.
         size: [B, n, T, U], |alpha|_D.
-        slack: [B, n, T, U, d], of the centred value.
     """
 
-    Q: torch.Tensor
-    cross: torch.Tensor
+    Q: list[torch.Tensor]
+    cross: list[torch.Tensor]
+    slack: list[torch.Tensor]
     size: torch.Tensor
-    slack: torch.Tensor
 
     @classmethod
-    def of(cls, values: AffineForm, p: torch.Tensor, scores: AffineForm | None) -> Pairs:
-        """Of values [B, n, U, d], weights p [B, n, T, U] and, if known, scores [B, n, T, U]."""
-        rows = []
+    def of(
+        cls, values: AffineForm, p: torch.Tensor, scores: AffineForm | None,
+        of_interest: torch.Tensor | None = None,
+    ) -> Pairs:
+        """Of values [B, n, U, d], weights p [B, n, T, U] and, if known, scores [B, n, T, U].
+
+        Args:
+            values, p, scores: as above.
+            of_interest: [T, U], the pairs that are (None: all).
+        """
+        rows, keys = [], p.shape[-1]
         for i in range(p.shape[-2]):
             own, alpha = p[..., i, :], None if scores is None else scores.A[..., i, :, :]
-            A = values.A - torch.einsum("bnu,bnudm->bndm", own, values.A).unsqueeze(2)
+            used = None if of_interest is None else of_interest[i].nonzero()
+            K = keys if used is None else int(used[-1]) + 1 if len(used) else 1
+            mean = torch.einsum("bnu,bnudm->bndm", own, values.A).unsqueeze(2)
+            A = values.A[:, :, :K] - mean
             shared = own.unsqueeze(-1) * values.slack
-            slack = values.slack - 2 * shared + shared.sum(2, keepdim=True)
-            if alpha is None:
-                alpha = A.new_zeros(*A.shape[:-2], A.shape[-1])
+            slack = (values.slack - 2 * shared + shared.sum(2, keepdim=True))[:, :, :K]
+            alpha = A.new_zeros(*A.shape[:-2], A.shape[-1]) if alpha is None else alpha[:, :, :K]
             if values.norm == float("inf"):
                 weights = _weights(A.square().sum(-2), alpha.square())
             else:
                 weights = torch.ones_like(alpha)
             weighted = A * weights.unsqueeze(-2)
             rows.append((
-                weighted @ A.transpose(-1, -2), (weighted @ alpha.unsqueeze(-1)).squeeze(-1),
-                safe_root((alpha.square() * weights).sum(-1)), slack,
+                (weighted @ A.transpose(-1, -2)).transpose(2, 3).flatten(-2),
+                (weighted @ alpha.unsqueeze(-1)).squeeze(-1).transpose(-1, -2),
+                slack.transpose(-1, -2),
+                F.pad(safe_root((alpha.square() * weights).sum(-1)), (0, keys - K)),
             ))
-        return cls(*(torch.stack(row, 2) for row in zip(*rows, strict=True)))
+        Q, cross, slack, size = (list(row) for row in zip(*rows, strict=True))
+        return cls(Q, cross, slack, torch.stack(size, 2))
 
     def reaches(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Bounds for rows a [R, B, n, T, d], each [R, B, n, T, U].
+        """Bounds for rows a [R, B, n, T, d], each [R, B, n, T, U]; 0 for pairs of no interest.
 
         Returns:
             (W, s, c): |<a_i, delta v'_j>| <= W + s, s from the slack alone; the product of its part
             W with the affine part of t_ij is at least (c - W size)/2.
         """
-        W, slack, cross = [], [], []
-        for j in range(self.size.shape[-1]):
-            through = torch.einsum("rbnid,bnide->rbnie", a, self.Q[..., j, :, :])
-            W.append((through * a).sum(-1))
-            slack.append((a.abs() * self.slack[..., j, :]).sum(-1))
-            cross.append((a * self.cross[..., j, :]).sum(-1))
-        root = safe_root(torch.stack(W, -1).clamp(min=0))
-        root = root * (1 + 10 * _ROUNDING[a.dtype])
-        return root, torch.stack(slack, -1), torch.stack(cross, -1)
+        found = []
+        d, keys = a.shape[-1], self.size.shape[-1]
+        none = a.new_zeros(*a.shape[:-2], keys)
+        for i, (Q, cross, slack) in enumerate(zip(self.Q, self.cross, self.slack, strict=True)):
+            own = a[..., i, :].movedim(0, -2)  # [B, n, R, d]
+            if not torch.is_grad_enabled() and not own.any():  # what a causal mask keeps from it
+                found.append((none,) * 3)
+                continue
+            through = (own @ Q).unflatten(-1, (-1, d))
+            three = (through * own.unsqueeze(-2)).sum(-1), own.abs() @ slack, own @ cross
+            found.append([F.pad(x, (0, keys - x.shape[-1])).movedim(-2, 0) for x in three])
+        W, slack, cross = (torch.stack(x, -2) for x in zip(*found, strict=True))
+        root = safe_root(W.clamp(min=0)) * (1 + 10 * _ROUNDING[a.dtype])
+        return root, slack, cross

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.operators.deviations import Deviations, dot
 from lirpa_megatron.operators.enclosure import AffineForm, safe_root
 from lirpa_megatron.operators.relaxed import RowRelaxed, tame
 
+_PART = 2**16
+"""Forms of more numbers are used position by position."""
 _LARGEST = 1e15
 """Coordinates beyond this are not squared in float32; only |z r| <= sqrt(d) is used then."""
 
@@ -20,8 +23,7 @@ class _Vectors:
 
     c: torch.Tensor
     """Any point; the clean value."""
-    dl: torch.Tensor
-    du: torch.Tensor
+    dx: Deviations
     z0: torch.Tensor
     r0: torch.Tensor
     r_least: torch.Tensor
@@ -37,29 +39,10 @@ class _Vectors:
     rho_mid: torch.Tensor
     """r - r0 - (slope below) t."""
     rho_half: torch.Tensor
-    form: AffineForm | None
     wild: torch.Tensor
     """Where a bound is so large that nothing of the above holds."""
     t_through: torch.Tensor | None = None
     """z0 times the form's coefficients."""
-
-    def through(self, v: torch.Tensor) -> torch.Tensor | None:
-        """v times the form's coefficients, if there is a form; v [R, ...]."""
-        return None if self.form is None else self.form.through(v)
-
-    def spread(
-        self, v: torch.Tensor, through: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(least, most) <v, dx> over the box and, if there is one, the affine form."""
-        up, down = v.clamp(min=0), v.clamp(max=0)
-        least = (up * self.dl + down * self.du).sum(-1)
-        most = (up * self.du + down * self.dl).sum(-1)
-        if self.form is not None:
-            middle = (v * (self.form.center - self.c)).sum(-1)
-            radius = self.form.radius(v, through)
-            least = torch.maximum(least, middle - radius)
-            most = torch.maximum(least, torch.minimum(most, middle + radius))
-        return least, most
 
 
 class BoundNorm(RowRelaxed):
@@ -162,10 +145,11 @@ class BoundNorm(RowRelaxed):
         q0 = z0.square().sum(-1)
         N = torch.maximum(dl.square(), du.square()).sum(-1)
         nothing = torch.zeros_like(q0)
-        found = _Vectors(c, dl, du, z0, *(nothing,) * 3, (nothing,) * 2, *(nothing,) * 3,
-                         (nothing,) * 2, *(nothing,) * 4, form, wild)
-        found.t_through = found.through(z0.unsqueeze(0))
-        tl, tu = (x[0] for x in found.spread(z0.unsqueeze(0), found.t_through))
+        dx = Deviations.of(dl, du, c, form)
+        found = _Vectors(c, dx, z0, *(nothing,) * 3, (nothing,) * 2, *(nothing,) * 3,
+                         (nothing,) * 2, *(nothing,) * 4, wild)
+        found.t_through = dx.through(z0.unsqueeze(0))
+        tl, tu = (x[0] for x in dx.range(z0.unsqueeze(0), dx.reach(found.t_through)))
 
         length, reach = torch.linalg.vector_norm(z0, dim=-1), safe_root(N)
         least = torch.maximum((q0 + 2 * tl).clamp(min=0), (length - reach).clamp(min=0).square())
@@ -205,25 +189,51 @@ class BoundNorm(RowRelaxed):
         return *self.inputs[0].lower.shape[:-1], self.groups, 2
 
     def relaxation(self, x: Any, *_: Any) -> tuple:
-        """The vectors, and gamma and beta."""
+        """The vectors in parts that fit a processor's cache, and gamma and beta."""
         form = self.form_of(0)
-        vectors = self._vectors(
-            self._split(x.lower), self._split(x.upper), self._split(self.value_of(0)),
-            None if form is None else form.split(self._d),
-        )
+        boxes = [self._split(z) for z in (x.lower, x.upper, self.value_of(0))]
+        form = None if form is None else form.split(self._d)
+        if form is not None and boxes[0].ndim > 3 and form.A.numel() > _PART:
+            parts = [
+                self._vectors(*(z.narrow(1, t, 1) for z in boxes), form.at(1, t))
+                for t in range(boxes[0].shape[1])
+            ]
+        else:
+            parts = [self._vectors(*boxes, form)]
         beta = self.value_of(2) if len(self.inputs) > 2 else None
-        return vectors, self.value_of(1), beta
+        return parts, self.value_of(1), beta
 
     def lower_plane(
         self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None
     ) -> tuple[tuple, torch.Tensor]:
         """A [R, B, ..., groups d] -> (A_x of the same shape,), bias [R, B]."""
-        x, gamma, beta = shared
+        parts, gamma, beta = shared
         A = self._split(A)
-        w = self._project(A * gamma)
-        s0 = (w * x.z0).sum(-1)
-        through = x.through(w)
-        least, most = x.spread(w, through)
+        found = []
+        for t, x in enumerate(parts):
+            own, moved = A, move
+            if len(parts) > 1:
+                own = A.narrow(2, t, 1)
+                moved = None if move is None else move.narrow(2, t, 1)
+            found.append(self._plane(self._project(own * gamma), x, moved))
+        coef, value = found[0]
+        if len(parts) > 1:
+            coef = torch.cat([coef for coef, _ in found], 2)
+            value = torch.cat([value for _, value in found], 2)
+        bias = value.flatten(2).sum(-1)
+        if beta is not None:
+            bias = bias + (A * beta).flatten(2).sum(-1)
+        return (coef.flatten(-2),), bias
+
+    def _plane(
+        self, w: torch.Tensor, x: _Vectors, move: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The plane below <w, x> r for w [R, *lead, d]: coefficients of x, constant [R, *lead]."""
+        if not torch.is_grad_enabled() and not w.any():  # what a causal mask keeps from the rows
+            return torch.zeros_like(w), w.new_zeros(w.shape[:-1])
+        s0 = dot(w, x.z0)
+        through = x.dx.through(w)
+        least, most = x.dx.range(w, x.dx.reach(through))
         m_s, S = (least + most) / 2, ((most - least) / 2).clamp(min=0)
         kappa, rho, half, error = self._product(w, through, x, m_s, S)
         m, k, slope, const, below = kappa * x.t_mid + rho, s0 + m_s, 0, -error, x.below
@@ -237,14 +247,10 @@ class BoundNorm(RowRelaxed):
         coef = (x.r0 + m).unsqueeze(-1) * w + slope.unsqueeze(-1) * x.z0
 
         floor = -(self._d**0.5) * torch.linalg.vector_norm(w, dim=-1)
-        worst = const + (coef.clamp(min=0) * x.dl + coef.clamp(max=0) * x.du).sum(-1)
+        worst = const + x.dx.box(coef)[0]
         flat = ~(worst > floor) | x.wild
         coef = torch.where(flat.unsqueeze(-1), 0.0, coef)
-        value = torch.where(flat, floor, const - (coef * x.c).sum(-1))
-        bias = value.flatten(2).sum(-1)
-        if beta is not None:
-            bias = bias + (A * beta).flatten(2).sum(-1)
-        return (coef.flatten(-2),), bias
+        return coef, torch.where(flat, floor, const - dot(coef, x.c))
 
     def _product(
         self, w: torch.Tensor, through: torch.Tensor | None, x: _Vectors, m_s: torch.Tensor,
@@ -258,10 +264,14 @@ class BoundNorm(RowRelaxed):
         low, high = x.r_least - x.r0, x.r_most - x.r0
         rho, half = (low + high) / 2, (high - low) / 2
         ratio = (x.t_half + 1e-30) / (S.detach() + 1e-30)
-        scale = ratio.detach().clamp(1e-12, 1e12).sqrt().unsqueeze(-1)
-        joint = None if through is None else scale * through + x.t_through / scale
-        least, most = x.spread(scale * w + x.z0 / scale, joint)
-        off = scale.squeeze(-1) * m_s + x.t_mid / scale.squeeze(-1)
+        scale = ratio.detach().clamp(1e-12, 1e12).sqrt()
+        inverse = scale.square().reciprocal().unsqueeze(-1)
+        reach = None
+        if through is not None:
+            reach = x.dx.reach(torch.addcmul(through, x.t_through, inverse)) * scale
+        joint = scale.unsqueeze(-1) * torch.addcmul(w, x.z0, inverse)
+        least, most = x.dx.range(joint, reach)
+        off = scale * m_s + x.t_mid / scale
         joint = torch.maximum((most - off).abs(), (least - off).abs()).square() / 4
         error, with_t = S * half, S * x.rho_half - x.below[0] * joint
         better = with_t < error

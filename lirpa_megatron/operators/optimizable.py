@@ -10,6 +10,7 @@ values outside are clamped where they are used.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,25 @@ class OptimizableOperator(host.BoundOptimizableActivation):
             return None
         return (self.alpha[start.name][side] / RANGE).clamp(-1, 1)
 
+    def common(self, make: Callable[..., Any], *inputs: Any) -> Any:
+        """`make(*inputs)`, what all rows have in common: once for the bounds that it is made of.
+
+        Every pass through the operator needs it, every chunk of rows, and with the same bounds.
+        What gradients flow to is made each time: its graph belongs to the pass.
+        """
+        layout = self.options["layout"]
+        reads: list[Any] = [torch.is_grad_enabled()]
+        for x in self.inputs:
+            reads += [getattr(x, "lower", None), getattr(x, "upper", None)]
+            reads += [layout.forms.get(x.name), layout.centered.get(x.name)]
+        known = layout.common.get(self.name)
+        if known is not None and all(a is b for a, b in zip(known[0], reads, strict=True)):
+            return known[1]
+        found = make(*inputs)
+        if not _requires_grad(found):
+            layout.common[self.name] = reads, found
+        return found
+
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             f"{type(self).__name__} does not offer forward mode (use IBP, CROWN-IBP, CROWN or "
@@ -74,6 +94,14 @@ class OptimizableOperator(host.BoundOptimizableActivation):
 
     def build_solver(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not offer a solver model")
+
+
+def _requires_grad(value: Any) -> bool:
+    """Whether a gradient flows to any tensor in it."""
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    parts = value if isinstance(value, (tuple, list)) else getattr(value, "__dict__", {}).values()
+    return any(_requires_grad(part) for part in parts)
 
 
 def total(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

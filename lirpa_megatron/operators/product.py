@@ -115,9 +115,7 @@ class BoundProduct(OptimizableOperator):
         """A at a and b and the bias [R, B]. Shapes: see the class."""
         if not self._both_perturbed:
             return self._linear(last_lA, last_uA, *x)
-        known = self.options["layout"].forms
-        forms = [known.get(node.name) for node in self.inputs]
-        box = _box(x[0], x[1], None if None in forms else forms)
+        box = self.common(self._box, *x)
         any_infinite = bool(box.infinite.any())
 
         def through(last_A: Any, side: int) -> tuple[Any, Any, Any]:
@@ -139,6 +137,11 @@ class BoundProduct(OptimizableOperator):
 
         (lA_a, lA_b, lbias), (uA_a, uA_b, ubias) = through(last_lA, 0), through(last_uA, 1)
         return [(lA_a, uA_a), (lA_b, uA_b)], lbias, ubias
+
+    def _box(self, a: Any, b: Any) -> _Box:
+        known = self.options["layout"].forms
+        forms = [known.get(node.name) for node in self.inputs]
+        return _box(a, b, None if None in forms else forms)
 
     def _linear(self, last_lA: Any, last_uA: Any, *x: Any) -> tuple:
         As = []

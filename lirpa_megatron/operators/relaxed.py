@@ -65,7 +65,7 @@ class RowRelaxed(OptimizableOperator):
         self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
     ) -> tuple:
         """A and bias of both sides. Shapes: see the class; a bias is [R, B]."""
-        shared = self.relaxation(*x)
+        shared = self.common(self.relaxation, *x)
         lower: tuple = ()
         upper: tuple = ()
         lbias = ubias = 0

@@ -66,6 +66,7 @@ class Layout:
         form_limit: numbers that a table made of forms may have.
         forms: node name -> its affine form, found by a pass of the present call.
         centered: the same for the scores of an attention, relative to their weighted mean.
+        common: node name -> what all rows have in common there, and what it was made of.
     """
 
     def __init__(self, collectives: Collectives) -> None:
@@ -76,6 +77,12 @@ class Layout:
         self.form_limit = 0
         self.forms: dict[str, Any] = {}
         self.centered: dict[str, Any] = {}
+        self.common: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        """Leaves what holds for one call's bounds alone."""
+        for found in (self.forms, self.centered, self.common):
+            found.clear()
 
     def __deepcopy__(self, memo: dict) -> Layout:
         return self  # process groups cannot be copied
