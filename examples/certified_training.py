@@ -1,95 +1,42 @@
-"""Certified training with Megatron's loop: a classifier of digits is fine-tuned on its bounds.
+"""Certified training with Megatron's loop: a model is fine-tuned on its bounds.
 
-    python examples/certified_training.py
-    torchrun --nproc-per-node 2 examples/certified_training.py                           TP=2
-    torchrun --nproc-per-node 2 examples/certified_training.py --tensor-parallel-size 1  DP=2
+    python examples/certified_training.py --model digits
+    python examples/certified_training.py --model sentences
+    torchrun --nproc-per-node 2 examples/certified_training.py ...                           TP=2
+    torchrun --nproc-per-node 2 examples/certified_training.py --tensor-parallel-size 1 ...  DP=2
 
-A network (64-256-256-10, ReLU) learns the 8x8 scans of handwriting that scikit-learn bundles as
-usual, and then on bounds over every box of radius eps around an image, while eps grows to 0.1 and
-the bounds go from CROWN-IBP to IBP. Printed are natural accuracy, accuracy under a gradient attack,
-and certified accuracy before and after; a plot has certified accuracy against the radius. All sizes
-train the same network up to rounding. A run that is started again goes on after the last epoch that
-was saved.
+'digits' is a network of MNIST's size (784-256-256-10, ReLU) for the scans of handwriting that
+scikit-learn bundles; it learns as usual first. 'sentences' is the BERT of examples/sst, which has.
+Both then learn on bounds over every box of radius eps around an input, while eps grows. Printed are
+natural accuracy, accuracy under a gradient attack, and certified accuracy before and after; a plot
+has certified accuracy against the radius. All sizes train the same model up to rounding. A run that
+is started again goes on after the last epoch that was saved. Of sentences the model is saved as a
+Megatron checkpoint too, with what was certified (`certified_models`).
 """
 
 import argparse
-import math
 import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from certified_models import MODELS
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
-from sklearn.datasets import load_digits
-from torch import nn
 
-from lirpa_megatron import (
-    BoundedModule,
-    BoundedTensor,
-    PerturbationLpNorm,
-    classification_margins,
-    parallelize,
-)
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
-from lirpa_megatron.training import CertifiedLoss, Ramp
+from lirpa_megatron.training import Ramp
 
-WIDTHS, CLASSES, HELD_OUT = (64, 256, 256, 10), 10, 360
-EPS, RADII = 0.1, (0.01, 0.02, 0.05, 0.1, 0.15)
 PHASES = ("natural", "certified")
-BATCH, RATE = 128, {"natural": 1e-2, "certified": 2e-3}
 
 
-def images():
-    """(train x, train y, held-out x, held-out y), x [images, 64] in [0, 1]."""
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    x, y = torch.tensor(digits.data[order] / 16).float(), torch.tensor(digits.target[order])
-    return x[:-HELD_OUT], y[:-HELD_OUT], x[-HELD_OUT:], y[-HELD_OUT:]
-
-
-def network():
-    """Column- and row-parallel layers, the same function at every tensor-parallel size."""
-    torch.manual_seed(0)
-    layers = []
-    for inputs, outputs in zip(WIDTHS, WIDTHS[1:], strict=False):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return parallelize(nn.Sequential(*layers[:-1]))
-
-
-def box(x, eps):
-    """Images whose pixels move by up to eps within [0, 1]."""
-    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    return BoundedTensor(x, PerturbationLpNorm(norm=math.inf, x_L=low, x_U=high))
-
-
-def train(phase, epochs, model, loss_of, data, folder):
-    """Trains with Megatron's DistributedDataParallel, epoch by epoch; saves each."""
-    size = runtime.tp_size()
-    config = TransformerConfig(  # Megatron's reductions ask it for the parallel sizes
-        num_layers=1, hidden_size=WIDTHS[1], num_attention_heads=size,
-        tensor_model_parallel_size=size,
-    )
-    ddp = DistributedDataParallel(
-        config, DistributedDataParallelConfig(overlap_grad_reduce=False), model
-    )
-    ddp.zero_grad_buffer()
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE[phase])
-    x, y = data
-    steps = len(x) // BATCH
-    radius = Ramp(start=0, length=steps * epochs * 2 // 3, first=0.0, last=EPS)
-    crown_share = Ramp(start=0, length=steps * epochs * 2 // 3, first=1.0, last=0.0, mid=0)
-    replicas = parallel_state.get_data_parallel_world_size()
-    replica = parallel_state.get_data_parallel_rank()
-    state = folder / f"{phase}-{runtime.tp_rank()}of{size}.pt"
+def resumed(state, model, optimizer, folder):
+    """The epoch to begin with: after the last that all processes have saved."""
     first = 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -100,16 +47,37 @@ def train(phase, epochs, model, loss_of, data, folder):
     torch.distributed.all_gather_object(firsts, first)
     if len(set(firsts)) > 1:
         raise UserError(f"{folder} was saved after different epochs by the processes: --restart")
+    return first
+
+
+def train(phase, epochs, task, folder):
+    """Trains with Megatron's DistributedDataParallel, epoch by epoch; saves each."""
+    model = task.model
+    ddp = DistributedDataParallel(
+        task.config, DistributedDataParallelConfig(overlap_grad_reduce=False), model
+    )
+    ddp.zero_grad_buffer()
+    optimizer = torch.optim.Adam(task.groups(phase))
+    steps = task.count // task.batch
+    ramp = steps * epochs * 2 // 3
+    radius = Ramp(start=0, length=ramp, first=0.0, last=task.eps)
+    crown_share = Ramp(start=0, length=ramp, first=1.0, last=0.0, mid=0)
+    replicas = parallel_state.get_data_parallel_world_size()
+    replica = parallel_state.get_data_parallel_rank()
+    state = folder / f"{phase}-{runtime.tp_rank()}of{runtime.tp_size()}.pt"
+    first = resumed(state, model, optimizer, folder)
     for epoch in range(first, epochs):
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
+        order = torch.randperm(task.count, generator=torch.Generator().manual_seed(epoch))
         total = 0.0
-        for step, batch in enumerate(order.split(BATCH)[:steps]):
+        for step, batch in enumerate(order.split(task.batch)[:steps]):
             iteration = epoch * steps + step
             own = batch.chunk(replicas)[replica]
-            loss = F.cross_entropy(ddp(x[own]), y[own])
+            loss = task.loss(own)
             if phase == "certified":
-                worst = loss_of((box(x[own], radius(iteration)),), y[own], iteration=iteration,
-                                crown_share=crown_share(iteration))
+                worst = task.loss_of(
+                    task.inputs(own, radius(iteration)), task.labels(own), iteration=iteration,
+                    crown_share=crown_share(iteration),
+                )
                 loss = 0.5 * loss + 0.5 * worst.loss.mean()
             ddp.zero_grad_buffer()
             loss.backward()
@@ -134,35 +102,32 @@ def train(phase, epochs, model, loss_of, data, folder):
         parameter.grad = None
 
 
-def attacked(model, x, y, eps, steps=20):
-    """Points of the boxes that raise the loss."""
-    generator = torch.Generator().manual_seed(0)
-    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    point = low + (high - low) * torch.rand(x.shape, generator=generator)
-    for _ in range(steps):
-        point.requires_grad_(True)
-        (slope,) = torch.autograd.grad(F.cross_entropy(model(point), y), point)
-        point = (point.detach() + 2.5 * eps / steps * slope.sign()).clamp(low, high)
-    return point
+def evaluate(task):
+    """(natural, attacked, radius -> certified accuracy) of the held-out inputs."""
+    task.model.eval()
+    right = task.right(None)
+    robust = right & task.right(task.eps)
+    curve = {eps: share(right & task.certified(eps)) for eps in task.radii}
+    task.model.train()
+    return share(right), share(robust), curve
 
 
-def evaluate(model, x, y):
-    """(natural, attacked and certified accuracy at EPS, certified accuracy at each of RADII)."""
-    bounded, C = BoundedModule(model, x), classification_margins(y, CLASSES)
-    bounded.eval()
-    right = model(x).argmax(1) == y
-
-    def certified(eps):
-        lower, _ = bounded.compute_bounds((box(x, eps),), C=C, method="CROWN", bound_upper=False)
-        return float((right & (lower.amin(1) > 0)).double().mean())
-
-    robust = right & (model(attacked(model, x, y, EPS)).argmax(1) == y)
-    with torch.no_grad():
-        curve = [certified(eps) for eps in RADII]
-    return [float(right.double().mean()), float(robust.double().mean()), certified(EPS)], curve
+def share(hits):
+    return float(hits.double().mean())
 
 
-def plot(path, curves):
+def table(task, found):
+    """Lines of a Markdown table."""
+    others = [eps for eps in task.radii if eps != task.eps]
+    yield (f"| training | natural | attacked at {task.eps} | certified at {task.eps} | "
+           + " | ".join(f"at {eps}" for eps in others) + " |")
+    yield "|---" * (4 + len(others)) + "|"
+    for phase, (natural, robust, curve) in found.items():
+        values = [natural, robust, curve[task.eps], *(curve[eps] for eps in others)]
+        yield f"| {phase} | " + " | ".join(f"{v:.1%}" for v in values) + " |"
+
+
+def plot(path, task, found):
     """Certified accuracy against the radius, where matplotlib is there."""
     try:
         import matplotlib
@@ -172,51 +137,64 @@ def plot(path, curves):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 3.5))
-    for name, curve in curves.items():
-        axes.plot(RADII, curve, marker="o", label=name)
+    for phase, (natural, _, curve) in found.items():
+        points = {0.0: natural, **curve}
+        axes.plot(list(points), list(points.values()), marker="o", label=phase)
+    axes.axvline(task.eps, color="0.7", linestyle=":", label="trained for")
     axes.set(xlabel="L-inf radius", ylabel="certified accuracy", ylim=(-0.02, 1.02),
-             title="Digits, CROWN, held-out images")
+             title=f"{task.title}, CROWN")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     return f"plot: {path}"
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="digits")
     parser.add_argument("--tensor-parallel-size", type=int, help="default: all processes")
-    parser.add_argument("--epochs", type=int, nargs=2, default=(10, 60), metavar="N",
-                        help="natural and certified epochs (default 10 60)")
-    parser.add_argument("--folder", type=Path, default=Path("build/certified_training"))
+    parser.add_argument("--epochs", type=int, nargs=2, metavar="N",
+                        help="natural and certified epochs (default: digits 10 60, sentences 0 60)")
+    parser.add_argument("--folder", type=Path,
+                        help="what is saved (default build/certified_training/MODEL)")
     parser.add_argument("--restart", action="store_true", help="forget what was saved")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/sst"),
+                        help="sentences: folder of train.jsonl and dev.jsonl (default %(default)s)")
+    parser.add_argument("--limit", type=int,
+                        help="held-out inputs to evaluate (default: digits 360, sentences 30)")
     chosen = parser.parse_args()
+    chosen.folder = chosen.folder or Path("build/certified_training") / chosen.model
+    return chosen
+
+
+def main():
+    chosen = arguments()
     with runtime.session(chosen.tensor_parallel_size):
         if runtime.is_rank0():
             if chosen.restart:
                 shutil.rmtree(chosen.folder, ignore_errors=True)
             chosen.folder.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
-        x, y, held_x, held_y = images()
-        model = network()
-        # Before Megatron's DistributedDataParallel: it wraps the same parameters.
-        loss_of = CertifiedLoss(model, (x[:1],), num_classes=CLASSES, method="CROWN-IBP")
+        # Makes its CertifiedLoss before Megatron's DistributedDataParallel wraps the parameters.
+        task = MODELS[chosen.model](chosen.data, chosen.limit)
         found = {}
-        for phase, epochs in zip(PHASES, chosen.epochs, strict=True):
-            train(phase, epochs, model, loss_of, (x, y), chosen.folder)
-            found[phase] = evaluate(model, held_x, held_y)
+        for phase, epochs in zip(PHASES, chosen.epochs or task.epochs, strict=True):
+            if epochs:
+                train(phase, epochs, task, chosen.folder)
+            found[phase] = evaluate(task)
+        saved = task.save(chosen.folder)
         if runtime.is_rank0():
-            others = [eps for eps in RADII if eps != EPS]
-            print(f"| training | natural | attacked at {EPS} | certified at {EPS} | "
-                  + " | ".join(f"at {eps}" for eps in others) + " |\n" + "|---" * 8 + "|")
-            for phase, (at_eps, curve) in found.items():
-                beside = [v for eps, v in zip(RADII, curve, strict=True) if eps != EPS]
-                print(f"| {phase} | " + " | ".join(f"{v:.1%}" for v in at_eps + beside) + " |")
-            curves = {phase: curve for phase, (_, curve) in found.items()}
-            print(plot(chosen.folder / "certified_accuracy.png", curves))
+            lines = list(table(task, found))
+            (chosen.folder / "accuracy.md").write_text("\n".join(lines) + "\n")
+            print("\n".join(lines))
+            print(plot(chosen.folder / "certified_accuracy.png", task, found))
+            print(saved, end="")
 
 
 if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        if runtime.is_rank0():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -16,6 +16,7 @@ from torch import nn
 
 from lirpa_megatron import host
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
+from lirpa_megatron.cheaper_first import cheaper_first
 from lirpa_megatron.forms import bound_centered, form_is_of_use, reader_of_scores, without_nan
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
@@ -159,8 +160,9 @@ class BoundedModule(host.HostBoundedModule):
             aux: as in auto_LiRPA.
             C: specification [B, S, output features], replicated; for a sharded output
                 (gather_output=False) the rank's own features [B, S, features / p].
-            **kwargs: auto_LiRPA's: method, bound_lower, bound_upper, final_node_name,
-                interm_bounds, reference_bounds, return_A, needed_A_dict, reuse_alpha, ...
+            **kwargs: auto_LiRPA's: method (also 'auto': `cheaper_first`), bound_lower,
+                bound_upper, final_node_name, interm_bounds, reference_bounds, return_A,
+                needed_A_dict, reuse_alpha, ...
 
         Returns:
             (lower, upper), each [B, S], or [B, *output shape] without C, the same on every rank;
@@ -177,6 +179,8 @@ class BoundedModule(host.HostBoundedModule):
             return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
         if isinstance(x, torch.Tensor):
             x = (x,)
+        if str(kwargs.get("method")).lower() == "auto":
+            return cheaper_first(self, x, aux, C, kwargs)
         group = self.layout.collectives.group
         with spmd.guard(group, "compute_bounds"), host.running(x or ()):
             kwargs = host.translate_compute_bounds(kwargs)
@@ -196,7 +200,7 @@ class BoundedModule(host.HostBoundedModule):
             if x is not None:
                 check_perturbations(self, x, kwargs["method"])
             object.__setattr__(self, "_final_is_identity", C is None)
-            self._check_output(C, kwargs)
+            self.check_output(C, kwargs)
             object.__setattr__(self, "_depth", 1)
             # What an earlier call found may not hold for these inputs.
             keeps = kwargs["method"] == "CROWN-Optimized" and not self._optimizes_intermediate
@@ -224,7 +228,8 @@ class BoundedModule(host.HostBoundedModule):
         batch = self.batch_size if x is None else x[0].shape[0]
         return torch.ones(1, device=self.device).expand(batch, S, S)
 
-    def _check_output(self, C: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    def check_output(self, C: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
+        """Refuses methods and specifications that the final node does not go with."""
         final = self._final(kwargs)
         if self.sharded[final.name] and C is None and kwargs["method"] == "CROWN-Optimized":
             raise NotImplementedError(

@@ -228,7 +228,8 @@ def _add_question(add: Any) -> None:
 def _add_effort(add: Any) -> None:
     add(
         "--method", type=_method,
-        help="IBP, CROWN-IBP, CROWN (default) or CROWN-Optimized (alpha-CROWN)",
+        help="IBP, CROWN-IBP, CROWN (default), CROWN-Optimized (alpha-CROWN), or auto: these in "
+        "order until one proves it",
     )
     add(
         "--tensor-parallel-size", metavar="N", type=_number(int, 1),

@@ -9,7 +9,8 @@ from typing import Any
 from lirpa_megatron import host
 
 METHODS = ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized")
-"""Methods of `compute_bounds`; auto_LiRPA's other spellings of them are accepted too."""
+"""Methods of `compute_bounds`, from the cheapest on; auto_LiRPA's other spellings of them are
+accepted too, and 'auto' (`cheaper_first`)."""
 
 _SPELLINGS = {
     "ibp": "IBP",
@@ -20,6 +21,7 @@ _SPELLINGS = {
     "backward": "CROWN",
     "crown-optimized": "CROWN-Optimized",
     "alpha-crown": "CROWN-Optimized",
+    "auto": "auto",
 }
 
 
@@ -113,7 +115,7 @@ def check_method(method: str | None) -> str:
     name = str(method).lower()
     if name in _SPELLINGS:
         return _SPELLINGS[name]
-    known = ", ".join(METHODS)
+    known = ", ".join((*METHODS, "auto"))
     if "forward" in name or "dynamic" in name:
         raise NotImplementedError(
             f"method {method!r} is not available on a sharded model; the methods are {known}"

@@ -96,6 +96,11 @@ def _methods_differ():
     bounded.compute_bounds(x=(_ball(_input()),), method=("CROWN", "IBP")[_rank()])
 
 
+def _only_one_rank_goes_on():
+    bounded = BoundedModule(parallelize(_net()), _input())
+    bounded.compute_bounds(x=(_ball(_input()),), method=("auto", "CROWN")[_rank()])
+
+
 def _radii_differ():
     bounded = BoundedModule(parallelize(_net()), _input())
     bounded.compute_bounds(x=(_ball(_input(), 0.1 + 0.1 * _rank()),), method="IBP")
@@ -122,6 +127,7 @@ def _chunks_differ():
 @pytest.mark.parametrize("function, named", [
     (_inputs_differ, "input 0"),
     (_methods_differ, "method"),
+    (_only_one_rank_goes_on, "keyword argument"),
     (_radii_differ, "eps of input 0"),
     (_replicated_parameters_differ, "2.bias"),
     (_modules_differ, "0.weight"),

@@ -73,8 +73,8 @@ class CertifiedLoss:
         method: str = "CROWN-IBP", bound_opts: Mapping[str, Any] | None = None,
     ) -> None:
         self.method, self.num_classes, self.vocab_size = check_method(method), num_classes, None
-        if self.method == "CROWN-Optimized":
-            raise UserError("method CROWN-Optimized cannot be trained with: choose CROWN")
+        if self.method in ("CROWN-Optimized", "auto"):
+            raise UserError(f"method {self.method} cannot be trained with: choose CROWN")
         inputs, bounded_model = tuple(inputs), model
         if num_classes is None:
             if not isinstance(model, TokenMargins):

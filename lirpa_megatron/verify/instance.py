@@ -109,9 +109,12 @@ def _bound_rows(
     C = specification_matrix(rows, prop.n_out, dtype, device)
     # Only alpha needs gradients; recording them otherwise costs memory.
     optimized = options.method == "CROWN-Optimized"
+    enough = {}
+    if options.method == "auto":
+        enough["decision_thresh"] = torch.tensor([[row.bound for row in rows]], device=device)
     with contextlib.nullcontext() if optimized else torch.no_grad():
         bound, _ = loaded.bounded.compute_bounds(
-            x=(x,), C=C, method=options.method, bound_upper=False
+            x=(x,), C=C, method=options.method, bound_upper=False, **enough
         )
     values = minus_right_hand_sides(bound, rows).tolist()
     return dict(zip(indices, spmd.broadcast_object(values, group), strict=True))

@@ -12,7 +12,7 @@ from lirpa_megatron.verify.attack import AttackOptions
 class VerifyOptions:
     """What to compute for each instance."""
 
-    # method of the bounds, one of lirpa_megatron.METHODS
+    # method of the bounds, one of lirpa_megatron.METHODS or auto
     method: str = "CROWN"
     # a key of network.DTYPES; None: what the network is stored in
     dtype: str | None = None

@@ -16,7 +16,7 @@ NORMS = {"inf": math.inf, "2": 2.0, "1": 1.0}
 class SentenceOptions:
     """Options of a run over sentences; every field has the name of its command-line option."""
 
-    # CROWN, ...: one of lirpa_megatron.METHODS
+    # CROWN, ...: one of lirpa_megatron.METHODS, or auto
     method: str = "CROWN"
     # a key of verify.network.DTYPES; None: what the checkpoint stores, at least float32
     dtype: str | None = None

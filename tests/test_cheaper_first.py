@@ -1,0 +1,78 @@
+"""Method 'auto': the cheapest method that proves it, the same on every rank."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from ranks import pool
+from torch import nn
+
+from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm, parallelize
+
+
+def _net():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)]
+    return parallelize(nn.Sequential(*layers).double())
+
+
+def _called(eps, shift=0.0, norm=math.inf, grad=False, **kwargs):
+    """(methods that were run, 'auto's bounds, each method's own) of two margins."""
+    torch.set_default_dtype(torch.float64)
+    x = torch.linspace(-1, 1, 12).view(2, 6)
+    bounded = BoundedModule(_net(), x, {"optimize_bound_args": {"iteration": 5}})
+    clean = bounded(x)
+    best = clean.argmax(1)
+    C = torch.stack([torch.eye(3)[b] - torch.eye(3)[[k for k in range(3) if k != b]] for b in best])
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=norm, eps=eps))
+    each = {}
+    for method in METHODS:
+        try:
+            bounds = bounded.compute_bounds((ball,), C=C, method=method)
+            each[method] = [b.detach() for b in bounds]
+        except NotImplementedError:
+            each[method] = None
+    tried = []
+    compute = bounded.compute_bounds
+
+    def counted(*args, **given):
+        if given.get("method") in METHODS:
+            tried.append(given["method"])
+        return compute(*args, **given)
+
+    object.__setattr__(bounded, "compute_bounds", counted)
+    with torch.set_grad_enabled(grad):
+        found = compute((ball,), C=C, method="auto", **kwargs)
+    return tried, [b.detach() for b in found], each
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("eps, expected", [(1e-4, 1), (0.3, 4)])
+def test_it_stops_where_all_is_proved(ranks, eps, expected):
+    for tried, (lower, upper), each in pool(ranks).run(_called, eps):
+        assert tried == list(METHODS[:expected])
+        assert (expected == 4) == bool((lower <= 0).any())
+        for method in tried:  # the best of what was tried
+            below, above = each[method]
+            assert (lower >= below - 1e-12).all() and (upper <= above + 1e-12).all()
+
+
+def test_it_goes_on_until_a_threshold_is_passed():
+    _, _, each = pool(1).run(_called, 1e-4)[0]
+    between = (each["IBP"][0] + each["CROWN"][0]) / 2
+    assert (each["CROWN"][0] > each["IBP"][0]).all()
+    tried, _, _ = pool(1).run(functools.partial(_called, 1e-4, decision_thresh=between))[0]
+    assert len(tried) > 1
+    assert tried == list(METHODS[: len(tried)])
+
+
+def test_what_is_one_methods_is_refused():
+    x = torch.zeros(1, 6)
+    bounded = BoundedModule(nn.Linear(6, 2), x)
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=math.inf, eps=0.1))
+    for given in ({"bound_lower": False}, {"return_A": True}):
+        with pytest.raises(ValueError, match="'auto' asks whether lower bounds are positive"):
+            bounded.compute_bounds((ball,), method="auto", **given)
