@@ -34,8 +34,8 @@ class OwnOptions:
     same on every rank."""
     pass_memory: float | None = None
     """MiB for the rows of A (both sides, at the node where they take most) that a rank carries at
-    once; a pass needs a small multiple of it. None: 16 MiB on a CPU (what its cache holds), on GPUs
-    a sixteenth of what is free on the rank that has least."""
+    once; a pass needs a small multiple of it. None: 16 MiB on a CPU (what its cache holds), shared
+    by the ranks; on a GPU a sixteenth of what is free on the rank that has least."""
     final_rows: str = "auto"
     """Rows of the final pass: 'whole' on every rank, each rank its 'own', or 'auto'."""
     whole_rows_limit: int = 64

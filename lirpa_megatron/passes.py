@@ -1,8 +1,8 @@
 """All rows of a start node: which of them each rank carries, in chunks, and how they come together.
 
 Shapes: S rows in all (the neurons of an intermediate node, the rows of a specification), n =
-ceil(S/p) per rank in a spec-sharded pass, B batch. The last rank's n are filled up with repetitions
-of the last row, so that all ranks do the same.
+ceil(S/p) per rank in a spec-sharded pass, B batch. The last rows are filled up with repetitions of
+the last one, so that all ranks do the same.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lirpa_megatron.operators.linear import IdentityRows
 from lirpa_megatron.parallel.layouts import Plan, Rows, make_plan
 
 _CACHE = 2**24
-"""Bytes of A that a CPU pass carries at once: more of them leave the processor's cache between
-operators (16 MiB was the fastest of 2 to 128 for transformers and MLPs, on a 2-core machine)."""
+"""Bytes of A that CPU passes carry at once, shared by the ranks: more of them leave the processor's
+cache between operators (16 MiB was the fastest of 2 to 128 for a transformer on 2 cores)."""
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Passes:
         if given is not None:
             return given * 2**20
         if device.type != "cuda":
-            return _CACHE
+            return _CACHE / self.tp.size
         if self._free is None:
             free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
             self._free = -float(self.tp.largest(-free))
@@ -166,6 +166,8 @@ class Passes:
         inputs = InputSet(host.perturbed_inputs(module)) if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
             inputs = None
+        # A that is given to the caller as the rank's own is one block of rows.
+        blocks = keep_A and module.own_options.return_A_rows == "own"
         chunks, forms = [], []
         for first in range(0, n, limit):
             local = torch.arange(first, min(first + limit, n), device=module.device)
@@ -173,7 +175,8 @@ class Passes:
                 module, module.layout, module.sharded, plan, start,
                 alpha_rows=(local, n) if limit < n else None,
             )
-            rows = self._start_rows(origin, C, local, n, S, split)
+            every = self._every_row(local, n, S, blocks)
+            rows = self._start_rows(origin, C, local, every if split else None)
             found = run.run(rows, lower, upper, keep_A or inputs is not None)
             if inputs is not None:
                 forms.append(inputs.rows(found, self.tp.copy_to))
@@ -185,6 +188,8 @@ class Passes:
         def in_order(rows: torch.Tensor) -> torch.Tensor:
             """The rows of all ranks, one rank's after the other's, as the start node has them."""
             if origin is start:
+                if split and limit < n and not blocks:
+                    rows = rows.index_select(0, self._places(n, limit))
                 return rows[:S] if split else rows
             parts = rows.unflatten(0, (self.tp.size, -1, origin.output_shape[-1]))
             return parts.transpose(0, 1).flatten(0, 2)
@@ -201,19 +206,40 @@ class Passes:
             bounds.form = inputs.form(rows, start.output_shape[1:] if C is None else (S,))
         return bounds
 
+    def _every_row(self, local: torch.Tensor, n: int, S: int, blocks: bool) -> torch.Tensor:
+        """Which rows of S the ranks have as their rows `local` (of n): [p, rows].
+
+        With `blocks` rank r has [r n, (r + 1) n). Without, the ranks share each chunk, so that
+        all of them do the same: under a causal mask late rows are more work than early ones.
+        """
+        ranks = torch.arange(self.tp.size, device=local.device).unsqueeze(1)
+        step, first = (n, 0) if blocks else (len(local), (self.tp.size - 1) * int(local[0]))
+        return (first + local + ranks * step).clamp(max=S - 1)
+
+    def _places(self, n: int, limit: int) -> torch.Tensor:
+        """Where each row is among the n rows of rank 0, those of rank 1, ...: [p n]."""
+        places = torch.arange(self.tp.size * n, device=self.module.device).view(self.tp.size, n)
+        return torch.cat([chunk.flatten() for chunk in places.split(limit, 1)])
+
     def _start_rows(
-        self, start: host.Bound, C: torch.Tensor | None, local: torch.Tensor, n: int, S: int,
-        split: bool,
+        self, start: host.Bound, C: torch.Tensor | None, local: torch.Tensor,
+        every: torch.Tensor | None,
     ) -> Any:
-        """The rank's rows `local` (of its n): of C, or of the identity."""
-        every = torch.stack([(local + rank * n).clamp(max=S - 1) for rank in range(self.tp.size)])
-        own = every[self.tp.rank] if split else local
+        """The rank's rows of C, or of the identity.
+
+        Args:
+            start: the start node.
+            C: [S, B, *start shape]; None for the identity.
+            local: which of the rank's rows.
+            every: what rows of S they are on each rank, where ranks have their own.
+        """
+        own = local if every is None else every[self.tp.rank]
         if C is not None:
-            some = split or len(own) < S or not isinstance(C, torch.Tensor)
+            some = every is not None or len(own) < C.shape[0] or not isinstance(C, torch.Tensor)
             return C.index_select(0, own) if some else C
         return IdentityRows(
             own=own,
-            all=every.flatten() if split else None,
+            all=None if every is None else every.flatten(),
             shape=(len(own), self.module.batch_size, *start.output_shape[1:]),
             dtype=self.dtype,
             device=torch.device(self.module.device),

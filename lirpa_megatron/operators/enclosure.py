@@ -146,23 +146,33 @@ def product_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Ten
     Returns:
         (lower, upper), each [*lead, T, U].
     """
-    if a.norm == float("inf"):
-        squares = a.A.square().sum(-2).unsqueeze(-2), b.A.square().sum(-2).unsqueeze(-3)
-        weights = _weights(*squares)
+    # Query by query: the weighted coefficients of all pairs would fill the memory.
+    pairs = [_pairs_range(a.A[..., t, :, :], b.A, a.norm) for t in range(a.A.shape[-3])]
+    lower, upper = (torch.stack(bounds, -2) for bounds in zip(*pairs, strict=True))
+    slack = a.reach() @ b.slack.transpose(-1, -2)
+    slack = slack + a.slack @ (b.reach() + b.slack).transpose(-1, -2)
+    return lower - slack, upper + slack
+
+
+def _pairs_range(
+    A: torch.Tensor, B: torch.Tensor, norm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`product_range` of one i, without slacks: A [*lead, d, N], B [*lead, U, d, N] -> [.., U]."""
+    if norm == float("inf"):
+        weights = _weights(A.square().sum(-2).unsqueeze(-2), B.square().sum(-2))
     else:
-        weights = a.A.new_ones(*a.A.shape[:-2], b.A.shape[-3], a.A.shape[-1])
-    AA = torch.einsum("...tdn,...tun,...ten->...tude", a.A, weights, a.A)
-    BB = torch.einsum("...udn,...tun,...uen->...tude", b.A, weights, b.A)
-    AB = torch.einsum("...tdn,...tun,...uen->...tude", a.A, weights, b.A)
+        weights = B.new_ones(*B.shape[:-2], B.shape[-1])
+    A = A.unsqueeze(-3)
+    weighted, turned = A * weights.unsqueeze(-2), B.transpose(-1, -2)
+    AA = weighted @ A.transpose(-1, -2)
+    AB = weighted @ turned
+    BB = (B * weights.unsqueeze(-2)) @ turned
     traces = [G.diagonal(dim1=-1, dim2=-2).sum(-1).clamp_min(1e-30) for G in (AA, BB)]
     s2 = (traces[1] / traces[0]).detach().sqrt()[..., None, None]
     squares, cross = s2 * AA + BB / s2, AB + AB.transpose(-1, -2)
-    slack = a.reach() @ b.slack.transpose(-1, -2)
-    slack = slack + a.slack @ (b.reach() + b.slack).transpose(-1, -2)
-    grow = (1 + 10 * _ROUNDING[a.A.dtype]) / 4
-    upper = slack + grow * _largest_eigenvalue(squares + cross)
-    lower = -slack - grow * _largest_eigenvalue(squares - cross)
-    return lower, upper
+    grow = (1 + 10 * _ROUNDING[A.dtype]) / 4
+    upper = grow * _largest_eigenvalue(squares + cross)
+    return -grow * _largest_eigenvalue(squares - cross), upper
 
 
 def elementwise_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Tensor]:
