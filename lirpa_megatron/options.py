@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lirpa_megatron import host
+from lirpa_megatron.limits import FORM_LIMIT
 
 METHODS = ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized")
 """Methods of `compute_bounds`, from the cheapest on; auto_LiRPA's other spellings of them are
@@ -42,7 +43,7 @@ class OwnOptions:
     """With 'auto': up to this many rows the final pass is whole."""
     return_A_rows: str = "whole"
     """`return_A` gives all rows ('whole', gathered) or the rank's 'own'."""
-    form_limit: int = 2**26
+    form_limit: int = FORM_LIMIT
     """Numbers in the affine form of one node ([B, node, perturbed inputs], see
     `operators.enclosure`) up to which transformers' norms and attention use it; 0 for boxes alone.
     Its memory and the time of a pass grow with it, and so does tightness."""

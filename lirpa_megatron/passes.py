@@ -17,14 +17,11 @@ import torch
 from lirpa_megatron import host
 from lirpa_megatron.backward import BackwardPass, RowBounds
 from lirpa_megatron.forms import InputSet
+from lirpa_megatron.limits import CACHE
 from lirpa_megatron.operators.enclosure import AffineForm
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import IdentityRows
 from lirpa_megatron.parallel.layouts import Plan, Rows, make_plan
-
-_CACHE = 2**24
-"""Bytes of A that CPU passes carry at once, shared by the ranks: more of them leave the processor's
-cache between operators (16 MiB was the fastest of 2 to 128 for a transformer on 2 cores)."""
 
 
 @dataclass
@@ -127,7 +124,7 @@ class Passes:
         if given is not None:
             return given * 2**20
         if device.type != "cuda":
-            return _CACHE / self.tp.size
+            return CACHE / self.tp.size
         if self._free is None:
             free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
             self._free = -float(self.tp.largest(-free))

@@ -237,7 +237,8 @@ def test_the_estimate_counts_what_a_rank_holds(session):
     four = weight_elements(description, 4)
     assert count / 4 < four < count  # biases, norms and positions are replicated
     whole, part = (estimate(description, p, LENGTH, torch.float32) for p in (1, 4))
-    assert part.a_bytes * 4 == whole.a_bytes and part.weight_bytes == four * 4
+    assert whole.a_bytes / 4 < part.a_bytes < whole.a_bytes  # norms' forms are replicated
+    assert part.weight_bytes == four * 4
     limited = estimate(description, 1, LENGTH, torch.float32, max_spec_rows=1)
     assert limited.a_bytes < whole.a_bytes and limited.operations == whole.operations
 

@@ -9,15 +9,17 @@ transformer of hidden size h, with S tokens perturbed, these start nodes have, i
 through l + 1 layers. What is counted:
 
 - A matrices: of the largest start node, S * max(qkv, fc1) rows (or `max_spec_rows`), each of
-  S * max(h, qkv, fc1) elements, once for the lower and once for the upper bound, and three of these
-  alive at a time (before an operator, after it, one temporary). A TP rank holds 1/p of it.
+  S * max(h, qkv, fc1) elements, once for the lower and once for the upper bound, of which a rank
+  holds 1/p; but no more than passes carry at once on a CPU. Five of these are alive at a time.
+- affine forms (`operators.enclosure`): S * h coefficients for each of the S * (2 h + qkv + heads S)
+  numbers of a layer that have a form, whole on every rank for the 2 h of the norms.
 - work: 2 bounds * 2 operations * rows * S * (weights of the layers passed), summed over all passes.
-  A TP rank does 1/p. The rest (relaxations, attention) takes about three times as long as
-  these products in `benchmarks/transformers.py`, hence a factor of 4.
+  A TP rank does 1/p. The rest (relaxations, attention) takes about as long as these products in
+  `benchmarks/transformers.py`, hence a factor of 2.
 
-On the models of that benchmark (1 and 3 layers, TP=1 to 4), memory measured was 1.1 to 3.3 times
-what is estimated here, and time 0.6 to 0.9 times. Longer inputs, alpha-CROWN and other devices can
-be further off. Batches are of 1.
+On the models of that benchmark (3 layers, 8 and 16 tokens, TP=1 and 2), memory measured was 1.2 to
+2.9 times what is estimated here, and time 0.8 to 1.6 times. Longer inputs, alpha-CROWN and other
+devices can be further off. Batches are of 1.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from dataclasses import dataclass
 import torch
 
 from lirpa_megatron.checkpoint.description import ModelDescription
+from lirpa_megatron.limits import CACHE, FORM_LIMIT
 
-_ALIVE, _OVERHEAD = 3, 4
+_ALIVE, _OVERHEAD = 5, 2
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,17 @@ def estimate(
         tensor_parallel: number of ranks, for which the model must not be a `misfit`.
         seq_length: tokens of the input, all perturbed.
         dtype: of the run.
-        max_spec_rows: most rows of A carried at once; None: all.
+        max_spec_rows: most rows of A carried at once; None: what fits `limits.CACHE`.
     """
     d = description
     widest = max(d.qkv_size, d.fc1_size)
     rows = seq_length * widest
     if max_spec_rows is not None:
         rows = min(rows, max_spec_rows)
-    elements = _ALIVE * 2 * rows * seq_length * max(d.hidden_size, widest)
+    rows_bytes = 2 * rows * seq_length * max(d.hidden_size, widest) * dtype.itemsize
+    if max_spec_rows is None:
+        rows_bytes = min(rows_bytes, CACHE)
+    forms = _form_elements(d, tensor_parallel, seq_length) * dtype.itemsize
     layer = sum(
         math.prod(p.shape) for name, p in d.parameters().items()
         if f".layers.{d.num_layers - 1}." in name
@@ -89,9 +95,22 @@ def estimate(
     operations = _OVERHEAD * 4 * starts * seq_length * layer * passes
     return Estimate(
         weight_bytes=weight_elements(d, tensor_parallel) * dtype.itemsize,
-        a_bytes=elements * dtype.itemsize // tensor_parallel,
+        a_bytes=_ALIVE * rows_bytes // tensor_parallel + forms,
         operations=operations // tensor_parallel,
     )
+
+
+def _form_elements(d: ModelDescription, tensor_parallel: int, seq_length: int) -> int:
+    """Numbers in the affine forms of one rank."""
+    coefficients, total = seq_length * d.hidden_size, 0
+    for numbers, share in (
+        (seq_length * d.hidden_size, 1), (seq_length * d.hidden_size, 1),
+        (seq_length * d.qkv_size, tensor_parallel),
+        (seq_length**2 * d.num_attention_heads, tensor_parallel),
+    ):
+        if numbers * coefficients <= FORM_LIMIT:
+            total += numbers * coefficients // share
+    return total * d.num_layers
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 768) -> float:

@@ -103,8 +103,8 @@ def _estimates(
 ) -> list[str]:
     dtype = torch.float64 if d.stored.dtype == "float64" else torch.float32
     rate = matmul_rate(dtype)
-    rows = "all rows at once" if max_spec_rows is None else f"{max_spec_rows:,} rows at once"
-    header = ("TP", "vocabulary rows", "weights", "A matrices", "memory", "time")
+    rows = "rows in chunks" if max_spec_rows is None else f"{max_spec_rows:,} rows at once"
+    header = ("TP", "vocabulary rows", "weights", "A and forms", "memory", "time")
     table = [header]
     notes = []
     for size in TP_SIZES:
