@@ -163,6 +163,16 @@ def predicted_bytes(widths: tuple[int, ...], p: int, batch: int, itemsize: int =
     return round(total)
 
 
+def printed(text: str) -> list[dict]:
+    """The JSON objects in what ranks printed; two ranks may write into one line."""
+    results, at, decoder = [], text.find("{"), json.JSONDecoder()
+    while at >= 0:
+        result, end = decoder.raw_decode(text, at)
+        results.append(result)
+        at = text.find("{", end)
+    return results
+
+
 def _launch(model: str, mode: str, batch: int, repeats: int) -> dict:
     """The figures of one mode: the worst rank's."""
     ranks = MODES[mode]
@@ -177,16 +187,17 @@ def _launch(model: str, mode: str, batch: int, repeats: int) -> dict:
         "MALLOC_MMAP_THRESHOLD_": str(2**20),
     }
     out = subprocess.run(command, env=env, capture_output=True, text=True)
-    lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
-    if out.returncode != 0 or len(lines) != ranks:
+    results = printed(out.stdout)
+    if out.returncode != 0 or len(results) != ranks:
         raise SystemExit(f"{model} {mode} failed:\n{out.stderr[-2000:]}")
-    results = [json.loads(line) for line in lines]
     worst = {key: max(r[key] for r in results) for key in ("seconds", "mib")}
     return {**results[0], **worst}
 
 
 def _table(model: str, rounds: list[dict[str, dict]], batch: int) -> str:
     def ratio(mode: str, key: str, base: str) -> float:
+        if base not in rounds[0]:
+            return float("nan")
         return statistics.median(r[mode][key] / r[base][key] for r in rounds)
 
     lines = [

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from run import printed
 from torch import nn
 
 PARTS = ("norm", "attention", "gelu")
@@ -266,11 +267,7 @@ def launch(script: str, task: dict, ranks: int, limit: float, auto_lirpa: str | 
             os.killpg(process.pid, signal.SIGTERM if ranks > 1 else signal.SIGKILL)
         process.communicate()
         return None
-    results, at, decoder = [], out.find("{"), json.JSONDecoder()
-    while at >= 0:  # not line by line: two ranks may write into one line
-        result, end = decoder.raw_decode(out, at)
-        results.append(result)
-        at = out.find("{", end)
+    results = printed(out)
     if process.returncode != 0 or len(results) != ranks:
         raise SystemExit(f"{task} failed:\n{err[-2000:]}")
     return results

@@ -22,6 +22,8 @@ from lirpa_megatron import METHODS, host
 from lirpa_megatron.adapters.symbols import ACTIVATIONS
 from lirpa_megatron.operators import CUSTOM_OPS
 from lirpa_megatron.operators.lines import Relaxation
+from lirpa_megatron.parallel.collectives import Collectives
+from lirpa_megatron.parallel.layouts import Layout
 
 KINDS = list(ACTIVATIONS)
 DTYPES = (torch.float32, torch.float64)
@@ -182,7 +184,8 @@ def test_huge_and_infinite_intervals_have_sound_lines_without_nan(kind, dtype):
 
 
 def test_an_infinite_intercept_adds_nothing_where_A_is_zero():
-    node = operator("gelu")({}, [], 0, {"optimize_bound_args": {}})
+    options = {"optimize_bound_args": {}, "layout": Layout(Collectives(None))}
+    node = operator("gelu")({}, [], 0, options)
     x = type("X", (), {"lower": torch.tensor([[-INF, -1.0]]), "upper": torch.tensor([[INF, 1.0]])})
     A = torch.tensor([[[0.0, 1.0]], [[-1.0, 1.0]]], requires_grad=True)
     [(lA, uA)], lower, upper = node.bound_backward(A, A, x)

@@ -72,9 +72,10 @@ class OptimizableOperator(host.BoundOptimizableActivation):
         """
         layout = self.options["layout"]
         reads: list[Any] = [torch.is_grad_enabled()]
-        for x in self.inputs:
+        for x in inputs:
+            name = getattr(x, "name", None)
             reads += [getattr(x, "lower", None), getattr(x, "upper", None)]
-            reads += [layout.forms.get(x.name), layout.centered.get(x.name)]
+            reads += [layout.forms.get(name), layout.centered.get(name)]
         known = layout.common.get(self.name)
         if known is not None and all(a is b for a, b in zip(known[0], reads, strict=True)):
             return known[1]
