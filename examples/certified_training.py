@@ -167,34 +167,34 @@ def arguments():
     return chosen
 
 
-def main():
-    chosen = arguments()
-    with runtime.session(chosen.tensor_parallel_size):
-        if runtime.is_rank0():
-            if chosen.restart:
-                shutil.rmtree(chosen.folder, ignore_errors=True)
-            chosen.folder.mkdir(parents=True, exist_ok=True)
-        torch.distributed.barrier()
-        # Makes its CertifiedLoss before Megatron's DistributedDataParallel wraps the parameters.
-        task = MODELS[chosen.model](chosen.data, chosen.limit)
-        found = {}
-        for phase, epochs in zip(PHASES, chosen.epochs or task.epochs, strict=True):
-            if epochs:
-                train(phase, epochs, task, chosen.folder)
-            found[phase] = evaluate(task)
-        saved = task.save(chosen.folder)
-        if runtime.is_rank0():
-            lines = list(table(task, found))
-            (chosen.folder / "accuracy.md").write_text("\n".join(lines) + "\n")
-            print("\n".join(lines))
-            print(plot(chosen.folder / "certified_accuracy.png", task, found))
-            print(saved, end="")
+def main(chosen):
+    if runtime.is_rank0():
+        if chosen.restart:
+            shutil.rmtree(chosen.folder, ignore_errors=True)
+        chosen.folder.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    # Makes its CertifiedLoss before Megatron's DistributedDataParallel wraps the parameters.
+    task = MODELS[chosen.model](chosen.data, chosen.limit)
+    found = {}
+    for phase, epochs in zip(PHASES, chosen.epochs or task.epochs, strict=True):
+        if epochs:
+            train(phase, epochs, task, chosen.folder)
+        found[phase] = evaluate(task)
+    saved = task.save(chosen.folder)
+    if runtime.is_rank0():
+        lines = list(table(task, found))
+        (chosen.folder / "accuracy.md").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+        print(plot(chosen.folder / "certified_accuracy.png", task, found))
+        print(saved, end="")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        if runtime.is_rank0():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    chosen = arguments()
+    with runtime.session(chosen.tensor_parallel_size):
+        try:
+            main(chosen)
+        except UserError as error:
+            if runtime.is_rank0():
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)

@@ -179,9 +179,10 @@ class BoundedModule(host.HostBoundedModule):
             return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
         if isinstance(x, torch.Tensor):
             x = (x,)
-        if str(kwargs.get("method")).lower() == "auto":
-            return cheaper_first(self, x, aux, C, kwargs)
         group = self.layout.collectives.group
+        if str(kwargs.get("method")).lower() == "auto":
+            with spmd.guard(group, "compute_bounds"):
+                return cheaper_first(self, x, aux, C, kwargs)
         with spmd.guard(group, "compute_bounds"), host.running(x or ()):
             kwargs = host.translate_compute_bounds(kwargs)
             check_compute_bounds(kwargs)

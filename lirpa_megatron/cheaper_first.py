@@ -26,6 +26,9 @@ def cheaper_first(
         x, aux, C, kwargs: of its `compute_bounds`; with `decision_thresh` [B, S] or a number, what
             lower bounds have to exceed instead of 0.
 
+    Returns:
+        (lower, upper), shaped and sharded as `compute_bounds` gives them; upper None if not asked.
+
     Raises:
         ValueError: lower bounds are not asked for, or A is, which is one method's.
         NotImplementedError: what cannot be bounded, by name.
@@ -61,6 +64,6 @@ def _is_available(module: Any, x: Any, C: Any, kwargs: Mapping[str, Any]) -> boo
 
 
 def _all_proved(lower: Any, tp: Collectives) -> bool:
-    """Whether all numbers are positive, those of features on other ranks too."""
-    here = bool((lower > 0).all())
+    """Whether all numbers are positive and finite, those of features on other ranks too."""
+    here = bool(((lower > 0) & lower.isfinite()).all())
     return not tp.largest(torch.tensor(0.0 if here else 1.0, device=lower.device)).item()

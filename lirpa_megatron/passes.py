@@ -172,8 +172,8 @@ class Passes:
                 module, module.layout, module.sharded, plan, start,
                 alpha_rows=(local, n) if limit < n else None,
             )
-            every = self._every_row(local, n, S, blocks)
-            rows = self._start_rows(origin, C, local, every if split else None)
+            every = self._every_row(local, n if blocks else None, first, S) if split else None
+            rows = self._start_rows(origin, C, local, every)
             found = run.run(rows, lower, upper, keep_A or inputs is not None)
             if inputs is not None:
                 forms.append(inputs.rows(found, self.tp.copy_to))
@@ -203,15 +203,17 @@ class Passes:
             bounds.form = inputs.form(rows, start.output_shape[1:] if C is None else (S,))
         return bounds
 
-    def _every_row(self, local: torch.Tensor, n: int, S: int, blocks: bool) -> torch.Tensor:
-        """Which rows of S the ranks have as their rows `local` (of n): [p, rows].
+    def _every_row(
+        self, local: torch.Tensor, block: int | None, first: int, S: int
+    ) -> torch.Tensor:
+        """Which rows of S the ranks have as their rows `local`, from `first` on: [p, rows].
 
-        With `blocks` rank r has [r n, (r + 1) n). Without, the ranks share each chunk, so that
-        all of them do the same: under a causal mask late rows are more work than early ones.
+        With a `block` of n rows rank r has [r n, (r + 1) n). Without, the ranks share each chunk,
+        so that all do the same: under a causal mask late rows are more work than early ones.
         """
         ranks = torch.arange(self.tp.size, device=local.device).unsqueeze(1)
-        step, first = (n, 0) if blocks else (len(local), (self.tp.size - 1) * int(local[0]))
-        return (first + local + ranks * step).clamp(max=S - 1)
+        step, before = (len(local), (self.tp.size - 1) * first) if block is None else (block, 0)
+        return (before + local + ranks * step).clamp(max=S - 1)
 
     def _places(self, n: int, limit: int) -> torch.Tensor:
         """Where each row is among the n rows of rank 0, those of rank 1, ...: [p n]."""

@@ -101,7 +101,8 @@ def test_what_training_certified_of_sentences_the_job_certifies_of_the_checkpoin
     found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     found = {result["property"]: result for result in found}
     assert len(found) == len(lines) == 4
-    for line in lines:
-        result = found[line["id"]]
-        if result["result"] != "misclassified":  # at TP=1 what two ranks reported
-            assert result["lower_bounds"] == pytest.approx([line["margin"]], rel=1e-4, abs=1e-4)
+    bounded = [line for line in lines if found[line["id"]]["result"] != "misclassified"]
+    assert bounded
+    for line in bounded:  # two ranks reported them, in float32; here one rank
+        lower = found[line["id"]]["lower_bounds"]
+        assert lower == pytest.approx([line["margin"]], rel=1e-4, abs=1e-4)

@@ -18,7 +18,7 @@ through l + 1 layers. What is counted:
   `benchmarks/transformers.py`, hence a factor of 2.
 
 On the models of that benchmark (3 layers, 8 and 16 tokens, TP=1 and 2), memory measured was 1.2 to
-2.9 times what is estimated here, and time 0.8 to 1.6 times. Longer inputs, alpha-CROWN and other
+2.9 times what is estimated here, and time 0.8 to 1.7 times. Longer inputs, alpha-CROWN and other
 devices can be further off. Batches are of 1.
 """
 

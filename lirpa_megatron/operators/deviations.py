@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lirpa_megatron.operators.enclosure import _ROUNDING, AffineForm, dual_norm
+from lirpa_megatron.operators.enclosure import AffineForm, dual_norm
 
 
 @dataclass
@@ -58,8 +58,7 @@ class Deviations:
         least, most = self.box(v)
         if self.form is None:
             return least, most
-        middle = dot(v, self.off)
-        radius = (reach + dot(v.abs(), self.form.slack)) * (1 + _ROUNDING[v.dtype])
+        middle, radius = dot(v, self.off), self.form.radius(v, reach)
         least = torch.maximum(least, middle - radius)
         return least, torch.maximum(least, torch.minimum(most, middle + radius))
 

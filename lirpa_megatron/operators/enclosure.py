@@ -90,19 +90,17 @@ class AffineForm:
         """w A: [R, *lead, d] with A [*lead, d, N] -> [R, *lead, N]."""
         return torch.matmul(w.movedim(0, -2), self.A).movedim(-2, 0)
 
-    def radius(self, w: torch.Tensor, through: torch.Tensor | None = None) -> torch.Tensor:
+    def radius(self, w: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
         """Half-width of <w, z> over the form: |w A|_dual + <|w|, slack>.
 
         Args:
             w: [R, *lead, d], where A is [*lead, d, N].
-            through: w A, if it is known.
+            reach: |w A|_dual, [R, *lead].
 
         Returns:
             [R, *lead].
         """
-        reach = dual_norm(self.through(w) if through is None else through, self.norm)
-        total = reach + (w.abs() * self.slack).sum(-1)
-        return total * (1 + _ROUNDING[w.dtype])
+        return (reach + (w.abs() * self.slack).sum(-1)) * (1 + _ROUNDING[w.dtype])
 
 
 def dual_norm(x: torch.Tensor, norm: float) -> torch.Tensor:

@@ -111,7 +111,9 @@ def _bound_rows(
     optimized = options.method == "CROWN-Optimized"
     enough = {}
     if options.method == "auto":
-        enough["decision_thresh"] = torch.tensor([[row.bound for row in rows]], device=device)
+        enough["decision_thresh"] = torch.tensor(
+            [[row.bound for row in rows]], dtype=torch.float64, device=device
+        )
     with contextlib.nullcontext() if optimized else torch.no_grad():
         bound, _ = loaded.bounded.compute_bounds(
             x=(x,), C=C, method=options.method, bound_upper=False, **enough
