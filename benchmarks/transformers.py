@@ -62,7 +62,8 @@ def _ours(plain, x, task):
         model.output_layer.weight.copy_(parts[runtime.tp_rank()])
     targets = torch.full((len(x),), TARGET)
     margins = next_token_margins(model, against=AGAINST)
-    return BoundedModule(margins, (x, targets)), (targets,)
+    options = {"moves": task.get("moves", "auto")}
+    return BoundedModule(margins, (x, targets), options), (targets,)
 
 
 def _one_mode(task: dict) -> dict:
@@ -97,6 +98,10 @@ def _one_mode(task: dict) -> dict:
         for _ in range(2):
             spent.clear()
             ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=task["eps"]))
+            if task["mode"] != "plain":
+                traffic, counted = bounded.layout.collectives.traffic, bounded.passes.movement
+                traffic.clear()
+                counted.counted.clear()
             start, processor = time.perf_counter(), time.process_time()
             try:
                 with torch.no_grad():
@@ -108,6 +113,8 @@ def _one_mode(task: dict) -> dict:
             result["processor"] = time.process_time() - processor
             result["lower"] = lower.mean().item()
             result["width"] = (upper - lower).mean().item()
+            if task["mode"] != "plain":
+                result["sent"] = {"all": traffic.total_bytes, **counted.counted}
             if result["seconds"] > 15:  # what the first run compiles does not show any more
                 break
         result["spent"] = dict(spent)
@@ -154,6 +161,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--limit", type=float, default=300, help="seconds for one mode")
+    parser.add_argument("--moves", default="auto", choices=("auto", "A", "weights"))
     parser.add_argument("--quick", action="store_true", help="one layer, eight tokens")
     parser.add_argument("--profile", action="store_true", help="where this package's time goes")
     parser.add_argument("--auto-lirpa", default=os.environ.get("AUTO_LIRPA"),
@@ -177,6 +185,7 @@ def main() -> None:
             found: dict = {}
             for mode in modes:
                 task = {"layers": layers, "sequence": sequence, "mode": mode,
+                        "moves": arguments.moves,
                         "eps": arguments.eps, "profile": arguments.profile and mode != "plain"}
                 found[mode] = launch(
                     __file__, task, MODES[mode], arguments.limit, arguments.auto_lirpa

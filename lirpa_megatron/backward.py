@@ -10,7 +10,7 @@ Shapes: S rows, n = ceil(S/p) of them per rank, B batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron import host
+from lirpa_megatron.moving import features_of
 from lirpa_megatron.operators.linear import (
     IdentityRows,
     LocalLinear,
@@ -25,8 +26,10 @@ from lirpa_megatron.operators.linear import (
     stack_sides,
 )
 from lirpa_megatron.operators.relaxed import RowRelaxed
+from lirpa_megatron.operators.scores import BoundScores
 from lirpa_megatron.operators.vocabulary import Margins
 from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
+from lirpa_megatron.parallel.packs import gather_whole
 
 
 @dataclass
@@ -98,6 +101,7 @@ class BackwardPass:
         self._A: dict[str, _Sides] = {}
         self._partial_A: dict[str, _Sides] = {}
         self._bias, self._partial_bias = _Sides(), _Sides()
+        self._moved = {node.name: nodes for nodes in plan.moved for node in nodes}
 
     def run(self, C: Any, lower: bool, upper: bool, keep_A: bool) -> RowBounds:
         """Propagates the rows to the inputs and concretizes them.
@@ -119,7 +123,9 @@ class BackwardPass:
 
     def _visit(self, node: host.Bound) -> None:
         lA, uA = self._take(node)
-        with self._conjugates(node), self._alpha_of(node):
+        if node.name in self._moved and node.name not in self.layout.whole:
+            self._bring(self._moved[node.name])
+        with self._conjugates(node), self._alpha_of(node), self._whole_intervals(node):
             As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
         self._add_bias(node, lbias, ubias)
         del lA, uA
@@ -131,6 +137,30 @@ class BackwardPass:
                 # sum over features is no longer known as such.
                 value = self.module.get_forward_value(x)
                 self._add_bias(node, *(_constant_term(A, value, x) for A in (lA_x, uA_x)))
+        self.layout.whole.pop(node.name, None)
+
+    def _bring(self, nodes: Sequence[host.Bound]) -> None:
+        """Gathers what the operators of a region need of all ranks' features."""
+        own = []
+        for node in nodes:
+            with self._conjugates(node):
+                own.append(features_of(node))
+        whole = gather_whole(self.tp, own, self.like.dtype)
+        self.layout.whole.update(zip((node.name for node in nodes), whole, strict=True))
+
+    @contextlib.contextmanager
+    def _whole_intervals(self, node: host.Bound) -> Iterator[None]:
+        """The host's ReLU reads its input's bounds: those of all ranks where weights move."""
+        if type(node) is not host.BoundRelu or node.name not in self.layout.whole:
+            yield
+            return
+        x = node.inputs[0]
+        own = x.lower, x.upper
+        x.lower, x.upper = self.layout.whole[node.name]
+        try:
+            yield
+        finally:
+            x.lower, x.upper = own
 
     def _take(self, node: host.Bound) -> tuple[Any, Any]:
         """A at the node, the partial sums of its sharded consumers included."""
@@ -175,10 +205,17 @@ class BackwardPass:
         want_lower, want_upper = self.sides
         if (lA is not None) == want_lower and (uA is not None) == want_upper:
             return lA, uA
-        shape = (self._rows_at(node), self.batch, *x.output_shape[1:])
+        shape = (self._rows_at(node), self.batch, *self._shape_of(x))
         zeros = torch.zeros(shape, dtype=self.like.dtype, device=self.like.device)
         lower = zeros if want_lower and lA is None else lA
         return lower, zeros if want_upper and uA is None else uA
+
+    def _shape_of(self, x: host.Bound) -> tuple[int, ...]:
+        """Of A at a node, without rows and batch."""
+        shape = list(x.output_shape)
+        if x.name in self._moved and self.sharded[x.name]:
+            shape[1 if isinstance(x, BoundScores) else -1] *= self.tp.size
+        return tuple(shape[1:])
 
     def _among_all_rows(self, A: torch.Tensor) -> torch.Tensor:
         """The rank's rows at their place among all rows, zero elsewhere."""

@@ -78,6 +78,7 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "layout", layout)
             object.__setattr__(self, "_depth", 0)
             object.__setattr__(self, "_kept", None)
+            object.__setattr__(self, "_method", None)
             optimize_args = host.translate_optimize_args(host_opts.get("optimize_bound_args", {}))
             opts = {
                 **host.PINNED_OPTIONS,
@@ -203,6 +204,7 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "_final_is_identity", C is None)
             self.check_output(C, kwargs)
             object.__setattr__(self, "_depth", 1)
+            object.__setattr__(self, "_method", kwargs["method"])
             # What an earlier call found may not hold for these inputs.
             keeps = kwargs["method"] == "CROWN-Optimized" and not self._optimizes_intermediate
             object.__setattr__(self, "_kept", {} if keeps else None)
@@ -292,6 +294,12 @@ class BoundedModule(host.HostBoundedModule):
         node.interval = (node.lower, node.upper)
         if self._kept is not None:
             self._kept[node.name] = node.interval
+
+    def has_alpha(self, start: host.Bound) -> bool:
+        """Whether the present call's passes from a start node have alpha, or will have."""
+        if self._method != "CROWN-Optimized":
+            return False
+        return start.name == self.final_node_name or self._optimizes_intermediate
 
     @property
     def _optimizes_intermediate(self) -> bool:

@@ -37,6 +37,10 @@ class OwnOptions:
     """MiB for the rows of A (both sides, at the node where they take most) that a rank carries at
     once; a pass needs a small multiple of it. None: 16 MiB on a CPU (what its cache holds), shared
     by the ranks; on a GPU a sixteenth of what is free on the rank that has least."""
+    moves: str = "auto"
+    """What passes whose ranks carry their own rows bring to the other ranks: rows of 'A', 'weights'
+    with the operators' relaxations (wherever they can move; not where alpha is in use), or 'auto',
+    which counts the bytes of both for every part of a pass. The bounds are the same."""
     final_rows: str = "auto"
     """Rows of the final pass: 'whole' on every rank, each rank its 'own', or 'auto'."""
     whole_rows_limit: int = 64
@@ -62,6 +66,8 @@ class OwnOptions:
         memory = self.pass_memory
         if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
             raise ValueError(f"pass_memory is {memory!r}: give a number of MiB above 0")
+        if self.moves not in ("auto", "A", "weights"):
+            raise ValueError(f"moves is {self.moves!r}: choose auto, A or weights")
         if self.final_rows not in ("auto", "whole", "own"):
             raise ValueError(f"final_rows is {self.final_rows!r}: choose auto, whole or own")
         if self.return_A_rows not in ("whole", "own"):

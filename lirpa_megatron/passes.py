@@ -18,10 +18,11 @@ from lirpa_megatron import host
 from lirpa_megatron.backward import BackwardPass, RowBounds
 from lirpa_megatron.forms import InputSet
 from lirpa_megatron.limits import CACHE
+from lirpa_megatron.moving import Movement
 from lirpa_megatron.operators.enclosure import AffineForm
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import IdentityRows
-from lirpa_megatron.parallel.layouts import Plan, Rows, make_plan
+from lirpa_megatron.parallel.layouts import Plan, Region, Rows, make_plan
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Passes:
 
     def __init__(self, module: Any) -> None:
         self.module, self.tp = module, module.layout.collectives
+        self.movement = Movement(module)
         self._rows_run: dict[str, int] = {}
         self._free: float | None = None
 
@@ -66,9 +68,11 @@ class Passes:
             if type(node) is host.BoundInput and node.value.is_floating_point()
         )
 
-    def plan(self, start: host.Bound, spec_sharded: bool) -> Plan:
-        """The course of a pass from `start`."""
-        return make_plan(start, self.module.sharded, spec_sharded, self.tp.size)
+    def plan(
+        self, start: host.Bound, spec_sharded: bool, regions: Sequence[Region] = ()
+    ) -> Plan:
+        """The course of a pass from `start`; weights move to `regions`."""
+        return make_plan(start, self.module.sharded, spec_sharded, self.tp.size, regions)
 
     def begin(
         self, start: host.Bound, identity: bool, spec_sharded: bool
@@ -159,6 +163,12 @@ class Passes:
         split = spec_sharded and plan.rows[origin.name] is not Rows.BLOCK
         n = -(-S // self.tp.size) if split else S
         limit = min(n, self._rows_at_once(plan))
+        in_use = any(host.is_optimized(node, start) for node in plan.order)
+        if spec_sharded and not in_use and not module.has_alpha(start):
+            regions = self.movement.choose(
+                plan, n, -(-n // limit), lower + upper, self.dtype, C is None
+            )
+            plan = self.plan(origin, spec_sharded, regions)
         keep_A = bool(module.return_A and start.name in module.needed_A_dict)
         inputs = InputSet(host.perturbed_inputs(module)) if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):

@@ -47,7 +47,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "little memory": {"pass_memory": 1e-3},
     "own rows": {"final_rows": "own"},
     "own rows in chunks": {"final_rows": "own", "max_spec_rows": 1},
+    "A moves": {"final_rows": "own", "moves": "A"},
+    "weights move": {"final_rows": "own", "moves": "weights"},
+    "weights move, in chunks": {"final_rows": "own", "moves": "weights", "max_spec_rows": 2},
 }
+_SPREAD = ("chunks", "own rows", "own rows in chunks", "A moves", "weights move")
 
 
 # Adam divides gradients by their size, so that an entry of alpha whose true gradient is 0 moves by
@@ -193,7 +197,7 @@ def is_available(net: Net, case: Case) -> bool:
 def test_bounds_of_a_sharded_model_are_those_of_the_unsharded_one(name, tp):
     net = NETS[name]
     cases = [Case(m, C) for m in ("IBP", "CROWN-IBP", "CROWN") for C in (False, True)]
-    cases.append(Case("CROWN", True, "own rows in chunks"))
+    cases += [Case("CROWN", True, o) for o in ("own rows in chunks", "weights move, in chunks")]
     if tp == 2 or name == "residual":  # alpha at 4 ranks takes seconds
         cases.append(Case("CROWN-Optimized", True))
     compare(net, [case for case in cases if is_available(net, case)], tp)
@@ -231,7 +235,7 @@ def test_tokens_are_bounded_as_a_batch_of_their_own(tp):
 
 
 @pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", ["chunks", "own rows", "own rows in chunks"])
+@pytest.mark.parametrize("options", _SPREAD)
 def test_options_that_spread_the_rows_do_not_change_the_bounds(options, tp):
     cases = [Case(method, C, options) for method in METHODS[1:3] for C in (False, True)]
     compare(NETS["residual"], cases, tp)
@@ -241,7 +245,8 @@ def test_options_that_spread_the_rows_do_not_change_the_bounds(options, tp):
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_bounds_agree_in_float32(tp):
     cases = [Case(method, C) for method in METHODS[:3] for C in (False, True)]
-    cases += [Case("CROWN", True, "own rows in chunks"), Case("CROWN-Optimized", True)]
+    cases += [Case("CROWN", True, o) for o in ("own rows in chunks", "weights move")]
+    cases.append(Case("CROWN-Optimized", True))
     compare(NETS["relu"], cases[:-1], tp, torch.float32)
     compare(NETS["mixed"], cases, tp, torch.float32)
 

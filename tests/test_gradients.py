@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "whole": {"final_rows": "whole"},
     "own": {"final_rows": "own"},
     "own in chunks": {"final_rows": "own", "max_spec_rows": 2},
+    "own, weights move": {"final_rows": "own", "moves": "weights"},
 }
 NETS = {
     "residual": Net(inputs=6, width=6, hidden=(8, 12), residual=True, acts=("relu", "tanh")),
@@ -166,7 +167,7 @@ def worst(tp: int, *args: Any) -> float:
 
 @pytest.mark.parametrize(
     ("options", "by_eps"),
-    [("whole", False), ("own", True), ("own in chunks", True),
+    [("whole", False), ("own", True), ("own in chunks", True), ("own, weights move", True),
      pytest.param("own in chunks", False, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("name", NETS)

@@ -155,12 +155,21 @@ def test_alpha_crown_is_the_same_on_two_ranks_and_no_looser_than_crown(name, int
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({"max_spec_rows": 5}, marks=_SLOW), {"max_spec_rows": 50}, {"pass_memory": 0.2}],
+    [pytest.param({"max_spec_rows": 5}, marks=_SLOW), {"max_spec_rows": 50}, {"pass_memory": 0.2},
+     {"moves": "A"}, {"moves": "weights", "max_spec_rows": 50}],
     ids=str,
 )
-def test_rows_in_chunks_are_the_same_rows(options):
+def test_rows_in_chunks_and_whatever_moves_are_the_same_rows(options):
     many = pool(2).run(_bounds, "llama", torch.float64, ("CROWN",), 0.01, options)[0]
     _compare({"CROWN": _one("llama", torch.float64)["CROWN"]}, many, torch.float64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_move_and_bounds_stay(name):
+    ranks = 4 if name.startswith("one key group") else 2
+    run = (_bounds, name, torch.float64, ("CROWN",), 0.01, {"moves": "weights"})
+    many = pool(ranks).run(*run)[0]
+    _compare({"CROWN": _one(name, torch.float64)["CROWN"]}, many, torch.float64)
 
 
 def _in_positions(name):

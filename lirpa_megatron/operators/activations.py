@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,17 @@ from lirpa_megatron.operators.curves import Curve
 from lirpa_megatron.operators.linear import dense
 from lirpa_megatron.operators.lines import Relaxation
 from lirpa_megatron.operators.optimizable import OptimizableOperator, total
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Of a curve on [l, u]."""
+
+    lower: tuple[torch.Tensor, torch.Tensor]
+    """(slope, intercept) of the lower line without alpha, [B, *shape]."""
+    upper: tuple[torch.Tensor, torch.Tensor]
+    movable: Relaxation | None
+    """All lines, for alpha."""
 
 
 class BoundCurve(OptimizableOperator):
@@ -37,6 +49,15 @@ class BoundCurve(OptimizableOperator):
     """
 
     curve: Curve
+    feature_dim = -1
+
+    def relaxation(self, x: Any) -> _Lines:
+        """The curve's lines on [l, u]."""
+        lines = Relaxation(self.curve, x.lower, x.upper)
+        return _Lines(lines.line(lines.lower), lines.line(lines.upper), lines)
+
+    def features(self, x: Any) -> _Lines:
+        return replace(self.common(x), movable=None)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The image of [l, u]; that of the box around it for a ball straight from the input."""
@@ -50,20 +71,22 @@ class BoundCurve(OptimizableOperator):
         self, last_lA: Any, last_uA: Any, x: Any, start_node: Any = None, **kwargs: Any
     ) -> tuple:
         """A at x and the bias [R, B]. Shapes: see the class."""
-        lines = self.common(lambda x: Relaxation(self.curve, x.lower, x.upper), x)
+        shared = self.common(x)
 
         def through(last_A: Any, side: int) -> tuple[Any, Any]:
             if last_A is None:
                 return None, 0
             A = dense(last_A)
-            positive, negative = (lines.lower, lines.upper)[:: 1 if side == 0 else -1]
             move = self.move(start_node, side)
             if move is not None:
+                lines = shared.movable
+                positive, negative = (lines.lower, lines.upper)[:: 1 if side == 0 else -1]
                 k, b = lines.line(positive.where(A > 0, negative), move)
                 return A * k, total(A, b)
             above = A.clamp(min=0)
             below = A - above
-            (k_above, b_above), (k_below, b_below) = lines.line(positive), lines.line(negative)
+            positive, negative = (shared.lower, shared.upper)[:: 1 if side == 0 else -1]
+            (k_above, b_above), (k_below, b_below) = positive, negative
             return (above * k_above).addcmul(below, k_below), (
                 total(above, b_above) + total(below, b_below)
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.enclosure import AffineForm, Pairs
+from lirpa_megatron.operators.enclosure import Pairs
 from lirpa_megatron.operators.relaxed import RowRelaxed, tame
 from lirpa_megatron.operators.softmax import (
     masked_softmax,
@@ -48,9 +48,10 @@ class _Rows:
     wild: torch.Tensor
     """Where dv is not finite."""
     pairs: Pairs | None
-    scores: AffineForm | None
-    shift: torch.Tensor | None
-    """|center of the scores' form - t0|."""
+    score_reach: torch.Tensor | None
+    """max |A u| of the scores' form; [B, n, T, T]."""
+    score_rest: torch.Tensor | None
+    """Its slack and the distance of its center from t0."""
     shared: int
     """Query heads that share a key/value group."""
 
@@ -117,6 +118,7 @@ class BoundAttend(RowRelaxed):
     """
 
     reads_form = frozenset({1})
+    feature_dim = 1
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
@@ -182,22 +184,33 @@ class BoundAttend(RowRelaxed):
         heads, scores = s0.shape[1], self.layout.centered.get(self.inputs[0].name)
         shared = heads // (v.lower.shape[-1] // self.head_dim)
         form, (vl, vu, wild) = self.form_of(1), tame(v.lower, v.upper, _LARGEST)
-        v0, pairs, shift = (vl + vu) / 2, None, None
+        v0, pairs, reach, rest = (vl + vu) / 2, None, None, None
         if form is not None and self.affords(s0.numel() * self.head_dim**2):
             v0 = torch.where(wild, 0.0, form.center)
             alpha = None if scores is None else scores.form
-            of_interest = ((p0 > 0) | (least < p0) | (most > p0)).flatten(0, 1).any(0)
+            of_interest = (p0 > 0) | (least < p0) | (most > p0)
             values = form.view(lambda x: self._values(x, heads))
-            pairs = Pairs.of(values, p0, alpha, of_interest)
+            pairs = Pairs.of(values, p0, alpha, self._keys_of_interest(of_interest))
             if alpha is not None:
                 shift = (alpha.center - s0 + (p0 * s0).sum(-1, keepdim=True)).abs()
+                reach, rest = alpha.reach(), alpha.slack + shift
         dv = torch.where(wild, 0.0, torch.maximum(vu - v0, v0 - vl))
         return _Rows(
             s0.masked_fill(masked, 0), p0, dl, du, p0 - least, most - p0, loose,
             empty, empty & (self.fill == float("-inf")),
             *(self._values(x, heads) for x in (v0, dv, wild.to(v0.dtype))),
-            pairs, None if scores is None else scores.form, shift, shared,
+            pairs, reach, rest, shared,
         )
+
+    def _keys_of_interest(self, pairs: torch.Tensor) -> list[int]:
+        """For each query, how many keys to look at, the same on every rank.
+
+        Args:
+            pairs: [B, n, T, U], whether a query's key is of interest.
+        """
+        places = torch.arange(1, pairs.shape[-1] + 1, device=pairs.device)
+        keys = (pairs * places).amax((0, 1, 3)).clamp(min=1)
+        return self.layout.collectives.largest(keys).tolist()
 
     def _deviations(self, s: Any, s0: torch.Tensor, p0: torch.Tensor) -> tuple:
         """Range of delta, [B, n, T, T]."""
@@ -256,9 +269,9 @@ class BoundAttend(RowRelaxed):
         affine, slack, cross = x.pairs.reaches(a)
         W = torch.where(affine + slack < W, affine + slack, W)
         first = -furthest * W
-        if x.scores is not None:
-            joint = (cross - affine * x.pairs.size) / 2 - x.scores.reach() * slack
-            joint = joint - (x.scores.slack + x.shift) * W
+        if x.score_reach is not None:
+            joint = (cross - affine * x.pairs.size) / 2 - x.score_reach * slack
+            joint = joint - x.score_rest * W
             first = torch.where(joint > first, joint, first)
         return self._with_wild(size, W, x), (x.p0 * first).sum(-1)
 

@@ -31,7 +31,8 @@ class BoundColumnParallelLinear(LocalLinear):
 
     This operator computes its rank's term of both sums. Taking the sum (once per consumer group,
     all-reduce or reduce-scatter over rows) is the business of the pass that runs it. A start node
-    here has its own rows of W as A_x: nothing is multiplied.
+    here has its own rows of W as A_x: nothing is multiplied. Where weights move (OWN rows with all
+    features) W and b are whole, and so are A_x and the bias.
 
     IBP: [l, u] -> W_r m -+ |W_r| d + b_r with midpoint m and half-width d (for an L2 or L1 ball
     straight from the input: the dual norm of each row times eps). Exact for each neuron;
@@ -40,6 +41,8 @@ class BoundColumnParallelLinear(LocalLinear):
     With `rows` the layer is taken for some of the rank's output features only (the queries, keys or
     values of a packed projection; the gate of a gated MLP): W_r and b_r are then those rows.
     """
+
+    feature_dim = 0
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
@@ -55,6 +58,10 @@ class BoundColumnParallelLinear(LocalLinear):
 
     def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.check_unperturbed()
+        return self.layout.whole[self.name] if self.weight_moves else self.features(*x)
+
+    def features(self, *x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rank's weight and bias."""
         w, *rest = (self.layout.value_of(node) for node in x[1:])
         return self._own(w, rest)
 

@@ -18,7 +18,7 @@ L1 ball lies in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -219,19 +219,18 @@ class Pairs:
     @classmethod
     def of(
         cls, values: AffineForm, p: torch.Tensor, scores: AffineForm | None,
-        of_interest: torch.Tensor | None = None,
+        keys: Sequence[int] | None = None,
     ) -> Pairs:
         """Of values [B, n, U, d], weights p [B, n, T, U] and, if known, scores [B, n, T, U].
 
         Args:
             values, p, scores: as above.
-            of_interest: [T, U], the pairs that are (None: all).
+            keys: how many of the first keys are of interest, for each query (None: all).
         """
-        rows, keys = [], p.shape[-1]
+        rows, every = [], p.shape[-1]
         for i in range(p.shape[-2]):
             own, alpha = p[..., i, :], None if scores is None else scores.A[..., i, :, :]
-            used = None if of_interest is None else of_interest[i].nonzero()
-            K = keys if used is None else int(used[-1]) + 1 if len(used) else 1
+            K = every if keys is None else keys[i]
             mean = torch.einsum("bnu,bnudm->bndm", own, values.A).unsqueeze(2)
             A = values.A[:, :, :K] - mean
             shared = own.unsqueeze(-1) * values.slack
@@ -246,7 +245,7 @@ class Pairs:
                 (weighted @ A.transpose(-1, -2)).transpose(2, 3).flatten(-2),
                 (weighted @ alpha.unsqueeze(-1)).squeeze(-1).transpose(-1, -2),
                 slack.transpose(-1, -2),
-                F.pad(safe_root((alpha.square() * weights).sum(-1)), (0, keys - K)),
+                F.pad(safe_root((alpha.square() * weights).sum(-1)), (0, every - K)),
             ))
         Q, cross, slack, size = (list(row) for row in zip(*rows, strict=True))
         return cls(Q, cross, slack, torch.stack(size, 2))

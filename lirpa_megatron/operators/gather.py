@@ -37,8 +37,14 @@ class BoundGatherFromRegion(_Border):
 
     x_r [B, ..., n/p] sharded, y [B, ..., n] replicated. A_x[..., r] = A_y[..., features of r]:
     a slice in a whole pass (no communication); in a spec-sharded pass the rows are gathered first
-    ((p-1) |A_y| bytes), because each rank needs all rows for its features.
+    ((p-1) |A_y| bytes), because each rank needs all rows for its features. Where weights move A
+    stays as it is.
     """
+
+    feature_dim = 0
+
+    def features(self, *x: Any) -> tuple:
+        return ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layout.collectives.gather_features(x)
@@ -47,7 +53,7 @@ class BoundGatherFromRegion(_Border):
         """A [R, B, ..., n] -> [R', B, ..., n/p], R' as in `parallel.layouts`."""
         tp = self.layout.collectives
         last_lA, last_uA = both_sides(dense, last_lA, last_uA)
-        if tp.size == 1:
+        if tp.size == 1 or self.name in self.layout.whole:
             return [(last_lA, last_uA)], 0, 0
         A, unstack = stack_sides(last_lA, last_uA)
         A = self.layout.enter_sharded(A)
@@ -59,8 +65,13 @@ class BoundScatterToRegion(_Border):
     """y_r = the rank's slice of x's last dimension (RowParallelLinear's input_is_parallel=False).
 
     x [B, ..., n] replicated, y_r [B, ..., n/p] sharded. A_x is A_y placed at the rank's features,
-    zero elsewhere: this rank's term of the sum that the pass takes.
+    zero elsewhere: this rank's term of the sum that the pass takes. Where weights move A_x is A_y.
     """
+
+    feature_dim = 0
+
+    def features(self, *x: Any) -> tuple:
+        return ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layout.collectives.split_features(x)
@@ -69,6 +80,8 @@ class BoundScatterToRegion(_Border):
         """A [R, B, ..., n/p] -> partial sums [R, B, ..., n]."""
         tp = self.layout.collectives
         last_lA, last_uA = both_sides(dense, last_lA, last_uA)
+        if self.name in self.layout.whole:
+            return [(last_lA, last_uA)], 0, 0
 
         def place(A: torch.Tensor) -> torch.Tensor:
             width = A.shape[-1]
@@ -84,8 +97,13 @@ class BoundSelectFromRegion(_Border):
 
     x [B, ..., n] replicated, idx [m] int64, y_r [B, ..., m] sharded; ranks may choose the same
     feature. A_x is A_y added up at idx, zero elsewhere: this rank's term of the sum that the pass
-    takes.
+    takes. Where weights move idx is that of all ranks.
     """
+
+    feature_dim = 0
+
+    def features(self, x: Any, idx: Any) -> tuple[torch.Tensor]:
+        return (idx.lower,)
 
     def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
         return self.layout.collectives.copy_to(x).index_select(-1, idx)
@@ -93,6 +111,8 @@ class BoundSelectFromRegion(_Border):
     def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, idx: Any, **kwargs: Any) -> tuple:
         """A [R, B, ..., m] -> partial sums [R, B, ..., n]."""
         chosen, n = idx.lower, x.output_shape[-1]
+        if self.name in self.layout.whole:
+            chosen, = self.layout.whole[self.name]
 
         def place(A: torch.Tensor) -> torch.Tensor:
             A_x = A.new_zeros(*A.shape[:-1], n)

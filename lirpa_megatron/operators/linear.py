@@ -49,6 +49,9 @@ class LocalLinear(host.BoundLinear):
     solver, Jacobians and perturbed weights are refused by name.
     """
 
+    feature_dim: int | None = None
+    """Dimension of `features` that is sharded."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.transB = 1  # [out, in]: the host leaves the weight as it is
@@ -83,6 +86,11 @@ class LocalLinear(host.BoundLinear):
         """The local weight [o, i] and bias [o] or None."""
         self.check_unperturbed()
         return x[1].lower, x[2].lower if len(x) > 2 else None
+
+    @property
+    def weight_moves(self) -> bool:
+        """Whether the pass that is running brought the whole weight here."""
+        return self.name in self.layout.whole
 
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
         """A [R, B, ..., o] W and <A, b> with the local weight and bias; no communication."""

@@ -10,7 +10,6 @@ values outside are clamped where they are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,13 @@ wider)."""
 
 
 class OptimizableOperator(host.BoundOptimizableActivation):
-    """An operator whose lines or planes depend on alpha."""
+    """An operator whose lines or planes depend on alpha.
+
+    A subclass defines `relaxation(*inputs)`, what all rows of A have in common there.
+    """
+
+    feature_dim: int | None = None
+    """Dimension of `features` that runs over the rank's features; None: not to be gathered."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -64,13 +69,24 @@ class OptimizableOperator(host.BoundOptimizableActivation):
             return None
         return (self.alpha[start.name][side] / RANGE).clamp(-1, 1)
 
-    def common(self, make: Callable[..., Any], *inputs: Any) -> Any:
-        """`make(*inputs)`, what all rows have in common: once for the bounds that it is made of.
+    def relaxation(self, *inputs: Any) -> Any:
+        """What all rows have in common, for the bounds that the inputs have."""
+        raise NotImplementedError
+
+    def features(self, *inputs: Any) -> Any:
+        """What rows without alpha need of `relaxation`, of the rank's features."""
+        return self.common(*inputs)
+
+    def common(self, *inputs: Any) -> Any:
+        """`relaxation(*inputs)`, once for the bounds that it is made of.
 
         Every pass through the operator needs it, every chunk of rows, and with the same bounds.
-        What gradients flow to is made each time: its graph belongs to the pass.
+        What gradients flow to is made each time: its graph belongs to the pass. Where a pass moves
+        weights it is `features` of all ranks.
         """
         layout = self.options["layout"]
+        if self.name in layout.whole:
+            return layout.whole[self.name]
         reads: list[Any] = [torch.is_grad_enabled()]
         for x in inputs:
             name = getattr(x, "name", None)
@@ -79,7 +95,7 @@ class OptimizableOperator(host.BoundOptimizableActivation):
         known = layout.common.get(self.name)
         if known is not None and all(a is b for a, b in zip(known[0], reads, strict=True)):
             return known[1]
-        found = make(*inputs)
+        found = self.relaxation(*inputs)
         if not _requires_grad(found):
             layout.common[self.name] = reads, found
         return found

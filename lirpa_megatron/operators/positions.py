@@ -13,6 +13,12 @@ from lirpa_megatron.operators.linear import both_sides, dense
 class _Exact(host.Bound):
     """Base: linear in its first input, so CROWN is exact."""
 
+    feature_dim = 0
+
+    def features(self, *x: Any) -> tuple:
+        """Nothing: what is done to one rank's features is done to those of all."""
+        return ()
+
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
 
@@ -70,8 +76,13 @@ class BoundRotary(_Exact):
     def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, *tables: Any, **_: Any) -> tuple:
         """A [R, B, S, heads * d] -> the same shape."""
         cos, sin = (self.options["layout"].value_of(node) for node in tables)
-        A_x = both_sides(lambda A: self.forward(dense(A), cos, -sin), last_lA, last_uA)
-        return [A_x, (None, None), (None, None)], 0, 0
+        head_dim = self.inputs[0].output_shape[-1] // self.heads
+
+        def turn(A: Any) -> torch.Tensor:
+            A = dense(A)
+            return rotate(A, cos, -sin, A.shape[-1] // head_dim, self.interleaved)
+
+        return [both_sides(turn, last_lA, last_uA), (None, None), (None, None)], 0, 0
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Interval bounds of y."""

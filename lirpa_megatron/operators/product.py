@@ -77,6 +77,7 @@ class BoundProduct(OptimizableOperator):
     """
 
     reads_form = frozenset({0, 1})
+    feature_dim = -1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -115,7 +116,7 @@ class BoundProduct(OptimizableOperator):
         """A at a and b and the bias [R, B]. Shapes: see the class."""
         if not self._both_perturbed:
             return self._linear(last_lA, last_uA, *x)
-        box = self.common(self._box, *x)
+        box = self.common(*x)
         any_infinite = bool(box.infinite.any())
 
         def through(last_A: Any, side: int) -> tuple[Any, Any, Any]:
@@ -138,7 +139,8 @@ class BoundProduct(OptimizableOperator):
         (lA_a, lA_b, lbias), (uA_a, uA_b, ubias) = through(last_lA, 0), through(last_uA, 1)
         return [(lA_a, uA_a), (lA_b, uA_b)], lbias, ubias
 
-    def _box(self, a: Any, b: Any) -> _Box:
+    def relaxation(self, a: Any, b: Any) -> _Box:
+        """The box of two nodes' bounds, within their forms if they are known."""
         known = self.options["layout"].forms
         forms = [known.get(node.name) for node in self.inputs]
         return _box(a, b, None if None in forms else forms)

@@ -53,9 +53,6 @@ class RowRelaxed(OptimizableOperator):
         sharded = self.layout.sharded.get(self.name, False)
         return self.layout.collectives.copy_to(x) if sharded else x
 
-    def relaxation(self, *inputs: Any) -> Any:
-        raise NotImplementedError
-
     def lower_plane(
         self, A: torch.Tensor, shared: Any, move: torch.Tensor | None = None
     ) -> tuple[tuple, torch.Tensor]:
@@ -65,7 +62,7 @@ class RowRelaxed(OptimizableOperator):
         self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
     ) -> tuple:
         """A and bias of both sides. Shapes: see the class; a bias is [R, B]."""
-        shared = self.common(self.relaxation, *x)
+        shared = self.common(*x)
         lower: tuple = ()
         upper: tuple = ()
         lbias = ubias = 0

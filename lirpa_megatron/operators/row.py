@@ -40,11 +40,18 @@ class BoundRowParallelLinear(LocalLinear):
     In a spec-sharded pass the rows of all ranks are gathered first, because each rank has other
     features for all of them; the lower and upper sides go as one. The bias is complete at each rank
     for the rows it carries and is counted once. A start node here needs no gathering: every rank
-    knows which rows of the identity the others carry, and takes them from its W_r.
+    knows which rows of the identity the others carry, and takes them from its W_r. Where weights
+    move (OWN rows with all features of x) W is whole and nothing is gathered.
 
     IBP: midpoint and deviation are sums over features, so the sum over ranks of W_r m_r -+ |W_r|
     d_r is the bound of the whole layer; b is added once. A zero-width interval stays one.
     """
+
+    feature_dim = 1
+
+    def features(self, *x: Any) -> tuple[torch.Tensor]:
+        """The rank's weight."""
+        return (x[1].lower,)
 
     def forward(
         self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None
@@ -75,18 +82,18 @@ class BoundRowParallelLinear(LocalLinear):
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
         """A at this rank's features of x, and the bias. Shapes: see the class."""
         w, b = self.weight_and_bias(x)
+        if self.weight_moves:
+            w, = self.layout.whole[self.name]
         rest = [(None, None)] * (len(x) - 1)
         lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
         given = last_lA if last_lA is not None else last_uA
         if isinstance(given, IdentityRows):
-            return [both_sides(lambda A: self._start(A, w), last_lA, last_uA), *rest], lbias, ubias
+            start = given.own if given.all is None or self.weight_moves else given.all
+            A_x = rows_of_weight(w, start, given)
+            return [(None if last_lA is None else A_x, None if last_uA is None else A_x),
+                    *rest], lbias, ubias
         last_lA, last_uA = both_sides(dense, last_lA, last_uA)
-        if self.layout.collectives.size == 1:
+        if self.layout.collectives.size == 1 or self.weight_moves:
             return [both_sides(lambda A: A.matmul(w), last_lA, last_uA), *rest], lbias, ubias
         A, unstack = stack_sides(last_lA, last_uA)
         return [unstack(self.layout.enter_sharded(A).matmul(w)), *rest], lbias, ubias
-
-    @staticmethod
-    def _start(A: IdentityRows, w: torch.Tensor) -> torch.Tensor:
-        """W_r's rows for the identity rows of all ranks, [p n, B, ..., n/p]."""
-        return rows_of_weight(w, A.own if A.all is None else A.all, A)

@@ -46,6 +46,7 @@ class BoundScores(RowRelaxed):
     """
 
     reads_form = frozenset({0, 1})
+    feature_dim = 1
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
@@ -92,6 +93,10 @@ class BoundScores(RowRelaxed):
             low = torch.where(least > low, least, low)  # also where `least` is NaN
             high = torch.where(most < high, most, high)
         return q0, k0, dq, dk, low, high, box
+
+    def features(self, q: Any, k: Any) -> tuple:
+        q0, k0, _, _, low, high, _ = self.common(q, k)
+        return q0, k0, None, None, low, high, None
 
     def alpha_shape(self) -> tuple[int, ...]:
         return self.inputs[0].lower.shape[0], *self.output_shape[1:]

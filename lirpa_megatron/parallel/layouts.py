@@ -9,7 +9,8 @@ ColumnParallelLinear and the RowParallelLinear that follows) or **replicated**. 
 `Rows` of A at a node       shape on each rank       when
 ==========================  =======================  ======================================
 WHOLE                       [S, B, features]         whole pass; at a sharded node own features
-OWN                         [n, B, all features]     spec-sharded pass, replicated node
+OWN                         [n, B, all features]     spec-sharded pass, replicated node; a sharded
+                                                     one to which weights move
 ALL                         [p n, B, own features]   spec-sharded pass, sharded node
 BLOCK                       [n, B, own features]     sharded start node and what leads straight
                                                      to it: the blocks of other ranks are zero
@@ -26,6 +27,8 @@ sharded ALL -> replicated OWN    reduce-scatter over rows       (p-1)/p |A|
 replicated OWN -> sharded ALL    all-gather over rows           (p-1)/p |A|
 sharded BLOCK -> replicated OWN  none                           0
 sharded BLOCK -> sharded ALL     none (other rows are zero)     0
+replicated OWN <-> sharded OWN   none of A; all-gather of the   (p-1) |shard|
+                                 weights and relaxations
 ===============================  =============================  ==========================
 
 Biases that arise at sharded WHOLE and ALL nodes are partial sums over features. They are summed up
@@ -37,7 +40,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +70,7 @@ class Layout:
         forms: node name -> its affine form, found by a pass of the present call.
         centered: the same for the scores of an attention, relative to their weighted mean.
         common: node name -> what all rows have in common there, and what it was made of.
+        whole: node name -> its `features` of all ranks, while a pass that moves weights is there.
     """
 
     def __init__(self, collectives: Collectives) -> None:
@@ -78,10 +82,11 @@ class Layout:
         self.forms: dict[str, Any] = {}
         self.centered: dict[str, Any] = {}
         self.common: dict[str, Any] = {}
+        self.whole: dict[str, Any] = {}
 
     def forget(self) -> None:
         """Leaves what holds for one call's bounds alone."""
-        for found in (self.forms, self.centered, self.common):
+        for found in (self.forms, self.centered, self.common, self.whole):
             found.clear()
 
     def __deepcopy__(self, memo: dict) -> Layout:
@@ -106,6 +111,16 @@ def _unknown(node: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Region:
+    """Sharded nodes that hang together, and what reads them."""
+
+    names: frozenset[str]
+    """Of the sharded nodes."""
+    readers: frozenset[str]
+    """Of the replicated nodes that read them: RowParallelLinear, gathered features."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The course of a backward pass from one start node, the same on every rank."""
 
@@ -121,9 +136,14 @@ class Plan:
     """Whether ranks carry their own rows."""
     has_partial_bias: bool
     """Whether any bias is a partial sum over ranks."""
+    moved: tuple[tuple[Any, ...], ...] = ()
+    """Nodes whose features are gathered together, where weights move."""
 
 
-def make_plan(start: Any, sharded: dict[str, bool], spec_sharded: bool, ranks: int) -> Plan:
+def make_plan(
+    start: Any, sharded: dict[str, bool], spec_sharded: bool, ranks: int,
+    regions: Iterable[Region] = (),
+) -> Plan:
     """Plans the backward pass from `start` over its perturbed ancestors.
 
     Args:
@@ -132,6 +152,7 @@ def make_plan(start: Any, sharded: dict[str, bool], spec_sharded: bool, ranks: i
         spec_sharded: whether ranks carry their own rows; a sharded start node whose rows are the
             ranks' own neurons is `spec_sharded` too.
         ranks: tensor-parallel size.
+        regions: to which weights move; all of their nodes in the pass would have ALL rows.
     """
     order, leaves = _topological(start)
     rows: dict[str, Rows] = {}
@@ -147,10 +168,15 @@ def make_plan(start: Any, sharded: dict[str, bool], spec_sharded: bool, ranks: i
             for x in node.inputs:
                 if x.name in rows and sharded[x.name] and not leads_straight:
                     rows[x.name] = Rows.ALL
+    moved = []
+    for region in regions:
+        inside = [x for x in order if x.name in region.names]
+        rows |= {x.name: Rows.OWN for x in inside}
+        moved.append((*inside, *(x for x in order if x.name in region.readers)))
     partial = ranks > 1 and any(
         sharded[node.name] and rows[node.name] in (Rows.WHOLE, Rows.ALL) for node in order
     )
-    return Plan(start, tuple(order), tuple(leaves), rows, spec_sharded, partial)
+    return Plan(start, tuple(order), tuple(leaves), rows, spec_sharded, partial, tuple(moved))
 
 
 def _topological(start: Any) -> tuple[list[Any], list[Any]]:
