@@ -135,11 +135,14 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int) -> dict:
     return result
 
 
-def predicted_bytes(widths: tuple[int, ...], p: int, batch: int, itemsize: int = 4) -> int:
+def predicted_bytes(
+    widths: tuple[int, ...], p: int, batch: int, moves: str = "auto", itemsize: int = 4
+) -> int:
     """Bytes that one rank sends in a CROWN run, from the formulas of `parallel.layouts`.
 
     For an MLP whose Linear layers are Column, Row, Column, Row, ... (the last one replicated when
-    their number is odd). S rows, lower and upper together; every pass also reduces its bias.
+    their number is odd). S rows, lower and upper together; a pass in which A moves also reduces its
+    bias. Weights are gathered for each chunk of rows that fits 16 MiB, shared by the ranks.
     """
     def sent(rows: int, features: int) -> float:
         """Gathering or reduce-scattering A [rows, 2, B, features] over the rows."""
@@ -152,11 +155,21 @@ def predicted_bytes(widths: tuple[int, ...], p: int, batch: int, itemsize: int =
         sharded = k in columns
         neurons = widths[k + 1]
         rows = neurons if sharded else -(-neurons // p) * p
-        regions = [i for i in columns if i < k]  # that the pass goes through with all rows
-        # Into a region through its Row (a start node at the Row knows all identity rows), and out.
-        total += sum(sent(rows, widths[i + 2]) for i in regions if i + 1 != k)
-        total += sum(sent(rows, widths[i]) for i in regions)
-        total += sent(rows, 1) if regions else 0  # the bias
+        at_once = max(1, 2**24 // p // (2 * batch * max(widths[: k + 2]) * itemsize))
+        chunks = -(-rows // p // at_once)
+        partial = False
+        for i in columns:  # regions that the pass goes through with all rows
+            if i >= k:
+                continue
+            # In through its Row (a start node at the Row knows all identity rows), and out.
+            as_A = sent(rows, widths[i]) + (sent(rows, widths[i + 2]) if i + 1 != k else 0)
+            # The weights of both, the bias of the first, the bounds that the activation reads.
+            shard = widths[i + 1] // p * (widths[i] + 1 + 2 * batch + widths[i + 2])
+            as_weights = (p - 1) * chunks * shard * itemsize
+            weights = moves == "weights" or (moves == "auto" and as_weights < as_A)
+            total += as_weights if weights else as_A
+            partial |= not weights
+        total += sent(rows, 1) if partial else 0  # the bias
         total += 0 if sharded else sent(rows, 1)  # every rank's results
     specification = widths[-1]  # the final pass is whole: all-reduces, twice a reduce-scatter
     total += 2 * sum(sent(specification, widths[i]) for i in columns) + 2 * sent(specification, 1)

@@ -10,7 +10,7 @@ Shapes: S rows, n = ceil(S/p) of them per rank, B batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +19,20 @@ import torch.nn.functional as F
 
 from lirpa_megatron import host
 from lirpa_megatron.moving import features_of
+from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import (
     IdentityRows,
     LocalLinear,
+    both_sides,
     dense,
     stack_sides,
 )
 from lirpa_megatron.operators.relaxed import RowRelaxed
+from lirpa_megatron.operators.row import BoundRowParallelLinear
 from lirpa_megatron.operators.scores import BoundScores
 from lirpa_megatron.operators.vocabulary import Margins
 from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
-from lirpa_megatron.parallel.packs import gather_whole
+from lirpa_megatron.parallel.packs import begin_gather_whole
 
 
 @dataclass
@@ -101,10 +104,17 @@ class BackwardPass:
         self._A: dict[str, _Sides] = {}
         self._partial_A: dict[str, _Sides] = {}
         self._bias, self._partial_bias = _Sides(), _Sides()
-        self._moved = {node.name: nodes for nodes in plan.moved for node in nodes}
+        self._moved = {node.name for nodes in plan.moved for node in nodes}
+        self._regions = iter(plan.moved)
+        self._whole: dict[str, Any] = {}
+        self._brought: Callable[[], dict[str, Any]] = dict
 
-    def run(self, C: Any, lower: bool, upper: bool, keep_A: bool) -> RowBounds:
+    def steps(
+        self, C: Any, lower: bool, upper: bool, keep_A: bool
+    ) -> Generator[None, None, RowBounds]:
         """Propagates the rows to the inputs and concretizes them.
+
+        A generator: it pauses where it waits for other ranks, so that another pass can go on.
 
         Args:
             C: [rows, B, *start shape] in the layout of the start node, or IdentityRows.
@@ -115,20 +125,35 @@ class BackwardPass:
         self.sides = lower, upper
         self._A[self.plan.start.name] = _Sides(C if lower else None, C if upper else None)
         self.layout.spec_sharded = self.plan.spec_sharded
+        self._bring_next()
         for node in self.plan.order:
-            self._visit(node)
-        return self._concretize(keep_A)
+            yield from self._visit(node)
+        total = yield from self._total_bias()
+        result = RowBounds(*total, *total)
+        for leaf in self.plan.leaves:
+            lA, uA = yield from self._take(leaf)
+            self._concretize(leaf, lA, uA, result)
+            if keep_A:
+                result.lA[leaf.name], result.uA[leaf.name] = lA, uA
+        return result
 
     # ---------------------------------------------------------------- one node
 
-    def _visit(self, node: host.Bound) -> None:
-        lA, uA = self._take(node)
-        if node.name in self._moved and node.name not in self.layout.whole:
-            self._bring(self._moved[node.name])
+    def _visit(self, node: host.Bound) -> Generator[None, None, None]:
+        self.tp.poll()
+        lA, uA = yield from self._take(node)
+        entered = yield from self._enter(node, lA, uA)
+        if node.name in self._moved and node.name not in self._whole:
+            yield
+            self._whole.update(self._brought())
+            self._bring_next()
+        # Shared with the passes that go on meanwhile.
+        self.layout.whole, self.layout.entered = self._whole, entered
         with self._conjugates(node), self._alpha_of(node), self._whole_intervals(node):
             As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
         self._add_bias(node, lbias, ubias)
-        del lA, uA
+        del lA, uA, entered
+        self.layout.entered = None
         for x, (lA_x, uA_x) in zip(node.inputs, As, strict=False):
             if x.perturbed:
                 self._send(node, x, lA_x, uA_x)
@@ -137,16 +162,37 @@ class BackwardPass:
                 # sum over features is no longer known as such.
                 value = self.module.get_forward_value(x)
                 self._add_bias(node, *(_constant_term(A, value, x) for A in (lA_x, uA_x)))
-        self.layout.whole.pop(node.name, None)
+        self._whole.pop(node.name, None)
 
-    def _bring(self, nodes: Sequence[host.Bound]) -> None:
-        """Gathers what the operators of a region need of all ranks' features."""
+    def _bring_next(self) -> None:
+        """Begins to gather what the operators of the next region need of all ranks' features."""
+        nodes = next(self._regions, ())
         own = []
         for node in nodes:
             with self._conjugates(node):
                 own.append(features_of(node))
-        whole = gather_whole(self.tp, own, self.like.dtype)
-        self.layout.whole.update(zip((node.name for node in nodes), whole, strict=True))
+        if own:
+            whole = begin_gather_whole(self.tp, own, self.like.dtype)
+            self._brought = lambda: {
+                node.name: tree for node, tree in zip(nodes, whole(), strict=True)
+            }
+
+    def _enter(self, node: host.Bound, lA: Any, uA: Any) -> Generator[None, None, Any]:
+        """A where the pass enters sharded features: gathered rows, or f; None elsewhere."""
+        A = lA if lA is not None else uA
+        reads = isinstance(node, (BoundRowParallelLinear, BoundGatherFromRegion))
+        if not reads or self.tp.size == 1 or node.name in self._moved:
+            return None
+        if isinstance(A, IdentityRows):
+            if isinstance(node, BoundRowParallelLinear):
+                return None
+            lA, uA = both_sides(dense, lA, uA)
+        A, unstack = stack_sides(lA, uA)
+        if not self.plan.spec_sharded:
+            return self.tp.copy_to(A), unstack
+        received = self.tp.begin_gather_rows(A)
+        yield
+        return received(), unstack
 
     @contextlib.contextmanager
     def _whole_intervals(self, node: host.Bound) -> Iterator[None]:
@@ -162,12 +208,12 @@ class BackwardPass:
         finally:
             x.lower, x.upper = own
 
-    def _take(self, node: host.Bound) -> tuple[Any, Any]:
+    def _take(self, node: host.Bound) -> Generator[None, None, tuple[Any, Any]]:
         """A at the node, the partial sums of its sharded consumers included."""
         total = self._A.pop(node.name, None) or _Sides()
         partial = self._partial_A.pop(node.name, None)
         if partial is not None:
-            total.add(*self._reduce(partial.lower, partial.upper))
+            total.add(*(yield from self._reduce(partial.lower, partial.upper)))
         lower = self._for_operator(node, total.lower)
         upper = lower if total.upper is total.lower else self._for_operator(node, total.upper)
         return lower, upper
@@ -227,12 +273,14 @@ class BackwardPass:
         bias = self._partial_bias if self._is_partial(node) else self._bias
         bias.add(*(b if isinstance(b, torch.Tensor) else None for b in (lower, upper)))
 
-    def _reduce(self, lower: Any, upper: Any) -> tuple[Any, Any]:
+    def _reduce(self, lower: Any, upper: Any) -> Generator[None, None, tuple[Any, Any]]:
         """Sums over ranks, both sides in one collective."""
         stacked, unstack = stack_sides(lower, upper)
-        if self.plan.spec_sharded:
-            return unstack(self.tp.reduce_to_rows(stacked))
-        return unstack(self.tp.reduce_from(stacked))
+        if not self.plan.spec_sharded:
+            return unstack(self.tp.reduce_from(stacked))
+        received = self.tp.begin_reduce_to_rows(stacked)
+        yield
+        return unstack(received())
 
     # ------------------------------------------------------- gradients and alpha
 
@@ -306,21 +354,14 @@ class BackwardPass:
 
     # ------------------------------------------------------------------- the end
 
-    def _concretize(self, keep_A: bool) -> RowBounds:
-        lbias, ubias = self._total_bias()
-        result = RowBounds(lbias, ubias, lbias, ubias)
-        for leaf in self.plan.leaves:
-            lA, uA = self._take(leaf)
-            with self._conjugate_box(leaf):
-                if lA is not None:
-                    result.lower = result.lower + self._extreme(leaf, lA, -1)
-                if uA is not None:
-                    result.upper = result.upper + self._extreme(leaf, uA, +1)
-            if keep_A:
-                result.lA[leaf.name], result.uA[leaf.name] = lA, uA
-        return result
+    def _concretize(self, leaf: host.Bound, lA: Any, uA: Any, result: RowBounds) -> None:
+        with self._conjugate_box(leaf):
+            if lA is not None:
+                result.lower = result.lower + self._extreme(leaf, lA, -1)
+            if uA is not None:
+                result.upper = result.upper + self._extreme(leaf, uA, +1)
 
-    def _total_bias(self) -> tuple[Any, Any]:
+    def _total_bias(self) -> Generator[None, None, tuple[Any, Any]]:
         zeros = torch.zeros(self.rows, self.batch, dtype=self.like.dtype, device=self.like.device)
         zeros = (zeros if self.sides[0] else None, zeros if self.sides[1] else None)
         total = _Sides(*zeros)
@@ -329,7 +370,7 @@ class BackwardPass:
             parts = self.tp.size if self.plan.spec_sharded else 1
             partial = _Sides(*(None if z is None else z.repeat(parts, 1) for z in zeros))
             partial.add(self._partial_bias.lower, self._partial_bias.upper)
-            total.add(*self._reduce(partial.lower, partial.upper))
+            total.add(*(yield from self._reduce(partial.lower, partial.upper)))
         return total.lower, total.upper
 
     def _extreme(self, leaf: host.Bound, A: torch.Tensor, sign: int) -> torch.Tensor:

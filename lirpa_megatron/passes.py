@@ -8,7 +8,8 @@ the last one, so that all ranks do the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ from lirpa_megatron.operators.enclosure import AffineForm
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import IdentityRows
 from lirpa_megatron.parallel.layouts import Plan, Region, Rows, make_plan
+
+_WORTH = 128
+"""Rows of A that are worth a chunk of their own."""
 
 
 @dataclass
@@ -122,6 +126,16 @@ class Passes:
         per_row = 2 * self.module.batch_size * widest * self.dtype.itemsize
         return max(1, int(self._memory() // per_row))
 
+    def _turns(self, limit: int, plan: Plan) -> tuple[int, int]:
+        """(rows of a chunk, chunks that go on in turns), for `limit` rows at once in all.
+
+        Where A moves two chunks do, so that one is computed while the other's rows are under way.
+        """
+        if Rows.ALL not in plan.rows.values() or torch.is_grad_enabled():
+            return limit, 1
+        half = -(-limit // 2)
+        return (half, 2) if half >= _WORTH else (limit, 1)
+
     def _memory(self) -> float:
         """Bytes for the rows of A that are carried at once."""
         given, device = self.module.own_options.pass_memory, torch.device(self.module.device)
@@ -169,14 +183,16 @@ class Passes:
                 plan, n, -(-n // limit), lower + upper, self.dtype, C is None
             )
             plan = self.plan(origin, spec_sharded, regions)
+        limit, at_once = self._turns(limit, plan)
         keep_A = bool(module.return_A and start.name in module.needed_A_dict)
         inputs = InputSet(host.perturbed_inputs(module)) if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
             inputs = None
         # A that is given to the caller as the rank's own is one block of rows.
         blocks = keep_A and module.own_options.return_A_rows == "own"
-        chunks, forms = [], []
-        for first in range(0, n, limit):
+
+        def chunk(first: int) -> Generator[None, None, tuple[RowBounds, torch.Tensor | None]]:
+            """Bounds of the rank's rows from `first` on, and their rows of the form."""
             local = torch.arange(first, min(first + limit, n), device=module.device)
             run = BackwardPass(
                 module, module.layout, module.sharded, plan, start,
@@ -184,13 +200,16 @@ class Passes:
             )
             every = self._every_row(local, n if blocks else None, first, S) if split else None
             rows = self._start_rows(origin, C, local, every)
-            found = run.run(rows, lower, upper, keep_A or inputs is not None)
-            if inputs is not None:
-                forms.append(inputs.rows(found, self.tp.copy_to))
-                if not keep_A:
-                    found.lA, found.uA = {}, {}
-            chunks.append(found)
-        whole = _concatenate(chunks)
+            found = yield from run.steps(rows, lower, upper, keep_A or inputs is not None)
+            if inputs is None:
+                return found, None
+            form = inputs.rows(found, self.tp.copy_to)
+            if not keep_A:
+                found.lA, found.uA = {}, {}
+            return found, form
+
+        chunks = _in_turns((chunk(first) for first in range(0, n, limit)), at_once)
+        whole = _concatenate([found for found, _ in chunks])
 
         def in_order(rows: torch.Tensor) -> torch.Tensor:
             """The rows of all ranks, one rank's after the other's, as the start node has them."""
@@ -208,7 +227,7 @@ class Passes:
         if gather:
             bounds = self._gathered(bounds, in_order)
         if inputs is not None:
-            rows = torch.cat(forms)
+            rows = torch.cat([form for _, form in chunks])
             rows = in_order(self.tp.gather_results(rows)) if gather else rows
             bounds.form = inputs.form(rows, start.output_shape[1:] if C is None else (S,))
         return bounds
@@ -286,6 +305,23 @@ class Passes:
                    "lbias": lbias, "ubias": ubias, "unstable_idx": None}
             for name in bounds.lA
         }
+
+
+def _in_turns(steps: Iterable[Generator[None, None, Any]], at_once: int) -> list[Any]:
+    """What the generators return, some of them going on in turns: all ranks do the same."""
+    waiting, found = enumerate(steps), {}
+    active: deque = deque()
+    while True:
+        while len(active) < at_once and (following := next(waiting, None)) is not None:
+            active.append(following)
+        if not active:
+            return [found[i] for i in range(len(found))]
+        i, generator = active.popleft()
+        try:
+            next(generator)
+            active.append((i, generator))
+        except StopIteration as end:
+            found[i] = end.value
 
 
 def _concatenate(chunks: list[RowBounds]) -> RowBounds:

@@ -69,6 +69,50 @@ def test_an_error_on_one_rank_inside_a_pass_ends_all_ranks_with_its_message():
     assert "rank 1" in first.message and "rank 1 is out of memory" in first.message
 
 
+def _one_rank_raises_while_a_collective_is_under_way():
+    from lirpa_megatron.parallel import runtime, spmd
+    from lirpa_megatron.parallel.collectives import Collectives
+
+    tp = Collectives(runtime.tp_group())
+    x = torch.full((2, 3), float(tp.rank))
+    caught = ""
+    try:
+        with spmd.guard(tp.group, "a test"):
+            received = tp.begin_gather_rows(x)
+            if tp.rank == 1:
+                raise MemoryError("rank 1 is out of memory")
+            assert received()[2:].eq(1).all()  # what rank 1 gave its word for
+            tp.reduce_from(x)
+    except (MemoryError, RuntimeError) as error:
+        caught = f"{type(error).__name__}: {error}"
+    with spmd.guard(tp.group, "a test"):  # nothing is left over that the next one could meet
+        later = tp.begin_reduce_to_rows(torch.ones(2 * tp.size, 3))
+        tp.poll()
+        total = tp.reduce_from(x)
+        return caught, later().sum().item(), total.sum().item()
+
+
+def test_an_error_while_a_collective_is_under_way_ends_all_ranks_and_leaves_nothing_behind():
+    first, second = (o.value for o in _together(_one_rank_raises_while_a_collective_is_under_way))
+    assert first[0].startswith("RemoteRankError") and "rank 1 is out of memory" in first[0]
+    assert second[0].startswith("MemoryError")
+    assert first[1:] == second[1:] == (12.0, 6.0)
+
+
+def _one_rank_begins_another_collective():
+    from lirpa_megatron.parallel import runtime, spmd
+    from lirpa_megatron.parallel.collectives import Collectives
+
+    tp = Collectives(runtime.tp_group())
+    with spmd.guard(tp.group, "a test"):
+        tp.begin_gather_rows(torch.ones(2 + tp.rank, 3))()
+
+
+def test_ranks_that_begin_different_collectives_all_raise():
+    for outcome in _together(_one_rank_begins_another_collective):
+        assert outcome.error == "SPMDError" and "(2, 3)" in outcome.message
+
+
 def _one_rank_raises_in_the_backward_of_autograd():
     from lirpa_megatron import guard
 

@@ -20,7 +20,7 @@ def _predicted_bytes(*arguments):
     return module.predicted_bytes(*arguments)
 
 
-def _sent(widths, batch):
+def _sent(widths, batch, moves):
     from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, parallelize
 
     torch.manual_seed(0)
@@ -28,7 +28,7 @@ def _sent(widths, batch):
     for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
         layers += [nn.ReLU()] * (i > 0) + [nn.Linear(a, b)]
     x = torch.rand(batch, widths[0])
-    bounded = BoundedModule(parallelize(nn.Sequential(*layers)).eval(), x)
+    bounded = BoundedModule(parallelize(nn.Sequential(*layers)).eval(), x, {"moves": moves})
     ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.1))
     bounded.layout.collectives.traffic.clear()  # of the forward pass that the constructor makes
     bounded.compute_bounds(x=(ball,), method="CROWN")
@@ -38,5 +38,8 @@ def _sent(widths, batch):
 @pytest.mark.parametrize("widths", [(6, 16, 8, 16, 8, 16, 4), (6, 24, 10, 16, 12, 16, 8, 3)])
 @pytest.mark.parametrize("size, batch", [(2, 3), (4, 1)])
 def test_a_crown_run_sends_the_predicted_number_of_bytes(widths, size, batch):
-    expected = _predicted_bytes(widths, size, batch)
-    assert pool(size).run(_sent, widths, batch) == [expected] * size
+    sent = {}
+    for moves in ("A", "weights", "auto"):
+        sent[moves] = _predicted_bytes(widths, size, batch, moves)
+        assert pool(size).run(_sent, widths, batch, moves) == [sent[moves]] * size
+    assert sent["auto"] <= min(sent["A"], sent["weights"])

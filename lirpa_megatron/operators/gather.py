@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron import host
-from lirpa_megatron.operators.linear import both_sides, dense, stack_sides
+from lirpa_megatron.operators.linear import both_sides, dense
 from lirpa_megatron.parallel.layouts import Layout
 
 
@@ -55,8 +55,7 @@ class BoundGatherFromRegion(_Border):
         last_lA, last_uA = both_sides(dense, last_lA, last_uA)
         if tp.size == 1 or self.name in self.layout.whole:
             return [(last_lA, last_uA)], 0, 0
-        A, unstack = stack_sides(last_lA, last_uA)
-        A = self.layout.enter_sharded(A)
+        A, unstack = self.layout.entered
         width = A.shape[-1] // tp.size
         return [unstack(A.narrow(-1, tp.rank * width, width))], 0, 0
 

@@ -15,7 +15,6 @@ from lirpa_megatron.operators.linear import (
     dense,
     rows_of_bias,
     rows_of_weight,
-    stack_sides,
 )
 
 
@@ -95,5 +94,5 @@ class BoundRowParallelLinear(LocalLinear):
         last_lA, last_uA = both_sides(dense, last_lA, last_uA)
         if self.layout.collectives.size == 1 or self.weight_moves:
             return [both_sides(lambda A: A.matmul(w), last_lA, last_uA), *rest], lbias, ubias
-        A, unstack = stack_sides(last_lA, last_uA)
-        return [unstack(self.layout.enter_sharded(A).matmul(w)), *rest], lbias, ubias
+        A, unstack = self.layout.entered
+        return [unstack(A.matmul(w)), *rest], lbias, ubias

@@ -16,7 +16,8 @@ split_features     slice of the last dim       all-gather              0, then (
 
 `gather_rows` is for a result that each rank uses differently (its gradient is a sum over ranks),
 `gather_results` for one that all use alike. `look_up` is a `reduce_from` of rows that one rank has;
-`largest` is an all-reduce without a gradient, for which Megatron has no mapping.
+`largest` is an all-reduce without a gradient, for which Megatron has no mapping; nor has it one for
+`begin_gather_rows` and `begin_reduce_to_rows`, which run while the rank computes.
 Bytes are those of ring algorithms.
 
 The guard exists because megatron-core up to 0.18 reduces a *copy* of a non-contiguous tensor and
@@ -37,6 +38,10 @@ from megatron.core.tensor_parallel import mappings
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import cpu_shim, spmd
+
+# torch renamed them.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Traffic:
@@ -113,6 +118,46 @@ class Collectives:
         y = mappings.reduce_scatter_to_sequence_parallel_region(x.contiguous(), group=self.group)
         return self._guard_backward(y, "all_gather", self.size - 1)
 
+    def begin_gather_rows(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """`gather_rows`, of which the result is asked for later; at once where x has a gradient.
+
+        Returns:
+            A function that waits for the result.
+        """
+        if self.size == 1 or x.requires_grad:
+            y = self.gather_rows(x)
+            return lambda: y
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        return self._begin("all_gather", x.contiguous(), out, self.size - 1)
+
+    def begin_reduce_to_rows(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The same for `reduce_to_rows`."""
+        if self.size == 1 or x.requires_grad:
+            y = self.reduce_to_rows(x)
+            return lambda: y
+        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        return self._begin("reduce_scatter", x.contiguous(), out, self._share)
+
+    def _begin(
+        self, name: str, x: torch.Tensor, out: torch.Tensor, bytes_per_byte: float
+    ) -> Callable[[], torch.Tensor]:
+        function = _all_gather if name == "all_gather" else _reduce_scatter
+        self._count(name, x, bytes_per_byte)
+        under_way = spmd.announce(
+            self.group, f"{name} of {tuple(x.shape)} {x.dtype}, begun",
+            lambda: function(out, x, group=self.group, async_op=True),
+        )
+
+        def finish() -> torch.Tensor:
+            under_way.wait()
+            return out
+
+        return finish
+
+    def poll(self) -> None:
+        """To be called now and then, so that what was begun goes on."""
+        spmd.poll(self.group)
+
     def gather_features(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n/p] of each rank -> [..., n], to be used alike on every rank."""
         if self.size == 1:
@@ -173,12 +218,15 @@ class Collectives:
 
     def _enter(self, name: str, x: torch.Tensor, bytes_per_byte: float) -> None:
         """Agrees with the other ranks on what comes, and counts it."""
+        self._count(name, x, bytes_per_byte)
+        spmd.handshake(self.group, f"{name} of {tuple(x.shape)} {x.dtype}")
+
+    def _count(self, name: str, x: torch.Tensor, bytes_per_byte: float) -> None:
         if x.device.type == "cpu" and not cpu_shim.is_installed() and not torch.cuda.is_available():
             raise UserError(
                 "tensor parallelism on a CPU needs Megatron's CPU shim: call "
                 "lirpa_megatron.parallel.cpu_shim.install() first"
             )
-        spmd.handshake(self.group, f"{name} of {tuple(x.shape)} {x.dtype}")
         self.traffic.add(name, bytes_per_byte * x.numel() * x.element_size())
 
     def _guard_backward(self, y: torch.Tensor, name: str, factor: float | None) -> torch.Tensor:

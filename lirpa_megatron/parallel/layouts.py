@@ -71,6 +71,8 @@ class Layout:
         centered: the same for the scores of an attention, relative to their weighted mean.
         common: node name -> what all rows have in common there, and what it was made of.
         whole: node name -> its `features` of all ranks, while a pass that moves weights is there.
+        entered: A of both sides as the rows of a sharded input are laid out, where a pass enters
+            its features through the node that is visited; and a function that takes it apart.
     """
 
     def __init__(self, collectives: Collectives) -> None:
@@ -83,6 +85,7 @@ class Layout:
         self.centered: dict[str, Any] = {}
         self.common: dict[str, Any] = {}
         self.whole: dict[str, Any] = {}
+        self.entered: Any = None
 
     def forget(self) -> None:
         """Leaves what holds for one call's bounds alone."""
@@ -91,19 +94,6 @@ class Layout:
 
     def __deepcopy__(self, memo: dict) -> Layout:
         return self  # process groups cannot be copied
-
-    def enter_sharded(self, A: Any) -> Any:
-        """A at a replicated output, for use with this rank's features of a sharded input.
-
-        Args:
-            A: WHOLE [S, ..., h] (copy_to: each rank uses it for other features) or OWN [n, ..., h].
-
-        Returns:
-            WHOLE [S, ..., h], or ALL rows [p n, ..., h].
-        """
-        if self.spec_sharded:
-            return self.collectives.gather_rows(A)
-        return self.collectives.copy_to(A)
 
 
 def _unknown(node: Any) -> Any:
@@ -137,7 +127,7 @@ class Plan:
     has_partial_bias: bool
     """Whether any bias is a partial sum over ranks."""
     moved: tuple[tuple[Any, ...], ...] = ()
-    """Nodes whose features are gathered together, where weights move."""
+    """Nodes whose features are gathered together, where weights move, in the order of the pass."""
 
 
 def make_plan(
@@ -172,11 +162,13 @@ def make_plan(
     for region in regions:
         inside = [x for x in order if x.name in region.names]
         rows |= {x.name: Rows.OWN for x in inside}
-        moved.append((*inside, *(x for x in order if x.name in region.readers)))
+        moved.append([x for x in order if x in inside or x.name in region.readers])
+    moved.sort(key=lambda nodes: order.index(nodes[0]))
     partial = ranks > 1 and any(
         sharded[node.name] and rows[node.name] in (Rows.WHOLE, Rows.ALL) for node in order
     )
-    return Plan(start, tuple(order), tuple(leaves), rows, spec_sharded, partial, tuple(moved))
+    together = tuple(tuple(nodes) for nodes in moved)
+    return Plan(start, tuple(order), tuple(leaves), rows, spec_sharded, partial, together)
 
 
 def _topological(start: Any) -> tuple[list[Any], list[Any]]:

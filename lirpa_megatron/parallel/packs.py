@@ -34,13 +34,13 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def packed_bytes(tree: Any, dtype: torch.dtype) -> int:
-    """Bytes of one rank's part of `gather_whole`."""
+    """Bytes of one rank's part of `begin_gather_whole`."""
     return sum(x.numel() * _sent_as(x, dtype).itemsize for x in tensors(tree))
 
 
-def gather_whole(
+def begin_gather_whole(
     collectives: Collectives, trees: Sequence[tuple[Any, int]], dtype: torch.dtype
-) -> list[Any]:
+) -> Callable[[], list[Any]]:
     """The features of all ranks side by side, to be used differently on each rank.
 
     Args:
@@ -49,22 +49,28 @@ def gather_whole(
         dtype: of the numbers; truth values go as such numbers, whole numbers as what they are.
 
     Returns:
-        The trees with the features of rank 0, 1, ... along that dimension; gradients are summed
-        over ranks (`Collectives.gather_rows`).
+        A function that waits for the trees with the features of rank 0, 1, ... along that
+        dimension; gradients are summed over ranks (`Collectives.gather_rows`).
     """
     parts = [(x, dim % x.ndim) for tree, dim in trees for x in tensors(tree)]
-    whole: list[torch.Tensor | None] = [None] * len(parts)
+    sent = []
     for kind in sorted({_sent_as(x, dtype) for x, _ in parts}, key=str):
         chosen = [i for i, (x, _) in enumerate(parts) if _sent_as(x, dtype) == kind]
         flat = torch.cat([parts[i][0].to(kind).flatten() for i in chosen])
-        every = collectives.gather_rows(flat.unsqueeze(0))
-        for i, piece in zip(chosen, every.split([parts[i][0].numel() for i in chosen], 1),
-                            strict=True):
-            x, dim = parts[i]
-            ranks = piece.unflatten(1, x.shape).movedim(0, dim)
-            whole[i] = ranks.flatten(dim, dim + 1).to(x.dtype)
-    found = iter(whole)
-    return [mapped(tree, lambda _: next(found)) for tree, _ in trees]
+        sent.append((chosen, collectives.begin_gather_rows(flat.unsqueeze(0))))
+
+    def finish() -> list[Any]:
+        whole: list[torch.Tensor | None] = [None] * len(parts)
+        for chosen, received in sent:
+            pieces = received().split([parts[i][0].numel() for i in chosen], 1)
+            for i, piece in zip(chosen, pieces, strict=True):
+                x, dim = parts[i]
+                ranks = piece.unflatten(1, x.shape).movedim(0, dim)
+                whole[i] = ranks.flatten(dim, dim + 1).to(x.dtype)
+        found = iter(whole)
+        return [mapped(tree, lambda _: next(found)) for tree, _ in trees]
+
+    return finish
 
 
 def _sent_as(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

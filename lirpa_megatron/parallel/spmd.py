@@ -9,6 +9,11 @@ A tensor-parallel computation hangs when one rank leaves it (an exception) or ta
 * `guard` wraps a computation. A rank that fails inside takes part in the handshake that the others
   are waiting in, says that it failed, and hands them its message; they raise `RemoteRankError`.
 
+A collective that is to run while the ranks compute is `announced`: its handshake starts, and the
+collective begins when that is found to be done, at the latest before the next handshake, so that
+all ranks begin in the same order. A rank that fails in between begins it all the same, because the
+others have its word.
+
 The handshake runs over gloo also where the data runs over NCCL, so that it never waits for the GPU.
 A rank that dies without a word closes its connections, which ends the others' handshake too.
 """
@@ -18,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +41,7 @@ class _Control:
         self.rank, self.size = group.rank(), group.size()
         self.depth = 0
         self.in_foreign_code = False
+        self.announced: Announced | None = None
         if dist.get_backend(group) == "gloo":
             self._group = weakref.ref(group)  # the registry is keyed weakly by the same group
         else:
@@ -43,16 +49,26 @@ class _Control:
             own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
             self._group = lambda: own
 
-    def _all_reduce_max(self, values: list[int]) -> list[int]:
+    def start(self, values: list[int]) -> Callable[[], Any]:
+        """The largest of each number over ranks, when the function that is returned is called.
+
+        It has the attribute `is_done`, a function that says whether it would not wait.
+        """
         tensor = torch.tensor(values, dtype=torch.int64)
-        try:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group())
-        except RuntimeError as error:
-            raise RemoteRankError(
-                "a tensor-parallel rank ended without a message (see its own output); "
-                f"the connection to it is gone: {str(error).splitlines()[0]}"
-            ) from error
-        return tensor.tolist()
+
+        def run() -> Any:
+            return dist.all_reduce(
+                tensor, op=dist.ReduceOp.MAX, group=self._group(), async_op=True
+            )
+
+        work = _or_gone(run)
+
+        def finish() -> list[int]:
+            _or_gone(work.wait)
+            return tensor.tolist()
+
+        finish.is_done = work.is_completed
+        return finish
 
     def all_gather(self, value: Any) -> list[Any]:
         """Plain data of every rank, in rank order."""
@@ -61,8 +77,17 @@ class _Control:
         return gathered
 
     def handshake(self, step: str) -> None:
-        tag = zlib.crc32(step.encode())
-        failed, high, low = self._all_reduce_max([0, tag, -tag])
+        self.settle()
+        self.check(step, self.start(_said(step))())
+
+    def settle(self) -> None:
+        """What has been announced begins now."""
+        if self.announced is not None:
+            self.announced.settle()
+
+    def check(self, step: str, found: list[int]) -> None:
+        """Raises unless all ranks said `step`; `found` is the largest of what they said."""
+        (failed, high, low), (_, tag, _) = found, _said(step)
         if failed:
             messages = [(r, m) for r, m in enumerate(self.all_gather(None)) if m is not None]
             rank, message = messages[0]
@@ -73,9 +98,63 @@ class _Control:
 
     def report_failure(self, message: str) -> None:
         """Joins the handshake that the other ranks wait in, and tells them why this one leaves."""
-        with contextlib.suppress(RuntimeError):  # the others are gone: nobody is left to tell
-            self._all_reduce_max([1, 0, 0])
+        with contextlib.suppress(RuntimeError, SPMDError):  # the others are gone, or failed too
+            if self.announced is not None:
+                self.announced.wait()
+            self.start([1, 0, 0])()
             self.all_gather(message)
+
+
+class Announced:
+    """A collective to come: its handshake is under way.
+
+    Args:
+        control: of the group.
+        step: the collective, with the shapes that the ranks must share.
+        begin: begins it, and returns something with `wait()`.
+    """
+
+    def __init__(self, control: _Control, step: str, begin: Callable[[], Any]) -> None:
+        control.settle()
+        self._control, self._step, self._begin = control, step, begin
+        self._finish, self._work = control.start(_said(step)), None
+        control.announced = self
+
+    def poll(self) -> None:
+        """Begins if the handshake is done."""
+        if self._work is None and self._finish.is_done():
+            self.settle()
+
+    def settle(self) -> None:
+        """Begins, after the handshake.
+
+        Raises:
+            RemoteRankError, SPMDError: as `handshake`.
+        """
+        if self._work is None:
+            self._control.announced = None
+            self._control.check(self._step, self._finish())
+            self._work = self._begin()
+
+    def wait(self) -> None:
+        """Until the collective is done."""
+        self.settle()
+        self._work.wait()
+
+
+def _said(step: str) -> list[int]:
+    tag = zlib.crc32(step.encode())
+    return [0, tag, -tag]
+
+
+def _or_gone(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except RuntimeError as error:
+        raise RemoteRankError(
+            "a tensor-parallel rank ended without a message (see its own output); "
+            f"the connection to it is gone: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _differences(said: list[str]) -> str:
@@ -106,6 +185,20 @@ def handshake(group: dist.ProcessGroup | None, step: str) -> None:
         control.handshake(step)
 
 
+def announce(group: dist.ProcessGroup, step: str, begin: Callable[[], Any]) -> Announced:
+    """A collective of more than one rank that runs while the ranks compute; see `Announced`."""
+    control = _control(group)
+    assert control is not None
+    return Announced(control, step, begin)
+
+
+def poll(group: dist.ProcessGroup | None) -> None:
+    """Begins what has been announced, if all ranks have."""
+    control = _control(group)
+    if control is not None and control.announced is not None:
+        control.announced.poll()
+
+
 @contextlib.contextmanager
 def guard(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
     """A block that every rank of the group enters: if one rank fails in it, all of them do.
@@ -126,6 +219,7 @@ def guard(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
         yield
         return
     control.depth += 1
+    control.announced = None
     try:
         yield
         control.handshake(f"the end of {what}")
