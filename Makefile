@@ -37,6 +37,7 @@ lint: setup
 
 bench: setup
 	$(PY) benchmarks/run.py $(ARGS)
+	$(PY) benchmarks/transformers.py --layers 3 --sequence 8 --modes tp1 tp2
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache

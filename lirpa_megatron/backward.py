@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,46 +32,7 @@ from lirpa_megatron.operators.scores import BoundScores
 from lirpa_megatron.operators.vocabulary import Margins
 from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
 from lirpa_megatron.parallel.packs import begin_gather_whole
-
-
-@dataclass
-class RowBounds:
-    """Bounds of the rows that this rank carried.
-
-    Attributes:
-        lower, upper: concrete bounds [rows, B]; None where not asked for.
-        lA, uA: input node name -> coefficients [rows, B, *input shape].
-        lbias, ubias: the constant terms [rows, B], without the inputs' share.
-    """
-
-    lower: torch.Tensor | None
-    upper: torch.Tensor | None
-    lbias: torch.Tensor | None
-    ubias: torch.Tensor | None
-    lA: dict[str, torch.Tensor] = field(default_factory=dict)
-    uA: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class _Sides:
-    """A running sum for the lower and the upper side; None where there is nothing yet.
-
-    The two sides stay one object for as long as nothing made them differ.
-    """
-
-    lower: Any = None
-    upper: Any = None
-
-    def add(self, lower: Any, upper: Any) -> None:
-        shared = upper is lower and self.upper is self.lower
-        self.lower = _plus(self.lower, lower)
-        self.upper = self.lower if shared else _plus(self.upper, upper)
-
-
-def _plus(total: Any, term: Any) -> Any:
-    if total is None or term is None:
-        return term if total is None else total
-    return dense(total) + dense(term)
+from lirpa_megatron.sides import RowBounds, Sides
 
 
 class BackwardPass:
@@ -101,9 +61,9 @@ class BackwardPass:
         self.module, self.layout, self.sharded = module, layout, sharded
         self.plan, self.start, self.alpha_rows = plan, start, alpha_rows
         self.tp = layout.collectives
-        self._A: dict[str, _Sides] = {}
-        self._partial_A: dict[str, _Sides] = {}
-        self._bias, self._partial_bias = _Sides(), _Sides()
+        self._A: dict[str, Sides] = {}
+        self._partial_A: dict[str, Sides] = {}
+        self._bias, self._partial_bias = Sides(), Sides()
         self._moved = {node.name for nodes in plan.moved for node in nodes}
         self._regions = iter(plan.moved)
         self._whole: dict[str, Any] = {}
@@ -123,7 +83,7 @@ class BackwardPass:
         """
         self.rows, self.batch, self.like = C.shape[0], C.shape[1], C
         self.sides = lower, upper
-        self._A[self.plan.start.name] = _Sides(C if lower else None, C if upper else None)
+        self._A[self.plan.start.name] = Sides(C if lower else None, C if upper else None)
         self.layout.spec_sharded = self.plan.spec_sharded
         self._bring_next()
         for node in self.plan.order:
@@ -147,7 +107,7 @@ class BackwardPass:
             yield
             self._whole.update(self._brought())
             self._bring_next()
-        # Shared with the passes that go on meanwhile.
+        # For this visit alone: other passes go on meanwhile, through the same nodes.
         self.layout.whole, self.layout.entered = self._whole, entered
         with self._conjugates(node), self._alpha_of(node), self._whole_intervals(node):
             As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
@@ -163,6 +123,7 @@ class BackwardPass:
                 value = self.module.get_forward_value(x)
                 self._add_bias(node, *(_constant_term(A, value, x) for A in (lA_x, uA_x)))
         self._whole.pop(node.name, None)
+        self.layout.whole = {}  # operators show their own features to whoever asks
 
     def _bring_next(self) -> None:
         """Begins to gather what the operators of the next region need of all ranks' features."""
@@ -210,7 +171,7 @@ class BackwardPass:
 
     def _take(self, node: host.Bound) -> Generator[None, None, tuple[Any, Any]]:
         """A at the node, the partial sums of its sharded consumers included."""
-        total = self._A.pop(node.name, None) or _Sides()
+        total = self._A.pop(node.name, None) or Sides()
         partial = self._partial_A.pop(node.name, None)
         if partial is not None:
             total.add(*(yield from self._reduce(partial.lower, partial.upper)))
@@ -239,12 +200,12 @@ class BackwardPass:
         """Adds the node's A to that of its input, in the input's layout."""
         lA, uA = self._zeros_for_none(node, x, lA, uA)
         if self._is_partial(node) and not self.sharded[x.name]:
-            self._partial_A.setdefault(x.name, _Sides()).add(lA, uA)
+            self._partial_A.setdefault(x.name, Sides()).add(lA, uA)
             return
         block_to_all = (Rows.BLOCK, Rows.ALL)
         if (self.plan.rows[node.name], self.plan.rows[x.name]) == block_to_all:
             lA, uA = (None if A is None else self._among_all_rows(A) for A in (lA, uA))
-        self._A.setdefault(x.name, _Sides()).add(lA, uA)
+        self._A.setdefault(x.name, Sides()).add(lA, uA)
 
     def _zeros_for_none(self, node: host.Bound, x: host.Bound, lA: Any, uA: Any) -> tuple:
         """Some operators drop an A that is all zero, which other ranks may not find to be so."""
@@ -364,11 +325,11 @@ class BackwardPass:
     def _total_bias(self) -> Generator[None, None, tuple[Any, Any]]:
         zeros = torch.zeros(self.rows, self.batch, dtype=self.like.dtype, device=self.like.device)
         zeros = (zeros if self.sides[0] else None, zeros if self.sides[1] else None)
-        total = _Sides(*zeros)
+        total = Sides(*zeros)
         total.add(self._bias.lower, self._bias.upper)
         if self.plan.has_partial_bias:  # decided by the plan, so that every rank takes part
             parts = self.tp.size if self.plan.spec_sharded else 1
-            partial = _Sides(*(None if z is None else z.repeat(parts, 1) for z in zeros))
+            partial = Sides(*(None if z is None else z.repeat(parts, 1) for z in zeros))
             partial.add(self._partial_bias.lower, self._partial_bias.upper)
             total.add(*(yield from self._reduce(partial.lower, partial.upper)))
         return total.lower, total.upper

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lirpa_megatron import host
-from lirpa_megatron.backward import RowBounds
 from lirpa_megatron.operators.attend import BoundAttend
 from lirpa_megatron.operators.enclosure import AffineForm, dual_norm
+from lirpa_megatron.sides import RowBounds
 
 
 class InputSet:

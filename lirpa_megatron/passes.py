@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron import host
-from lirpa_megatron.backward import BackwardPass, RowBounds
+from lirpa_megatron.backward import BackwardPass
 from lirpa_megatron.forms import InputSet
 from lirpa_megatron.limits import CACHE
 from lirpa_megatron.moving import Movement
@@ -24,6 +24,7 @@ from lirpa_megatron.operators.enclosure import AffineForm
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import IdentityRows
 from lirpa_megatron.parallel.layouts import Plan, Region, Rows, make_plan
+from lirpa_megatron.sides import RowBounds
 
 _WORTH = 128
 """Rows of A that are worth a chunk of their own."""

@@ -25,7 +25,7 @@ from models import (
 )
 from ranks import pool
 
-from lirpa_megatron import METHODS, BoundedModule, host, parallelize
+from lirpa_megatron import METHODS, BoundedModule, host, parallelize, passes
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 BATCH, ROWS = 3, 5
@@ -240,6 +240,28 @@ def test_options_that_spread_the_rows_do_not_change_the_bounds(options, tp):
     cases = [Case(method, C, options) for method in METHODS[1:3] for C in (False, True)]
     compare(NETS["residual"], cases, tp)
     compare(NETS["mixed"], [Case("CROWN-Optimized", tp == 1, options)], min(tp, 2))
+
+
+def bounds_in_turns(*args: Any) -> list:
+    """`sharded_bounds` with chunks that take turns, however few their rows are."""
+    before, passes._WORTH = passes._WORTH, 1
+    try:
+        return sharded_bounds(*args)
+    finally:
+        passes._WORTH = before
+
+
+@pytest.mark.parametrize("options", ["A moves", "weights move", "weights move, in chunks"])
+def test_chunks_that_take_turns_have_the_same_bounds(options):
+    # Weights cannot move through tanh, so that in one pass both move.
+    net = Net(acts=("relu", "tanh", "relu"), hidden=(12, 16, 12))
+    cases = [Case("CROWN", C, options) for C in (False, True)]
+    results = pool(2).run(bounds_in_turns, net, cases, torch.float64)
+    for i, case in enumerate(cases):
+        want, _ = plain_bounds(net, without_options(case), torch.float64)
+        for result in results:
+            got = [torch.from_numpy(b) for b in result[i]]
+            assert relative_error(got, want, want[1] - want[0]) <= 1e-10
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

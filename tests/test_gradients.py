@@ -30,9 +30,9 @@ from lirpa_megatron.parallel.collectives import Collectives
 TOLERANCE, BATCH, ROWS = 1e-10, 2, 5
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 OPTIONS: dict[str, dict[str, Any]] = {
-    "whole": {"final_rows": "whole"},
-    "own": {"final_rows": "own"},
-    "own in chunks": {"final_rows": "own", "max_spec_rows": 2},
+    "whole": {"final_rows": "whole", "moves": "A"},
+    "own": {"final_rows": "own", "moves": "A"},
+    "own in chunks": {"final_rows": "own", "max_spec_rows": 2, "moves": "A"},
     "own, weights move": {"final_rows": "own", "moves": "weights"},
 }
 NETS = {
@@ -199,12 +199,14 @@ def test_gradients_agree_on_four_ranks_with_padded_rows():
         ("reduce_from with an all-reduce", "CROWN-IBP", "whole"),
         ("gather_rows with a slice", "CROWN-IBP", "own"),
         ("gather_rows with a slice", "CROWN", "whole"),
+        ("gather_rows with a slice", "CROWN", "own, weights move"),
         ("gather_results with a reduce-scatter", "CROWN-IBP", "own"),
         ("gather_results with a reduce-scatter", "CROWN", "whole"),
         ("reduce_to_rows without the all-gather", "CROWN-IBP", "own"),
         ("reduce_to_rows without the all-gather", "CROWN", "whole"),
         ("replicated values of a pass without f", "CROWN-IBP", "own"),
         ("replicated values of a pass without f", "CROWN", "whole"),
+        ("replicated values of a pass without f", "CROWN", "own, weights move"),
         ("the box without f", "CROWN-IBP", "own"),
         ("the box without f", "CROWN", "own"),
     ],
