@@ -68,6 +68,7 @@ def counts(shape: Shape, S: int, p: int, memory: float, itemsize: int = 4) -> di
     widest = max(shape.f * (shape.matrices - 1), shape.h + 2 * shape.kv)
     at_once = max(1, int(memory // (2 * S * widest * itemsize)))
     found = {"flops": 0.0, "A": 0.0, "weights": 0.0}
+    # Of attention: 13 numbers a pair of positions, and a [d, d] matrix for each that is not masked.
     tables = 13 * shape.n * S * S + shape.h**2 // shape.n * S * (S + 1) // 2
     for rows, attention, mlp in starts(shape, S):
         own = -(-rows // p)

@@ -1,7 +1,7 @@
 """Time and memory of CROWN for transformers: plain auto_LiRPA against this package at TP=1, 2, 4.
 
     python benchmarks/transformers.py [--layers 1 3 6] [--sequence 8 16] [--modes plain tp1 tp2 tp4]
-        [--quick] [--profile] [--limit 300] [--auto-lirpa FOLDER] [--json FILE]
+        [--quick] [--profile] [--moves auto] [--limit 300] [--auto-lirpa FOLDER] [--json FILE]
 
 A GPTModel of megatron-core (hidden 128, FFN 512, 4 heads, tanh GELU, random weights): margins of
 the next token at the last position over eight others, every embedding perturbed by eps in L-inf,
@@ -99,9 +99,10 @@ def _one_mode(task: dict) -> dict:
             spent.clear()
             ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=task["eps"]))
             if task["mode"] != "plain":
-                traffic, counted = bounded.layout.collectives.traffic, bounded.passes.movement
+                traffic = bounded.layout.collectives.traffic
+                counted = bounded.passes.movement.counted
                 traffic.clear()
-                counted.counted.clear()
+                counted.clear()
             start, processor = time.perf_counter(), time.process_time()
             try:
                 with torch.no_grad():
@@ -114,7 +115,7 @@ def _one_mode(task: dict) -> dict:
             result["lower"] = lower.mean().item()
             result["width"] = (upper - lower).mean().item()
             if task["mode"] != "plain":
-                result["sent"] = {"all": traffic.total_bytes, **counted.counted}
+                result["sent"] = {"all": traffic.total_bytes, **counted}
             if result["seconds"] > 15:  # what the first run compiles does not show any more
                 break
         result["spent"] = dict(spent)
@@ -161,7 +162,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--limit", type=float, default=300, help="seconds for one mode")
-    parser.add_argument("--moves", default="auto", choices=("auto", "A", "weights"))
+    parser.add_argument("--moves", default="auto", choices=("auto", "A", "weights"),
+                        help="what passes bring to the other ranks (option of BoundedModule)")
     parser.add_argument("--quick", action="store_true", help="one layer, eight tokens")
     parser.add_argument("--profile", action="store_true", help="where this package's time goes")
     parser.add_argument("--auto-lirpa", default=os.environ.get("AUTO_LIRPA"),

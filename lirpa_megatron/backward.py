@@ -66,7 +66,6 @@ class BackwardPass:
         self._bias, self._partial_bias = Sides(), Sides()
         self._moved = {node.name for nodes in plan.moved for node in nodes}
         self._regions = iter(plan.moved)
-        self._whole: dict[str, Any] = {}
         self._brought: Callable[[], dict[str, Any]] = dict
 
     def steps(
@@ -103,12 +102,10 @@ class BackwardPass:
         self.tp.poll()
         lA, uA = yield from self._take(node)
         entered = yield from self._enter(node, lA, uA)
-        if node.name in self._moved and node.name not in self._whole:
-            yield
-            self._whole.update(self._brought())
+        if node.name in self._moved and node.name not in self.layout.whole:
+            self.layout.whole.update(self._brought())
             self._bring_next()
-        # For this visit alone: other passes go on meanwhile, through the same nodes.
-        self.layout.whole, self.layout.entered = self._whole, entered
+        self.layout.entered = entered  # for this visit alone: other passes go on meanwhile
         with self._conjugates(node), self._alpha_of(node), self._whole_intervals(node):
             As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
         self._add_bias(node, lbias, ubias)
@@ -122,8 +119,7 @@ class BackwardPass:
                 # sum over features is no longer known as such.
                 value = self.module.get_forward_value(x)
                 self._add_bias(node, *(_constant_term(A, value, x) for A in (lA_x, uA_x)))
-        self._whole.pop(node.name, None)
-        self.layout.whole = {}  # operators show their own features to whoever asks
+        self.layout.whole.pop(node.name, None)
 
     def _bring_next(self) -> None:
         """Begins to gather what the operators of the next region need of all ranks' features."""

@@ -89,7 +89,6 @@ class Movement:
         self.module, self.tp = module, module.layout.collectives
         self.regions = find_regions(module.named_nodes().values(), module.sharded)
         self.counted: Counter[str] = Counter()
-        self._sizes: dict[tuple[str, int], int] = {}
 
     def choose(
         self, plan: Plan, rows: int, chunks: int, sides: int, dtype: torch.dtype, identity: bool
@@ -138,8 +137,8 @@ class Movement:
 
     def _size(self, node: host.Bound, dtype: torch.dtype) -> int:
         """Bytes of a rank's features at a node."""
-        key = node.name, self.module.batch_size
-        if key not in self._sizes:
+        sizes = self.module.layout.sizes
+        if node.name not in sizes:
             with torch.no_grad():
-                self._sizes[key] = packed_bytes(features_of(node)[0], dtype)
-        return self._sizes[key]
+                sizes[node.name] = packed_bytes(features_of(node)[0], dtype)
+        return sizes[node.name]

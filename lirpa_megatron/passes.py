@@ -130,9 +130,11 @@ class Passes:
     def _turns(self, limit: int, plan: Plan) -> tuple[int, int]:
         """(rows of a chunk, chunks that go on in turns), for `limit` rows at once in all.
 
-        Where A moves two chunks do, so that one is computed while the other's rows are under way.
+        Where only A moves two chunks do, so that one is computed while the other's rows are under
+        way. Weights would be fetched twice as often; they are fetched ahead instead.
         """
-        if Rows.ALL not in plan.rows.values() or torch.is_grad_enabled():
+        moves = Rows.ALL in plan.rows.values() and not plan.moved
+        if not moves or torch.is_grad_enabled():
             return limit, 1
         half = -(-limit // 2)
         return (half, 2) if half >= _WORTH else (limit, 1)

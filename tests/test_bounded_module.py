@@ -97,6 +97,17 @@ def test_options_that_are_not_rank_safe_are_refused_by_name(options, words):
         BoundedModule(nn.Linear(6, 2), _input().float(), options)
 
 
+@pytest.mark.parametrize("options, words", [
+    ({"moves": "B"}, "moves is 'B': choose auto, A or weights"),
+    ({"final_rows": "all"}, "final_rows is 'all'"),
+    ({"max_spec_rows": 0}, "max_spec_rows is 0"),
+    ({"pass_memory": -1}, "pass_memory is -1"),
+])
+def test_an_option_that_does_not_exist_is_named_with_what_does(options, words):
+    with pytest.raises(ValueError, match=words):
+        BoundedModule(nn.Linear(6, 2), _input().float(), options)
+
+
 @pytest.mark.parametrize("ptb, words", [
     ({"eps": -0.1}, "eps is -0.1, it must be at least 0"),
     ({"x_L": torch.ones(3, 6), "x_U": torch.zeros(3, 6)}, "the box is empty or NaN"),

@@ -251,12 +251,14 @@ def bounds_in_turns(*args: Any) -> list:
         passes._WORTH = before
 
 
-@pytest.mark.parametrize("options", ["A moves", "weights move", "weights move, in chunks"])
-def test_chunks_that_take_turns_have_the_same_bounds(options):
+@pytest.mark.parametrize("turns", [True, False])
+def test_chunks_that_take_turns_and_passes_that_move_both_have_the_same_bounds(turns):
     # Weights cannot move through tanh, so that in one pass both move.
     net = Net(acts=("relu", "tanh", "relu"), hidden=(12, 16, 12))
-    cases = [Case("CROWN", C, options) for C in (False, True)]
-    results = pool(2).run(bounds_in_turns, net, cases, torch.float64)
+    which = ("A moves", "own rows") if turns else ("weights move", "weights move, in chunks")
+    cases = [Case("CROWN", C, options) for C in (False, True) for options in which]
+    run = bounds_in_turns if turns else sharded_bounds
+    results = pool(2).run(run, net, cases, torch.float64)
     for i, case in enumerate(cases):
         want, _ = plain_bounds(net, without_options(case), torch.float64)
         for result in results:

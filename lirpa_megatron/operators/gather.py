@@ -14,6 +14,12 @@ from lirpa_megatron.parallel.layouts import Layout
 class _Border(host.Bound):
     """Base: the operators only move features, so every bound is exact."""
 
+    feature_dim = 0
+
+    def features(self, *x: Any) -> tuple:
+        """What other ranks need of this one's; nothing, unless a subclass says so."""
+        return ()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.layout: Layout = self.options["layout"]
@@ -41,11 +47,6 @@ class BoundGatherFromRegion(_Border):
     stays as it is.
     """
 
-    feature_dim = 0
-
-    def features(self, *x: Any) -> tuple:
-        return ()
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layout.collectives.gather_features(x)
 
@@ -66,11 +67,6 @@ class BoundScatterToRegion(_Border):
     x [B, ..., n] replicated, y_r [B, ..., n/p] sharded. A_x is A_y placed at the rank's features,
     zero elsewhere: this rank's term of the sum that the pass takes. Where weights move A_x is A_y.
     """
-
-    feature_dim = 0
-
-    def features(self, *x: Any) -> tuple:
-        return ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layout.collectives.split_features(x)
@@ -98,8 +94,6 @@ class BoundSelectFromRegion(_Border):
     feature. A_x is A_y added up at idx, zero elsewhere: this rank's term of the sum that the pass
     takes. Where weights move idx is that of all ranks.
     """
-
-    feature_dim = 0
 
     def features(self, x: Any, idx: Any) -> tuple[torch.Tensor]:
         return (idx.lower,)

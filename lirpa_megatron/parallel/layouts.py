@@ -70,6 +70,7 @@ class Layout:
         forms: node name -> its affine form, found by a pass of the present call.
         centered: the same for the scores of an attention, relative to their weighted mean.
         common: node name -> what all rows have in common there, and what it was made of.
+        sizes: node name -> bytes of the rank's `features` there.
         whole: node name -> its `features` of all ranks, while a pass that moves weights is there.
         entered: A of both sides as the rows of a sharded input are laid out, where a pass enters
             its features through the node that is visited; and a function that takes it apart.
@@ -84,12 +85,13 @@ class Layout:
         self.forms: dict[str, Any] = {}
         self.centered: dict[str, Any] = {}
         self.common: dict[str, Any] = {}
+        self.sizes: dict[str, int] = {}
         self.whole: dict[str, Any] = {}
         self.entered: Any = None
 
     def forget(self) -> None:
         """Leaves what holds for one call's bounds alone."""
-        for found in (self.forms, self.centered, self.common, self.whole):
+        for found in (self.forms, self.centered, self.common, self.sizes, self.whole):
             found.clear()
 
     def __deepcopy__(self, memo: dict) -> Layout:
