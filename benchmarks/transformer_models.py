@@ -186,7 +186,7 @@ def bound_plainly(model: nn.Module, x: torch.Tensor):
 @contextlib.contextmanager
 def profiled():
     """Yields a dictionary name -> [seconds, calls], filled while the block runs."""
-    from lirpa_megatron import backward, bounded_module, forms, host
+    from lirpa_megatron import backward, forms, host, intermediate
 
     spent: dict[str, list] = collections.defaultdict(lambda: [0.0, 0])
 
@@ -211,7 +211,7 @@ def profiled():
         (backward.BackwardPass, "_concretize", lambda args: "concretization"),
         (backward.BackwardPass, "_reduce", lambda args: "sums over ranks"),
         (forms.InputSet, "rows", lambda args: "affine forms"),
-        (bounded_module.BoundedModule, "_ibp_of", lambda args: "IBP of a node"),
+        (intermediate.Intermediate, "ibp", lambda args: "IBP of a node"),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
     for owner, name, name_of in wrapped:

@@ -10,7 +10,7 @@ Shapes: S rows, n = ceil(S/p) of them per rank, B batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from lirpa_megatron.operators.vocabulary import Margins
 from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
 from lirpa_megatron.parallel.packs import begin_gather_whole
 from lirpa_megatron.sides import RowBounds, Sides
+from lirpa_megatron.unstable import live_columns
 
 
 class BackwardPass:
@@ -64,6 +65,7 @@ class BackwardPass:
         self._A: dict[str, Sides] = {}
         self._partial_A: dict[str, Sides] = {}
         self._bias, self._partial_bias = Sides(), Sides()
+        self._columns: dict[str, torch.Tensor] = {}
         self._moved = {node.name for nodes in plan.moved for node in nodes}
         self._regions = iter(plan.moved)
         self._brought: Callable[[], dict[str, Any]] = dict
@@ -84,6 +86,7 @@ class BackwardPass:
         self.sides = lower, upper
         self._A[self.plan.start.name] = Sides(C if lower else None, C if upper else None)
         self.layout.spec_sharded = self.plan.spec_sharded
+        self._leave_out_columns()
         self._bring_next()
         for node in self.plan.order:
             yield from self._visit(node)
@@ -103,14 +106,17 @@ class BackwardPass:
         lA, uA = yield from self._take(node)
         entered = yield from self._enter(node, lA, uA)
         if node.name in self._moved and node.name not in self.layout.whole:
-            self.layout.whole.update(self._brought())
+            brought = self._brought()
+            self.layout.whole.update(brought)
+            self._leave_out_columns(brought)
             self._bring_next()
-        self.layout.entered = entered  # for this visit alone: other passes go on meanwhile
-        with self._conjugates(node), self._alpha_of(node), self._whole_intervals(node):
+        # For this visit alone: other passes go on meanwhile.
+        self.layout.entered, self.layout.columns = entered, self._columns
+        with self._conjugates(node), self._alpha_of(node), self._shown_intervals(node):
             As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
         self._add_bias(node, lbias, ubias)
         del lA, uA, entered
-        self.layout.entered = None
+        self.layout.entered, self.layout.columns = None, {}
         for x, (lA_x, uA_x) in zip(node.inputs, As, strict=False):
             if x.perturbed:
                 self._send(node, x, lA_x, uA_x)
@@ -134,6 +140,24 @@ class BackwardPass:
                 node.name: tree for node, tree in zip(nodes, whole(), strict=True)
             }
 
+    def _leave_out_columns(self, brought: Mapping[str, Any] | None = None) -> None:
+        """Finds the columns of A that this pass has around its ReLUs (`unstable`).
+
+        Args:
+            brought: features of the region where weights have just arrived; None at the start.
+        """
+        for linear, relu in self.module.intermediate.relus.items():
+            name = relu.name
+            in_use = name in self.plan.rows and relu is not self.plan.start
+            if not in_use or getattr(relu, "opt_stage", None) == "init":
+                continue
+            if brought is None:
+                live = None if name in self._moved else self.layout.live.get(linear)
+            else:
+                live = live_columns(brought[name][1]) if name in brought else None
+            if live is not None:
+                self._columns[linear] = self._columns[name] = live
+
     def _enter(self, node: host.Bound, lA: Any, uA: Any) -> Generator[None, None, Any]:
         """A where the pass enters sharded features: gathered rows, or f; None elsewhere."""
         A = lA if lA is not None else uA
@@ -152,14 +176,20 @@ class BackwardPass:
         return received(), unstack
 
     @contextlib.contextmanager
-    def _whole_intervals(self, node: host.Bound) -> Iterator[None]:
-        """The host's ReLU reads its input's bounds: those of all ranks where weights move."""
-        if type(node) is not host.BoundRelu or node.name not in self.layout.whole:
+    def _shown_intervals(self, node: host.Bound) -> Iterator[None]:
+        """The host's ReLU reads its input's bounds: of all ranks, and of the columns that are left.
+        """
+        columns = self._columns.get(node.name)
+        whole = self.layout.whole.get(node.name)
+        if type(node) is not host.BoundRelu or (columns is None and whole is None):
             yield
             return
         x = node.inputs[0]
         own = x.lower, x.upper
-        x.lower, x.upper = self.layout.whole[node.name]
+        shown = own if whole is None else whole
+        if columns is not None:
+            shown = tuple(bound.index_select(-1, columns) for bound in shown)
+        x.lower, x.upper = shown
         try:
             yield
         finally:
@@ -218,6 +248,8 @@ class BackwardPass:
         shape = list(x.output_shape)
         if x.name in self._moved and self.sharded[x.name]:
             shape[1 if isinstance(x, BoundScores) else -1] *= self.tp.size
+        if x.name in self._columns:
+            shape[-1] = len(self._columns[x.name])
         return tuple(shape[1:])
 
     def _among_all_rows(self, A: torch.Tensor) -> torch.Tensor:
@@ -292,12 +324,15 @@ class BackwardPass:
         else:
             index = self._alpha_index(node)
             shown = alpha.index_select(dim, index)
+        if node.name in self._columns:
+            shown = shown.index_select(-1, self._columns[node.name])
         node.alpha[self.start.name] = shown
         try:
             yield
         finally:
             node.alpha[self.start.name] = alpha
-            if index is not None:  # s-shaped activations clip alpha where they use it
+            # S-shaped activations clip alpha where they use it.
+            if index is not None and node.name not in self._columns:
                 alpha.data.index_copy_(dim, index, shown.data)
 
     def _alpha_is_shared(self, node: host.Bound) -> bool:

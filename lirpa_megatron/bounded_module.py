@@ -17,11 +17,10 @@ from torch import nn
 from lirpa_megatron import host
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.cheaper_first import cheaper_first
-from lirpa_megatron.forms import bound_centered, form_is_of_use, reader_of_scores, without_nan
+from lirpa_megatron.forms import without_nan
+from lirpa_megatron.intermediate import Intermediate
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
-from lirpa_megatron.operators.linear import BoundReplicatedLinear
-from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.options import (
     OwnOptions,
     check_compute_bounds,
@@ -33,7 +32,7 @@ from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.layouts import Layout
 from lirpa_megatron.parameters import own_value, widened
 from lirpa_megatron.passes import Passes
-from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls, is_box
+from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls
 from lirpa_megatron.sharded_nodes import mark_sharded
 
 
@@ -77,7 +76,6 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "own_options", own)
             object.__setattr__(self, "layout", layout)
             object.__setattr__(self, "_depth", 0)
-            object.__setattr__(self, "_kept", None)
             object.__setattr__(self, "_method", None)
             optimize_args = host.translate_optimize_args(host_opts.get("optimize_bound_args", {}))
             opts = {
@@ -98,6 +96,7 @@ class BoundedModule(host.HostBoundedModule):
             sharded = mark_sharded(self._modules.values(), layout.collectives.size)
             object.__setattr__(self, "sharded", sharded)
             object.__setattr__(self, "passes", Passes(self))
+            object.__setattr__(self, "intermediate", Intermediate(self))
             layout.sharded, layout.value_of = self.sharded, self.get_forward_value
             self.train(model.training)
             self._check_parameters_agree()
@@ -206,17 +205,17 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "_depth", 1)
             object.__setattr__(self, "_method", kwargs["method"])
             # What an earlier call found may not hold for these inputs.
-            keeps = kwargs["method"] == "CROWN-Optimized" and not self._optimizes_intermediate
-            object.__setattr__(self, "_kept", {} if keeps else None)
+            keeps = kwargs["method"] == "CROWN-Optimized" and not self.intermediate.has_alpha
             self.layout.form_limit = self.own_options.form_limit
             self.layout.forget()
             try:
+                self.intermediate.kept = {} if keeps else None
                 C = self._identity(x, kwargs) if C is None else C
                 bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
                 return (*without_nan(*bounds[:2]), *bounds[2:])
             finally:
                 object.__setattr__(self, "_depth", 0)
-                object.__setattr__(self, "_kept", None)
+                self.intermediate.kept = None
                 self.layout.forget()
 
     def _identity(self, x: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -267,62 +266,15 @@ class BoundedModule(host.HostBoundedModule):
         """
         if host.has_bounds(node):
             return
-        if self._kept and node.name in self._kept:
-            node.interval = node.lower, node.upper = self._kept[node.name]
-            return
-        if not prior_checked:
+        if not prior_checked and not self.intermediate.knows(node):
             self.check_prior_bounds(node)
-        if not node.perturbed:
-            value = self.get_forward_value(node)
-            node.interval = node.lower, node.upper = value, value
-            return
-        readers = [self[name] for name in node.output_name]
-        attend, use = reader_of_scores(node, readers), form_is_of_use(node, readers)
-        if attend is not None:
-            node.lower, node.upper = self._ibp_of(node)
-            self.layout.centered[node.name] = bound_centered(self.passes, node, attend)
-        elif use or not self._bounded_by_ibp(node):
-            bounds = self.passes.run(node, None, self.layout.collectives.size > 1, form=use)
-            node.lower, node.upper = bounds.shaped(node.output_shape[1:])
-            if bounds.form is not None:
-                self.layout.forms[node.name] = bounds.form
-        node.lower, node.upper = without_nan(node.lower, node.upper)
-        if self.own_options.compare_crown_with_ibp:
-            self._intersect(node, self._ibp_of(node))
-        if node.name in self.reference_bounds:
-            self._intersect(node, self.reference_bounds[node.name])
-        node.interval = (node.lower, node.upper)
-        if self._kept is not None:
-            self._kept[node.name] = node.interval
+        self.intermediate.compute(node)
 
     def has_alpha(self, start: host.Bound) -> bool:
         """Whether the present call's passes from a start node have alpha, or will have."""
         if self._method != "CROWN-Optimized":
             return False
-        return start.name == self.final_node_name or self._optimizes_intermediate
-
-    @property
-    def _optimizes_intermediate(self) -> bool:
-        """Whether alpha-CROWN has alpha for the passes of intermediate nodes (`OwnOptions`)."""
-        choice = self.own_options.optimize_intermediate
-        if choice == "auto":
-            return not any(isinstance(node, RowRelaxed) for node in self._modules.values())
-        return bool(choice)
-
-    def _bounded_by_ibp(self, node: host.Bound) -> bool:
-        """IBP where it gives what CROWN gives: monotone activations, and a first linear layer."""
-        x = node.inputs[0] if node.inputs else None
-        ptb = getattr(x, "perturbation", None)
-        if isinstance(node, host.BoundLinear) and ptb is not None and not is_box(ptb):
-            return False  # its interval is the box around the set
-        if self.check_IBP_intermediate(node) or self.check_IBP_first_linear(node):
-            return True
-        linear = isinstance(node, (BoundColumnParallelLinear, BoundReplicatedLinear))
-        wanted_A = node.name in self.needed_A_dict
-        if linear and type(x) is host.BoundInput and x.perturbed and not wanted_A:
-            node.lower, node.upper = self.IBP_general(node)
-            return True
-        return False
+        return start.name == self.final_node_name or self.intermediate.has_alpha
 
     def IBP_general(self, node: host.Bound, C: Any = None, **kwargs: Any) -> Any:
         """The host's IBP, which merges C with the last linear layer, also through a gather.
@@ -338,23 +290,6 @@ class BoundedModule(host.HostBoundedModule):
         if C is not None and isinstance(x, BoundColumnParallelLinear):
             return super().IBP_general(x, self.layout.collectives.split_features(C), **kwargs)
         return super().IBP_general(node, C, **kwargs)
-
-    def _ibp_of(self, node: host.Bound) -> tuple[torch.Tensor, torch.Tensor]:
-        return node.interval_propagate(*[self._interval_of(x) for x in node.inputs])
-
-    def _interval_of(self, x: host.Bound) -> Any:
-        if not hasattr(x, "interval"):
-            x.interval = self._ibp_of(x) if x.perturbed else (self.get_forward_value(x),) * 2
-        return x.interval
-
-    @staticmethod
-    def _intersect(node: host.Bound, other: Any) -> None:
-        """The tighter of two sound bounds, with the gradient of the computed one (as the host)."""
-        tighter = torch.max(other[0].detach(), node.lower), torch.min(other[1].detach(), node.upper)
-        if node.lower.requires_grad:
-            tighter = (node.lower + (tighter[0] - node.lower).detach(),
-                       node.upper + (tighter[1] - node.upper).detach())
-        node.lower, node.upper = tighter
 
     def backward_general(self, *args: Any, **kwargs: Any) -> Any:
         """The host's entry for the final node; see `compute_bounds` for shapes."""
@@ -391,7 +326,7 @@ class BoundedModule(host.HostBoundedModule):
         entries = []
         for start in dict.fromkeys(self.backward_from[node.name]):
             is_final = start.name == final_name
-            if not is_final and not self._optimizes_intermediate:
+            if not is_final and not self.intermediate.has_alpha:
                 continue
             if not is_final and (share_alphas or share_slopes):
                 rows = 1

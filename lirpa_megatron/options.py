@@ -58,6 +58,11 @@ class OwnOptions:
     alpha for all rows of all nodes fills the memory, True for others."""
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
+    sparse_intermediate_bounds: bool = True
+    """auto_LiRPA's: where only ReLUs make use of a node's bounds, CROWN bounds the neurons alone that
+    interval arithmetic, from what is known of the layer before, does not show to be stable (all,
+    where these are more than its `minimum_sparsity`, 0.9 of them); and products leave out neurons
+    that a ReLU cuts off. Not where alpha serves the pass. False: every neuron by CROWN."""
 
     def __post_init__(self) -> None:
         limit = self.max_spec_rows
@@ -72,7 +77,11 @@ class OwnOptions:
             raise ValueError(f"final_rows is {self.final_rows!r}: choose auto, whole or own")
         if self.return_A_rows not in ("whole", "own"):
             raise ValueError(f"return_A_rows is {self.return_A_rows!r}: choose whole or own")
-
+        if not isinstance(self.sparse_intermediate_bounds, bool):
+            raise ValueError(
+                f"sparse_intermediate_bounds is {self.sparse_intermediate_bounds!r}: "
+                "choose True or False"
+            )
         if self.optimize_intermediate not in ("auto", True, False):
             raise ValueError(
                 f"optimize_intermediate is {self.optimize_intermediate!r}: "

@@ -161,6 +161,7 @@ class Passes:
     def run(
         self, start: host.Bound, C: torch.Tensor | None, spec_sharded: bool,
         lower: bool = True, upper: bool = True, form: bool = False,
+        rows: torch.Tensor | None = None,
     ) -> Bounds:
         """Bounds of all rows of a start node, by backward passes to the inputs.
 
@@ -170,13 +171,16 @@ class Passes:
             spec_sharded: whether each rank carries its own rows.
             lower, upper: which bounds.
             form: whether to make the start node's affine form too, where it is not too large.
+            rows: indices of S rows of the identity that are to be bounded, the others not: the same
+                on every rank; the rank's own neurons, as many on every rank, at a sharded node.
+                Not of gathered features, and not where alpha is in use.
         """
         module = self.module
         origin, spec_sharded = self.begin(start, C is None, spec_sharded)
         plan = self.plan(origin, spec_sharded)
         for node in plan.order:
             module.backward_from[node.name].append(start)
-        S = self._rows_run[origin.name] = self.rows_of(origin, C)
+        S = self._rows_run[origin.name] = self.rows_of(origin, C) if rows is None else len(rows)
         split = spec_sharded and plan.rows[origin.name] is not Rows.BLOCK
         n = -(-S // self.tp.size) if split else S
         limit = min(n, self._rows_at_once(plan))
@@ -202,8 +206,11 @@ class Passes:
                 alpha_rows=(local, n) if limit < n else None,
             )
             every = self._every_row(local, n if blocks else None, first, S) if split else None
-            rows = self._start_rows(origin, C, local, every)
-            found = yield from run.steps(rows, lower, upper, keep_A or inputs is not None)
+            own = local if every is None else every[self.tp.rank]
+            if rows is not None:
+                own, every = rows[own], None if every is None else rows[every]
+            A = self._start_rows(origin, C, own, every)
+            found = yield from run.steps(A, lower, upper, keep_A or inputs is not None)
             if inputs is None:
                 return found, None
             form = inputs.rows(found, self.tp.copy_to)
@@ -214,13 +221,13 @@ class Passes:
         chunks = _in_turns((chunk(first) for first in range(0, n, limit)), at_once)
         whole = _concatenate([found for found, _ in chunks])
 
-        def in_order(rows: torch.Tensor) -> torch.Tensor:
+        def in_order(found: torch.Tensor) -> torch.Tensor:
             """The rows of all ranks, one rank's after the other's, as the start node has them."""
             if origin is start:
                 if split and limit < n and not blocks:
-                    rows = rows.index_select(0, self._places(n, limit))
-                return rows[:S] if split else rows
-            parts = rows.unflatten(0, (self.tp.size, -1, origin.output_shape[-1]))
+                    found = found.index_select(0, self._places(n, limit))
+                return found[:S] if split else found
+            parts = found.unflatten(0, (self.tp.size, -1, origin.output_shape[-1]))
             return parts.transpose(0, 1).flatten(0, 2)
 
         if keep_A:
@@ -230,9 +237,9 @@ class Passes:
         if gather:
             bounds = self._gathered(bounds, in_order)
         if inputs is not None:
-            rows = torch.cat([form for _, form in chunks])
-            rows = in_order(self.tp.gather_results(rows)) if gather else rows
-            bounds.form = inputs.form(rows, start.output_shape[1:] if C is None else (S,))
+            forms = torch.cat([form for _, form in chunks])
+            forms = in_order(self.tp.gather_results(forms)) if gather else forms
+            bounds.form = inputs.form(forms, start.output_shape[1:] if C is None else (S,))
         return bounds
 
     def _every_row(
@@ -253,7 +260,7 @@ class Passes:
         return torch.cat([chunk.flatten() for chunk in places.split(limit, 1)])
 
     def _start_rows(
-        self, start: host.Bound, C: torch.Tensor | None, local: torch.Tensor,
+        self, start: host.Bound, C: torch.Tensor | None, own: torch.Tensor,
         every: torch.Tensor | None,
     ) -> Any:
         """The rank's rows of C, or of the identity.
@@ -261,10 +268,9 @@ class Passes:
         Args:
             start: the start node.
             C: [S, B, *start shape]; None for the identity.
-            local: which of the rank's rows.
-            every: what rows of S they are on each rank, where ranks have their own.
+            own: which rows.
+            every: each rank's, [p, rows], where ranks have their own.
         """
-        own = local if every is None else every[self.tp.rank]
         if C is not None:
             some = every is not None or len(own) < C.shape[0] or not isinstance(C, torch.Tensor)
             return C.index_select(0, own) if some else C

@@ -44,6 +44,8 @@ class Net:
     """An activation reads the input."""
     tokens: int = 0
     """Inputs are [B, tokens, inputs] instead of [B, inputs]."""
+    bias_scale: float = 0.3
+    """Large biases make neurons that are never cut, or always."""
     seed: int = 0
 
 
@@ -91,7 +93,7 @@ def build(net: Net, dtype: torch.dtype = torch.float64) -> Stack:
     model = Stack(net)
     generator = torch.Generator().manual_seed(net.seed)
     for parameter in model.parameters():
-        scale = 0.3 if parameter.ndim == 1 else 1.2 / parameter.shape[1] ** 0.5
+        scale = net.bias_scale if parameter.ndim == 1 else 1.2 / parameter.shape[1] ** 0.5
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data = (drawn * scale).to(dtype)
     return model
@@ -171,9 +173,15 @@ class Plain(host.HostBoundedModule):
 
 
 def plain(model: nn.Module, x: torch.Tensor, **options: Any) -> Plain:
-    """auto_LiRPA's BoundedModule of an unsharded model, with the options pinned as in ours."""
+    """auto_LiRPA's BoundedModule of an unsharded model, with the options that are pinned in ours.
+
+    Neurons that interval arithmetic shows to be stable get no rows, as is the default of both; but
+    alpha has all rows (0.3 fails in assertions of its own with sparse ones).
+    """
     args = host.translate_optimize_args(options.pop("optimize_bound_args", {}))
-    options = {**host.PINNED_OPTIONS, **options, "optimize_bound_args": args}
+    sparse = options.setdefault("sparse_intermediate_bounds", True)
+    options = {**host.PINNED_OPTIONS, **options, "optimize_bound_args": args,
+               "sparse_intermediate_bounds_with_ibp": sparse}
     with host.conversion(), host.running():
         module = Plain(model, x, bound_opts=options)
     for parameter in model.parameters():  # the host turns gradients off with eval mode

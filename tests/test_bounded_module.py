@@ -87,7 +87,7 @@ def test_what_cannot_be_computed_is_refused_in_one_line(given, error, words):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"sparse_intermediate_bounds": True}, "sparse_intermediate_bounds"),
+    ({"sparse_spec_alpha": True}, "sparse_spec_alpha"),
     ({"conv_mode": "patches"}, "conv_mode='patches'"),
     ({"crown_batch_size": 10}, "use max_spec_rows"),
     ({"optimize_bound_args": {"enable_beta_crown": True}}, "enable_beta_crown"),
@@ -102,6 +102,7 @@ def test_options_that_are_not_rank_safe_are_refused_by_name(options, words):
     ({"final_rows": "all"}, "final_rows is 'all'"),
     ({"max_spec_rows": 0}, "max_spec_rows is 0"),
     ({"pass_memory": -1}, "pass_memory is -1"),
+    ({"sparse_intermediate_bounds": "no"}, "sparse_intermediate_bounds is 'no'"),
 ])
 def test_an_option_that_does_not_exist_is_named_with_what_does(options, words):
     with pytest.raises(ValueError, match=words):

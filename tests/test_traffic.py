@@ -28,7 +28,8 @@ def _sent(widths, batch, moves):
     for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
         layers += [nn.ReLU()] * (i > 0) + [nn.Linear(a, b)]
     x = torch.rand(batch, widths[0])
-    bounded = BoundedModule(parallelize(nn.Sequential(*layers)).eval(), x, {"moves": moves})
+    options = {"moves": moves, "sparse_intermediate_bounds": False}  # known without the weights
+    bounded = BoundedModule(parallelize(nn.Sequential(*layers)).eval(), x, options)
     ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.1))
     bounded.layout.collectives.traffic.clear()  # of the forward pass that the constructor makes
     bounded.compute_bounds(x=(ball,), method="CROWN")

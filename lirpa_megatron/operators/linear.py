@@ -92,9 +92,18 @@ class LocalLinear(host.BoundLinear):
         """Whether the pass that is running brought the whole weight here."""
         return self.name in self.layout.whole
 
+    def of_columns(
+        self, w: torch.Tensor, b: torch.Tensor | None, x: host.Bound
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias between the columns that A has here and those it has at input `x`."""
+        out, into = (self.layout.columns.get(name) for name in (self.name, x.name))
+        if out is not None:
+            w, b = w.index_select(0, out), None if b is None else b.index_select(0, out)
+        return w if into is None else w.index_select(1, into), b
+
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
         """A [R, B, ..., o] W and <A, b> with the local weight and bias; no communication."""
-        w, b = self.weight_and_bias(x)
+        w, b = self.of_columns(*self.weight_and_bias(x), x[0])
 
         def product(A: Any) -> torch.Tensor:
             if isinstance(A, IdentityRows):

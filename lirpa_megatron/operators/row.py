@@ -83,6 +83,7 @@ class BoundRowParallelLinear(LocalLinear):
         w, b = self.weight_and_bias(x)
         if self.weight_moves:
             w, = self.layout.whole[self.name]
+        w, b = self.of_columns(w, b, x[0])
         rest = [(None, None)] * (len(x) - 1)
         lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
         given = last_lA if last_lA is not None else last_uA

@@ -72,6 +72,9 @@ class Layout:
         common: node name -> what all rows have in common there, and what it was made of.
         sizes: node name -> bytes of the rank's `features` there.
         whole: node name -> its `features` of all ranks, while a pass that moves weights is there.
+        live: linear layer's name -> its features that the ReLU after it does not cut off.
+        columns: node name -> the features that A has there in the pass that is running; all where
+            there is no entry.
         entered: A of both sides as the rows of a sharded input are laid out, where a pass enters
             its features through the node that is visited; and a function that takes it apart.
     """
@@ -87,12 +90,16 @@ class Layout:
         self.common: dict[str, Any] = {}
         self.sizes: dict[str, int] = {}
         self.whole: dict[str, Any] = {}
+        self.live: dict[str, Any] = {}
+        self.columns: dict[str, Any] = {}
         self.entered: Any = None
 
     def forget(self) -> None:
         """Leaves what holds for one call's bounds alone."""
-        for found in (self.forms, self.centered, self.common, self.sizes, self.whole):
-            found.clear()
+        found = self.forms, self.centered, self.common, self.sizes, self.whole, self.live
+        for known in found:
+            known.clear()
+        self.columns = {}
 
     def __deepcopy__(self, memo: dict) -> Layout:
         return self  # process groups cannot be copied

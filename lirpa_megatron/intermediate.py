@@ -1,0 +1,173 @@
+"""Bounds of intermediate nodes: which of them by interval arithmetic, which rows by CROWN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lirpa_megatron import host
+from lirpa_megatron.forms import bound_centered, form_is_of_use, reader_of_scores, without_nan
+from lirpa_megatron.operators import BoundColumnParallelLinear
+from lirpa_megatron.operators.gather import BoundGatherFromRegion
+from lirpa_megatron.operators.linear import BoundReplicatedLinear
+from lirpa_megatron.operators.relaxed import RowRelaxed
+from lirpa_megatron.perturbations import is_box
+from lirpa_megatron.unstable import (
+    between_linears,
+    live_columns,
+    relus_decide,
+    unstable_rows,
+    with_rows,
+)
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Intermediate:
+    """Bounds the intermediate nodes of one BoundedModule.
+
+    Args:
+        module: the BoundedModule (its graph, options, `passes`, `layout` and `sharded` marks).
+
+    Attributes:
+        kept: node name -> bounds that hold for the whole of the present call; None where its alpha
+            iterations compute them again.
+        relus: see `unstable.between_linears`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.tp = module, module.layout.collectives
+        self.kept: dict[str, Pair] | None = None
+        self.relus = between_linears(module.named_nodes().values())
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether alpha-CROWN has alpha for the passes of intermediate nodes (`OwnOptions`)."""
+        choice = self.module.own_options.optimize_intermediate
+        if choice == "auto":
+            nodes = self.module.named_nodes().values()
+            return not any(isinstance(node, RowRelaxed) for node in nodes)
+        return bool(choice)
+
+    def knows(self, node: host.Bound) -> bool:
+        """Whether the node's bounds are kept from before."""
+        return bool(self.kept) and node.name in self.kept
+
+    def compute(self, node: host.Bound) -> None:
+        """Bounds of a node whose predecessors have theirs, into `node.lower` and `node.upper`.
+
+        Sharded nodes are bounded by the rank that has them, replicated ones row by row on all
+        ranks; both exactly, by a backward pass to the input.
+        """
+        if self.knows(node):
+            node.lower, node.upper = self.kept[node.name]
+        elif not node.perturbed:
+            node.lower = node.upper = self.module.get_forward_value(node)
+        else:
+            self._compute(node)
+            self._note_live_columns(node)
+            if self.kept is not None:
+                self.kept[node.name] = (node.lower, node.upper)
+        node.interval = (node.lower, node.upper)
+
+    def _compute(self, node: host.Bound) -> None:
+        module = self.module
+        readers = [module[name] for name in node.output_name]
+        attend, use = reader_of_scores(node, readers), form_is_of_use(node, readers)
+        if attend is not None:
+            node.lower, node.upper = self.ibp(node)
+            module.layout.centered[node.name] = bound_centered(module.passes, node, attend)
+        elif not use and self._bounded_by_ibp(node):
+            pass
+        elif self._rows_are_sparse(node, readers):
+            node.lower, node.upper = self._bound_unstable(node)
+        else:
+            bounds = module.passes.run(node, None, self.tp.size > 1, form=use)
+            node.lower, node.upper = bounds.shaped(node.output_shape[1:])
+            if bounds.form is not None:
+                module.layout.forms[node.name] = bounds.form
+        found = without_nan(node.lower, node.upper)
+        if module.own_options.compare_crown_with_ibp:
+            found = _tighter(found, self.ibp(node))
+        if node.name in module.reference_bounds:
+            found = _tighter(found, module.reference_bounds[node.name])
+        node.lower, node.upper = found
+
+    def _bounded_by_ibp(self, node: host.Bound) -> bool:
+        """IBP where it gives what CROWN gives: monotone activations, and a first linear layer."""
+        module = self.module
+        x = node.inputs[0] if node.inputs else None
+        ptb = getattr(x, "perturbation", None)
+        if isinstance(node, host.BoundLinear) and ptb is not None and not is_box(ptb):
+            return False  # its interval is the box around the set
+        if module.check_IBP_intermediate(node) or module.check_IBP_first_linear(node):
+            return True
+        linear = isinstance(node, (BoundColumnParallelLinear, BoundReplicatedLinear))
+        wanted_A = node.name in module.needed_A_dict
+        if linear and type(x) is host.BoundInput and x.perturbed and not wanted_A:
+            node.lower, node.upper = module.IBP_general(node)
+            return True
+        return False
+
+    # ----------------------------------------------------------------------- ReLUs
+
+    def _rows_are_sparse(self, node: host.Bound, readers: Sequence[host.Bound]) -> bool:
+        """Whether only neurons that are not known to be stable get rows of A."""
+        module = self.module
+        from_inputs = any(type(x) is host.BoundInput and x.perturbed for x in node.inputs)
+        return (
+            module.own_options.sparse_intermediate_bounds
+            and relus_decide(readers)
+            and not from_inputs  # a ball's interval is the box around it
+            and not isinstance(node, BoundGatherFromRegion)
+            and not module.has_alpha(node)
+            and node.name not in module.needed_A_dict
+        )
+
+    def _bound_unstable(self, node: host.Bound) -> Pair:
+        """CROWN's bounds of neurons that interval arithmetic leaves unstable, its own of others."""
+        module = self.module
+        known = without_nan(*self.ibp(node))
+        rows = unstable_rows(self.tp, known, module.sharded[node.name])
+        if rows.share == 0:
+            return known
+        every = rows.share > module.bound_opts.get("minimum_sparsity", 0.9)
+        found = module.passes.run(
+            node, None, self.tp.size > 1, rows=None if every else rows.filled
+        )
+        if every:
+            return found.shaped(node.output_shape[1:])
+        return with_rows(known, rows.own, found.lower, found.upper)
+
+    def _note_live_columns(self, node: host.Bound) -> None:
+        """Which of the node's features passes from later nodes leave out."""
+        module = self.module
+        if node.name not in self.relus or not module.own_options.sparse_intermediate_bounds:
+            return
+        agree = None if module.sharded[node.name] or self.tp.size == 1 else self.tp
+        columns = live_columns(node.upper, agree)
+        module.layout.live.pop(node.name, None)
+        if columns is not None:
+            module.layout.live[node.name] = columns
+
+    # ------------------------------------------------------------------------- IBP
+
+    def ibp(self, node: host.Bound) -> Pair:
+        """Interval bounds of a node from the bounds of its inputs."""
+        return node.interval_propagate(*[self._interval_of(x) for x in node.inputs])
+
+    def _interval_of(self, x: host.Bound) -> Any:
+        if not hasattr(x, "interval"):
+            x.interval = self.ibp(x) if x.perturbed else (self.module.get_forward_value(x),) * 2
+        return x.interval
+
+
+def _tighter(found: Pair, other: Any) -> Pair:
+    """The tighter of two sound bounds, with the gradient of the computed one (as the host)."""
+    lower, upper = torch.max(other[0].detach(), found[0]), torch.min(other[1].detach(), found[1])
+    if found[0].requires_grad:
+        lower = found[0] + (lower - found[0]).detach()
+        upper = found[1] + (upper - found[1]).detach()
+    return lower, upper
