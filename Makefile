@@ -14,7 +14,7 @@ help:
 	@echo 'make demo-digits  the same for a network of digits from an ONNX file'
 	@echo 'make test      the tests; make test-all adds the slow ones'
 	@echo 'make lint      ruff'
-	@echo 'make bench     memory and time against plain auto_LiRPA'
+	@echo 'make bench     memory and time against plain auto_LiRPA and the number of ranks; figures'
 	@echo 'make clean     remove .venv and everything made'
 
 setup:
@@ -35,9 +35,16 @@ test-all: setup
 lint: setup
 	$(PY) -m ruff check .
 
+BENCH := build/bench
+
 bench: setup
-	$(PY) benchmarks/run.py $(ARGS)
-	$(PY) benchmarks/transformers.py --layers 3 --sequence 8 --modes tp1 tp2
+	mkdir -p $(BENCH)
+	$(PY) benchmarks/run.py --models mnist-256x6 --batch 1 8 --json $(BENCH)/256x6.json
+	$(PY) benchmarks/run.py --models deep --rounds 2 --json $(BENCH)/deep.json
+	$(PY) benchmarks/transformers.py --layers 1 3 6 --sequence 16 --modes tp1 tp2 tp4 \
+		--json $(BENCH)/transformers.json
+	$(PY) benchmarks/plot.py --mlp $(BENCH)/256x6.json $(BENCH)/deep.json \
+		--transformers $(BENCH)/transformers.json --out $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache

@@ -1,7 +1,8 @@
 """Time and memory of CROWN for transformers: plain auto_LiRPA against this package at TP=1, 2, 4.
 
     python benchmarks/transformers.py [--layers 1 3 6] [--sequence 8 16] [--modes plain tp1 tp2 tp4]
-        [--quick] [--profile] [--moves auto] [--limit 300] [--auto-lirpa FOLDER] [--json FILE]
+        [--method CROWN] [--quick] [--profile] [--moves auto] [--limit 300]
+        [--auto-lirpa FOLDER] [--json FILE]
 
 A GPTModel of megatron-core (hidden 128, FFN 512, 4 heads, tanh GELU, random weights): margins of
 the next token at the last position over eight others, every embedding perturbed by eps in L-inf,
@@ -105,8 +106,10 @@ def _one_mode(task: dict) -> dict:
                 counted.clear()
             start, processor = time.perf_counter(), time.process_time()
             try:
-                with torch.no_grad():
-                    lower, upper = bounded.compute_bounds(x=(ball, *others), method="CROWN")
+                with torch.set_grad_enabled(task["method"] == "CROWN-Optimized"):
+                    lower, upper = bounded.compute_bounds(
+                        x=(ball, *others), method=task["method"]
+                    )
             except AssertionError:  # of plain auto_LiRPA: a variance that may be negative
                 result["failed"] = True
                 break
@@ -162,6 +165,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--limit", type=float, default=300, help="seconds for one mode")
+    parser.add_argument("--method", default="CROWN", choices=("CROWN", "CROWN-Optimized"))
     parser.add_argument("--moves", default="auto", choices=("auto", "A", "weights"),
                         help="what passes bring to the other ranks (option of BoundedModule)")
     parser.add_argument("--quick", action="store_true", help="one layer, eight tokens")
@@ -176,7 +180,7 @@ def main() -> None:
 
     version = host_version(arguments.auto_lirpa)
     modes = [m for m in arguments.modes if m != "plain" or version != "0.3"]
-    print(f"auto_LiRPA {version}, hidden {HIDDEN}, FFN {FFN}, {HEADS} heads, "
+    print(f"{arguments.method}, auto_LiRPA {version}, hidden {HIDDEN}, FFN {FFN}, {HEADS} heads, "
           f"eps {arguments.eps:g}, {os.cpu_count()} cores")
     figures = {}
     for layers in arguments.layers:
@@ -187,7 +191,7 @@ def main() -> None:
             found: dict = {}
             for mode in modes:
                 task = {"layers": layers, "sequence": sequence, "mode": mode,
-                        "moves": arguments.moves,
+                        "moves": arguments.moves, "method": arguments.method,
                         "eps": arguments.eps, "profile": arguments.profile and mode != "plain"}
                 found[mode] = launch(
                     __file__, task, MODES[mode], arguments.limit, arguments.auto_lirpa

@@ -33,6 +33,7 @@ from lirpa_megatron.parallel.layouts import Layout
 from lirpa_megatron.parameters import own_value, widened
 from lirpa_megatron.passes import Passes
 from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls
+from lirpa_megatron.precision import full_precision
 from lirpa_megatron.sharded_nodes import mark_sharded
 
 
@@ -183,7 +184,8 @@ class BoundedModule(host.HostBoundedModule):
         if str(kwargs.get("method")).lower() == "auto":
             with spmd.guard(group, "compute_bounds"):
                 return cheaper_first(self, x, aux, C, kwargs)
-        with spmd.guard(group, "compute_bounds"), host.running(x or ()):
+        guard = spmd.guard(group, "compute_bounds")
+        with guard, host.running(x or ()), full_precision(self.device):
             kwargs = host.translate_compute_bounds(kwargs)
             check_compute_bounds(kwargs)
             kwargs["method"] = check_method(kwargs.get("method", "CROWN"))

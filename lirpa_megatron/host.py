@@ -268,6 +268,11 @@ def has_bounds(node: Bound) -> bool:
     return node.is_lower_bound_current()
 
 
+def reads_bounds(node: Bound) -> bool:
+    """Whether the operator makes use of bounds of an input."""
+    return bool(getattr(node, "nonlinear", False) or getattr(node, "requires_input_bounds", ()))
+
+
 def is_optimized(node: Bound, start: Bound) -> bool:
     """Whether `node` uses alpha in a backward pass that started at `start`."""
     return (

@@ -59,10 +59,10 @@ class OwnOptions:
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
     sparse_intermediate_bounds: bool = True
-    """auto_LiRPA's: where only ReLUs make use of a node's bounds, CROWN bounds the neurons alone that
-    interval arithmetic, from what is known of the layer before, does not show to be stable (all,
-    where these are more than its `minimum_sparsity`, 0.9 of them); and products leave out neurons
-    that a ReLU cuts off. Not where alpha serves the pass. False: every neuron by CROWN."""
+    """auto_LiRPA's: where only ReLUs make use of a node's bounds, CROWN bounds the neurons alone
+    that interval arithmetic, from what is known of the layer before, does not show to be stable
+    (all, where these are more than its `minimum_sparsity`, 0.9 of them). Not where alpha serves the
+    pass. Products leave out neurons that a ReLU cuts off. False: everything is computed."""
 
     def __post_init__(self) -> None:
         limit = self.max_spec_rows

@@ -42,10 +42,12 @@ class UnstableRows:
 
 
 def relus_decide(readers: Sequence[host.Bound]) -> bool:
-    """Whether nothing but ReLUs makes use of the bounds of a node with these readers."""
-    first, *others = readers or [None]
-    return type(first) is host.BoundRelu and not any(
-        getattr(reader, "requires_input_bounds", ()) and type(reader) is not host.BoundRelu for reader in others
+    """Whether nothing but ReLUs makes use of the bounds of a node with these readers.
+
+    As for auto_LiRPA, a ReLU has to be the first of them.
+    """
+    return bool(readers) and type(readers[0]) is host.BoundRelu and all(
+        type(reader) is host.BoundRelu or not host.reads_bounds(reader) for reader in readers
     )
 
 
@@ -110,7 +112,7 @@ def unstable_rows(
 def with_rows(
     known: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, lower: Any, upper: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds [B, *node shape] of which some rows are replaced by computed ones [rows or more, B]."""
+    """Bounds [B, *node shape] with some rows replaced by computed ones, [rows (or more), B]."""
     found = (
         bound.flatten(1).index_copy(1, rows, computed[: len(rows)].t()).view_as(bound)
         for bound, computed in zip(known, (lower, upper), strict=True)

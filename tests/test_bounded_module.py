@@ -120,3 +120,24 @@ def test_a_perturbation_that_is_no_set_is_refused(ptb, words):
     ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), **ptb))
     with pytest.raises(ValueError, match=words):
         bounded.compute_bounds(x=(ball,), method="CROWN")
+
+
+def test_reduced_precision_that_the_caller_switched_on_does_not_reach_the_bounds():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    x = torch.rand(3, 6)
+    bounded = BoundedModule(net.eval(), x)
+
+    def bounds():
+        return bounded.compute_bounds(x=(_ball(x),), method="CROWN")
+
+    want = bounds()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = bounds()
+            assert net(x).dtype is torch.bfloat16  # it was switched on, and is again
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
