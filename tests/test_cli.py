@@ -254,8 +254,8 @@ def test_two_processes_import_and_verify_as_one_does(folder, tmp_path):
 
 
 PROVED = {"256x2": [9, 1], "256x4": [11, 0], "256x6": [9, 0]}
-"""Of 15 at eps 0.03 and 0.05, by CROWN; measured with auto_LiRPA 0.3 and 0.7.1 and its defaults, one
-instance at a time (10 of 256x4 with CROWN for stable neurons too, or in one batch)."""
+"""Of 15 at eps 0.03 and 0.05, by CROWN; measured with auto_LiRPA 0.3 and 0.7.1 with their defaults,
+one instance at a time (10 of 256x4 with CROWN for stable neurons too, or in one batch)."""
 
 
 def proved(results):
