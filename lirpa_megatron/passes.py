@@ -26,8 +26,9 @@ from lirpa_megatron.operators.linear import IdentityRows
 from lirpa_megatron.parallel.layouts import Plan, Region, Rows, make_plan
 from lirpa_megatron.sides import RowBounds
 
-_WORTH = 128
-"""Rows of A that are worth a chunk of their own."""
+_WORTH = {"cuda": 128}
+"""Rows of A that are worth a chunk of their own, by the type of device; never where there is none:
+on a CPU transfers compete for the cores that compute (benchmarks/RESULTS.md)."""
 
 
 @dataclass
@@ -133,11 +134,11 @@ class Passes:
         Where only A moves two chunks do, so that one is computed while the other's rows are under
         way. Weights would be fetched twice as often; they are fetched ahead instead.
         """
-        moves = Rows.ALL in plan.rows.values() and not plan.moved
-        if not moves or torch.is_grad_enabled():
-            return limit, 1
+        worth = _WORTH.get(torch.device(self.module.device).type, math.inf)
         half = -(-limit // 2)
-        return (half, 2) if half >= _WORTH else (limit, 1)
+        moves = Rows.ALL in plan.rows.values() and not plan.moved
+        turns = moves and half >= worth and not torch.is_grad_enabled()
+        return (half, 2) if turns else (limit, 1)
 
     def _memory(self) -> float:
         """Bytes for the rows of A that are carried at once."""

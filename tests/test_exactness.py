@@ -253,7 +253,7 @@ def test_options_that_spread_the_rows_do_not_change_the_bounds(options, tp):
 
 def bounds_in_turns(*args: Any) -> list:
     """`sharded_bounds` with chunks that take turns, however few their rows are."""
-    before, passes._WORTH = passes._WORTH, 1
+    before, passes._WORTH = passes._WORTH, {"cpu": 1}
     try:
         return sharded_bounds(*args)
     finally:
