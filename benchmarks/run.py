@@ -6,13 +6,14 @@
 Every mode runs in processes of its own, one thread each, the modes interleaved over the rounds. The
 figures are medians over rounds of ratios within a round: machines drift, ratios hold. Memory is the
 peak resident set of the worst rank above what it is after the imports (weights included), sampled
-every millisecond, in a run of its own (see `KEPT` and `FREED`). Bytes are those this rank's
-collectives sent, against the layouts' formula.
+every millisecond, in a first run (see `allocate`); later ones are timed. Bytes are those this
+rank's collectives sent, against the layouts' formula.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ WIDTHS = {
 MODES = {"plain": 1, "tp1": 1, "tp2": 2, "tp4": 4}
 """Mode -> processes. 'plain' is auto_LiRPA with its defaults."""
 LONG = 5
-"""Seconds of a run after which it is not repeated."""
+"""Seconds after which a timed run is not repeated."""
 
 
 class PeakMemory:
@@ -56,6 +57,20 @@ class PeakMemory:
         self._stop = True
         self._thread.join()
         return self.peak
+
+
+def allocate(keeping: bool) -> None:
+    """How glibc's allocator treats freed blocks from now on (nothing happens elsewhere).
+
+    Args:
+        keeping: whether it keeps them for the next tensor, as GPUs' allocators do: time is measured
+            so. Otherwise they go back to the system, and the resident set is what is in use.
+    """
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of <malloc.h>
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(trim, 2**30 if keeping else 2**17)
+        libc.mallopt(mmap, 2**25 if keeping else 2**20)
 
 
 def _network(widths):
@@ -102,6 +117,7 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int) -> dict:
     from lirpa_megatron.parallel import runtime
 
     runtime.initialize()
+    allocate(keeping=False)
     memory = PeakMemory()
     baseline = memory.resident()
     widths = WIDTHS[model]
@@ -118,8 +134,8 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int) -> dict:
     else:
         bounded = BoundedModule(_fill(parallelize(net), widths), x)
         traffic = bounded.layout.collectives.traffic
-    seconds = []
-    for _ in range(repeats + 1):
+    seconds: list[float] = []
+    for run in range(repeats + 1):
         if traffic is not None:
             traffic.clear()
         ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.02))
@@ -127,11 +143,13 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int) -> dict:
         with torch.no_grad():
             lower, upper = bounded.compute_bounds(x=(ball,), method="CROWN")
         seconds.append(time.perf_counter() - start)
-        if seconds[-1] > LONG:  # what the first run compiles does not show any more
+        if run == 0:  # it also compiles the host's kernels
+            peak = memory.stop() - baseline
+            allocate(keeping=True)
+        elif seconds[-1] > LONG:
             break
-    peak = memory.stop() - baseline
     result = {
-        "seconds": statistics.median(seconds[1:] or seconds),
+        "seconds": statistics.median(seconds[1:]),
         "mib": peak,
         "bytes": None if traffic is None else traffic.total_bytes,
         "lower": lower.sum().item(),
@@ -195,28 +213,19 @@ def printed(text: str) -> list[dict]:
     return results
 
 
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""glibc keeps blocks that are freed for the next tensor, at any size that passes use: what
-allocators of GPUs and production settings do. Time is measured with it."""
-FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""What is freed goes back to the system, so that the resident set is what is in use: memory."""
-
-
 def _launch(model: str, mode: str, batch: int, repeats: int) -> dict:
-    """The figures of one mode, time and memory from processes of their own: the worst rank's."""
+    """The figures of one mode: the worst rank's."""
     ranks = MODES[mode]
     command = [sys.executable, "-W", "ignore"]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [__file__, "--worker", model, mode, str(batch)]
-    worst = {}
-    for key, runs, allocator in (("seconds", repeats, KEPT), ("mib", 0, FREED)):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **allocator}
-        out = subprocess.run([*command, str(runs)], env=env, capture_output=True, text=True)
-        results = printed(out.stdout)
-        if out.returncode != 0 or len(results) != ranks:
-            raise SystemExit(f"{model} {mode} failed:\n{out.stderr[-2000:]}")
-        worst[key] = max(r[key] for r in results)
+    command += [__file__, "--worker", model, mode, str(batch), str(repeats)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    results = printed(out.stdout)
+    if out.returncode != 0 or len(results) != ranks:
+        raise SystemExit(f"{model} {mode} failed:\n{out.stderr[-2000:]}")
+    worst = {key: max(r[key] for r in results) for key in ("seconds", "mib")}
     return {**results[0], **worst}
 
 
