@@ -39,12 +39,14 @@ BENCH := build/bench
 
 bench: setup
 	mkdir -p $(BENCH)
-	$(PY) benchmarks/run.py --models mnist-256x6 --batch 1 8 --json $(BENCH)/256x6.json
-	$(PY) benchmarks/run.py --models deep --rounds 2 --json $(BENCH)/deep.json
-	$(PY) benchmarks/transformers.py --layers 1 3 6 --sequence 16 --modes tp1 tp2 tp4 \
-		--json $(BENCH)/transformers.json
+	$(PY) benchmarks/run.py --models mnist-256x6 --batch 1 8 --rounds 2 --json $(BENCH)/256x6.json
+	$(PY) benchmarks/run.py --models deep --rounds 1 --json $(BENCH)/deep.json
+	$(PY) benchmarks/transformers.py --layers 1 3 --sequence 16 --modes tp1 tp2 tp4 \
+		--json $(BENCH)/shallow.json
+	$(PY) benchmarks/transformers.py --layers 6 --sequence 16 --modes tp1 tp2 \
+		--json $(BENCH)/deep-transformer.json
 	$(PY) benchmarks/plot.py --mlp $(BENCH)/256x6.json $(BENCH)/deep.json \
-		--transformers $(BENCH)/transformers.json --out $(BENCH)
+		--transformers $(BENCH)/shallow.json $(BENCH)/deep-transformer.json --out $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache

@@ -51,7 +51,7 @@ def draw_ranks(mlps: dict, transformers: dict, path: Path) -> None:
         series = ratios_of_mlps(mlps, key)
         for (layers, tokens), of_ranks in worst_of_transformers(transformers, key).items():
             if 1 in of_ranks and len(of_ranks) > 1:
-                name = f"transformer, {layers} layers, {tokens} tokens"
+                name = f"{layers}-layer transformer, {tokens} tokens"
                 series[name] = {p: value / of_ranks[1] for p, value in of_ranks.items()}
         for name, of_ranks in series.items():
             panel.plot(list(of_ranks), list(of_ranks.values()), marker="o", label=name)

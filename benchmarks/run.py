@@ -1,7 +1,7 @@
 """Time, memory and bytes of CROWN: plain auto_LiRPA against this package at TP=1, 2, 4.
 
     python benchmarks/run.py [--models mnist-256x6 wide deep] [--batch 1 8] [--rounds 3]
-        [--json FILE]
+        [--profile] [--json FILE]
 
 Every mode runs in processes of its own, one thread each, the modes interleaved over the rounds. The
 figures are medians over rounds of ratios within a round: machines drift, ratios hold. Memory is the
@@ -108,8 +108,9 @@ def _fill(net, widths):
     return net
 
 
-def _one_mode(model: str, mode: str, batch: int, repeats: int) -> dict:
+def _one_mode(model: str, mode: str, batch: int, repeats: int, profile: bool) -> dict:
     """Runs in a process of its own (one per rank)."""
+    import kinds
     import torch
 
     torch.set_num_threads(1)
@@ -135,13 +136,17 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int) -> dict:
         bounded = BoundedModule(_fill(parallelize(net), widths), x)
         traffic = bounded.layout.collectives.traffic
     seconds: list[float] = []
+
+    def bound():
+        ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.02))
+        with torch.no_grad():
+            return bounded.compute_bounds(x=(ball,), method="CROWN")
+
     for run in range(repeats + 1):
         if traffic is not None:
             traffic.clear()
-        ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.02))
         start = time.perf_counter()
-        with torch.no_grad():
-            lower, upper = bounded.compute_bounds(x=(ball,), method="CROWN")
+        lower, upper = bound()
         seconds.append(time.perf_counter() - start)
         if run == 0:  # it also compiles the host's kernels
             peak = memory.stop() - baseline
@@ -155,6 +160,9 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int) -> dict:
         "lower": lower.sum().item(),
         "upper": upper.sum().item(),
     }
+    if profile:
+        with kinds.by_kind() as result["kinds"]:
+            bound()
     runtime.shutdown()
     return result
 
@@ -213,13 +221,13 @@ def printed(text: str) -> list[dict]:
     return results
 
 
-def _launch(model: str, mode: str, batch: int, repeats: int) -> dict:
+def _launch(model: str, mode: str, batch: int, repeats: int, profile: bool) -> dict:
     """The figures of one mode: the worst rank's."""
     ranks = MODES[mode]
     command = [sys.executable, "-W", "ignore"]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [__file__, "--worker", model, mode, str(batch), str(repeats)]
+    command += [__file__, "--worker", model, mode, str(batch), str(repeats), str(int(profile))]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     out = subprocess.run(command, env=env, capture_output=True, text=True)
     results = printed(out.stdout)
@@ -261,25 +269,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="runs per process after a warm-up")
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--profile", action="store_true", help="what kind of work takes the time")
     parser.add_argument("--json", type=Path, help="write every figure there")
     arguments = parser.parse_args()
+    import kinds
+
     figures = {}
     for model, batch in itertools.product(arguments.models, arguments.batch):
         rounds = []
         for number in range(arguments.rounds):
             print(f"{model}, batch {batch}: round {number + 1} of {arguments.rounds}",
                   file=sys.stderr)
-            rounds.append({mode: _launch(model, mode, batch, arguments.repeats)
-                           for mode in arguments.modes})
+            rounds.append({
+                mode: _launch(model, mode, batch, arguments.repeats, arguments.profile)
+                for mode in arguments.modes
+            })
         figures[f"{model}, batch {batch}"] = rounds
         print(_table(model, rounds, batch), end="\n\n", flush=True)
+        if arguments.profile:
+            shares = {mode: result["kinds"] for mode, result in rounds[-1].items()}
+            print(kinds.table(shares), end="\n\n", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        model, mode, batch, repeats = sys.argv[sys.argv.index("--worker") + 1:]
-        print(json.dumps(_one_mode(model, mode, int(batch), int(repeats))), flush=True)
+        model, mode, *numbers = sys.argv[sys.argv.index("--worker") + 1:]
+        print(json.dumps(_one_mode(model, mode, *map(int, numbers))), flush=True)
     else:
         main()

@@ -1,7 +1,7 @@
 """Time and memory of CROWN for transformers: plain auto_LiRPA against this package at TP=1, 2, 4.
 
     python benchmarks/transformers.py [--layers 1 3 6] [--sequence 8 16] [--modes plain tp1 tp2 tp4]
-        [--method CROWN] [--quick] [--profile] [--moves auto] [--limit 300]
+        [--method CROWN] [--quick] [--profile] [--moves auto] [--limit 600]
         [--auto-lirpa FOLDER] [--json FILE]
 
 A GPTModel of megatron-core (hidden 128, FFN 512, 4 heads, tanh GELU, random weights): margins of
@@ -23,6 +23,8 @@ import os
 import sys
 import time
 from pathlib import Path
+
+import kinds
 
 MODES = {"plain": 1, "tp1": 1, "tp2": 2, "tp4": 4}
 """Mode -> processes."""
@@ -95,10 +97,15 @@ def _one_mode(task: dict) -> dict:
         bounded, others = _ours(plain, x, task)
     timing = profiled() if task["profile"] else contextlib.nullcontext({})
     result: dict = {}
+
+    def bound():
+        ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=task["eps"]))
+        with torch.set_grad_enabled(task["method"] == "CROWN-Optimized"):
+            return bounded.compute_bounds(x=(ball, *others), method=task["method"])
+
     with timing as spent:
         for _ in range(2):
             spent.clear()
-            ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=task["eps"]))
             if task["mode"] != "plain":
                 traffic = bounded.layout.collectives.traffic
                 counted = bounded.passes.movement.counted
@@ -106,10 +113,7 @@ def _one_mode(task: dict) -> dict:
                 counted.clear()
             start, processor = time.perf_counter(), time.process_time()
             try:
-                with torch.set_grad_enabled(task["method"] == "CROWN-Optimized"):
-                    lower, upper = bounded.compute_bounds(
-                        x=(ball, *others), method=task["method"]
-                    )
+                lower, upper = bound()
             except AssertionError:  # of plain auto_LiRPA: a variance that may be negative
                 result["failed"] = True
                 break
@@ -123,6 +127,9 @@ def _one_mode(task: dict) -> dict:
                 break
         result["spent"] = dict(spent)
     result["mib"] = memory.stop() - baseline
+    if task["profile"]:
+        with kinds.by_kind() as result["kinds"]:
+            bound()
     runtime.shutdown()
     return result
 
@@ -164,7 +171,7 @@ def main() -> None:
     parser.add_argument("--sequence", nargs="+", type=int, default=[8, 16])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--eps", type=float, default=1e-3)
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one mode")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one mode")
     parser.add_argument("--method", default="CROWN", choices=("CROWN", "CROWN-Optimized"))
     parser.add_argument("--moves", default="auto", choices=("auto", "A", "weights"),
                         help="what passes bring to the other ranks (option of BoundedModule)")
@@ -198,6 +205,9 @@ def main() -> None:
                 )
                 print(_row(mode, found[mode], found, arguments.limit), flush=True)
             figures[f"{layers}x{sequence}"] = found
+            shares = {m: r[0]["kinds"] for m, r in found.items() if r and "kinds" in r[0]}
+            if shares:
+                print("\n" + kinds.table(shares))
             for mode, ranks in found.items():
                 if ranks and ranks[0].get("spent"):
                     _print_profile(f"{mode}, {layers} layers, {sequence} tokens", ranks[0])
