@@ -5,8 +5,9 @@
 
 Every mode runs in processes of its own, one thread each, the modes interleaved over the rounds. The
 figures are medians over rounds of ratios within a round: machines drift, ratios hold. Memory is the
-peak resident set of the worst rank above what it is after the imports (weights included), sampled
-every millisecond, in a first run (see `allocate`); later ones are timed. Bytes are those this
+peak resident set of the worst rank above what it is after the imports and the bounds of a tiny
+network (weights included), sampled every millisecond, in a first run (see `allocate`); later ones
+are timed. Bytes are those this
 rank's collectives sent, against the layouts' formula.
 """
 
@@ -117,38 +118,42 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int, profile: bool) ->
     from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host, parallelize
     from lirpa_megatron.parallel import runtime
 
+
+    class Plain(host.HostBoundedModule):
+        _named_members = host.named_members
+
+    def build(widths):
+        """(bounded module, function that bounds)."""
+        x = torch.rand(batch, widths[0], generator=torch.Generator().manual_seed(9))
+        net = _network(widths)
+        if mode == "plain":
+            with host.conversion():
+                bounded = Plain(_fill(net, widths), x, bound_opts={"conv_mode": "matrix"})
+        else:
+            bounded = BoundedModule(_fill(parallelize(net), widths), x)
+
+        def bound():
+            ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.02))
+            with torch.no_grad():
+                return bounded.compute_bounds(x=(ball,), method="CROWN")
+
+        return bounded, bound
+
     runtime.initialize()
     allocate(keeping=False)
+    build((8,) * 5)[1]()  # imports what is imported late, compiles the host's kernels
     memory = PeakMemory()
     baseline = memory.resident()
-    widths = WIDTHS[model]
-    x = torch.rand(batch, widths[0], generator=torch.Generator().manual_seed(9))
-    net = _network(widths)
-    if mode == "plain":
-
-        class Plain(host.HostBoundedModule):
-            _named_members = host.named_members
-
-        with host.conversion():
-            bounded = Plain(_fill(net, widths), x, bound_opts={"conv_mode": "matrix"})
-        traffic = None
-    else:
-        bounded = BoundedModule(_fill(parallelize(net), widths), x)
-        traffic = bounded.layout.collectives.traffic
+    bounded, bound = build(WIDTHS[model])
+    traffic = None if mode == "plain" else bounded.layout.collectives.traffic
     seconds: list[float] = []
-
-    def bound():
-        ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.02))
-        with torch.no_grad():
-            return bounded.compute_bounds(x=(ball,), method="CROWN")
-
     for run in range(repeats + 1):
         if traffic is not None:
             traffic.clear()
         start = time.perf_counter()
         lower, upper = bound()
         seconds.append(time.perf_counter() - start)
-        if run == 0:  # it also compiles the host's kernels
+        if run == 0:
             peak = memory.stop() - baseline
             allocate(keeping=True)
         elif seconds[-1] > LONG:

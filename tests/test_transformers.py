@@ -250,6 +250,37 @@ def test_alpha_crown_is_tighter_than_crown_and_no_point_violates_it():
     assert widths["CROWN-Optimized"] < 0.98 * widths["CROWN"]
 
 
+def _extremes(name, eps, options):
+    """method -> (lower, upper), and the least and the largest value of each output that is met."""
+    found, inputs, net = _bounds(
+        name, torch.float64, ("CROWN", "CROWN-Optimized"), eps, options, eager=True
+    )
+    center, further = inputs[0].detach(), [i.detach() for i in inputs[1:]]
+    x = center.clone().requires_grad_(True)
+    y = net(x, *further)
+    least, most = y.detach().clone(), y.detach().clone()
+    for i in range(y[0].numel()):
+        (gradient,) = torch.autograd.grad(y.flatten(1)[:, i].sum(), x, retain_graph=True)
+        for sign, met in ((-1, least), (1, most)):
+            with torch.no_grad():
+                corner = net(center + sign * eps * gradient.sign(), *further)
+            met.flatten(1)[:, i] = corner.flatten(1)[:, i]
+    return found, least, most
+
+
+@pytest.mark.parametrize("name", ["gpt", pytest.param("llama", marks=_SLOW),
+                                  pytest.param("bert", marks=_SLOW)])
+def test_where_bounds_are_all_but_exact_alpha_crown_stays_outside_of_what_is_met(name):
+    # So close that a wrong term of any plane shows. Twenty steps go wherever the bound improves.
+    options = {"optimize_bound_args": {"iteration": 20}}
+    found, least, most = pool(1).run(_extremes, name, 1e-4, options)[0]
+    for lower, upper in found.values():
+        width = (upper - lower).mean()
+        assert ((most - least).mean() / width) > 0.98
+        assert ((least - lower) / width).min() > -1e-9
+        assert ((upper - most) / width).min() > -1e-9
+
+
 def _gradients(name, method):
     """Gradients of a function of the bounds, by parameter name, whole."""
     torch.set_num_threads(1)

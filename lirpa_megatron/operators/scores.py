@@ -115,7 +115,8 @@ class BoundScores(RowRelaxed):
             rq, rk, box = (torch.where(r.isfinite(), r, 0.0) for r in (rq, rk, box))
             turned_q, turned_k = (m * A.abs()) @ rk, (m * A).transpose(-1, -2) @ rq
             A_q, A_k = A_q - turned_q, A_k - turned_k
-            bias = ((turned_q * q0).sum(-1) + (turned_k * k0).sum(-1)).flatten(2).sum(-1)
+            # Each by itself: there may be fewer queries than keys.
+            bias = (turned_q * q0).flatten(2).sum(-1) + (turned_k * k0).flatten(2).sum(-1)
             plain = 1 - m.abs()
             low = torch.where(plain == 1, low, plain * low - (1 - plain) * box)
             high = torch.where(plain == 1, high, plain * high + (1 - plain) * box)
