@@ -97,7 +97,7 @@ def sharded(net: Net, call: Call) -> list:
 DRAWN = given(net=nets(), call=calls(), tp=st.sampled_from([1, 2, 4]))
 
 
-@settings(derandomize=True, deadline=None, max_examples=6, database=None)
+@settings(derandomize=True, deadline=None, max_examples=4, database=None)
 @DRAWN
 def test_bounds_are_those_of_one_device_and_hold(net, call, tp):
     check(net, call, tp)
