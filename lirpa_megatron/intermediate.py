@@ -58,6 +58,9 @@ class Intermediate:
     def compute(self, node: host.Bound) -> None:
         """Bounds of a node whose predecessors have theirs, into `node.lower` and `node.upper`.
 
+        Each is [B, *node shape]: the rank's own features at a sharded node, else the same on every
+        rank.
+
         Sharded nodes are bounded by the rank that has them, replicated ones row by row on all
         ranks; both exactly, by a backward pass to the input.
         """
@@ -146,8 +149,7 @@ class Intermediate:
         module = self.module
         if node.name not in self.relus or not module.own_options.sparse_intermediate_bounds:
             return
-        agree = None if module.sharded[node.name] or self.tp.size == 1 else self.tp
-        columns = live_columns(node.upper, agree)
+        columns = live_columns(node.upper, None if module.sharded[node.name] else self.tp)
         module.layout.live.pop(node.name, None)
         if columns is not None:
             module.layout.live[node.name] = columns

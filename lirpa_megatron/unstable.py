@@ -34,9 +34,9 @@ class UnstableRows:
     """Which rows of a start node are to be bounded."""
 
     own: torch.Tensor
-    """Of the rank's neurons, or of a replicated node's."""
+    """Indices of the rank's neurons, or of a replicated node's (the same on every rank): [k]."""
     filled: torch.Tensor
-    """The same, filled up to the largest number that any rank has."""
+    """The same, filled up with 0 to the largest k that any rank has."""
     share: float
     """Their part of all neurons of all ranks."""
 
@@ -72,16 +72,24 @@ def between_linears(nodes: Iterable[host.Bound]) -> dict[str, host.Bound]:
     return found
 
 
-def live_columns(upper: torch.Tensor, shared_by: Collectives | None = None) -> Any:
-    """Features that a ReLU does not cut off for the whole batch: an index, or None for all.
+def _on_any_rank(tp: Collectives, mask: torch.Tensor) -> torch.Tensor:
+    """Where a replicated mask is set; one and the same on all ranks whatever they had."""
+    return tp.largest(mask.to(torch.uint8)).bool()
+
+
+def live_columns(upper: torch.Tensor, shared_by: Collectives | None = None) -> torch.Tensor | None:
+    """Features that a ReLU does not cut off for the whole batch.
 
     Args:
         upper: [B, ..., features], of the ReLU's input.
-        shared_by: the ranks that are to agree on them.
+        shared_by: the ranks that are to agree on them, where they are replicated.
+
+    Returns:
+        Their indices, or None for all.
     """
-    live = (~(upper.detach() <= 0)).flatten(0, -2).any(0)
+    live = (~(upper.detach() <= 0)).flatten(0, -2).any(0)  # NaN cuts nothing off
     if shared_by is not None:
-        live = shared_by.largest(live.to(torch.uint8)).bool()
+        live = _on_any_rank(shared_by, live)
     columns = live.nonzero().flatten()
     return columns if len(columns) < (1 - _WORTH) * len(live) else None
 
@@ -99,7 +107,7 @@ def unstable_rows(
     lower, upper = (bound.detach().flatten(1) for bound in known)
     some = (~((lower >= 0) | (upper <= 0))).any(0)  # of NaN nothing is known
     if not sharded:
-        some = tp.largest(some.to(torch.uint8)).bool()
+        some = _on_any_rank(tp, some)
     own = some.nonzero().flatten()
     counts = torch.tensor([len(own)], device=own.device)
     if sharded:
@@ -112,10 +120,15 @@ def unstable_rows(
 def with_rows(
     known: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, lower: Any, upper: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds [B, *node shape] with some rows replaced by computed ones, [rows (or more), B]."""
-    found = (
-        bound.flatten(1).index_copy(1, rows, computed[: len(rows)].t()).view_as(bound)
-        for bound, computed in zip(known, (lower, upper), strict=True)
-    )
-    lower, upper = found
-    return lower, upper
+    """Bounds of which some rows are replaced by computed ones.
+
+    Args:
+        known: (lower, upper), each [B, *node shape].
+        rows: which rows of the flattened node, [k].
+        lower, upper: computed, [k or more, B]; what is beyond k filled up.
+    """
+    def replaced(bound: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+        found = bound.flatten(1).index_copy(1, rows, computed[: len(rows)].t())
+        return found.view_as(bound)
+
+    return replaced(known[0], lower), replaced(known[1], upper)

@@ -100,10 +100,10 @@ def test_the_bounds_are_plain_auto_lirpas_wherever_the_stable_neurons_are(biases
     for result in by_rank:
         less, all_of_it = result["default"][1], result["every neuron"][1]
         assert less["numbers"] < all_of_it["numbers"]
-        if biases == "more than nine tenths are cut":
-            assert less["rows"] < all_of_it["rows"]  # those between the pairs
-        else:
-            assert less["rows"] <= all_of_it["rows"] - 16 // size + 8
+        saved = all_of_it["rows"] - less["rows"]
+        assert saved > 0  # at least between the pairs, where half of the neurons are stable
+        if biases in ("none is cut", "all are cut off"):
+            assert saved > 16 // size  # all of the rank's inside the pair too
         assert by_rank[0]["default"][1]["rows"] == less["rows"]  # all ranks do the same
 
 

@@ -95,7 +95,10 @@ class LocalLinear(host.BoundLinear):
     def of_columns(
         self, w: torch.Tensor, b: torch.Tensor | None, x: host.Bound
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight and bias between the columns that A has here and those it has at input `x`."""
+        """The weight and bias between the columns that A has here and those it has at input `x`.
+
+        w [o, i] and b [o] -> [o', i'] and [o'], where a pass left out columns (`unstable`).
+        """
         out, into = (self.layout.columns.get(name) for name in (self.name, x.name))
         if out is not None:
             w, b = w.index_select(0, out), None if b is None else b.index_select(0, out)
