@@ -199,6 +199,12 @@ def plain_compute(module: Plain, x: BoundedTensor, C: torch.Tensor | None, metho
         )
 
 
+def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Normal numbers in float64, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
 def rank_part(full: torch.Tensor, parameter: torch.Tensor, rank: int, size: int) -> torch.Tensor:
     """The rank's shard of a full weight (or of its gradient)."""
     if not getattr(parameter, "tensor_model_parallel", False):
