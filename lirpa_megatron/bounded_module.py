@@ -17,6 +17,7 @@ from torch import nn
 from lirpa_megatron import host
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.cheaper_first import cheaper_first
+from lirpa_megatron.containment import check_contains, clean_is_inside
 from lirpa_megatron.forms import without_nan
 from lirpa_megatron.intermediate import Intermediate
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
@@ -212,11 +213,18 @@ class BoundedModule(host.HostBoundedModule):
             self.layout.forget()
             try:
                 self.intermediate.kept = {} if keeps else None
+                self.intermediate.before_alpha = {}
+                if kwargs["method"] == "CROWN-Optimized" and self._makes_alpha():
+                    self.intermediate.with_alpha = {}
                 C = self._identity(x, kwargs) if C is None else C
                 bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
-                return (*without_nan(*bounds[:2]), *bounds[2:])
+                lower, upper = without_nan(*bounds[:2])
+                self._check_contains(C, lower, upper, kwargs)
+                return (lower, upper, *bounds[2:])
             finally:
                 object.__setattr__(self, "_depth", 0)
+                for node in self.optimizable_activations:
+                    node.opt_end()  # an error may have left alpha in use
                 self.intermediate.kept = None
                 self.layout.forget()
 
@@ -231,6 +239,28 @@ class BoundedModule(host.HostBoundedModule):
         S = math.prod(final.output_shape[1:])
         batch = self.batch_size if x is None else x[0].shape[0]
         return torch.ones(1, device=self.device).expand(batch, S, S)
+
+    def _check_contains(
+        self, C: torch.Tensor | None, lower: Any, upper: Any, kwargs: Mapping[str, Any]
+    ) -> None:
+        """See `check_contains`. Left out where nothing is to be seen, or too dear to look at:
+
+        in training by IBP, of which a forward pass is a good part, and where the caller's own
+        bounds of intermediate nodes may cut the clean input off, as branch and bound does.
+        """
+        in_training = kwargs["method"] == "IBP" and torch.is_grad_enabled()
+        cut = any(kwargs.get(name) for name in host.GIVEN_BOUNDS)
+        if in_training or cut or not clean_is_inside(host.perturbed_inputs(self)):
+            return
+        final = self._final(kwargs)
+        known = {name for name, node in self._modules.items() if _has_value(node)}
+        y = self.get_forward_value(final)
+        for name, node in self._modules.items():
+            if _has_value(node) and name not in known:
+                del node.forward_value
+        sharded = self.sharded[final.name] and not self._final_is_identity
+        total = self.layout.collectives.reduce_from if sharded else lambda part: part
+        check_contains(y, None if self._final_is_identity else C, lower, upper, total)
 
     def check_output(self, C: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
         """Refuses methods and specifications that the final node does not go with."""
@@ -271,6 +301,10 @@ class BoundedModule(host.HostBoundedModule):
         if not prior_checked and not self.intermediate.knows(node):
             self.check_prior_bounds(node)
         self.intermediate.compute(node)
+
+    def _makes_alpha(self) -> bool:
+        """Whether CROWN-Optimized begins with alpha of its own, not that of an earlier call."""
+        return self.bound_opts["optimize_bound_args"].get("init_alpha", True)
 
     def has_alpha(self, start: host.Bound) -> bool:
         """Whether the present call's passes from a start node have alpha, or will have."""
@@ -336,8 +370,12 @@ class BoundedModule(host.HostBoundedModule):
                 identity = not is_final or self._final_is_identity
                 if not identity:
                     S = c.size(1)
+                elif is_final:
+                    S = self.passes.rows_of(start)
                 else:
-                    S = (self.passes.rows_of if is_final else self.passes.rows_run)(start)
+                    S = self.intermediate.rows_with_alpha(start)
+                if S == 0:
+                    continue
                 spec_sharded = self.layout.collectives.size > 1
                 if is_final:
                     spec_sharded = self._final_spec_sharded(start, identity, S)
@@ -347,6 +385,10 @@ class BoundedModule(host.HostBoundedModule):
                 rows = self.passes.rows_at(node, origin, S, spec_sharded)
             entries.append(host.alpha_start_node(start.name, rows, is_final))
         return entries
+
+
+def _has_value(node: host.Bound) -> bool:
+    return getattr(node, "forward_value", None) is not None
 
 
 def _device_of(model: nn.Module, inputs: Any) -> torch.device:

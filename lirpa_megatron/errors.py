@@ -14,3 +14,7 @@ class SPMDError(RuntimeError):
 
 class RemoteRankError(SPMDError):
     """Another tensor-parallel rank failed; the message carries that rank's error."""
+
+
+class BoundsError(ArithmeticError):
+    """Bounds exclude what the model itself computes: too much rounding, or an error in a bound."""

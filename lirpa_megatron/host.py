@@ -170,6 +170,8 @@ PINNED_OPTIMIZE_ARGS: dict[str, Any] = {
     "directly_optimize": [],
 }
 _INTERM_BOUNDS = "intermediate_layer_bounds" if IS_03 else "interm_bounds"
+GIVEN_BOUNDS = (_INTERM_BOUNDS, "reference_bounds")
+"""Arguments of `compute_bounds` with the caller's own bounds of intermediate nodes."""
 _RENAMED_ARGS = {"fix_interm_bounds": "fix_intermediate_layer_bounds"}
 INIT_ALPHA = "init_slope" if IS_03 else "init_alpha"
 

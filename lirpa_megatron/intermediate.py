@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lirpa_megatron.operators.linear import BoundReplicatedLinear
 from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.perturbations import is_box
 from lirpa_megatron.unstable import (
+    UnstableRows,
     between_linears,
     live_columns,
     relus_decide,
@@ -35,12 +37,17 @@ class Intermediate:
         kept: node name -> bounds that hold for the whole of the present call; None where its alpha
             iterations compute them again.
         relus: see `unstable.between_linears`.
+        with_alpha: node name -> the rows that have alpha in passes from there (None: all of them),
+            since alpha was last begun; nodes of which not all rows count.
+        before_alpha: node name -> bounds in the present call without alpha, of all its rows.
     """
 
     def __init__(self, module: Any) -> None:
         self.module, self.tp = module, module.layout.collectives
         self.kept: dict[str, Pair] | None = None
         self.relus = between_linears(module.named_nodes().values())
+        self.with_alpha: dict[str, UnstableRows | None] = {}
+        self.before_alpha: dict[str, Pair] = {}
 
     @property
     def has_alpha(self) -> bool:
@@ -87,7 +94,9 @@ class Intermediate:
         elif self._rows_are_sparse(node, readers):
             node.lower, node.upper = self._bound_unstable(node)
         else:
-            bounds = module.passes.run(node, None, self.tp.size > 1, form=use)
+            others = self.with_alpha.get(node.name) is not None  # rows of alpha, these are all
+            with self._without_alpha() if others else contextlib.nullcontext():
+                bounds = module.passes.run(node, None, self.tp.size > 1, form=use)
             node.lower, node.upper = bounds.shaped(node.output_shape[1:])
             if bounds.form is not None:
                 module.layout.forms[node.name] = bounds.form
@@ -125,24 +134,62 @@ class Intermediate:
             and relus_decide(readers)
             and not from_inputs  # a ball's interval is the box around it
             and not isinstance(node, BoundGatherFromRegion)
-            and not module.has_alpha(node)
             and node.name not in module.needed_A_dict
         )
 
     def _bound_unstable(self, node: host.Bound) -> Pair:
-        """CROWN's bounds of neurons that interval arithmetic leaves unstable, its own of others."""
-        module = self.module
+        """Bounds of neurons that cheaper ones leave unstable by CROWN, the cheaper ones of others.
+
+        Cheaper than CROWN is interval arithmetic; cheaper than alpha-CROWN is CROWN. A neuron that
+        CROWN shows to be stable has the same line whatever its alpha, so alpha belongs to the rows
+        that CROWN leaves unstable (auto_LiRPA 0.7.1's `sparse_spec_alpha`). Alpha that is used
+        again for other inputs still belongs to the rows it was made for; others go without.
+        """
+        stages = {operator.opt_stage for operator in self.module.optimizable_activations}
+        in_use = bool(stages & {"opt", "reuse"})
+        if not in_use or node.name not in self.with_alpha:
+            found = self._by_crown(node, None)
+            if not in_use and "init" in stages and self.module.has_alpha(node):
+                self.before_alpha[node.name] = found
+                rows = unstable_rows(self.tp, found, self.module.sharded[node.name])
+                self.with_alpha[node.name] = None if self._too_many(rows) else rows
+            return found
+        rows = self.with_alpha[node.name]
+        if rows is not None and node.name not in self.before_alpha:
+            with self._without_alpha():
+                self.before_alpha[node.name] = self._by_crown(node, rows.own)
+        return self._of_rows(node, self.before_alpha.get(node.name), rows)
+
+    def _by_crown(self, node: host.Bound, but: torch.Tensor | None) -> Pair:
+        """CROWN's bounds of the neurons that IBP leaves unstable, IBP's of others and of `but`."""
         known = without_nan(*self.ibp(node))
-        rows = unstable_rows(self.tp, known, module.sharded[node.name])
+        rows = unstable_rows(self.tp, known, self.module.sharded[node.name], but)
+        return self._of_rows(node, known, None if self._too_many(rows) else rows)
+
+    @contextlib.contextmanager
+    def _without_alpha(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for operator in self.module.optimizable_activations:
+                stack.enter_context(host.without_alpha(operator))
+            yield
+
+    def _too_many(self, rows: UnstableRows) -> bool:
+        return rows.share > self.module.bound_opts.get("minimum_sparsity", 0.9)
+
+    def _of_rows(self, node: host.Bound, known: Pair | None, rows: UnstableRows | None) -> Pair:
+        """`known` with rows bounded by a pass; None: all of them are."""
+        if rows is None:
+            bounds = self.module.passes.run(node, None, self.tp.size > 1)
+            return bounds.shaped(node.output_shape[1:])
         if rows.share == 0:
             return known
-        every = rows.share > module.bound_opts.get("minimum_sparsity", 0.9)
-        found = module.passes.run(
-            node, None, self.tp.size > 1, rows=None if every else rows.filled
-        )
-        if every:
-            return found.shaped(node.output_shape[1:])
+        found = self.module.passes.run(node, None, self.tp.size > 1, rows=rows.filled)
         return with_rows(known, rows.own, found.lower, found.upper)
+
+    def rows_with_alpha(self, start: host.Bound) -> int:
+        """How many rows of alpha the passes from an intermediate node have, on this rank."""
+        rows = self.with_alpha.get(start.name)
+        return self.module.passes.rows_run(start) if rows is None else len(rows.filled)
 
     def _note_live_columns(self, node: host.Bound) -> None:
         """Which of the node's features passes from later nodes leave out."""

@@ -61,8 +61,9 @@ class OwnOptions:
     sparse_intermediate_bounds: bool = True
     """auto_LiRPA's: where only ReLUs make use of a node's bounds, CROWN bounds the neurons alone
     that interval arithmetic, from what is known of the layer before, does not show to be stable
-    (all, where these are more than its `minimum_sparsity`, 0.9 of them). Not where alpha serves the
-    pass. Products leave out neurons that a ReLU cuts off. False: everything is computed."""
+    (all, where these are more than its `minimum_sparsity`, 0.9 of them). Alpha has the rows of the
+    neurons alone that CROWN leaves unstable (`sparse_spec_alpha` of auto_LiRPA 0.7.1). Products
+    leave out neurons that a ReLU cuts off. False: everything is computed."""
 
     def __post_init__(self) -> None:
         limit = self.max_spec_rows

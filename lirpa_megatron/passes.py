@@ -174,7 +174,7 @@ class Passes:
             form: whether to make the start node's affine form too, where it is not too large.
             rows: indices of S rows of the identity that are to be bounded, the others not: the same
                 on every rank; the rank's own neurons, as many on every rank, at a sharded node.
-                Not of gathered features, and not where alpha is in use.
+                Not of gathered features. Alpha, where it is in use, is that of these rows.
         """
         module = self.module
         origin, spec_sharded = self.begin(start, C is None, spec_sharded)

@@ -46,6 +46,10 @@ class PerturbationInBox(host.PerturbationLpNorm):
         """`concretize`, A in the shape [B, R, *input shape]."""
         raise NotImplementedError
 
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether a clean input [B, *input shape] is known to be in the set."""
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({tuple(self.x_L.shape)})"
 
@@ -72,6 +76,10 @@ class PerturbationHull(PerturbationInBox):
     def extreme(self, x: torch.Tensor, A: torch.Tensor, sign: int) -> torch.Tensor:
         values = torch.einsum("brsh,bskh->brsk", A, self.vertices.to(A))
         return (values.amax(-1) if sign > 0 else values.amin(-1)).sum(-1)
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether x is one of the vertices at each position: other points are not looked for."""
+        return bool((self.vertices.to(x) == x.unsqueeze(2)).all(-1).any(-1).all())
 
 
 class PerturbationPositions(PerturbationInBox):
@@ -100,6 +108,10 @@ class PerturbationPositions(PerturbationInBox):
         else:
             deviation = reach.sum(-1)
         return (A * x.unsqueeze(1)).flatten(2).sum(-1) + sign * deviation
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Its centre is."""
+        return True
 
 
 _PARTS = ("x_L", "x_U", "eps", "norm", "vertices", "radii", "joint", "dual")

@@ -27,9 +27,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "few rows at once": {"max_spec_rows": 2, "moves": "A"},
     "one row at once, weights move": {"max_spec_rows": 1, "moves": "weights"},
 }
-ON, OFF, CUT = 100.0, -100.0, 0.0
+ON, OFF, CUT = 4.0, -4.0, 0.0
+"""What a neuron's input is in the middle of the balls, of radius 0.1 to 1."""
 BIASES = {
-    # Of the second layer inside a pair (16 neurons: 8 on each of two ranks, 4 on each of four).
+    # Of the third layer, inside a pair (16 neurons: 8 on each of two ranks, 4 on each of four).
     "one rank has all that are cut": [ON] * 4 + [OFF] * 8 + [CUT] * 4,
     "every second one": [ON, CUT] * 4 + [OFF, CUT] * 4,
     "none is cut": [ON, OFF] * 8,
@@ -44,10 +45,12 @@ def network(biases: str) -> nn.Sequential:
     torch.manual_seed(3)
     layers = [nn.Linear(a, b, dtype=torch.float64) for a, b in ((6, 16), (16, 8), (8, 16), (16, 3))]
     net = nn.Sequential(*(x for layer in layers for x in (layer, nn.ReLU())))[:-1].eval()
+    wanted = [CUT, CUT, OFF, ON] * 4, [CUT, OFF, CUT, ON] * 2, BIASES[biases]
+    h = ball().detach().mean(0)
     with torch.no_grad():
-        net[0].bias += torch.tensor([0.0, 0.0, OFF, ON] * 4)
-        net[2].bias += torch.tensor([0.0, OFF, 0.0, 5 * ON] * 2)
-        net[4].bias += torch.tensor(BIASES[biases])
+        for layer, values in zip(layers, wanted, strict=False):
+            layer.bias += torch.tensor(values, dtype=torch.float64) - layer(h)
+            h = torch.relu(layer(h))
     return net
 
 
@@ -57,7 +60,9 @@ def ball() -> BoundedTensor:
 
 
 def bounds_and_work(biases: str, method: str) -> dict[str, Any]:
-    """Of each option: the bounds, rows of A that began a pass and numbers of A that came by."""
+    """Of each option: the bounds, rows of A that began a pass, numbers of A that came by, and
+    numbers of alpha.
+    """
     results = {}
     torch.set_default_dtype(torch.float64)  # auto_LiRPA's alpha needs it
     for name, options in OPTIONS.items():
@@ -80,6 +85,10 @@ def bounds_and_work(biases: str, method: str) -> dict[str, Any]:
                 lower, upper = bounded.compute_bounds(x=(ball(),), method=method)
         finally:
             BackwardPass.steps, LocalLinear.bound_backward = steps, enter
+        work["alpha"] = sum(
+            alpha.numel() for node in bounded.optimizable_activations
+            for alpha in node.alpha.values()
+        ) if method == "CROWN-Optimized" else 0
         results[name] = [lower.detach().numpy(), upper.detach().numpy()], work
     return results
 
@@ -96,7 +105,7 @@ def test_the_bounds_are_plain_auto_lirpas_wherever_the_stable_neurons_are(biases
         want = [b.detach() for b in plain_compute(module, ball(), None, "CROWN")]
         for result in by_rank:
             got = [torch.from_numpy(b) for b in result[name][0]]
-            assert relative_error(got, want, want[1] - want[0]) <= 1e-10, name
+            assert relative_error(got, want, _width(want)) <= 1e-10, name
     for result in by_rank:
         less, all_of_it = result["default"][1], result["every neuron"][1]
         assert less["numbers"] < all_of_it["numbers"]
@@ -107,15 +116,110 @@ def test_the_bounds_are_plain_auto_lirpas_wherever_the_stable_neurons_are(biases
         assert by_rank[0]["default"][1]["rows"] == less["rows"]  # all ranks do the same
 
 
-def test_alpha_has_all_rows_and_the_columns_that_are_left():
-    by_rank = pool(2).run(bounds_and_work, "every second one", "CROWN-Optimized")
-    for result in by_rank:
+@pytest.mark.parametrize("biases, size", [
+    ("every second one", 1), ("every second one", 2), ("one rank has all that are cut", 4),
+    ("all are cut off", 2), ("one is left", 2),
+])
+def test_alpha_has_the_rows_that_crown_leaves_unstable(biases, size):
+    """The others' lines are the same whatever their alpha, so bounds are those of all rows."""
+    for result in pool(size).run(bounds_and_work, biases, "CROWN-Optimized"):
         want = [torch.from_numpy(b) for b in result["every neuron"][0]]
         for name in OPTIONS:
             got = [torch.from_numpy(b) for b in result[name][0]]
-            assert relative_error(got, want, want[1] - want[0]) <= 1e-10, name
-        assert result["default"][1]["rows"] == result["every neuron"][1]["rows"]
-        assert result["default"][1]["numbers"] < result["every neuron"][1]["numbers"]
+            assert relative_error(got, want, _width(want)) <= 1e-10, name
+        for what in ("rows", "numbers", "alpha"):
+            assert result["default"][1][what] < result["every neuron"][1][what], what
+
+
+def _width(bounds: list[torch.Tensor]) -> torch.Tensor:
+    """Of bounds; where a network is cut off altogether there is none to compare with."""
+    return (bounds[1] - bounds[0]).clamp_min(1e-3)
+
+
+ELSEWHERE = {
+    "the same": (0.0, 0.3), "inside": (0.0, 0.2), "wider": (0.0, 0.5), "beside": (0.2, 0.3),
+}
+"""How far the middle is moved, and the radius there."""
+
+
+def elsewhere(where: str) -> BoundedTensor:
+    move, eps = ELSEWHERE[where]
+    return BoundedTensor(ball().detach() + move, PerturbationLpNorm(norm=float("inf"), eps=eps))
+
+
+def reused_alpha(biases: str, sparse: bool) -> dict[str, list]:
+    """Bounds with alpha of one ball for others; then again with A of a layer inside."""
+    torch.set_default_dtype(torch.float64)
+    options = {"optimize_bound_args": ALPHA, "sparse_intermediate_bounds": sparse}
+    bounded = BoundedModule(parallelize(network(biases)), ball().detach(), options)
+    bounded.compute_bounds(x=(ball(),), method="CROWN-Optimized")
+    inside = {node.inputs[0].name: {bounded.input_name[0]} for node in bounded.relus}
+    results = {}
+    with torch.no_grad():
+        for where in ELSEWHERE:
+            found = bounded.compute_bounds(
+                x=(elsewhere(where),), method="CROWN", reuse_alpha=True)
+            results[where] = [b.numpy() for b in found]
+        with_A = bounded.compute_bounds(x=(ball(),), method="CROWN", reuse_alpha=True,
+                                        return_A=True, needed_A_dict=inside)
+    results["with A"] = [b.numpy() for b in with_A[:2]]
+    return results
+
+
+def plainly_reused_alpha(biases: str) -> dict[str, list]:
+    """The same of plain auto_LiRPA, which has alpha for all rows."""
+    torch.set_default_dtype(torch.float64)
+    module = plain(network(biases), ball().detach(), sparse_intermediate_bounds=False,
+                   optimize_bound_args=ALPHA)
+    plain_compute(module, ball(), None, "CROWN-Optimized")
+    with torch.no_grad():
+        return {where: [b.numpy() for b in plain_compute(
+            module, elsewhere(where), None, "CROWN", reuse_alpha=True)] for where in ELSEWHERE}
+
+
+def test_alpha_can_be_used_again():
+    """It is that of some rows; for other inputs other neurons are unstable, which go without."""
+    biases = "every second one"
+    one, two = (pool(size).run(reused_alpha, biases, True)[0] for size in (1, 2))
+    every = pool(1).run(plainly_reused_alpha, biases)[0]
+    net = network(biases)
+    for where, (move, eps) in ELSEWHERE.items():
+        got, again, want = (
+            [torch.from_numpy(b) for b in found[where]] for found in (one, two, every)
+        )
+        width = want[1] - want[0]
+        assert relative_error(again, got, width) <= 1e-10, where
+        assert (got[1] - got[0]).mean() <= 1.001 * width.mean(), where
+        if where == "the same":
+            assert relative_error(got, want, width) <= 1e-10, where
+        generator = torch.Generator().manual_seed(5)
+        for i in range(50):
+            draw = torch.rand(ball().shape, generator=generator, dtype=torch.float64) * 2 - 1
+            y = net(ball().detach() + move + eps * (draw.sign() if i % 2 else draw)).detach()
+            assert (got[0] <= y).all() and (y <= got[1]).all()
+    width = torch.from_numpy(one["with A"][1] - one["with A"][0])
+    assert (width <= 1.5 * torch.from_numpy(one["the same"][1] - one["the same"][0])).all()
+
+
+def test_what_ended_in_an_error_leaves_no_alpha_behind(monkeypatch):
+    bounded = BoundedModule(network("every second one"), ball().detach(),
+                            {"optimize_bound_args": ALPHA})
+    before = bounded.compute_bounds(x=(ball(),), method="CROWN")
+    steps, calls = BackwardPass.steps, []
+
+    def failing(self, *args):
+        calls.append(1)
+        if len(calls) == 7:  # 3 passes before alpha is used, 3 in each iteration
+            assert {node.opt_stage for node in bounded.relus} == {"opt"}
+            raise MemoryError("enough")
+        return steps(self, *args)
+
+    monkeypatch.setattr(BackwardPass, "steps", failing)
+    with pytest.raises(MemoryError, match="enough"):
+        bounded.compute_bounds(x=(ball(),), method="CROWN-Optimized")
+    monkeypatch.setattr(BackwardPass, "steps", steps)
+    after = bounded.compute_bounds(x=(ball(),), method="CROWN")
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def gradients(sparse: bool) -> list:
