@@ -213,6 +213,7 @@ def predicted_bytes(
         total += 0 if sharded else sent(rows, 1)  # every rank's results
     specification = widths[-1]  # the final pass is whole: all-reduces, twice a reduce-scatter
     total += 2 * sum(sent(specification, widths[i]) for i in columns) + 2 * sent(specification, 1)
+    total += sum(sent(1, widths[i + 2]) for i in columns)  # the output at the clean input
     return round(total)
 
 

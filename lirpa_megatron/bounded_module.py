@@ -83,6 +83,7 @@ class BoundedModule(host.HostBoundedModule):
             opts = {
                 **host.PINNED_OPTIONS,
                 **host_opts,
+                **own.for_host(),
                 "optimize_bound_args": optimize_args,
                 "layout": layout,
             }
@@ -148,7 +149,7 @@ class BoundedModule(host.HostBoundedModule):
         if "optimize_bound_args" in host_opts:
             translated = host.translate_optimize_args(host_opts["optimize_bound_args"])
             host_opts = {**host_opts, "optimize_bound_args": translated}
-        super().set_bound_opts(host_opts)
+        super().set_bound_opts({**host_opts, **own.for_host()})
 
     # -------------------------------------------------------------------- bounds
 

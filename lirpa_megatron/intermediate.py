@@ -140,25 +140,44 @@ class Intermediate:
     def _bound_unstable(self, node: host.Bound) -> Pair:
         """Bounds of neurons that cheaper ones leave unstable by CROWN, the cheaper ones of others.
 
-        Cheaper than CROWN is interval arithmetic; cheaper than alpha-CROWN is CROWN. A neuron that
-        CROWN shows to be stable has the same line whatever its alpha, so alpha belongs to the rows
-        that CROWN leaves unstable (auto_LiRPA 0.7.1's `sparse_spec_alpha`). Alpha that is used
-        again for other inputs still belongs to the rows it was made for; others go without.
+        Cheaper than CROWN is interval arithmetic; for alpha's own see `_by_alpha`.
         """
         stages = {operator.opt_stage for operator in self.module.optimizable_activations}
         in_use = bool(stages & {"opt", "reuse"})
-        if not in_use or node.name not in self.with_alpha:
-            found = self._by_crown(node, None)
-            if not in_use and "init" in stages and self.module.has_alpha(node):
-                self.before_alpha[node.name] = found
-                rows = unstable_rows(self.tp, found, self.module.sharded[node.name])
-                self.with_alpha[node.name] = None if self._too_many(rows) else rows
-            return found
-        rows = self.with_alpha[node.name]
-        if rows is not None and node.name not in self.before_alpha:
+        if in_use and node.name in self.with_alpha:
+            return self._by_alpha(node)
+        begins = not in_use and "init" in stages and self.module.has_alpha(node)
+        if begins and not self.module.own_options.sparse_spec_alpha:
+            self.with_alpha[node.name] = None
+            return self._of_rows(node, None, None)
+        found = self._by_crown(node, None)
+        if begins:
+            self.before_alpha[node.name] = found
+            rows = unstable_rows(self.tp, found, self.module.sharded[node.name])
+            self.with_alpha[node.name] = None if self._too_many(rows) else rows
+        return found
+
+    def _by_alpha(self, node: host.Bound) -> Pair:
+        """Bounds in an iteration of alpha-CROWN, or with the alpha of an earlier call.
+
+        As with auto_LiRPA 0.7.1's `sparse_spec_alpha`, a neuron that the best bounds of earlier
+        iterations show to be stable keeps those. The first iteration's are CROWN's, so that alpha
+        is of use to no more than the rows that CROWN leaves unstable. Alpha of an earlier call is
+        of the rows that it was made for; others go without.
+        """
+        rows, best = self.with_alpha[node.name], self.module.aux_reference_bounds.get(node.name)
+        known = best or self.before_alpha.get(node.name)
+        if rows is not None and known is None:
             with self._without_alpha():
-                self.before_alpha[node.name] = self._by_crown(node, rows.own)
-        return self._of_rows(node, self.before_alpha.get(node.name), rows)
+                known = self.before_alpha[node.name] = self._by_crown(node, rows.own)
+        found = self._of_rows(node, known, rows)
+        if best is None:
+            return found
+        unstable = unstable_rows(self.tp, best, self.module.sharded[node.name])
+        if self._too_many(unstable):
+            return found
+        lower, upper = (bound.flatten(1).t()[unstable.own] for bound in found)
+        return with_rows(tuple(best), unstable.own, lower, upper)
 
     def _by_crown(self, node: host.Bound, but: torch.Tensor | None) -> Pair:
         """CROWN's bounds of the neurons that IBP leaves unstable, IBP's of others and of `but`."""

@@ -61,9 +61,12 @@ class OwnOptions:
     sparse_intermediate_bounds: bool = True
     """auto_LiRPA's: where only ReLUs make use of a node's bounds, CROWN bounds the neurons alone
     that interval arithmetic, from what is known of the layer before, does not show to be stable
-    (all, where these are more than its `minimum_sparsity`, 0.9 of them). Alpha has the rows of the
-    neurons alone that CROWN leaves unstable (`sparse_spec_alpha` of auto_LiRPA 0.7.1). Products
-    leave out neurons that a ReLU cuts off. False: everything is computed."""
+    (all, where these are more than its `minimum_sparsity`, 0.9 of them). Products leave out neurons
+    that a ReLU cuts off. False: everything is computed."""
+    sparse_spec_alpha: bool = True
+    """auto_LiRPA's: with the option above, alpha-CROWN too bounds the neurons alone that are not
+    known to be stable, by CROWN or by the best bounds of earlier iterations, and the others keep
+    these. False: alpha for all rows."""
 
     def __post_init__(self) -> None:
         limit = self.max_spec_rows
@@ -78,16 +81,20 @@ class OwnOptions:
             raise ValueError(f"final_rows is {self.final_rows!r}: choose auto, whole or own")
         if self.return_A_rows not in ("whole", "own"):
             raise ValueError(f"return_A_rows is {self.return_A_rows!r}: choose whole or own")
-        if not isinstance(self.sparse_intermediate_bounds, bool):
-            raise ValueError(
-                f"sparse_intermediate_bounds is {self.sparse_intermediate_bounds!r}: "
-                "choose True or False"
-            )
+        for name in ("sparse_intermediate_bounds", "sparse_spec_alpha"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose True or False")
         if self.optimize_intermediate not in ("auto", True, False):
             raise ValueError(
                 f"optimize_intermediate is {self.optimize_intermediate!r}: "
                 "choose 'auto', True or False"
             )
+
+    def for_host(self) -> dict[str, bool]:
+        """What the host's own loop of alpha-CROWN has to know: to keep the best bounds so far."""
+        return {
+            "sparse_intermediate_bounds": self.sparse_intermediate_bounds and self.sparse_spec_alpha
+        }
 
     @classmethod
     def split(

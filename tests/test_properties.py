@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
     ACTIVATIONS,
+    AS_PLAIN,
     REGIONS,
     Net,
     attack,
@@ -88,7 +89,7 @@ def sharded(net: Net, call: Call) -> list:
     torch.set_default_dtype(torch.float64)
     where = region(net, call.where, call.eps, BATCH)
     options = {**dict(call.options), "optimize_bound_args": ALPHA}
-    module = BoundedModule(parallelize(build(net).eval()), where.center, options)
+    module = BoundedModule(parallelize(build(net).eval()), where.center, {**AS_PLAIN, **options})
     C = specification(BATCH, call.rows, net.outputs) if call.rows else None
     bounds = module.compute_bounds(x=(where.bounded(),), C=C, method=call.method)
     return [b.detach().numpy() for b in bounds]
