@@ -54,7 +54,7 @@ def check_contains(
     Args:
         y: outputs at the clean input, [B, *output shape]; the rank's own features where the output
             is sharded.
-        C: [B, S, features], or None for the outputs themselves.
+        C: [B, S, *output shape], or None for the outputs themselves.
         lower, upper: [B, S], or [B, *output shape] without C; None where not asked for.
         total: sums over ranks what C makes of sharded outputs; else the identity.
 
@@ -84,4 +84,4 @@ def check_contains(
 
 
 def _applied(C: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("bsf,bf->bs", C.detach().to(y), y.flatten(1))
+    return torch.einsum("bsf,bf->bs", C.detach().to(y).flatten(2), y.flatten(1))

@@ -65,6 +65,13 @@ def test_differences_are_compared_with_what_they_are_differences_of():
         _check(margins + torch.tensor([[0.0], [1.0]]), None, C=C)
 
 
+def test_a_specification_may_have_the_outputs_shape():
+    y, C = Y.reshape(1, 2, 3), torch.ones(1, 1, 2, 3)
+    _check(torch.tensor([[505.0]]), torch.tensor([[507.0]]), y, C)
+    with pytest.raises(BoundsError, match="own output 506 "):
+        _check(torch.tensor([[506.5]]), None, y, C)
+
+
 def _kinds():
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     own = torch.stack([x, x + 1], 2)
