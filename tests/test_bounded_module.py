@@ -87,7 +87,7 @@ def test_what_cannot_be_computed_is_refused_in_one_line(given, error, words):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"sparse_spec_alpha": True}, "sparse_spec_alpha"),
+    ({"sparse_features_alpha": True}, "sparse_features_alpha"),
     ({"conv_mode": "patches"}, "conv_mode='patches'"),
     ({"crown_batch_size": 10}, "use max_spec_rows"),
     ({"optimize_bound_args": {"enable_beta_crown": True}}, "enable_beta_crown"),

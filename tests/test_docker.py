@@ -309,9 +309,8 @@ def trainers_agent(node, port):
                 "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
 
 
-@pytest.mark.parametrize(
-    "agent", [slurms_agent, pytest.param(trainers_agent, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", [slurms_agent, trainers_agent])
 def test_two_nodes_run_the_line_and_find_what_one_process_finds(agent, tmp_path):
     mounted = {"/checkpoint": tmp_path / "bert", "/data": tmp_path, "/config": tmp_path}
     with runtime.session():

@@ -204,7 +204,8 @@ def is_available(net: Net, case: Case) -> bool:
 
 
 # Four ranks take seconds, and what these add to the others is not in how many there are.
-_AT_ANY_SIZE = ("no bias", "an activation reads the input", "constants between shards")
+_AT_ANY_SIZE = ("no bias", "an activation reads the input", "constants between shards", "mixed",
+                "skip of a sharded value")
 
 
 @pytest.mark.parametrize("name, tp", [

@@ -297,7 +297,9 @@ BORDERS = ("gathering column, scattering row", "scattering row, gathering column
            "column, row, gathering column")
 
 
-@pytest.mark.parametrize("method", ["IBP", "CROWN-IBP", "CROWN"])
+@pytest.mark.parametrize(
+    "method", ["IBP", pytest.param("CROWN-IBP", marks=pytest.mark.slow), "CROWN"]
+)
 @pytest.mark.parametrize("name", BORDERS)
 def test_gradients_across_gathering_and_scattering_borders_are_those_of_one_device(name, method):
     for options in ("whole", "own in chunks"):
