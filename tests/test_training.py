@@ -193,6 +193,7 @@ def test_gradients_of_sharded_models_are_those_of_one_device(name):
     same(pool(1).run(gradients, *both), pool(2).run(gradients, *both))
 
 
+@_SLOW
 def test_gradients_of_replicas_are_those_of_one_device():
     same(pool(1).run(gradients, "bert"), pool(2, 1).run(gradients, "bert"))
 
