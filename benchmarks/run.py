@@ -1,14 +1,13 @@
 """Time, memory and bytes of CROWN: plain auto_LiRPA against this package at TP=1, 2, 4.
 
     python benchmarks/run.py [--models mnist-256x6 wide deep] [--batch 1 8] [--rounds 3]
-        [--profile] [--json FILE]
+        [--profile] [--json FILE] [--eps R] [--method CROWN-Optimized] [--opts JSON]
 
 Every mode runs in processes of its own, one thread each, the modes interleaved over the rounds. The
 figures are medians over rounds of ratios within a round: machines drift, ratios hold. Memory is the
 peak resident set of the worst rank above what it is after the imports and the bounds of a tiny
 network (weights included), sampled every millisecond, in a first run (see `allocate`); later ones
-are timed. Bytes are those this
-rank's collectives sent, against the layouts' formula.
+are timed. Bytes are those this rank's collectives sent, against the layouts' formula (of CROWN).
 """
 
 from __future__ import annotations
@@ -109,15 +108,15 @@ def _fill(net, widths):
     return net
 
 
-def _one_mode(model: str, mode: str, batch: int, repeats: int, profile: bool) -> dict:
+def _one_mode(task: dict) -> dict:
     """Runs in a process of its own (one per rank)."""
+    model, mode, batch = task["model"], task["mode"], task["batch"]
     import kinds
     import torch
 
     torch.set_num_threads(1)
     from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host, parallelize
     from lirpa_megatron.parallel import runtime
-
 
     class Plain(host.HostBoundedModule):
         _named_members = host.named_members
@@ -130,12 +129,12 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int, profile: bool) ->
             with host.conversion():
                 bounded = Plain(_fill(net, widths), x, bound_opts={"conv_mode": "matrix"})
         else:
-            bounded = BoundedModule(_fill(parallelize(net), widths), x)
+            bounded = BoundedModule(_fill(parallelize(net), widths), x, task["opts"])
 
         def bound():
-            ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.02))
-            with torch.no_grad():
-                return bounded.compute_bounds(x=(ball,), method="CROWN")
+            ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=task["eps"]))
+            with torch.set_grad_enabled(task["method"] == "CROWN-Optimized"):
+                return bounded.compute_bounds(x=(ball,), method=task["method"])
 
         return bounded, bound
 
@@ -147,7 +146,7 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int, profile: bool) ->
     bounded, bound = build(WIDTHS[model])
     traffic = None if mode == "plain" else bounded.layout.collectives.traffic
     seconds: list[float] = []
-    for run in range(repeats + 1):
+    for run in range(task["repeats"] + 1):
         if traffic is not None:
             traffic.clear()
         start = time.perf_counter()
@@ -165,7 +164,7 @@ def _one_mode(model: str, mode: str, batch: int, repeats: int, profile: bool) ->
         "lower": lower.sum().item(),
         "upper": upper.sum().item(),
     }
-    if profile:
+    if task["profile"]:
         with kinds.by_kind() as result["kinds"]:
             bound()
     runtime.shutdown()
@@ -227,18 +226,18 @@ def printed(text: str) -> list[dict]:
     return results
 
 
-def _launch(model: str, mode: str, batch: int, repeats: int, profile: bool) -> dict:
+def _launch(task: dict) -> dict:
     """The figures of one mode: the worst rank's."""
-    ranks = MODES[mode]
+    ranks = MODES[task["mode"]]
     command = [sys.executable, "-W", "ignore"]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [__file__, "--worker", model, mode, str(batch), str(repeats), str(int(profile))]
+    command += [__file__, "--worker", json.dumps(task)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     out = subprocess.run(command, env=env, capture_output=True, text=True)
     results = printed(out.stdout)
     if out.returncode != 0 or len(results) != ranks:
-        raise SystemExit(f"{model} {mode} failed:\n{out.stderr[-2000:]}")
+        raise SystemExit(f"{task['model']} {task['mode']} failed:\n{out.stderr[-2000:]}")
     worst = {key: max(r[key] for r in results) for key in ("seconds", "mib")}
     return {**results[0], **worst}
 
@@ -276,6 +275,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs per process after a warm-up")
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--profile", action="store_true", help="what kind of work takes the time")
+    parser.add_argument("--eps", type=float, default=0.02, help="L-inf radius (default 0.02)")
+    parser.add_argument("--method", choices=("CROWN", "CROWN-Optimized"), default="CROWN")
+    parser.add_argument("--opts", type=json.loads, default={}, help="bound_opts of ours, as JSON")
     parser.add_argument("--json", type=Path, help="write every figure there")
     arguments = parser.parse_args()
     import kinds
@@ -287,7 +289,8 @@ def main() -> None:
             print(f"{model}, batch {batch}: round {number + 1} of {arguments.rounds}",
                   file=sys.stderr)
             rounds.append({
-                mode: _launch(model, mode, batch, arguments.repeats, arguments.profile)
+                mode: _launch({**vars(arguments), "json": None, "model": model, "mode": mode,
+                               "batch": batch})
                 for mode in arguments.modes
             })
         figures[f"{model}, batch {batch}"] = rounds
@@ -301,7 +304,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        model, mode, *numbers = sys.argv[sys.argv.index("--worker") + 1:]
-        print(json.dumps(_one_mode(model, mode, *map(int, numbers))), flush=True)
+        print(json.dumps(_one_mode(json.loads(sys.argv[-1]))), flush=True)
     else:
         main()

@@ -176,6 +176,7 @@ class BoundedModule(host.HostBoundedModule):
         Raises:
             ValueError: an unknown method, a negative radius, an empty box, wrong shapes.
             NotImplementedError: what cannot be computed on shards, by name.
+            BoundsError: bounds exclude the model's own output at the clean input.
             SPMDError: inputs or options differ between ranks; another rank failed.
         """
         if self._depth > 0:  # the host calling itself: alpha iterations
@@ -244,12 +245,13 @@ class BoundedModule(host.HostBoundedModule):
     def _check_contains(
         self, C: torch.Tensor | None, lower: Any, upper: Any, kwargs: Mapping[str, Any]
     ) -> None:
-        """See `check_contains`. Left out where nothing is to be seen, or too dear to look at:
+        """Compares bounds with the output at the clean input (`check_contains`).
 
-        in training by IBP, of which a forward pass is a good part, and where the caller's own
-        bounds of intermediate nodes may cut the clean input off, as branch and bound does.
+        Not in training by IBP, of which a forward pass would be a good part, and not where the
+        clean input may be outside of what is bounded: with bounds of intermediate nodes from the
+        caller, which branch and bound cuts in two, or by the sets themselves.
         """
-        in_training = kwargs["method"] == "IBP" and torch.is_grad_enabled()
+        in_training = kwargs["method"] == "IBP" and self.training and torch.is_grad_enabled()
         cut = any(kwargs.get(name) for name in host.GIVEN_BOUNDS)
         if in_training or cut or not clean_is_inside(host.perturbed_inputs(self)):
             return

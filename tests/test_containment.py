@@ -175,7 +175,7 @@ def test_bounds_of_a_part_of_the_ball_may_leave_the_clean_input_out():
 def test_the_command_line_calls_it_an_error_and_proves_nothing(tmp_path, monkeypatch):
     save(stack([4, 8, 8, 3]), tmp_path / "net.onnx")
     box = [-0.1] * 4, [0.1] * 4
-    # Any row: a bound of +1e6 would prove it.
+    # Whatever the property is: a bound of +1e6 would prove it.
     text = property_text(*box, 3, "(<= Y_0 Y_1)")
     (tmp_path / "one.vnnlib").write_text(text)
     run = Passes.run
@@ -186,7 +186,8 @@ def test_the_command_line_calls_it_an_error_and_proves_nothing(tmp_path, monkeyp
         return bounds
 
     monkeypatch.setattr(Passes, "run", faulty)
-    main(["verify", "--onnx", str(tmp_path / "net.onnx"), "--vnnlib",
-          str(tmp_path / "one.vnnlib"), "--output", str(tmp_path / "r.jsonl")])
+    files = ("--onnx", "net.onnx"), ("--vnnlib", "one.vnnlib"), ("--output", "r.jsonl")
+    status = main(["verify", *(w for o, name in files for w in (o, str(tmp_path / name)))])
+    assert status == 1
     result = json.loads((tmp_path / "r.jsonl").read_text())
     assert result["result"] == "error" and "excludes the model's own output" in result["error"]
