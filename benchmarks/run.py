@@ -5,22 +5,19 @@
 
 Every mode runs in processes of its own, one thread each, the modes interleaved over the rounds. The
 figures are medians over rounds of ratios within a round: machines drift, ratios hold. Memory is the
-peak resident set of the worst rank above what it is after the imports and the bounds of a tiny
-network (weights included), sampled every millisecond, in a first run (see `allocate`); later ones
-are timed. Bytes are those this rank's collectives sent, against the layouts' formula (of CROWN).
+most that the worst rank has allocated, above what it is after the imports and the bounds of a tiny
+network (weights included; see `memory`). Bytes are those this rank's collectives sent, against the
+layouts' formula (of CROWN).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -33,44 +30,6 @@ MODES = {"plain": 1, "tp1": 1, "tp2": 2, "tp4": 4}
 """Mode -> processes. 'plain' is auto_LiRPA with its defaults."""
 LONG = 5
 """Seconds after which a timed run is not repeated."""
-
-
-class PeakMemory:
-    """Peak resident set of this process in MiB, sampled by a thread."""
-
-    def __init__(self) -> None:
-        self._page = os.sysconf("SC_PAGE_SIZE") / 2**20
-        self.peak, self._stop = 0.0, False
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def resident(self) -> float:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * self._page
-
-    def _watch(self) -> None:
-        while not self._stop:
-            self.peak = max(self.peak, self.resident())
-            time.sleep(0.001)
-
-    def stop(self) -> float:
-        self._stop = True
-        self._thread.join()
-        return self.peak
-
-
-def allocate(keeping: bool) -> None:
-    """How glibc's allocator treats freed blocks from now on (nothing happens elsewhere).
-
-    Args:
-        keeping: whether it keeps them for the next tensor, as GPUs' allocators do: time is measured
-            so. Otherwise they go back to the system, and the resident set is what is in use.
-    """
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of <malloc.h>
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(trim, 2**30 if keeping else 2**17)
-        libc.mallopt(mmap, 2**25 if keeping else 2**20)
 
 
 def _network(widths):
@@ -113,6 +72,7 @@ def _one_mode(task: dict) -> dict:
     model, mode, batch = task["model"], task["mode"], task["batch"]
     import kinds
     import torch
+    from memory import PeakMemory
 
     torch.set_num_threads(1)
     from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host, parallelize
@@ -139,10 +99,8 @@ def _one_mode(task: dict) -> dict:
         return bounded, bound
 
     runtime.initialize()
-    allocate(keeping=False)
     build((8,) * 5)[1]()  # imports what is imported late, compiles the host's kernels
     memory = PeakMemory()
-    baseline = memory.resident()
     bounded, bound = build(WIDTHS[model])
     traffic = None if mode == "plain" else bounded.layout.collectives.traffic
     seconds: list[float] = []
@@ -152,14 +110,11 @@ def _one_mode(task: dict) -> dict:
         start = time.perf_counter()
         lower, upper = bound()
         seconds.append(time.perf_counter() - start)
-        if run == 0:
-            peak = memory.stop() - baseline
-            allocate(keeping=True)
-        elif seconds[-1] > LONG:
+        if run > 0 and seconds[-1] > LONG:
             break
     result = {
         "seconds": statistics.median(seconds[1:]),
-        "mib": peak,
+        "mib": memory.stop(),
         "bytes": None if traffic is None else traffic.total_bytes,
         "lower": lower.sum().item(),
         "upper": upper.sum().item(),
@@ -233,8 +188,9 @@ def _launch(task: dict) -> dict:
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [__file__, "--worker", json.dumps(task)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    from memory import environment
+
+    out = subprocess.run(command, env=environment(), capture_output=True, text=True)
     results = printed(out.stdout)
     if out.returncode != 0 or len(results) != ranks:
         raise SystemExit(f"{task['model']} {task['mode']} failed:\n{out.stderr[-2000:]}")

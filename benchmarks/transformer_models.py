@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import memory
 import torch
 import torch.nn.functional as F
 from run import printed
@@ -227,16 +228,8 @@ def profiled():
 
 
 def environment(auto_lirpa: str | None) -> dict[str, str]:
-    """For a worker: one thread, auto_LiRPA from a folder.
-
-    glibc gives blocks of 128 KiB to 32 MiB, the larger the longer a process runs, back to the
-    system and takes new pages for the next tensor, which costs up to half of the time and differs
-    from run to run. With these thresholds all modes keep blocks of up to 64 MiB.
-    """
-    found = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-        "MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    }
+    """For a worker, with auto_LiRPA from a folder."""
+    found = memory.environment()
     if auto_lirpa and Path(auto_lirpa).is_dir():
         paths = [str(Path(auto_lirpa).resolve()), os.environ.get("PYTHONPATH")]
         found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -295,7 +295,7 @@ class BackwardPass:
                     if isinstance(value, torch.Tensor) and value.requires_grad:
                         saved.append((x, name, value))
                         setattr(x, name, self.tp.copy_to(value))
-                if x.name in forms:
+                if x.name in forms and forms[x.name].requires_grad:
                     known[x.name] = forms[x.name]
                     forms[x.name] = forms[x.name].mapped(self.tp.copy_to)
         try:

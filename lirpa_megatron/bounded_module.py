@@ -213,6 +213,8 @@ class BoundedModule(host.HostBoundedModule):
             keeps = kwargs["method"] == "CROWN-Optimized" and not self.intermediate.has_alpha
             self.layout.form_limit = self.own_options.form_limit
             self.layout.forget()
+            if kwargs["method"] != "CROWN-Optimized" and not torch.is_grad_enabled():
+                self.layout.unread = {}
             try:
                 self.intermediate.kept = {} if keeps else None
                 self.intermediate.before_alpha = {}

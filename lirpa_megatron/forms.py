@@ -87,6 +87,37 @@ class InputSet:
         )
 
 
+class FormRows:
+    """The rows of a form, put where they belong as chunks of them arrive.
+
+    One tensor is written to, unless gradients flow: a chunk's own does not outlive it then.
+
+    Args:
+        total: rows in all.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._rows: torch.Tensor | None = None
+        self._chunks: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+        """Takes some rows [R, B, N + 2], whose places among all of them are [R]."""
+        if rows.requires_grad:
+            self._chunks.append((rows, places))
+            return
+        if self._rows is None:
+            self._rows = rows.new_full((self.total, *rows.shape[1:]), float("nan"))
+        self._rows.index_copy_(0, places, rows)
+
+    def whole(self) -> torch.Tensor:
+        """All rows, [total, B, N + 2]."""
+        if self._rows is not None:
+            return self._rows
+        rows, places = (torch.cat(parts) for parts in zip(*self._chunks, strict=True))
+        return rows.index_select(0, places.argsort())
+
+
 @dataclass
 class CenteredScores:
     """What a pass found of t_ij = s_ij - sum_k p_ik s_k; 0 where masked. [B, n, T, T]."""
@@ -144,12 +175,12 @@ def bound_centered(passes: Any, node: host.Bound, attend: Any) -> CenteredScores
     return CenteredScores(lower, upper, form)
 
 
-def form_is_of_use(node: host.Bound, readers: Sequence[Any]) -> bool:
-    """Whether an operator that reads the node makes use of its form."""
-    return any(
-        reader.inputs[i] is node
-        for reader in readers for i in getattr(reader, "reads_form", ())
-    )
+def readers_of_form(node: host.Bound, readers: Sequence[Any]) -> set[str]:
+    """Names of the operators among a node's readers that make use of its form."""
+    return {
+        reader.name for reader in readers
+        if any(reader.inputs[i] is node for i in getattr(reader, "reads_form", ()))
+    }
 
 
 def reader_of_scores(node: host.Bound, readers: Sequence[Any]) -> Any:

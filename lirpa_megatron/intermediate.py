@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron import host
-from lirpa_megatron.forms import bound_centered, form_is_of_use, reader_of_scores, without_nan
+from lirpa_megatron.forms import bound_centered, reader_of_scores, readers_of_form, without_nan
 from lirpa_megatron.operators import BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import BoundReplicatedLinear
@@ -85,10 +85,11 @@ class Intermediate:
     def _compute(self, node: host.Bound) -> None:
         module = self.module
         readers = [module[name] for name in node.output_name]
-        attend, use = reader_of_scores(node, readers), form_is_of_use(node, readers)
+        attend, use = reader_of_scores(node, readers), readers_of_form(node, readers)
         if attend is not None:
             node.lower, node.upper = self.ibp(node)
             module.layout.centered[node.name] = bound_centered(module.passes, node, attend)
+            module.layout.to_be_read(node.name, {attend.name})
         elif not use and self._bounded_by_ibp(node):
             pass
         elif self._rows_are_sparse(node, readers):
@@ -96,10 +97,11 @@ class Intermediate:
         else:
             others = self.with_alpha.get(node.name) is not None  # rows of alpha, these are all
             with self._without_alpha() if others else contextlib.nullcontext():
-                bounds = module.passes.run(node, None, self.tp.size > 1, form=use)
+                bounds = module.passes.run(node, None, self.tp.size > 1, form=bool(use))
             node.lower, node.upper = bounds.shaped(node.output_shape[1:])
             if bounds.form is not None:
                 module.layout.forms[node.name] = bounds.form
+                module.layout.to_be_read(node.name, use)
         found = without_nan(node.lower, node.upper)
         if module.own_options.compare_crown_with_ibp:
             found = _tighter(found, self.ibp(node))

@@ -17,7 +17,7 @@ import torch
 
 from lirpa_megatron import host
 from lirpa_megatron.backward import BackwardPass
-from lirpa_megatron.forms import InputSet
+from lirpa_megatron.forms import FormRows, InputSet
 from lirpa_megatron.limits import CACHE
 from lirpa_megatron.moving import Movement
 from lirpa_megatron.operators.enclosure import AffineForm
@@ -198,29 +198,38 @@ class Passes:
             inputs = None
         # A that is given to the caller as the rank's own is one block of rows.
         blocks = keep_A and module.own_options.return_A_rows == "own"
+        gather = split or (spec_sharded and origin is not start)
+        form_rows = FormRows(S if origin is start else S * self.tp.size)
 
-        def chunk(first: int) -> Generator[None, None, tuple[RowBounds, torch.Tensor | None]]:
-            """Bounds of the rank's rows from `first` on, and their rows of the form."""
+        def chunk(first: int) -> Generator[None, None, RowBounds]:
+            """Bounds of the rank's rows from `first` on; all ranks' rows of the form."""
             local = torch.arange(first, min(first + limit, n), device=module.device)
             run = BackwardPass(
                 module, module.layout, module.sharded, plan, start,
                 alpha_rows=(local, n) if limit < n else None,
             )
-            every = self._every_row(local, n if blocks else None, first, S) if split else None
+            places = self._places_of(local, n if blocks or not split else None, first)
+            every = places.clamp(max=S - 1) if split else None
             own = local if every is None else every[self.tp.rank]
             if rows is not None:
                 own, every = rows[own], None if every is None else rows[every]
             A = self._start_rows(origin, C, own, every)
             found = yield from run.steps(A, lower, upper, keep_A or inputs is not None)
-            if inputs is None:
-                return found, None
-            form = inputs.rows(found, self.tp.copy_to)
-            if not keep_A:
-                found.lA, found.uA = {}, {}
-            return found, form
+            if inputs is not None:
+                form = inputs.rows(found, self.tp.copy_to)
+                if gather:
+                    there = places.flatten()
+                    filled = (there < form_rows.total).nonzero().squeeze(1)
+                    form = self.tp.gather_results(form).index_select(0, filled)
+                    form_rows.add(form, there[filled])
+                else:
+                    form_rows.add(form, local)
+                if not keep_A:
+                    found.lA, found.uA = {}, {}
+            return found
 
-        chunks = _in_turns((chunk(first) for first in range(0, n, limit)), at_once)
-        whole = _concatenate([found for found, _ in chunks])
+        chunks = (chunk(first) for first in range(0, n, limit))
+        whole = _concatenate(_in_turns(chunks, at_once))
 
         def in_order(found: torch.Tensor) -> torch.Tensor:
             """The rows of all ranks, one rank's after the other's, as the start node has them."""
@@ -234,26 +243,24 @@ class Passes:
         if keep_A:
             self._record_A(start, whole, spec_sharded, in_order)
         bounds = Bounds(whole.lower, whole.upper)
-        gather = split or (spec_sharded and origin is not start)
         if gather:
             bounds = self._gathered(bounds, in_order)
         if inputs is not None:
-            forms = torch.cat([form for _, form in chunks])
-            forms = in_order(self.tp.gather_results(forms)) if gather else forms
-            bounds.form = inputs.form(forms, start.output_shape[1:] if C is None else (S,))
+            rows_of_form = form_rows.whole()
+            rows_of_form = rows_of_form if origin is start else in_order(rows_of_form)
+            bounds.form = inputs.form(rows_of_form, start.output_shape[1:] if C is None else (S,))
         return bounds
 
-    def _every_row(
-        self, local: torch.Tensor, block: int | None, first: int, S: int
-    ) -> torch.Tensor:
-        """Which rows of S the ranks have as their rows `local`, from `first` on: [p, rows].
+    def _places_of(self, local: torch.Tensor, block: int | None, first: int) -> torch.Tensor:
+        """Which of all rows the ranks have as their rows `local`, from `first` on: [p, rows].
 
         With a `block` of n rows rank r has [r n, (r + 1) n). Without, the ranks share each chunk,
-        so that all do the same: under a causal mask late rows are more work than early ones.
+        so that all do the same: under a causal mask late rows are more work than early ones. The
+        last ones may be beyond the last row.
         """
         ranks = torch.arange(self.tp.size, device=local.device).unsqueeze(1)
         step, before = (len(local), (self.tp.size - 1) * first) if block is None else (block, 0)
-        return (before + local + ranks * step).clamp(max=S - 1)
+        return before + local + ranks * step
 
     def _places(self, n: int, limit: int) -> torch.Tensor:
         """Where each row is among the n rows of rank 0, those of rank 1, ...: [p n]."""

@@ -49,6 +49,11 @@ class AffineForm:
     slack: torch.Tensor
     norm: float
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient flows to it."""
+        return any(x.requires_grad for x in (self.center, self.A, self.slack))
+
     def view(self, function: Callable[[torch.Tensor], torch.Tensor]) -> AffineForm:
         """The form of a rearrangement of the node.
 
@@ -68,6 +73,10 @@ class AffineForm:
     def split(self, size: int) -> AffineForm:
         """The last dimension in parts of `size`."""
         return self.view(lambda x: x.unflatten(-1, (-1, size)))
+
+    def let_go(self) -> None:
+        """Frees its tensors, when nobody has use for them any more. Other forms may share them."""
+        self.center = self.A = self.slack = None
 
     def at(self, dim: int, index: int) -> AffineForm:
         """The form of one part of a dimension, which is kept, without the last columns of zeros.

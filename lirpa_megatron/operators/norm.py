@@ -194,8 +194,9 @@ class BoundNorm(RowRelaxed):
         boxes = [self._split(z) for z in (x.lower, x.upper, self.value_of(0))]
         form = None if form is None else form.split(self._d)
         if form is not None and boxes[0].ndim > 3 and form.A.numel() > _PART:
+            own = torch.clone if self.layout.unread is not None else lambda x: x
             parts = [
-                self._vectors(*(z.narrow(1, t, 1) for z in boxes), form.at(1, t))
+                self._vectors(*(z.narrow(1, t, 1) for z in boxes), form.at(1, t).mapped(own))
                 for t in range(boxes[0].shape[1])
             ]
         else:

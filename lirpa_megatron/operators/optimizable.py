@@ -98,6 +98,7 @@ class OptimizableOperator(host.BoundOptimizableActivation):
         found = self.relaxation(*inputs)
         if not _requires_grad(found):
             layout.common[self.name] = reads, found
+            layout.has_read(self.name, [x.name for x in inputs if hasattr(x, "name")])
         return found
 
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -69,6 +69,8 @@ class Layout:
         form_limit: numbers that a table made of forms may have.
         forms: node name -> its affine form, found by a pass of the present call.
         centered: the same for the scores of an attention, relative to their weighted mean.
+        unread: node name -> the operators that have yet to read its form; when all have, it is let
+            go. None where they may want to read it again: gradients, alpha.
         common: node name -> what all rows have in common there, and what it was made of.
         sizes: node name -> bytes of the rank's `features` there.
         whole: node name -> its `features` of all ranks, while a pass that moves weights is there.
@@ -87,6 +89,7 @@ class Layout:
         self.form_limit = 0
         self.forms: dict[str, Any] = {}
         self.centered: dict[str, Any] = {}
+        self.unread: dict[str, set[str]] | None = None
         self.common: dict[str, Any] = {}
         self.sizes: dict[str, int] = {}
         self.whole: dict[str, Any] = {}
@@ -100,6 +103,22 @@ class Layout:
         for known in found:
             known.clear()
         self.columns = {}
+        self.unread = None
+
+    def to_be_read(self, node: str, operators: set[str]) -> None:
+        """Notes which operators will read a node's form."""
+        if self.unread is not None:
+            self.unread[node] = operators
+
+    def has_read(self, operator: str, nodes: Iterable[str]) -> None:
+        """Notes that an operator has made of its inputs' forms what all rows have in common."""
+        for name in nodes:
+            if self.unread is None or operator not in self.unread.get(name, ()):
+                continue
+            self.unread[name].remove(operator)
+            known = self.centered[name].form if name in self.centered else self.forms[name]
+            if known is not None and not self.unread[name]:
+                known.let_go()
 
     def __deepcopy__(self, memo: dict) -> Layout:
         return self  # process groups cannot be copied
