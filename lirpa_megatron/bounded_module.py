@@ -212,6 +212,7 @@ class BoundedModule(host.HostBoundedModule):
             # What an earlier call found may not hold for these inputs.
             keeps = kwargs["method"] == "CROWN-Optimized" and not self.intermediate.has_alpha
             self.layout.form_limit = self.own_options.form_limit
+            self.layout.form_room = self.passes.form_memory()
             self.layout.forget()
             if kwargs["method"] != "CROWN-Optimized" and not torch.is_grad_enabled():
                 self.layout.unread = {}

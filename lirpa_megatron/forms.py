@@ -88,34 +88,32 @@ class InputSet:
 
 
 class FormRows:
-    """The rows of a form, put where they belong as chunks of them arrive.
+    """A rank's rows of a form, chunk after chunk.
 
-    One tensor is written to, unless gradients flow: a chunk's own does not outlive it then.
+    They are written into one tensor, unless gradients flow: a chunk's own does not outlive it then.
 
     Args:
-        total: rows in all.
+        total: of the rank's rows.
     """
 
     def __init__(self, total: int) -> None:
-        self.total = total
+        self._total, self._filled = total, 0
         self._rows: torch.Tensor | None = None
-        self._chunks: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._chunks: list[torch.Tensor] = []
 
-    def add(self, rows: torch.Tensor, places: torch.Tensor) -> None:
-        """Takes some rows [R, B, N + 2], whose places among all of them are [R]."""
+    def add(self, rows: torch.Tensor) -> None:
+        """Takes the next rows, [R, B, N + 2]."""
         if rows.requires_grad:
-            self._chunks.append((rows, places))
+            self._chunks.append(rows)
             return
         if self._rows is None:
-            self._rows = rows.new_full((self.total, *rows.shape[1:]), float("nan"))
-        self._rows.index_copy_(0, places, rows)
+            self._rows = rows.new_full((self._total, *rows.shape[1:]), float("nan"))
+        self._rows[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
 
-    def whole(self) -> torch.Tensor:
-        """All rows, [total, B, N + 2]."""
-        if self._rows is not None:
-            return self._rows
-        rows, places = (torch.cat(parts) for parts in zip(*self._chunks, strict=True))
-        return rows.index_select(0, places.argsort())
+    def all(self) -> torch.Tensor:
+        """[total, B, N + 2]."""
+        return torch.cat(self._chunks) if self._rows is None else self._rows
 
 
 @dataclass

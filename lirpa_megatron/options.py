@@ -51,6 +51,11 @@ class OwnOptions:
     """Numbers in the affine form of one node ([B, node, perturbed inputs], see
     `operators.enclosure`) up to which transformers' norms and attention use it; 0 for boxes alone.
     Its memory and the time of a pass grow with it, and so does tightness."""
+    form_memory: float | None = None
+    """MiB of the affine forms of replicated nodes that every rank keeps whole. Of those beyond it
+    each rank keeps some positions, and passes bring together what they reach (not with gradients
+    or alpha). The bounds are the same. None: 16 MiB on a CPU; on a GPU a sixteenth of what is free
+    on the rank that has least."""
     optimize_intermediate: str | bool = "auto"
     """CROWN-Optimized: whether the bounds of intermediate nodes have an alpha of their own (as in
     auto_LiRPA), and so are computed again in every iteration. False: they are CROWN's, computed
@@ -75,6 +80,9 @@ class OwnOptions:
         memory = self.pass_memory
         if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
             raise ValueError(f"pass_memory is {memory!r}: give a number of MiB above 0")
+        memory = self.form_memory
+        if memory is not None and not (isinstance(memory, (int, float)) and memory >= 0):
+            raise ValueError(f"form_memory is {memory!r}: give a number of MiB, or 0")
         if self.moves not in ("auto", "A", "weights"):
             raise ValueError(f"moves is {self.moves!r}: choose auto, A or weights")
         if self.final_rows not in ("auto", "whole", "own"):

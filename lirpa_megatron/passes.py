@@ -142,11 +142,23 @@ class Passes:
 
     def _memory(self) -> float:
         """Bytes for the rows of A that are carried at once."""
-        given, device = self.module.own_options.pass_memory, torch.device(self.module.device)
+        given, on_a_gpu = self.module.own_options.pass_memory, self._share_of_gpu()
         if given is not None:
             return given * 2**20
+        return CACHE / self.tp.size if on_a_gpu is None else on_a_gpu
+
+    def form_memory(self) -> float:
+        """Bytes for the forms of replicated nodes that every rank keeps whole, the same on all."""
+        given, on_a_gpu = self.module.own_options.form_memory, self._share_of_gpu()
+        if given is not None:
+            return given * 2**20
+        return CACHE if on_a_gpu is None else on_a_gpu
+
+    def _share_of_gpu(self) -> float | None:
+        """A sixteenth of what is free on the rank that has least; None on other devices."""
+        device = torch.device(self.module.device)
         if device.type != "cuda":
-            return CACHE / self.tp.size
+            return None
         if self._free is None:
             free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
             self._free = -float(self.tp.largest(-free))
@@ -199,31 +211,23 @@ class Passes:
         # A that is given to the caller as the rank's own is one block of rows.
         blocks = keep_A and module.own_options.return_A_rows == "own"
         gather = split or (spec_sharded and origin is not start)
-        form_rows = FormRows(S if origin is start else S * self.tp.size)
+        form_rows = FormRows(n)
 
         def chunk(first: int) -> Generator[None, None, RowBounds]:
-            """Bounds of the rank's rows from `first` on; all ranks' rows of the form."""
+            """Bounds of the rank's rows from `first` on, and their rows of the form."""
             local = torch.arange(first, min(first + limit, n), device=module.device)
             run = BackwardPass(
                 module, module.layout, module.sharded, plan, start,
                 alpha_rows=(local, n) if limit < n else None,
             )
-            places = self._places_of(local, n if blocks or not split else None, first)
-            every = places.clamp(max=S - 1) if split else None
+            every = self._every_row(local, n if blocks else None, first, S) if split else None
             own = local if every is None else every[self.tp.rank]
             if rows is not None:
                 own, every = rows[own], None if every is None else rows[every]
             A = self._start_rows(origin, C, own, every)
             found = yield from run.steps(A, lower, upper, keep_A or inputs is not None)
             if inputs is not None:
-                form = inputs.rows(found, self.tp.copy_to)
-                if gather:
-                    there = places.flatten()
-                    filled = (there < form_rows.total).nonzero().squeeze(1)
-                    form = self.tp.gather_results(form).index_select(0, filled)
-                    form_rows.add(form, there[filled])
-                else:
-                    form_rows.add(form, local)
+                form_rows.add(inputs.rows(found, self.tp.copy_to))
                 if not keep_A:
                     found.lA, found.uA = {}, {}
             return found
@@ -246,21 +250,34 @@ class Passes:
         if gather:
             bounds = self._gathered(bounds, in_order)
         if inputs is not None:
-            rows_of_form = form_rows.whole()
-            rows_of_form = rows_of_form if origin is start else in_order(rows_of_form)
-            bounds.form = inputs.form(rows_of_form, start.output_shape[1:] if C is None else (S,))
+            forms = form_rows.all()
+            if gather and (forms.requires_grad or limit == n or blocks or origin is not start):
+                forms = in_order(self.tp.gather_results(forms))
+            elif gather:
+                forms = self._gathered_in_chunks(forms, S, limit)
+            bounds.form = inputs.form(forms, start.output_shape[1:] if C is None else (S,))
         return bounds
 
-    def _places_of(self, local: torch.Tensor, block: int | None, first: int) -> torch.Tensor:
-        """Which of all rows the ranks have as their rows `local`, from `first` on: [p, rows].
+    def _gathered_in_chunks(self, own: torch.Tensor, S: int, limit: int) -> torch.Tensor:
+        """The rows of all ranks in the start node's order, [S, ...], in one copy."""
+        whole, filled = own.new_empty(S, *own.shape[1:]), 0
+        for chunk in own.split(limit):
+            found = self.tp.gather_results(chunk)[: S - filled]
+            whole[filled : filled + len(found)] = found
+            filled += len(found)
+        return whole
+
+    def _every_row(
+        self, local: torch.Tensor, block: int | None, first: int, S: int
+    ) -> torch.Tensor:
+        """Which rows of S the ranks have as their rows `local`, from `first` on: [p, rows].
 
         With a `block` of n rows rank r has [r n, (r + 1) n). Without, the ranks share each chunk,
-        so that all do the same: under a causal mask late rows are more work than early ones. The
-        last ones may be beyond the last row.
+        so that all do the same: under a causal mask late rows are more work than early ones.
         """
         ranks = torch.arange(self.tp.size, device=local.device).unsqueeze(1)
         step, before = (len(local), (self.tp.size - 1) * first) if block is None else (block, 0)
-        return before + local + ranks * step
+        return (before + local + ranks * step).clamp(max=S - 1)
 
     def _places(self, n: int, limit: int) -> torch.Tensor:
         """Where each row is among the n rows of rank 0, those of rank 1, ...: [p n]."""

@@ -201,6 +201,34 @@ def test_forms_used_position_by_position_give_the_same_bounds(name):
         _compare(whole, parts, torch.float64)
 
 
+def _dealt(name):
+    """Bounds with norms' forms dealt out to the ranks, and how many norms' were."""
+    dealt = []
+
+    class Counted(norm.Dealt):
+        def __init__(self, *args):
+            super().__init__(*args)
+            dealt.append(self)
+
+    before = norm._PART, norm.Dealt
+    norm._PART, norm.Dealt = 0, Counted
+    try:
+        found = _bounds(name, torch.float64, ("CROWN",), 0.01, {"form_memory": 0})
+    finally:
+        norm._PART, norm.Dealt = before
+    return found, len(dealt)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("gpt", 2), pytest.param("bert", 4, marks=_SLOW),
+                        pytest.param(CASES[3], 2, marks=_SLOW)],
+)
+def test_forms_that_the_ranks_share_give_the_same_bounds(name, ranks):
+    found, norms = pool(ranks).run(_dealt, name)[0]
+    _compare({"CROWN": _one(name, torch.float64)["CROWN"]}, found, torch.float64)
+    assert norms > 0
+
+
 def _attacked(name, eps, dtype, methods=ROUNDS, options=None):
     """Largest violation by random points, corners and gradient ascent, relative to the size.
 

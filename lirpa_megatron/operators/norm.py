@@ -9,7 +9,9 @@ import torch
 
 from lirpa_megatron.operators.deviations import Deviations, dot
 from lirpa_megatron.operators.enclosure import AffineForm, safe_root
+from lirpa_megatron.operators.linear import dense
 from lirpa_megatron.operators.relaxed import RowRelaxed, tame
+from lirpa_megatron.parallel.dealt import Dealt
 
 _PART = 2**16
 """Forms of more numbers are used position by position."""
@@ -194,21 +196,61 @@ class BoundNorm(RowRelaxed):
         boxes = [self._split(z) for z in (x.lower, x.upper, self.value_of(0))]
         form = None if form is None else form.split(self._d)
         if form is not None and boxes[0].ndim > 3 and form.A.numel() > _PART:
-            own = torch.clone if self.layout.unread is not None else lambda x: x
             parts = [
-                self._vectors(*(z.narrow(1, t, 1) for z in boxes), form.at(1, t).mapped(own))
+                self._vectors(*(z.narrow(1, t, 1) for z in boxes), form.at(1, t))
                 for t in range(boxes[0].shape[1])
             ]
+            dealt = self._keep(parts)
         else:
-            parts = [self._vectors(*boxes, form)]
+            parts, dealt = [self._vectors(*boxes, form)], None
         beta = self.value_of(2) if len(self.inputs) > 2 else None
-        return parts, self.value_of(1), beta
+        return parts, dealt, self.value_of(1), beta
+
+    def _keep(self, parts: list[_Vectors]) -> Dealt | None:
+        """Copies what the parts need of a form that is let go, without its columns of zeros.
+
+        Returns:
+            The parts' coefficients where every rank keeps some of them; the parts have none then.
+        """
+        layout = self.layout
+        if layout.unread is None:
+            return None
+        coefficients = [x.dx.form.A for x in parts]
+        size = sum(A.numel() for A in coefficients) * coefficients[0].element_size()
+        tp, dealt = layout.collectives, None
+        if not layout.sharded.get(self.name) and 1 < tp.size <= len(parts):
+            if size > layout.form_room:
+                dealt = Dealt(tp, coefficients)
+            else:
+                layout.form_room -= size
+        for x in parts:
+            form = x.dx.form
+            A = None if dealt is not None else form.A.clone()
+            x.dx.form = AffineForm(form.center.clone(), A, form.slack.clone(), form.norm)
+        return dealt
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+        """See `RowRelaxed`. Brings together the form's coefficients that the rows of A reach."""
+        parts, dealt, *_ = self.common(*x)
+        if dealt is None:
+            return super().bound_backward(last_lA, last_uA, *x, **kwargs)
+        A = [dense(side) for side in (last_lA, last_uA) if side is not None]
+        reached = torch.stack([(side != 0).movedim(2, 0).flatten(1).any(1) for side in A]).any(0)
+        counts = reached * torch.arange(1, len(parts) + 1, device=reached.device)
+        count = int(self.layout.collectives.largest(counts.max()))
+        for part, coefficients in zip(parts, dealt.first(count), strict=False):
+            part.dx.form.A = coefficients
+        try:
+            return super().bound_backward(last_lA, last_uA, *x, **kwargs)
+        finally:
+            for part in parts:
+                part.dx.form.A = None
 
     def lower_plane(
         self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None
     ) -> tuple[tuple, torch.Tensor]:
         """A [R, B, ..., groups d] -> (A_x of the same shape,), bias [R, B]."""
-        parts, gamma, beta = shared
+        parts, _, gamma, beta = shared
         A = self._split(A)
         found = []
         for t, x in enumerate(parts):

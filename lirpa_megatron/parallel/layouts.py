@@ -67,6 +67,7 @@ class Layout:
         sharded: node name -> whether its value is feature-sharded.
         value_of: a node's value at the clean input.
         form_limit: numbers that a table made of forms may have.
+        form_room: bytes of replicated nodes' forms that operators may yet keep whole.
         forms: node name -> its affine form, found by a pass of the present call.
         centered: the same for the scores of an attention, relative to their weighted mean.
         unread: node name -> the operators that have yet to read its form; when all have, it is let
@@ -87,6 +88,7 @@ class Layout:
         self.sharded: dict[str, bool] = {}
         self.value_of: Callable[[Any], Any] = _unknown
         self.form_limit = 0
+        self.form_room = 0.0
         self.forms: dict[str, Any] = {}
         self.centered: dict[str, Any] = {}
         self.unread: dict[str, set[str]] | None = None
