@@ -48,6 +48,7 @@ class BackwardPass:
             it gathers).
         alpha_rows: which rows of alpha this pass carries at WHOLE, OWN and BLOCK nodes, and how
             many rows the rank has in all; None when it carries all of them.
+        know: the layout's `know` at each node.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class BackwardPass:
         plan: Plan,
         start: host.Bound,
         alpha_rows: tuple[torch.Tensor, int] | None = None,
+        know: Callable[..., Any] | None = None,
     ) -> None:
         self.module, self.layout, self.sharded = module, layout, sharded
-        self.plan, self.start, self.alpha_rows = plan, start, alpha_rows
+        self.plan, self.start, self.alpha_rows, self.know = plan, start, alpha_rows, know
         self.tp = layout.collectives
         self._A: dict[str, Sides] = {}
         self._partial_A: dict[str, Sides] = {}
@@ -112,11 +114,12 @@ class BackwardPass:
             self._bring_next()
         # For this visit alone: other passes go on meanwhile.
         self.layout.entered, self.layout.columns = entered, self._columns
+        self.layout.know = self.know
         with self._conjugates(node), self._alpha_of(node), self._shown_intervals(node):
             As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
         self._add_bias(node, lbias, ubias)
         del lA, uA, entered
-        self.layout.entered, self.layout.columns = None, {}
+        self.layout.entered, self.layout.columns, self.layout.know = None, {}, None
         for x, (lA_x, uA_x) in zip(node.inputs, As, strict=False):
             if x.perturbed:
                 self._send(node, x, lA_x, uA_x)
@@ -286,6 +289,7 @@ class BackwardPass:
                 self.module.get_forward_value(x)
         saved: list[tuple] = []
         forms, known = self.layout.forms, {}
+        directions = self.layout.directions.get(node.name)
         if torch.is_grad_enabled() and self.tp.size > 1 and (own_rows or self.sharded[node.name]):
             for x in node.inputs:
                 if self.sharded[x.name]:
@@ -298,10 +302,14 @@ class BackwardPass:
                 if x.name in forms and forms[x.name].requires_grad:
                     known[x.name] = forms[x.name]
                     forms[x.name] = forms[x.name].mapped(self.tp.copy_to)
+            if directions is not None and directions.requires_grad and not self.sharded[node.name]:
+                self.layout.directions[node.name] = directions.mapped(self.tp.copy_to)
         try:
             yield
         finally:
             forms.update(known)
+            if directions is not None:
+                self.layout.directions[node.name] = directions
             for x, name, value in saved:
                 setattr(x, name, value)
 

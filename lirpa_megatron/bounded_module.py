@@ -341,7 +341,9 @@ class BoundedModule(host.HostBoundedModule):
         C = None if identity else call.C.transpose(0, 1).to(self.passes.dtype)
         shape, S = final.output_shape[1:], self.passes.rows_of(final, C)
         spec_sharded = self._final_spec_sharded(final, identity, S)
-        bounds = self.passes.run(final, C, spec_sharded, call.lower, call.upper)
+        bounds = self.passes.run(
+            final, C, spec_sharded, call.lower, call.upper, directions=True
+        )
         if not (self.sharded[final.name] and identity):
             # Replicated: what the alpha loop decides from them is decided by one rank's values.
             bounds.lower, bounds.upper = (

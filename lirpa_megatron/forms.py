@@ -7,14 +7,13 @@ rows, for the perturbations that have a box or a ball.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lirpa_megatron import host
 from lirpa_megatron.operators.attend import BoundAttend
-from lirpa_megatron.operators.enclosure import AffineForm, dual_norm
+from lirpa_megatron.operators.enclosure import AffineForm, Known, dual_norm
 from lirpa_megatron.sides import RowBounds
 
 
@@ -116,15 +115,6 @@ class FormRows:
         return torch.cat(self._chunks) if self._rows is None else self._rows
 
 
-@dataclass
-class CenteredScores:
-    """What a pass found of t_ij = s_ij - sum_k p_ik s_k; 0 where masked. [B, n, T, T]."""
-
-    lower: torch.Tensor
-    upper: torch.Tensor
-    form: AffineForm | None
-
-
 class CenteredRows:
     """The rows e_ij - sum_k p_ik e_ik of an attention's scores, built when they are asked for.
 
@@ -154,8 +144,35 @@ class CenteredRows:
         return placed
 
 
-def bound_centered(passes: Any, node: host.Bound, attend: Any) -> CenteredScores:
-    """Bounds the scores as an attention reads them: each less the weighted mean of its query.
+class DirectionRows:
+    """Rows that each read one vector of a node, built when they are asked for.
+
+    Args:
+        vectors: v [R, B, L, d] for a node of L vectors of d numbers.
+        shape: of the node, without the batch.
+
+    Row r L + i is <v_ri, x_i>.
+    """
+
+    def __init__(self, vectors: torch.Tensor, shape: Sequence[int]) -> None:
+        self.vectors = vectors
+        self.shape = (vectors.shape[0] * vectors.shape[2], vectors.shape[1], *shape)
+
+    def index_select(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
+        """Some of the rows, [n, B, *node shape]."""
+        v = self.vectors
+        r, i = rows // v.shape[2], rows % v.shape[2]
+        C = v.new_zeros(len(rows), *v.shape[1:])
+        C[torch.arange(len(rows), device=C.device), :, i] = v[r, :, i]
+        return C.reshape(len(rows), *self.shape[1:])
+
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of all rows, [B, R L, ...] -> [R, B, L, ...]."""
+        return values.unflatten(1, (-1, self.vectors.shape[2])).transpose(0, 1)
+
+
+def bound_centered(passes: Any, node: host.Bound, attend: Any) -> Known:
+    """Bounds the scores as an attention reads them: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
 
     Softmax does not see what all scores of a query have in common, which is most of their range.
     The rows are those of the rank's heads; a head's masked pairs are left out.
@@ -170,7 +187,7 @@ def bound_centered(passes: Any, node: host.Bound, attend: Any) -> CenteredScores
     found = passes.run(node, rows, passes.tp.size > 1, form=True)
     lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
     form = None if found.form is None else found.form.view(rows.place)
-    return CenteredScores(lower, upper, form)
+    return Known(lower, upper, form)
 
 
 def readers_of_form(node: host.Bound, readers: Sequence[Any]) -> set[str]:

@@ -13,6 +13,7 @@ from lirpa_megatron.forms import bound_centered, reader_of_scores, readers_of_fo
 from lirpa_megatron.operators import BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import BoundReplicatedLinear
+from lirpa_megatron.operators.norm import BoundNorm
 from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.perturbations import is_box
 from lirpa_megatron.unstable import (
@@ -95,8 +96,12 @@ class Intermediate:
         elif self._rows_are_sparse(node, readers):
             node.lower, node.upper = self._bound_unstable(node)
         else:
+            for reader in readers:
+                if use and isinstance(reader, BoundNorm):
+                    found = module.passes.along(node, reader.directions())
+                    module.layout.directions[reader.name] = found.mapped(reader.of_vectors)
             others = self.with_alpha.get(node.name) is not None  # rows of alpha, these are all
-            with self._without_alpha() if others else contextlib.nullcontext():
+            with self.without_alpha() if others else contextlib.nullcontext():
                 bounds = module.passes.run(node, None, self.tp.size > 1, form=bool(use))
             node.lower, node.upper = bounds.shaped(node.output_shape[1:])
             if bounds.form is not None:
@@ -170,7 +175,7 @@ class Intermediate:
         rows, best = self.with_alpha[node.name], self.module.aux_reference_bounds.get(node.name)
         known = best or self.before_alpha.get(node.name)
         if rows is not None and known is None:
-            with self._without_alpha():
+            with self.without_alpha():
                 known = self.before_alpha[node.name] = self._by_crown(node, rows.own)
         found = self._of_rows(node, known, rows)
         if best is None:
@@ -188,7 +193,8 @@ class Intermediate:
         return self._of_rows(node, known, None if self._too_many(rows) else rows)
 
     @contextlib.contextmanager
-    def _without_alpha(self) -> Iterator[None]:
+    def without_alpha(self) -> Iterator[None]:
+        """For passes of rows that have no alpha."""
         with contextlib.ExitStack() as stack:
             for operator in self.module.optimizable_activations:
                 stack.enter_context(host.without_alpha(operator))

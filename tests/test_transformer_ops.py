@@ -18,6 +18,7 @@ from torch import nn
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.adapters import symbols
 from lirpa_megatron.operators import BoundAttend, BoundNorm, BoundScores
+from lirpa_megatron.passes import Passes
 
 SLACK = {torch.float64: 1e-11, torch.float32: 2e-5}
 WIDTHS = (0.0, 1e-5, 0.05, 0.4, 3.0, 1e3)
@@ -380,6 +381,51 @@ def lowest_gap(name, radius, seed, alpha=None):
                 for x, g, (low, high) in zip(points, gradients, boxes, strict=True)
             ]
     return worst
+
+
+class TwoRows(nn.Module):
+    """Two linear forms of a norm of a norm: few enough for their rows to be bounded on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms, self.head = Norm(deep=True), nn.Linear(8, 2, bias=False).double()
+        self.head.weight.data = drawn(2, 8, seed=33)
+
+    def forward(self, x):
+        return self.head(self.norms(x))
+
+
+@pytest.mark.parametrize("radius", [1e-4, 0.05, 0.5])
+def test_ranges_of_rows_bounded_on_the_way_hold_and_are_met_where_the_box_is_small(
+    radius, monkeypatch
+):
+    seen, along = [], Passes.along
+
+    def noted(self, node, vectors, **how):
+        found = along(self, node, vectors, **how)
+        seen.append((vectors.flatten(2), found))  # one vector a sample
+        return found
+
+    monkeypatch.setattr(Passes, "along", noted)
+    net, x = TwoRows(), drawn(B, 1, 8, seed=31)
+    found, box = bounds(net, x, radius, torch.float64, ("CROWN",))
+    assert [len(vectors) for vectors, _ in seen] == [1, 2, 2]  # z0; the rows of both sides
+
+    def between(x):
+        norms = net.norms
+        return norms.linear(symbols.norm(x, norms.weight, norms.bias, norms.eps, False, 1))
+
+    for vectors, known in seen:
+        for r, v in enumerate(vectors):
+            met = attack(lambda x, v=v: (between(x)[:, 0] * v.repeat(len(x) // B, 1)).sum(-1), box)
+            lower, upper, form = known.lower[r, :, 0], known.upper[r, :, 0], known.form
+            width = upper - lower
+            assert (met >= lower - 1e-12).all() and (met <= upper + 1e-12).all()
+            reach = form.reach()[r, :, 0] + form.slack[r, :, 0]
+            assert ((met - form.center[r, :, 0]).abs() <= reach + 1e-12).all()
+            share = (met.amax(0) - met.amin(0)) / width
+            assert share.min() > (0.8 if radius == 1e-4 else 0.05), share
+    assert violation(found["CROWN"], attack(net, box)) <= 1e-12
 
 
 @pytest.mark.parametrize("alpha", [None, "drawn", "ends"])

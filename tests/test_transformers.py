@@ -167,6 +167,46 @@ def test_rows_in_chunks_and_whatever_moves_are_the_same_rows(options):
     _compare({"CROWN": _one("llama", torch.float64)["CROWN"]}, many, torch.float64)
 
 
+def _bounded_on_the_way(options, of=None):
+    """BERT's two rows, and the norms' rows that were bounded by passes of their own."""
+    from lirpa_megatron.passes import Passes
+
+    seen, along = [], Passes.along
+
+    def counted(self, node, vectors, **how):
+        seen.append(vectors.shape[0])
+        found = along(self, node, vectors, **how)
+        return found if of is None else of(found)
+
+    Passes.along = counted
+    try:
+        return _bounds("bert", torch.float64, ("CROWN",), 0.02, options), seen
+    finally:
+        Passes.along = along
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=_SLOW)])
+def test_rows_that_are_bounded_on_the_way_of_own_rows_are_the_same_rows(ranks):
+    one, seen = pool(1).run(_bounded_on_the_way, None)[0]
+    own, seen_by_ranks = pool(ranks).run(_bounded_on_the_way, {"final_rows": "own"})[0]
+    _compare(one, own, torch.float64)
+    assert seen.count(2) > 4 and seen.count(1) > 2  # s in the last pass, t before it
+    assert len(seen) == len(seen_by_ranks)
+
+
+def _unknown(found):
+    infinite = torch.full_like(found.lower, math.inf)
+    return type(found)(-infinite, infinite, None)
+
+
+def test_rows_that_are_bounded_on_the_way_make_bounds_tighter():
+    (with_them, _), (without, _) = (
+        pool(1).run(_bounded_on_the_way, None, of)[0] for of in (None, _unknown)
+    )
+    widths = [(u - l).mean() for l, u in (x["CROWN"] for x in (with_them, without))]
+    assert widths[0] < 0.9 * widths[1]
+
+
 @pytest.mark.parametrize(
     "name", [name if name in ("bert", CASES[3]) else pytest.param(name, marks=_SLOW)
              for name in CASES]
@@ -309,7 +349,7 @@ def test_where_bounds_are_all_but_exact_alpha_crown_stays_outside_of_what_is_met
         assert ((upper - most) / width).min() > -1e-9
 
 
-def _gradients(name, method):
+def _gradients(name, method, options=None):
     """Gradients of a function of the bounds, by parameter name, whole."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -318,7 +358,7 @@ def _gradients(name, method):
     # Intervals soon meet the constants of the norms.
     eps = {"CROWN": 0.003, "CROWN-IBP": 1e-7, "IBP": 1e-5}[method]
     ids = transformers.tokens()[0]
-    bounded = BoundedModule(view, perturb_tokens(view, ids, eps=eps, **further))
+    bounded = BoundedModule(view, perturb_tokens(view, ids, eps=eps, **further), options)
     # Made after the conversion, which writes to the parameters that these depend on.
     inputs = perturb_tokens(view, ids, eps=eps, **further)
     lower, upper = bounded.compute_bounds(inputs, method=method)
@@ -351,6 +391,16 @@ def test_gradients_are_those_of_one_device(name, method):
         moved += bool(size > 0)
         assert (gradient - two[parameter]).abs().max() <= 1e-8 * size + 1e-12, parameter
     assert moved > 8
+
+
+@pytest.mark.parametrize("rows", ["own", pytest.param("whole", marks=_SLOW)])
+def test_gradients_through_rows_that_are_bounded_on_the_way_are_those_of_one_device(rows):
+    options = {"final_rows": rows}  # two rows of BERT's: the norms have s bounded for them
+    one = pool(1).run(_gradients, "bert", "CROWN")[0]
+    two = pool(2).run(_gradients, "bert", "CROWN", options)[0]
+    for parameter, gradient in one.items():
+        size = gradient.abs().max()
+        assert (gradient - two[parameter]).abs().max() <= 1e-8 * size + 1e-12, parameter
 
 
 def test_a_block_a_layer_attention_and_mlp_are_bounded_on_their_own():

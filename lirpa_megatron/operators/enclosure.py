@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-_ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
+ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
 """Relative allowance for the rounding of the sums below."""
 
 
@@ -99,17 +99,35 @@ class AffineForm:
         """w A: [R, *lead, d] with A [*lead, d, N] -> [R, *lead, N]."""
         return torch.matmul(w.movedim(0, -2), self.A).movedim(-2, 0)
 
-    def radius(self, w: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-        """Half-width of <w, z> over the form: |w A|_dual + <|w|, slack>.
 
-        Args:
-            w: [R, *lead, d], where A is [*lead, d, N].
-            reach: |w A|_dual, [R, *lead].
+@dataclass
+class Known:
+    """What a pass has found of linear forms of a node, beside the node's own coordinates.
 
-        Returns:
-            [R, *lead].
-        """
-        return (reach + (w.abs() * self.slack).sum(-1)) * (1 + _ROUNDING[w.dtype])
+    Attributes:
+        lower, upper: bounds, [B, *shape], or for the rows of a pass [R, B, *shape].
+        form: of the same shape; None where it is too large.
+    """
+
+    lower: torch.Tensor
+    upper: torch.Tensor
+    form: AffineForm | None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient flows to it."""
+        form = self.form is not None and self.form.requires_grad
+        return form or self.lower.requires_grad or self.upper.requires_grad
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Known:
+        """With each of its tensors replaced by what the function makes of it."""
+        form = None if self.form is None else self.form.mapped(function)
+        return Known(function(self.lower), function(self.upper), form)
+
+    def at(self, dim: int, index: int) -> Known:
+        """What is known of one part of a dimension, which is kept (`AffineForm.at`)."""
+        form = None if self.form is None else self.form.at(dim, index)
+        return Known(self.lower.narrow(dim, index, 1), self.upper.narrow(dim, index, 1), form)
 
 
 def dual_norm(x: torch.Tensor, norm: float) -> torch.Tensor:
@@ -177,7 +195,7 @@ def _pairs_range(
     traces = [G.diagonal(dim1=-1, dim2=-2).sum(-1).clamp_min(1e-30) for G in (AA, BB)]
     s2 = (traces[1] / traces[0]).detach().sqrt()[..., None, None]
     squares, cross = s2 * AA + BB / s2, AB + AB.transpose(-1, -2)
-    grow = (1 + 10 * _ROUNDING[A.dtype]) / 4
+    grow = (1 + 10 * ROUNDING[A.dtype]) / 4
     upper = grow * _largest_eigenvalue(squares + cross)
     return -grow * _largest_eigenvalue(squares - cross), upper
 
@@ -195,7 +213,7 @@ def elementwise_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch
     cross = (a.A * weights * b.A).sum(-1)
     sizes = safe_root((a.A.square() * weights).sum(-1) * (b.A.square() * weights).sum(-1))
     slack = a.reach() * b.slack + a.slack * (b.reach() + b.slack)
-    sizes = sizes * (1 + 10 * _ROUNDING[a.A.dtype])
+    sizes = sizes * (1 + 10 * ROUNDING[a.A.dtype])
     return (cross - sizes) / 2 - slack, (cross + sizes) / 2 + slack
 
 
@@ -278,5 +296,5 @@ class Pairs:
             three = (through * own.unsqueeze(-2)).sum(-1), own.abs() @ slack, own @ cross
             found.append([F.pad(x, (0, keys - x.shape[-1])).movedim(-2, 0) for x in three])
         W, slack, cross = (torch.stack(x, -2) for x in zip(*found, strict=True))
-        root = safe_root(W.clamp(min=0)) * (1 + 10 * _ROUNDING[a.dtype])
+        root = safe_root(W.clamp(min=0)) * (1 + 10 * ROUNDING[a.dtype])
         return root, slack, cross

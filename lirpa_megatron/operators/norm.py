@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.deviations import Deviations, dot
-from lirpa_megatron.operators.enclosure import AffineForm, safe_root
+from lirpa_megatron.operators.deviations import Deviations, Line, dot, meet, off_clean
+from lirpa_megatron.operators.enclosure import AffineForm, Known, safe_root
 from lirpa_megatron.operators.linear import dense
 from lirpa_megatron.operators.relaxed import RowRelaxed, tame
 from lirpa_megatron.parallel.dealt import Dealt
@@ -43,8 +43,8 @@ class _Vectors:
     rho_half: torch.Tensor
     wild: torch.Tensor
     """Where a bound is so large that nothing of the above holds."""
-    t_through: torch.Tensor | None = None
-    """z0 times the form's coefficients."""
+    t_line: Line | None = None
+    """t in the model's input, [1, *lead]."""
 
 
 class BoundNorm(RowRelaxed):
@@ -96,7 +96,10 @@ class BoundNorm(RowRelaxed):
     tangent below from 0 to the ends of t's range.
 
     S and t's range are those over the box of x and over the affine form of x in the model's input
-    (`enclosure`), which knows how x's coordinates go together. Where the plane is worse even than
+    (`enclosure`), which knows how x's coordinates go together. The form's slacks are those of
+    single coordinates, and <|w|, slack> is much more than w itself leaves open; so t is bounded by
+    a row of its own as well (`directions`), and in the pass of a few rows of the output so is s.
+    Where the plane is worse even than
     -sqrt(d) |w| <= s r on all of the box (wide inputs), that constant is taken, with A_x = 0.
 
     **IBP.** Each z_i r within [z_i's interval times r's], and |z_i r| <= sqrt(d) (sqrt(d - 1) for
@@ -137,9 +140,13 @@ class BoundNorm(RowRelaxed):
         return (q / self._d + self.eps).rsqrt()
 
     def _vectors(
-        self, l: torch.Tensor, u: torch.Tensor, c: torch.Tensor, form: AffineForm | None
+        self, l: torch.Tensor, u: torch.Tensor, c: torch.Tensor, form: AffineForm | None,
+        known: Known | None = None,
     ) -> _Vectors:
-        """Everything about r that rows share: [..., groups, d] -> [..., groups]."""
+        """Everything about r that rows share: [..., groups, d] -> [..., groups].
+
+        `known` is of <z0, x>.
+        """
         l, u, wild = tame(l, u, _LARGEST)
         wild = wild.any(-1)
         c = torch.where(wild.unsqueeze(-1), (l + u) / 2, c)
@@ -150,8 +157,13 @@ class BoundNorm(RowRelaxed):
         dx = Deviations.of(dl, du, c, form)
         found = _Vectors(c, dx, z0, *(nothing,) * 3, (nothing,) * 2, *(nothing,) * 3,
                          (nothing,) * 2, *(nothing,) * 4, wild)
-        found.t_through = dx.through(z0.unsqueeze(0))
-        tl, tu = (x[0] for x in dx.range(z0.unsqueeze(0), dx.reach(found.t_through)))
+        row = z0.unsqueeze(0)
+        found.t_line = dx.line(row)
+        t = dx.range(row, found.t_line)
+        if known is not None:
+            own, line = off_clean(known, row, c)
+            t, found.t_line = meet(t, own), line or found.t_line
+        tl, tu = (x[0] for x in t)
 
         length, reach = torch.linalg.vector_norm(z0, dim=-1), safe_root(N)
         least = torch.maximum((q0 + 2 * tl).clamp(min=0), (length - reach).clamp(min=0).square())
@@ -192,19 +204,37 @@ class BoundNorm(RowRelaxed):
 
     def relaxation(self, x: Any, *_: Any) -> tuple:
         """The vectors in parts that fit a processor's cache, and gamma and beta."""
-        form = self.form_of(0)
+        form, known = self.form_of(0), self.layout.directions.get(self.name)
         boxes = [self._split(z) for z in (x.lower, x.upper, self.value_of(0))]
         form = None if form is None else form.split(self._d)
         if form is not None and boxes[0].ndim > 3 and form.A.numel() > _PART:
             parts = [
-                self._vectors(*(z.narrow(1, t, 1) for z in boxes), form.at(1, t))
-                for t in range(boxes[0].shape[1])
+                self._vectors(
+                    *(z.narrow(1, t, 1) for z in boxes), form.at(1, t),
+                    None if known is None else known.at(1, t),
+                ) for t in range(boxes[0].shape[1])
             ]
             dealt = self._keep(parts)
         else:
-            parts, dealt = [self._vectors(*boxes, form)], None
+            parts, dealt = [self._vectors(*boxes, form, known)], None
         beta = self.value_of(2) if len(self.inputs) > 2 else None
         return parts, dealt, self.value_of(1), beta
+
+    def directions(self) -> torch.Tensor:
+        """z0, one for each vector of x: rows that are worth a pass; [1, B, vectors, d]."""
+        z0 = self._project(self._split(self.value_of(0)))
+        return z0.flatten(1, -2).unsqueeze(0)
+
+    def of_vectors(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, B, vectors, ...] of `directions` -> [B, *lead, ...]."""
+        return x[0].unflatten(1, (*self.inputs[0].output_shape[1:-1], self.groups))
+
+    def _known_of(self, w: torch.Tensor) -> Known | None:
+        """What a pass of their own has found of s = <w, x>, if the pass affords it: [R, *lead]."""
+        if self.layout.know is None:
+            return None
+        known = self.layout.know(self.inputs[0], w.flatten(2, -2))
+        return None if known is None else known.mapped(lambda x: x.unflatten(2, w.shape[2:-1]))
 
     def _keep(self, parts: list[_Vectors]) -> Dealt | None:
         """Copies what the parts need of a form that is let go, without its columns of zeros.
@@ -252,13 +282,15 @@ class BoundNorm(RowRelaxed):
         """A [R, B, ..., groups d] -> (A_x of the same shape,), bias [R, B]."""
         parts, _, gamma, beta = shared
         A = self._split(A)
+        known = None if self.layout.know is None else self._known_of(self._project(A * gamma))
         found = []
         for t, x in enumerate(parts):
-            own, moved = A, move
+            own, moved, s = A, move, known
             if len(parts) > 1:
                 own = A.narrow(2, t, 1)
                 moved = None if move is None else move.narrow(2, t, 1)
-            found.append(self._plane(self._project(own * gamma), x, moved))
+                s = None if known is None else known.at(2, t)
+            found.append(self._plane(self._project(own * gamma), x, moved, s))
         coef, value = found[0]
         if len(parts) > 1:
             coef = torch.cat([coef for coef, _ in found], 2)
@@ -269,16 +301,22 @@ class BoundNorm(RowRelaxed):
         return (coef.flatten(-2),), bias
 
     def _plane(
-        self, w: torch.Tensor, x: _Vectors, move: torch.Tensor | None
+        self, w: torch.Tensor, x: _Vectors, move: torch.Tensor | None, known: Known | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The plane below <w, x> r for w [R, *lead, d]: coefficients of x, constant [R, *lead]."""
+        """The plane below <w, x> r for w [R, *lead, d]: coefficients of x, constant [R, *lead].
+
+        `known` is of <w, x>.
+        """
         if not torch.is_grad_enabled() and not w.any():  # what a causal mask keeps from the rows
             return torch.zeros_like(w), w.new_zeros(w.shape[:-1])
         s0 = dot(w, x.z0)
-        through = x.dx.through(w)
-        least, most = x.dx.range(w, x.dx.reach(through))
+        line = x.dx.line(w)
+        least, most = x.dx.range(w, line)
+        if known is not None:
+            own, better = off_clean(known, w, x.c)
+            (least, most), line = meet((least, most), own), better or line
         m_s, S = (least + most) / 2, ((most - least) / 2).clamp(min=0)
-        kappa, rho, half, error = self._product(w, through, x, m_s, S)
+        kappa, rho, half, error = self._product(w, line, x, m_s, S)
         m, k, slope, const, below = kappa * x.t_mid + rho, s0 + m_s, 0, -error, x.below
         if move is not None:
             mix, at = move.unbind(-1)
@@ -296,8 +334,7 @@ class BoundNorm(RowRelaxed):
         return coef, torch.where(flat, floor, const - dot(coef, x.c))
 
     def _product(
-        self, w: torch.Tensor, through: torch.Tensor | None, x: _Vectors, m_s: torch.Tensor,
-        S: torch.Tensor,
+        self, w: torch.Tensor, line: Line | None, x: _Vectors, m_s: torch.Tensor, S: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """dr = kappa t + rho', |rho' - rho| <= half: ds' dr >= (kappa t_mid + rho) ds' - error.
 
@@ -307,15 +344,14 @@ class BoundNorm(RowRelaxed):
         low, high = x.r_least - x.r0, x.r_most - x.r0
         rho, half = (low + high) / 2, (high - low) / 2
         ratio = (x.t_half + 1e-30) / (S.detach() + 1e-30)
-        scale = ratio.detach().clamp(1e-12, 1e12).sqrt()
-        inverse = scale.square().reciprocal().unsqueeze(-1)
-        reach = None
-        if through is not None:
-            reach = x.dx.reach(torch.addcmul(through, x.t_through, inverse)) * scale
-        joint = scale.unsqueeze(-1) * torch.addcmul(w, x.z0, inverse)
-        least, most = x.dx.range(joint, reach)
-        off = scale * m_s + x.t_mid / scale
-        joint = torch.maximum((most - off).abs(), (least - off).abs()).square() / 4
+        square = ratio.detach().clamp(1e-12, 1e12)
+        inverse = square.reciprocal()
+        line = None if line is None or x.t_line is None else line.plus(x.t_line, inverse)
+        joint = torch.addcmul(w, x.z0, inverse.unsqueeze(-1))
+        least, most = x.dx.range(joint, line)
+        off = m_s + x.t_mid * inverse
+        joint = square * torch.maximum((most - off).abs(), (least - off).abs()).square() / 4
+        joint = torch.minimum(joint, S * x.t_half)
         error, with_t = S * half, S * x.rho_half - x.below[0] * joint
         better = with_t < error
         return (

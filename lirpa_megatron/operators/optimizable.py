@@ -87,7 +87,7 @@ class OptimizableOperator(host.BoundOptimizableActivation):
         layout = self.options["layout"]
         if self.name in layout.whole:
             return layout.whole[self.name]
-        reads: list[Any] = [torch.is_grad_enabled()]
+        reads: list[Any] = [torch.is_grad_enabled(), layout.directions.get(self.name)]
         for x in inputs:
             name = getattr(x, "name", None)
             reads += [getattr(x, "lower", None), getattr(x, "upper", None)]

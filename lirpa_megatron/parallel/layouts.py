@@ -38,9 +38,10 @@ nodes are complete. All of this follows from the graph alone, never from values.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,9 @@ class Layout:
         form_room: bytes of replicated nodes' forms that operators may yet keep whole.
         forms: node name -> its affine form, found by a pass of the present call.
         centered: the same for the scores of an attention, relative to their weighted mean.
+        directions: norm's name -> what is known of <z0, x>, z0 its clean vectors (`BoundNorm`).
+        know: (node, rows of vectors) -> what a pass of their own finds of them, or None; while a
+            pass is at a node that may ask for that.
         unread: node name -> the operators that have yet to read its form; when all have, it is let
             go. None where they may want to read it again: gradients, alpha.
         common: node name -> what all rows have in common there, and what it was made of.
@@ -91,6 +95,8 @@ class Layout:
         self.form_room = 0.0
         self.forms: dict[str, Any] = {}
         self.centered: dict[str, Any] = {}
+        self.directions: dict[str, Any] = {}
+        self.know: Callable[[Any, Any], Any] | None = None
         self.unread: dict[str, set[str]] | None = None
         self.common: dict[str, Any] = {}
         self.sizes: dict[str, int] = {}
@@ -101,11 +107,24 @@ class Layout:
 
     def forget(self) -> None:
         """Leaves what holds for one call's bounds alone."""
-        found = self.forms, self.centered, self.common, self.sizes, self.whole, self.live
+        found = (self.forms, self.centered, self.directions, self.common, self.sizes, self.whole,
+                 self.live)
         for known in found:
             known.clear()
         self.columns = {}
         self.unread = None
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What belongs to the pass that is running, for the time of another one."""
+        names = ("spec_sharded", "columns", "entered", "whole", "know")
+        saved = {name: getattr(self, name) for name in names}
+        self.columns, self.entered, self.whole, self.know = {}, None, {}, None
+        try:
+            yield
+        finally:
+            for name, value in saved.items():
+                setattr(self, name, value)
 
     def to_be_read(self, node: str, operators: set[str]) -> None:
         """Notes which operators will read a node's form."""
