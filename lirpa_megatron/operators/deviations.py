@@ -75,15 +75,22 @@ class Line:
         radius = (dual_norm(self.through, self.norm) + self.slack) * rounding
         return self.center - radius, self.center + radius
 
-    def plus(self, other: Line, times: torch.Tensor) -> Line:
-        """These numbers plus others times `times` [R, *lead], not negative."""
+    def plus(self, times: torch.Tensor, other: Line) -> Line:
+        """These numbers plus others `times` [R, *lead] as large."""
         short, long = sorted((self.through, other.through), key=lambda x: x.shape[-1])
         if short.shape[-1] < long.shape[-1]:  # columns of zeros at the end had been left out
             short = F.pad(short, (0, long.shape[-1] - short.shape[-1]))
         own, added = (short, long) if long is other.through else (long, short)
         return Line(
             torch.addcmul(own, added, times.unsqueeze(-1)), self.center + times * other.center,
-            self.slack + times * other.slack, self.norm,
+            self.slack + times.abs() * other.slack, self.norm,
+        )
+
+    def times(self, factor: torch.Tensor) -> Line:
+        """These numbers `factor` [R, *lead] as large."""
+        return Line(
+            self.through * factor.unsqueeze(-1), self.center * factor, self.slack * factor.abs(),
+            self.norm,
         )
 
 

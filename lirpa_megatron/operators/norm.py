@@ -95,6 +95,13 @@ class BoundNorm(RowRelaxed):
     ds' dr' >= -S D - a (D ds' + S dr') (ds' rho' likewise); the second moves the point t of the
     tangent below from 0 to the ends of t's range.
 
+    Where s cannot be much below 0 and r's range is wide, as in a margin behind the last norm,
+
+        s r >= r_least s + min(0, s_least) (r_most - r_least) + max(0, s_least) k (t - t_most),
+
+    is better, k <= 0 the slope of the tangent at t_most, where that ends at r_least (else k = 0).
+    It is taken where its least value over all that is known is the larger one.
+
     S and t's range are those over the box of x and over the affine form of x in the model's input
     (`enclosure`), which knows how x's coordinates go together. The form's slacks are those of
     single coordinates, and <|w|, slack> is much more than w itself leaves open; so t is bounded by
@@ -327,11 +334,46 @@ class BoundNorm(RowRelaxed):
         const = const + torch.where(k >= 0, k * below[1], k * x.above[1]) - m * m_s + x.r0 * s0
         coef = (x.r0 + m).unsqueeze(-1) * w + slope.unsqueeze(-1) * x.z0
 
-        floor = -(self._d**0.5) * torch.linalg.vector_norm(w, dim=-1)
         worst = const + x.dx.box(coef)[0]
+        if torch.is_grad_enabled() or (s0 + least > 0).any():
+            k, turn, offset, straight = self._one_sided(s0, least, line, x)
+            if line is not None and x.t_line is not None:
+                known = line.times(x.r0 + m).plus(slope, x.t_line).range()[0]
+                worst = torch.maximum(worst, const + known)
+            better = straight > worst
+            other = k.unsqueeze(-1) * w + turn.unsqueeze(-1) * x.z0
+            coef = torch.where(better.unsqueeze(-1), other, coef)
+            const, worst = torch.where(better, offset, const), torch.maximum(worst, straight)
+        floor = -(self._d**0.5) * torch.linalg.vector_norm(w, dim=-1)
         flat = ~(worst > floor) | x.wild
         coef = torch.where(flat.unsqueeze(-1), 0.0, coef)
         return coef, torch.where(flat, floor, const - dot(coef, x.c))
+
+    def _one_sided(
+        self, s0: torch.Tensor, least: torch.Tensor, line: Line | None, x: _Vectors
+    ) -> tuple[torch.Tensor, ...]:
+        """The plane r_least s + ... below s r for s of one sign (see the class).
+
+        Args:
+            s0: [R, *lead].
+            least: of ds.
+            line: of ds.
+
+        Returns:
+            (coefficient of ds, of t, constant, the least value of the plane), each [R, *lead].
+        """
+        s_least = s0 + least
+        above, r = s_least.clamp(min=0), x.r_least
+        slope, intercept = self._tangent(x, x.tu)
+        short = slope * x.tu + intercept + x.r0 - r  # below 0 by rounding, or by |z| <= |z0| + ...
+        turns = short >= -1e-6 * r
+        turn, short = torch.where(turns, above * slope, 0.0), torch.where(turns, above * short, 0.0)
+        offset = r * s0 + s_least.clamp(max=0) * (x.r_most - r) - turn * x.tu + short.clamp(max=0)
+        straight = r * least + turn * x.tu + offset
+        if line is not None and x.t_line is not None:
+            known = line.times(r.expand_as(s0)).plus(turn, x.t_line).range()[0]
+            straight = torch.maximum(straight, offset + known)
+        return r, turn, offset, straight
 
     def _product(
         self, w: torch.Tensor, line: Line | None, x: _Vectors, m_s: torch.Tensor, S: torch.Tensor,
@@ -346,7 +388,7 @@ class BoundNorm(RowRelaxed):
         ratio = (x.t_half + 1e-30) / (S.detach() + 1e-30)
         square = ratio.detach().clamp(1e-12, 1e12)
         inverse = square.reciprocal()
-        line = None if line is None or x.t_line is None else line.plus(x.t_line, inverse)
+        line = None if line is None or x.t_line is None else line.plus(inverse, x.t_line)
         joint = torch.addcmul(w, x.z0, inverse.unsqueeze(-1))
         least, most = x.dx.range(joint, line)
         off = m_s + x.t_mid * inverse
