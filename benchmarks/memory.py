@@ -47,9 +47,20 @@ def in_use() -> float:
 
 
 class PeakMemory:
-    """The most that this process has in use, in MiB, seen by a thread every millisecond."""
+    """The most that this process has in use, in MiB, seen by a thread every millisecond.
 
-    def __init__(self) -> None:
+    Args:
+        on_gpu: whether it is the GPU's memory that counts, as torch has allocated it.
+    """
+
+    def __init__(self, on_gpu: bool = False) -> None:
+        self._gpu = None
+        if on_gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self._gpu, self._allocated = torch.cuda, torch.cuda.memory_allocated()
+            return
         self._before, self._most, self._stop = in_use(), 0.0, False
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -61,6 +72,8 @@ class PeakMemory:
 
     def stop(self) -> float:
         """The peak above what was in use at first."""
+        if self._gpu is not None:
+            return (self._gpu.max_memory_allocated() - self._allocated) / 2**20
         self._stop = True
         self._thread.join()
         return self._most - self._before

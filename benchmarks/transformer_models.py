@@ -178,7 +178,7 @@ def bound_plainly(model: nn.Module, x: torch.Tensor):
         _named_members = host.named_members
 
     with host.conversion(x):
-        return Host(model, x, device="cpu")
+        return Host(model, x, device=x.device)
 
 
 # ------------------------------------------------------------------------ where the time goes

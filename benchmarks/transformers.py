@@ -1,7 +1,7 @@
 """Time and memory of CROWN for transformers: plain auto_LiRPA against this package at TP=1, 2, 4.
 
     python benchmarks/transformers.py [--layers 1 3 6] [--sequence 8 16] [--modes plain tp1 tp2 tp4]
-        [--method CROWN] [--quick] [--profile] [--moves auto] [--limit 600]
+        [--method CROWN] [--quick] [--profile] [--moves auto] [--limit 600] [--device cpu]
         [--auto-lirpa FOLDER] [--json FILE]
 
 A GPTModel of megatron-core (hidden 128, FFN 512, 4 heads, tanh GELU, random weights): margins of
@@ -66,6 +66,7 @@ def _ours(plain, x, task):
         model.output_layer.weight.copy_(parts[runtime.tp_rank()])
     targets = torch.full((len(x),), TARGET)
     margins = next_token_margins(model, against=AGAINST)
+    targets, margins = targets.to(x.device), margins.to(x.device)
     options = {"moves": task.get("moves", "auto")}
     return BoundedModule(margins, (x, targets), options), (targets,)
 
@@ -80,18 +81,22 @@ def _build(task):
 
     plain = _plain(task)
     x = torch.randn(1, task["sequence"], HIDDEN, generator=torch.Generator().manual_seed(9))
+    x = x.to(task["device"])
     if task["mode"] == "plain":
         weight = plain.head.weight.detach()
         plain.head = nn.Linear(HIDDEN, len(AGAINST), bias=False)
         plain.head.weight = nn.Parameter(weight[TARGET] - weight[list(AGAINST)])
-        bounded, others = bound_plainly(plain, x), ()
+        bounded, others = bound_plainly(plain.to(x.device), x), ()
     else:
         bounded, others = _ours(plain, x, task)
 
     def bound():
         ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=task["eps"]))
         with torch.set_grad_enabled(task["method"] == "CROWN-Optimized"):
-            return bounded.compute_bounds(x=(ball, *others), method=task["method"])
+            bounds = bounded.compute_bounds(x=(ball, *others), method=task["method"])
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return bounds
 
     return bounded, bound
 
@@ -109,7 +114,7 @@ def _one_mode(task: dict) -> dict:
     runtime.initialize()
     if task["mode"] != "plain":  # imports what is imported late
         _build({**task, "layers": 1, "sequence": 2})[1]()
-    memory = PeakMemory()
+    memory = PeakMemory(task["device"] == "cuda")
     bounded, bound = _build(task)
     timing = profiled() if task["profile"] else contextlib.nullcontext({})
     result: dict = {}
@@ -187,6 +192,8 @@ def main() -> None:
                         help="what passes bring to the other ranks (option of BoundedModule)")
     parser.add_argument("--quick", action="store_true", help="one layer, eight tokens")
     parser.add_argument("--profile", action="store_true", help="where this package's time goes")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
+                        help="cuda: plain and tp1 alone, unless there are more GPUs")
     parser.add_argument("--auto-lirpa", default=os.environ.get("AUTO_LIRPA"),
                         help="a folder with auto_LiRPA; by default the one that is installed")
     parser.add_argument("--json", type=Path, help="write every figure there")
@@ -209,6 +216,7 @@ def main() -> None:
             for mode in modes:
                 task = {"layers": layers, "sequence": sequence, "mode": mode,
                         "moves": arguments.moves, "method": arguments.method,
+                        "device": arguments.device,
                         "eps": arguments.eps, "profile": arguments.profile and mode != "plain"}
                 found[mode] = launch(
                     __file__, task, MODES[mode], arguments.limit, arguments.auto_lirpa

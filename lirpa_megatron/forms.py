@@ -36,10 +36,11 @@ class InputSet:
     def offers_form(self, numel: int, limit: int) -> bool:
         """Whether a node of `numel` numbers gets a form of at most `limit` numbers."""
         known = self.norm == float("inf") or (self.norm in (1.0, 2.0) and len(self.leaves) == 1)
-        if not known:
-            return False
-        moved = sum(int((self.box(leaf)[1] > 0).flatten(1).any(0).sum()) for leaf in self.leaves)
-        return 0 < numel * moved <= limit
+        return known and 0 < numel * self.columns() <= limit
+
+    def columns(self) -> int:
+        """How many coordinates move: the columns of a form."""
+        return sum(int((self.box(leaf)[1] > 0).flatten(1).any(0).sum()) for leaf in self.leaves)
 
     def box(self, leaf: host.Bound) -> tuple[torch.Tensor, torch.Tensor]:
         """(center, radii) of one input, [B, *input shape]."""

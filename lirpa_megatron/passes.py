@@ -23,6 +23,7 @@ from lirpa_megatron.moving import Movement
 from lirpa_megatron.operators.enclosure import AffineForm, Known
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import IdentityRows
+from lirpa_megatron.operators.norm import BoundNorm
 from lirpa_megatron.parallel.layouts import Plan, Region, Rows, make_plan
 from lirpa_megatron.sides import RowBounds
 
@@ -125,6 +126,14 @@ class Passes:
             )
             for node in (*plan.order, *plan.leaves)
         )
+        if torch.device(self.module.device).type != "cpu":  # norms carry rows through whole forms
+            inputs = InputSet(host.perturbed_inputs(self.module))
+            for node in plan.order:
+                if isinstance(node, BoundNorm):
+                    numel = self._numel(node.inputs[0], None)
+                    if inputs.offers_form(numel, self._limit()):
+                        vectors = self.rows_of(node) // (node.output_shape[-1] // node.groups)
+                        widest = max(widest, vectors * inputs.columns())
         per_row = 2 * self.module.batch_size * widest * self.dtype.itemsize
         return max(1, int(self._memory() // per_row))
 

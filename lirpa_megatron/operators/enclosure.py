@@ -329,7 +329,8 @@ class Pairs:
             turned = C * (s.unsqueeze(-2) / s.unsqueeze(-1))
             both = s.unsqueeze(-1) * s.unsqueeze(-2)
             G = UU * both + WW / both - turned - turned.transpose(-1, -2)
-            G = G * (p.unsqueeze(-1) * p.unsqueeze(-2)).sqrt()
+            root = safe_root(p)
+            G = G * (root.unsqueeze(-1) * root.unsqueeze(-2))
             joint = -at_most_eigenvalue(G).sum(-1) / 4 - rounding * (p * u * w).flatten(-2).sum(-1)
             each, K = (w, C.diagonal(dim1=-1, dim2=-2)), slack.shape[-1]
             w, C = (x.flatten(-2)[..., :K] for x in each)

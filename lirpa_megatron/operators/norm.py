@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from lirpa_megatron.operators.linear import dense
 from lirpa_megatron.operators.relaxed import RowRelaxed, tame
 from lirpa_megatron.parallel.dealt import Dealt
 
-_PART = 2**16
-"""Forms of more numbers are used position by position."""
+_PART = {"cpu": 2**16}
+"""Forms of more numbers are used position by position, by type of device: what fits a processor's
+cache is faster there; a GPU would wait for the many small operators."""
 _LARGEST = 1e15
 """Coordinates beyond this are not squared in float32; only |z r| <= sqrt(d) is used then."""
 
@@ -95,9 +97,9 @@ class BoundNorm(RowRelaxed):
     ds' dr' >= -S D - a (D ds' + S dr') (ds' rho' likewise); the second moves the point t of the
     tangent below from 0 to the ends of t's range.
 
-    Where s cannot be much below 0 and r's range is wide, as in a margin behind the last norm,
+    Where s > 0 and r's range is wide, as in a margin behind the last norm,
 
-        s r >= r_least s + min(0, s_least) (r_most - r_least) + max(0, s_least) k (t - t_most),
+        s r >= r_least s + s_least k (t - t_most)
 
     is better, k <= 0 the slope of the tangent at t_most, where that ends at r_least (else k = 0).
     It is taken where its least value over all that is known is the larger one.
@@ -214,7 +216,7 @@ class BoundNorm(RowRelaxed):
         form, known = self.form_of(0), self.layout.directions.get(self.name)
         boxes = [self._split(z) for z in (x.lower, x.upper, self.value_of(0))]
         form = None if form is None else form.split(self._d)
-        if form is not None and boxes[0].ndim > 3 and form.A.numel() > _PART:
+        if form is not None and boxes[0].ndim > 3 and self._is_in_parts(form):
             parts = [
                 self._vectors(
                     *(z.narrow(1, t, 1) for z in boxes), form.at(1, t),
@@ -243,6 +245,25 @@ class BoundNorm(RowRelaxed):
         known = self.layout.know(self.inputs[0], w.flatten(2, -2))
         return None if known is None else known.mapped(lambda x: x.unflatten(2, w.shape[2:-1]))
 
+    def _is_in_parts(self, form: AffineForm) -> bool:
+        """Whether a form is used position by position: a large one, and one that ranks share."""
+        layout, A = self.layout, form.A
+        if A.numel() > _PART.get(A.device.type, math.inf):
+            return True
+        if layout.unread is None or A.device.type == "cpu":
+            return False
+        room = layout.form_room - A.nbytes
+        if self._is_dealt(A.shape[1]) and room < 0:
+            return True
+        layout.form_room = room
+        return False
+
+    def _is_dealt(self, positions: int) -> bool:
+        """Whether ranks may share the form of so many positions."""
+        return not self.layout.sharded.get(self.name) and (
+            1 < self.layout.collectives.size <= positions
+        )
+
     def _keep(self, parts: list[_Vectors]) -> Dealt | None:
         """Copies what the parts need of a form that is let go, without its columns of zeros.
 
@@ -254,10 +275,10 @@ class BoundNorm(RowRelaxed):
             return None
         coefficients = [x.dx.form.A for x in parts]
         size = sum(A.numel() for A in coefficients) * coefficients[0].element_size()
-        tp, dealt = layout.collectives, None
-        if not layout.sharded.get(self.name) and 1 < tp.size <= len(parts):
+        dealt = None
+        if self._is_dealt(len(parts)):
             if size > layout.form_room:
-                dealt = Dealt(tp, coefficients)
+                dealt = Dealt(layout.collectives, coefficients)
             else:
                 layout.form_room -= size
         for x in parts:
@@ -335,15 +356,17 @@ class BoundNorm(RowRelaxed):
         coef = (x.r0 + m).unsqueeze(-1) * w + slope.unsqueeze(-1) * x.z0
 
         worst = const + x.dx.box(coef)[0]
-        if torch.is_grad_enabled() or (s0 + least > 0).any():
+        positive = s0 + least > 0  # what becomes of a row must not depend on other rows
+        if torch.is_grad_enabled() or positive.any():
             k, turn, offset, straight = self._one_sided(s0, least, line, x)
+            likely = worst
             if line is not None and x.t_line is not None:
                 known = line.times(x.r0 + m).plus(slope, x.t_line).range()[0]
-                worst = torch.maximum(worst, const + known)
-            better = straight > worst
+                likely = torch.maximum(likely, const + known)
+            better = positive & (straight > likely)
             other = k.unsqueeze(-1) * w + turn.unsqueeze(-1) * x.z0
             coef = torch.where(better.unsqueeze(-1), other, coef)
-            const, worst = torch.where(better, offset, const), torch.maximum(worst, straight)
+            const, worst = torch.where(better, offset, const), torch.where(better, straight, worst)
         floor = -(self._d**0.5) * torch.linalg.vector_norm(w, dim=-1)
         flat = ~(worst > floor) | x.wild
         coef = torch.where(flat.unsqueeze(-1), 0.0, coef)
@@ -352,7 +375,7 @@ class BoundNorm(RowRelaxed):
     def _one_sided(
         self, s0: torch.Tensor, least: torch.Tensor, line: Line | None, x: _Vectors
     ) -> tuple[torch.Tensor, ...]:
-        """The plane r_least s + ... below s r for s of one sign (see the class).
+        """The plane r_least s + ... below s r for s > 0 (see the class).
 
         Args:
             s0: [R, *lead].
@@ -362,13 +385,12 @@ class BoundNorm(RowRelaxed):
         Returns:
             (coefficient of ds, of t, constant, the least value of the plane), each [R, *lead].
         """
-        s_least = s0 + least
-        above, r = s_least.clamp(min=0), x.r_least
+        above, r = (s0 + least).clamp(min=0), x.r_least
         slope, intercept = self._tangent(x, x.tu)
         short = slope * x.tu + intercept + x.r0 - r  # below 0 by rounding, or by |z| <= |z0| + ...
         turns = short >= -1e-6 * r
         turn, short = torch.where(turns, above * slope, 0.0), torch.where(turns, above * short, 0.0)
-        offset = r * s0 + s_least.clamp(max=0) * (x.r_most - r) - turn * x.tu + short.clamp(max=0)
+        offset = r * s0 - turn * x.tu + short.clamp(max=0)
         straight = r * least + turn * x.tu + offset
         if line is not None and x.t_line is not None:
             known = line.times(r.expand_as(s0)).plus(turn, x.t_line).range()[0]
