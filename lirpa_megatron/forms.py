@@ -145,33 +145,6 @@ class CenteredRows:
         return placed
 
 
-class DirectionRows:
-    """Rows that each read one vector of a node, built when they are asked for.
-
-    Args:
-        vectors: v [R, B, L, d] for a node of L vectors of d numbers.
-        shape: of the node, without the batch.
-
-    Row r L + i is <v_ri, x_i>.
-    """
-
-    def __init__(self, vectors: torch.Tensor, shape: Sequence[int]) -> None:
-        self.vectors = vectors
-        self.shape = (vectors.shape[0] * vectors.shape[2], vectors.shape[1], *shape)
-
-    def index_select(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
-        """Some of the rows, [n, B, *node shape]."""
-        v = self.vectors
-        r, i = rows // v.shape[2], rows % v.shape[2]
-        C = v.new_zeros(len(rows), *v.shape[1:])
-        C[torch.arange(len(rows), device=C.device), :, i] = v[r, :, i]
-        return C.reshape(len(rows), *self.shape[1:])
-
-    def place(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of all rows, [B, R L, ...] -> [R, B, L, ...]."""
-        return values.unflatten(1, (-1, self.vectors.shape[2])).transpose(0, 1)
-
-
 def bound_centered(passes: Any, node: host.Bound, attend: Any) -> Known:
     """Bounds the scores as an attention reads them: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
 

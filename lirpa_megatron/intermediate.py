@@ -98,7 +98,7 @@ class Intermediate:
         else:
             for reader in readers:
                 if use and isinstance(reader, BoundNorm):
-                    found = module.passes.along(node, reader.directions())
+                    found = module.passes.directions.along(node, reader.directions())
                     module.layout.directions[reader.name] = found.mapped(reader.of_vectors)
             others = self.with_alpha.get(node.name) is not None  # rows of alpha, these are all
             with self.without_alpha() if others else contextlib.nullcontext():

@@ -17,10 +17,11 @@ import torch
 
 from lirpa_megatron import host
 from lirpa_megatron.backward import BackwardPass
-from lirpa_megatron.forms import DirectionRows, FormRows, InputSet, without_nan
+from lirpa_megatron.directions import Directions
+from lirpa_megatron.forms import FormRows, InputSet
 from lirpa_megatron.limits import CACHE
 from lirpa_megatron.moving import Movement
-from lirpa_megatron.operators.enclosure import AffineForm, Known
+from lirpa_megatron.operators.enclosure import AffineForm
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import IdentityRows
 from lirpa_megatron.operators.norm import BoundNorm
@@ -63,7 +64,7 @@ class Passes:
 
     def __init__(self, module: Any) -> None:
         self.module, self.tp = module, module.layout.collectives
-        self.movement = Movement(module)
+        self.movement, self.directions = Movement(module), Directions(module)
         self._rows_run: dict[str, int] = {}
         self._free: float | None = None
 
@@ -197,7 +198,7 @@ class Passes:
                 on every rank; the rank's own neurons, as many on every rank, at a sharded node.
                 Not of gathered features. Alpha, where it is in use, is that of these rows.
             aside: whether these rows are beside the node's own, of which alone notes are kept.
-            directions: whether operators may have rows of theirs bounded on the way (`along`).
+            directions: whether operators may have rows of theirs bounded on the way (`Directions`).
         """
         module = self.module
         origin, spec_sharded = self.begin(start, C is None, spec_sharded)
@@ -218,7 +219,8 @@ class Passes:
             plan = self.plan(origin, spec_sharded, regions)
         limit, at_once = self._turns(limit, plan)
         keep_A = bool(module.return_A and start.name in module.needed_A_dict) and not aside
-        know = self._know(S, split) if directions and not module.sharded[start.name] else None
+        asks = directions and not module.sharded[start.name]
+        know = self.directions.know(S, split) if asks else None
         inputs = InputSet(host.perturbed_inputs(module)) if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
             inputs = None
@@ -271,45 +273,6 @@ class Passes:
                 forms = self._gathered_in_chunks(forms, S, limit)
             bounds.form = inputs.form(forms, start.output_shape[1:] if C is None else (S,))
         return bounds
-
-    def along(self, node: host.Bound, vectors: torch.Tensor, shared: bool = False) -> Known:
-        """What a pass finds of <v, x_i> for the vectors x_i of an intermediate node; no alpha.
-
-        Args:
-            node: of L vectors of d numbers; sharded: the rank's own L.
-            vectors: v [R, B, L, d]; of a replicated node the same on every rank.
-            shared: whether their gradients, on a replicated node, are summed up already.
-
-        Returns:
-            [R, B, L] numbers, the same on every rank for a replicated node.
-        """
-        if not self.module.sharded[node.name] and not shared:
-            vectors = self.tp.copy_to(vectors)
-        rows = DirectionRows(vectors, node.output_shape[1:])
-        with self.module.intermediate.without_alpha(), self.module.layout.set_aside():
-            found = self.run(node, rows, self.tp.size > 1, form=True, aside=True)
-        lower, upper = without_nan(found.lower.t(), found.upper.t())
-        return Known(lower, upper, found.form).mapped(rows.place)
-
-    def _know(self, S: int, split: bool) -> Callable[[host.Bound, torch.Tensor], Known | None]:
-        """`along` for the operators on the way of S rows, where these are few beside a vector's.
-
-        Args:
-            S: of all ranks together; what is decided by it is the same at every size.
-            split: whether each rank has its own of them.
-        """
-
-        def know(node: host.Bound, vectors: torch.Tensor) -> Known | None:
-            if 4 * S > vectors.shape[-1] or self.module.sharded[node.name] or not node.inputs:
-                return None
-            if not split:
-                return self.along(node, vectors)
-            # Each rank reads its own of what all have found.
-            found = self.along(node, self.tp.gather_rows(vectors), shared=True)
-            first, n = self.tp.rank * len(vectors), len(vectors)
-            return found.mapped(lambda x: self.tp.copy_to(x)[first : first + n])
-
-        return know
 
     def _gathered_in_chunks(self, own: torch.Tensor, S: int, limit: int) -> torch.Tensor:
         """The rows of all ranks in the start node's order, [S, ...], in one copy."""

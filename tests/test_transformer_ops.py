@@ -7,6 +7,7 @@ largest bound (rounding), which a test shows to be far below what a wrong relaxa
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
@@ -17,9 +18,9 @@ from torch import nn
 
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.adapters import symbols
+from lirpa_megatron.directions import Directions
 from lirpa_megatron.errors import BoundsError
 from lirpa_megatron.operators import BoundAttend, BoundNorm, BoundScores
-from lirpa_megatron.passes import Passes
 
 SLACK = {torch.float64: 1e-11, torch.float32: 2e-5}
 WIDTHS = (0.0, 1e-5, 0.05, 0.4, 3.0, 1e3)
@@ -400,14 +401,14 @@ class TwoRows(nn.Module):
 def test_ranges_of_rows_bounded_on_the_way_hold_and_are_met_where_the_box_is_small(
     radius, monkeypatch
 ):
-    seen, along = [], Passes.along
+    seen, along = [], Directions.along
 
     def noted(self, node, vectors, **how):
         found = along(self, node, vectors, **how)
         seen.append((vectors.flatten(2), found))  # one vector a sample
         return found
 
-    monkeypatch.setattr(Passes, "along", noted)
+    monkeypatch.setattr(Directions, "along", noted)
     net, x = TwoRows(), drawn(B, 1, 8, seed=31)
     found, box = bounds(net, x, radius, torch.float64, ("CROWN",))
     assert [len(vectors) for vectors, _ in seen] == [1, 2, 2]  # z0; the rows of both sides
@@ -457,7 +458,7 @@ def test_a_remainder_that_is_too_small_is_caught(name, part, wrong, alpha, monke
         result = right(*args)
         return wrong(*result) if isinstance(result, tuple) else wrong(result)
 
-    static = isinstance(operator.__dict__[part], staticmethod)
+    static = isinstance(inspect.getattr_static(operator, part), staticmethod)
     monkeypatch.setattr(operator, part, staticmethod(smaller) if static else smaller)
     cases = itertools.product((0.2, 2.0), (0, 7))
     try:

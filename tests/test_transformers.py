@@ -169,20 +169,20 @@ def test_rows_in_chunks_and_whatever_moves_are_the_same_rows(options):
 
 def _bounded_on_the_way(options, of=None):
     """BERT's two rows, and the norms' rows that were bounded by passes of their own."""
-    from lirpa_megatron.passes import Passes
+    from lirpa_megatron.directions import Directions
 
-    seen, along = [], Passes.along
+    seen, along = [], Directions.along
 
     def counted(self, node, vectors, **how):
         seen.append(vectors.shape[0])
         found = along(self, node, vectors, **how)
         return found if of is None else of(found)
 
-    Passes.along = counted
+    Directions.along = counted
     try:
         return _bounds("bert", torch.float64, ("CROWN",), 0.02, options), seen
     finally:
-        Passes.along = along
+        Directions.along = along
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=_SLOW)])
