@@ -94,8 +94,7 @@ class BoundAttend(RowRelaxed):
     What is left is bounded from below:
 
     - sum_j p0_j delta_j w_j: by the range of delta_j times that of w_j, or by the product of their
-      affine forms in the model's input (`enclosure.Pairs`), which is about half of that, or by the
-      sum of the products of several keys as one quadratic form in the input;
+      affine forms in the model's input (`enclosure.Pairs`), which is about half of that;
     - the quotient: phi_j lies in [0, phi(ends)], so it is at least minus
       max sum P_j f_j H_j / (1 + sum P_j f_j) over 0 <= f_j <= 1, with H_j an upper bound of
       G - c_j - w_j (`softmax.quotient`). The denominator keeps it bounded for wide scores.
@@ -186,15 +185,12 @@ class BoundAttend(RowRelaxed):
         shared = heads // (v.lower.shape[-1] // self.head_dim)
         form, (vl, vu, wild) = self.form_of(1), tame(v.lower, v.upper, _LARGEST)
         v0, pairs, reach, rest = (vl + vu) / 2, None, None, None
-        together = next(
-            (g for g in (8, 4, 2, 1) if self.affords(s0.numel() * self.head_dim**2 * g)), 0
-        )
-        if form is not None and together:
+        if form is not None and self.affords(s0.numel() * self.head_dim**2):
             v0 = torch.where(wild, 0.0, form.center)
             alpha = None if scores is None else scores.form
             of_interest = (p0 > 0) | (least < p0) | (most > p0)
             values = form.view(lambda x: self._values(x, heads))
-            pairs = Pairs.of(values, p0, alpha, self._keys_of_interest(of_interest), together)
+            pairs = Pairs.of(values, p0, alpha, self._keys_of_interest(of_interest))
             if alpha is not None:
                 shift = (alpha.center - s0 + (p0 * s0).sum(-1, keepdim=True)).abs()
                 reach, rest = alpha.reach(), alpha.slack + shift
@@ -270,16 +266,14 @@ class BoundAttend(RowRelaxed):
         furthest = torch.maximum(x.du, -x.dl)
         if x.pairs is None:
             return self._with_wild(size, W, x), -(x.p0 * furthest * W).sum(-1)
-        affine, slack, cross, joint = x.pairs.reaches(a)
+        affine, slack, cross = x.pairs.reaches(a)
         W = torch.where(affine + slack < W, affine + slack, W)
         first = -furthest * W
-        if x.score_reach is None:
-            return self._with_wild(size, W, x), (x.p0 * first).sum(-1)
-        rest = x.score_reach * slack + x.score_rest * W
-        single = (cross - affine * x.pairs.size) / 2 - rest
-        first = (x.p0 * torch.where(single > first, single, first)).sum(-1)
-        joint = joint - (x.p0 * rest).sum(-1)
-        return self._with_wild(size, W, x), torch.where(joint > first, joint, first)
+        if x.score_reach is not None:
+            joint = (cross - affine * x.pairs.size) / 2 - x.score_reach * slack
+            joint = joint - x.score_rest * W
+            first = torch.where(joint > first, joint, first)
+        return self._with_wild(size, W, x), (x.p0 * first).sum(-1)
 
     @staticmethod
     def _with_wild(size: torch.Tensor, W: torch.Tensor, x: _Rows) -> torch.Tensor:

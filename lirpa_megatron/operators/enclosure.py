@@ -228,37 +228,31 @@ def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
 class Pairs:
     """For query i and key j: v_j less its mean over i's keys, and the score t_ij, as forms.
 
-    With A' [d, N] the coefficients of v_j - sum_k p_ik v_k and alpha [N] those of t_ij. Tensors are
-    lists of one for each query, of its first K <= U keys (those after them are of no interest), in
-    m groups of g keys that share their weights D; the last group is filled up with zeros.
+    With A' [d, N] the coefficients of v_j - sum_k p_ik v_k and alpha [N] those of t_ij, one tensor
+    for each query, of its first K <= U keys: those after them are of no interest.
 
     Attributes:
-        Q: T of [B, n, d, m g g d], <A'_j, A'_k>_D of keys of a group.
-        cross: T of [B, n, d, m g g], <A'_j, alpha_k>_D.
-        squares: T of [B, n, m, g, g], <alpha_j, alpha_k>_D.
-        shares: T of [B, n, m, g], p_ij.
+        Q: T of [B, n, d, K d]; a^T Q a = |A'^T a|_D^2 for each key's [d, d].
+        cross: T of [B, n, d, K]; <a, cross> = <A'^T a, alpha>_D.
         slack: T of [B, n, d, K], of the centred value.
         size: [B, n, T, U], |alpha|_D.
     """
 
     Q: list[torch.Tensor]
     cross: list[torch.Tensor]
-    squares: list[torch.Tensor]
-    shares: list[torch.Tensor]
     slack: list[torch.Tensor]
     size: torch.Tensor
 
     @classmethod
     def of(
         cls, values: AffineForm, p: torch.Tensor, scores: AffineForm | None,
-        keys: Sequence[int] | None = None, together: int = 8,
+        keys: Sequence[int] | None = None,
     ) -> Pairs:
         """Of values [B, n, U, d], weights p [B, n, T, U] and, if known, scores [B, n, T, U].
 
         Args:
             values, p, scores: as above.
             keys: how many of the first keys are of interest, for each query (None: all).
-            together: how many keys a group has at most.
         """
         rows, every = [], p.shape[-1]
         for i in range(p.shape[-2]):
@@ -269,89 +263,38 @@ class Pairs:
             shared = own.unsqueeze(-1) * values.slack
             slack = (values.slack - 2 * shared + shared.sum(2, keepdim=True))[:, :, :K]
             alpha = A.new_zeros(*A.shape[:-2], A.shape[-1]) if alpha is None else alpha[:, :, :K]
-            g = min(together, K)
-            A, alpha, share = (
-                F.pad(x, (0, 0) * (x.ndim - 3) + (0, -K % g)).unflatten(2, (-1, g))
-                for x in (A, alpha, own[..., :K])
-            )
             if values.norm == float("inf"):
-                heavy = share.detach().clamp(min=1e-6).unsqueeze(-1)
-                weights = _weights(
-                    (A.square().sum(-2) * heavy).sum(-2), (alpha.square() * heavy).sum(-2)
-                ).unsqueeze(-2)
+                weights = _weights(A.square().sum(-2), alpha.square())
             else:
-                weights = torch.ones_like(alpha[..., :1, :])
-            A = A.flatten(-3, -2)
-            weighted = A * weights
-            Q = (weighted @ A.transpose(-1, -2)).unflatten(-1, (g, -1)).unflatten(-3, (g, -1))
-            cross = (weighted @ alpha.transpose(-1, -2)).unflatten(-2, (g, -1))
-            squares = (alpha * weights) @ alpha.transpose(-1, -2)
-            size = safe_root(squares.diagonal(dim1=-1, dim2=-2)).flatten(2)[..., :K]
+                weights = torch.ones_like(alpha)
+            weighted = A * weights.unsqueeze(-2)
             rows.append((
-                Q.movedim(4, 2).flatten(3), cross.movedim(4, 2).flatten(3), squares, share,
-                slack.transpose(-1, -2), F.pad(size, (0, every - K)),
+                (weighted @ A.transpose(-1, -2)).transpose(2, 3).flatten(-2),
+                (weighted @ alpha.unsqueeze(-1)).squeeze(-1).transpose(-1, -2),
+                slack.transpose(-1, -2),
+                F.pad(safe_root((alpha.square() * weights).sum(-1)), (0, every - K)),
             ))
-        *lists, size = (list(row) for row in zip(*rows, strict=True))
-        return cls(*lists, torch.stack(size, 2))
+        Q, cross, slack, size = (list(row) for row in zip(*rows, strict=True))
+        return cls(Q, cross, slack, torch.stack(size, 2))
 
-    def reaches(self, a: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Bounds for rows a [R, B, n, T, d].
-
-        With w_j = <a_i, delta v'_j>, of affine part A'_j^T a, and any s_j > 0,
-
-            sum_j p_j w_j t_j = sum_j p_j ((w_j/s_j + s_j t_j)^2 - (w_j/s_j - s_j t_j)^2) / 4
-
-        is over the ellipsoid at least minus a quarter of the largest eigenvalue of the [g, g] inner
-        products of the p_j^(1/2) (A'_j^T a/s_j - s_j alpha_j), group by group. (Of a single key,
-        with s_j^2 = |A'_j^T a|/|alpha_j|, that is the bound of a product that the module gives.)
+    def reaches(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bounds for rows a [R, B, n, T, d], each [R, B, n, T, U]; 0 for pairs of no interest.
 
         Returns:
-            (W, s, c, joint): |w_j| <= W + s, s from the slack alone; the product of its part W with
-            the affine part of t_ij is at least (c - W size)/2; each [R, B, n, T, U], 0 for pairs of
-            no interest. `joint` [R, B, n, T] is below the sum of p_j times these products.
+            (W, s, c): |<a_i, delta v'_j>| <= W + s, s from the slack alone; the product of its part
+            W with the affine part of t_ij is at least (c - W size)/2.
         """
-        found, every = [], self.size.shape[-1]
-        none = a.new_zeros(*a.shape[:-2], every)
-        rounding = 10 * ROUNDING[a.dtype]
+        found = []
+        d, keys = a.shape[-1], self.size.shape[-1]
+        none = a.new_zeros(*a.shape[:-2], keys)
         for i, (Q, cross, slack) in enumerate(zip(self.Q, self.cross, self.slack, strict=True)):
             own = a[..., i, :].movedim(0, -2)  # [B, n, R, d]
             if not torch.is_grad_enabled() and not own.any():  # what a causal mask keeps from it
-                found.append((*(none,) * 3, none[..., 0]))
+                found.append((none,) * 3)
                 continue
-            m, g = self.shares[i].shape[-2:]
-            WW = ((own @ Q).unflatten(-1, (m, g, g, -1)) * own[:, :, :, None, None, None]).sum(-1)
-            C = (own @ cross).unflatten(-1, (m, g, g))
-            w = safe_root(WW.diagonal(dim1=-1, dim2=-2).clamp(min=0))
-            UU = self.squares[i].unsqueeze(2)
-            u = safe_root(UU.diagonal(dim1=-1, dim2=-2))
-            p = self.shares[i].unsqueeze(2)
-            s = ((w + 1e-30) / (u + 1e-30)).detach().clamp(1e-12, 1e12).sqrt()
-            turned = C * (s.unsqueeze(-2) / s.unsqueeze(-1))
-            both = s.unsqueeze(-1) * s.unsqueeze(-2)
-            G = UU * both + WW / both - turned - turned.transpose(-1, -2)
-            root = safe_root(p)
-            G = G * (root.unsqueeze(-1) * root.unsqueeze(-2))
-            joint = -at_most_eigenvalue(G).sum(-1) / 4 - rounding * (p * u * w).flatten(-2).sum(-1)
-            each, K = (w, C.diagonal(dim1=-1, dim2=-2)), slack.shape[-1]
-            w, C = (x.flatten(-2)[..., :K] for x in each)
-            by_key = [F.pad(x, (0, every - K)) for x in (w, own.abs() @ slack, C)]
-            found.append([x.movedim(2, 0) for x in (*by_key, joint)])
-        *by_key, joint = zip(*found, strict=True)
-        W, slack, cross = (torch.stack(x, -2) for x in by_key)
-        return W * (1 + rounding), slack, cross, torch.stack(joint, -1)
-
-
-def at_most_eigenvalue(G: torch.Tensor) -> torch.Tensor:
-    """At least the largest eigenvalue of positive semidefinite G [..., g, g], at most their sum.
-
-    The sum of their 16th powers, |G^8|^2, to the power of 1/16: at most g^(1/16) times the largest.
-    """
-    size = G.diagonal(dim1=-1, dim2=-2).sum(-1).clamp(min=0)
-    if G.shape[-1] == 1:
-        return size
-    power = G / size.detach().clamp_min(1e-30)[..., None, None]
-    for _ in range(3):
-        power = power @ power
-    norm = safe_root(power.square().flatten(-2).sum(-1))
-    eighth = torch.where(norm > 0, torch.where(norm > 0, norm, 1.0) ** 0.125, 0.0)
-    return torch.minimum(size, size.detach() * eighth)
+            through = (own @ Q).unflatten(-1, (-1, d))
+            three = (through * own.unsqueeze(-2)).sum(-1), own.abs() @ slack, own @ cross
+            found.append([F.pad(x, (0, keys - x.shape[-1])).movedim(-2, 0) for x in three])
+        W, slack, cross = (torch.stack(x, -2) for x in zip(*found, strict=True))
+        root = safe_root(W.clamp(min=0)) * (1 + 10 * ROUNDING[a.dtype])
+        return root, slack, cross
