@@ -209,7 +209,7 @@ def main() -> None:
 
     version = host_version(arguments.auto_lirpa)
     common = {"depth": arguments.depth, "steps": arguments.steps, "device": arguments.device,
-              "most": arguments.most or (0.08 if arguments.depth else 0.02)}
+              "most": arguments.most or (0.08 if arguments.depth else 0.03)}
 
     def run(task):
         ranks = launch(__file__, {**task, **common}, 1, arguments.limit, arguments.auto_lirpa)

@@ -114,7 +114,6 @@ def _rank(rank, size, folder):
     from lirpa_megatron import passes
 
     torch.cuda.set_device(0)
-    torch.use_deterministic_algorithms(False)
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size,
         timeout=timedelta(seconds=120),

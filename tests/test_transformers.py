@@ -315,8 +315,7 @@ def test_alpha_crown_is_tighter_than_crown_and_no_point_violates_it():
     run = (_attacked, "gpt", 0.02, torch.float64, methods, options)
     gaps, widths = pool(1).run(*run)[0]
     assert gaps["CROWN-Optimized"] < 1e-12
-    # Where CROWN takes a norm's plane for margins of one sign there is nothing to optimise.
-    assert widths["CROWN-Optimized"] < 0.985 * widths["CROWN"]
+    assert widths["CROWN-Optimized"] < 0.98 * widths["CROWN"]
 
 
 def _extremes(name, eps, options):
@@ -394,9 +393,14 @@ def test_gradients_are_those_of_one_device(name, method):
     assert moved > 8
 
 
-@pytest.mark.parametrize("rows", ["own", pytest.param("whole", marks=_SLOW)])
-def test_gradients_through_rows_that_are_bounded_on_the_way_are_those_of_one_device(rows):
-    options = {"final_rows": rows}  # two rows of BERT's: the norms have s bounded for them
+@pytest.mark.parametrize(
+    ("rows", "at_once"),
+    # In chunks a rank's own rows are bounded by others too.
+    [("own", None), pytest.param("own", 7, marks=_SLOW), pytest.param("whole", None, marks=_SLOW)],
+)
+def test_gradients_through_rows_that_are_bounded_on_the_way_are_those_of_one_device(rows, at_once):
+    # Two rows of BERT's: the norms have s bounded for them.
+    options = {"final_rows": rows, "max_spec_rows": at_once}
     one = pool(1).run(_gradients, "bert", "CROWN")[0]
     two = pool(2).run(_gradients, "bert", "CROWN", options)[0]
     for parameter, gradient in one.items():

@@ -75,7 +75,7 @@ class NormPlanes:
         nothing = torch.zeros_like(q0)
         dx = Deviations.of(dl, du, c, form)
         found = Vectors(c, dx, z0, *(nothing,) * 3, (nothing,) * 2, *(nothing,) * 3,
-                         (nothing,) * 2, *(nothing,) * 4, wild)
+                        (nothing,) * 2, *(nothing,) * 4, wild)
         row = z0.unsqueeze(0)
         found.t_line = dx.line(row)
         t = dx.range(row, found.t_line)
@@ -149,8 +149,8 @@ class NormPlanes:
             k, turn, offset, straight = self._one_sided(s0, least, line, x)
             likely = worst
             if line is not None and x.t_line is not None:
-                known = line.times(x.r0 + m).plus(slope, x.t_line).range()[0]
-                likely = torch.maximum(likely, const + known)
+                lowest = line.times(x.r0 + m).plus(slope, x.t_line).range()[0]
+                likely = torch.maximum(likely, const + lowest)
             better = positive & (straight > likely)
             other = k.unsqueeze(-1) * w + turn.unsqueeze(-1) * x.z0
             coef = torch.where(better.unsqueeze(-1), other, coef)
@@ -163,7 +163,7 @@ class NormPlanes:
     def _one_sided(
         self, s0: torch.Tensor, least: torch.Tensor, line: Line | None, x: Vectors
     ) -> tuple[torch.Tensor, ...]:
-        """The plane r_least s + ... below s r for s > 0 (see the class).
+        """The plane r_least s + ... below s r for s > 0 (see `norm.BoundNorm`).
 
         Args:
             s0: [R, *lead].
@@ -181,8 +181,8 @@ class NormPlanes:
         offset = r * s0 - turn * x.tu + short.clamp(max=0)
         straight = r * least + turn * x.tu + offset
         if line is not None and x.t_line is not None:
-            known = line.times(r.expand_as(s0)).plus(turn, x.t_line).range()[0]
-            straight = torch.maximum(straight, offset + known)
+            lowest = line.times(r.expand_as(s0)).plus(turn, x.t_line).range()[0]
+            straight = torch.maximum(straight, offset + lowest)
         return r, turn, offset, straight
 
     def _product(
