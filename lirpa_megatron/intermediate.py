@@ -108,6 +108,10 @@ class Intermediate:
                 module.layout.forms[node.name] = bounds.form
                 module.layout.to_be_read(node.name, use)
         found = without_nan(node.lower, node.upper)
+        if use and len(node.inputs) == 1 and host.reads_bounds(node):
+            # The range of an activation is that on its input's bounds; lines around it know less.
+            lower, upper = without_nan(*self.ibp(node))
+            found = torch.maximum(found[0], lower), torch.minimum(found[1], upper)
         if module.own_options.compare_crown_with_ibp:
             found = _tighter(found, self.ibp(node))
         if node.name in module.reference_bounds:

@@ -36,7 +36,7 @@ class OwnOptions:
     pass_memory: float | None = None
     """MiB for the rows of A (both sides, at the node where they take most) that a rank carries at
     once; a pass needs a small multiple of it. None: 16 MiB on a CPU (what its cache holds), shared
-    by the ranks; on a GPU a sixteenth of what is free on the rank that has least."""
+    by the ranks; on a GPU a 128th of what is free on the rank that has least."""
     moves: str = "auto"
     """What passes whose ranks carry their own rows bring to the other ranks: rows of 'A', 'weights'
     with the operators' relaxations (wherever they can move; not where alpha is in use), or 'auto',

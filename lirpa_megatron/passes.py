@@ -21,6 +21,7 @@ from lirpa_megatron.directions import Directions
 from lirpa_megatron.forms import FormRows, InputSet
 from lirpa_megatron.limits import CACHE
 from lirpa_megatron.moving import Movement
+from lirpa_megatron.operators.attend import BoundAttend
 from lirpa_megatron.operators.enclosure import AffineForm
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import IdentityRows
@@ -127,14 +128,17 @@ class Passes:
             )
             for node in (*plan.order, *plan.leaves)
         )
-        if torch.device(self.module.device).type != "cpu":  # norms carry rows through whole forms
+        if torch.device(self.module.device).type != "cpu":  # rows go through whole forms at once
             inputs = InputSet(host.perturbed_inputs(self.module))
             for node in plan.order:
                 if isinstance(node, BoundNorm):
-                    numel = self._numel(node.inputs[0], None)
-                    if inputs.offers_form(numel, self._limit()):
+                    if inputs.offers_form(self._numel(node.inputs[0], None), self._limit()):
                         vectors = self.rows_of(node) // (node.output_shape[-1] // node.groups)
                         widest = max(widest, vectors * inputs.columns())
+                elif isinstance(node, BoundAttend):
+                    numel = math.prod(node.inputs[0].output_shape[1:]) * node.head_dim
+                    if node.affords(self.module.batch_size * numel * node.head_dim):
+                        widest = max(widest, numel)
         per_row = 2 * self.module.batch_size * widest * self.dtype.itemsize
         return max(1, int(self._memory() // per_row))
 
@@ -152,27 +156,27 @@ class Passes:
 
     def _memory(self) -> float:
         """Bytes for the rows of A that are carried at once."""
-        given, on_a_gpu = self.module.own_options.pass_memory, self._share_of_gpu()
+        given, free = self.module.own_options.pass_memory, self._free_on_a_gpu()
         if given is not None:
             return given * 2**20
-        return CACHE / self.tp.size if on_a_gpu is None else on_a_gpu
+        return CACHE / self.tp.size if free is None else free / 128
 
     def form_memory(self) -> float:
         """Bytes for the forms of replicated nodes that every rank keeps whole, the same on all."""
-        given, on_a_gpu = self.module.own_options.form_memory, self._share_of_gpu()
+        given, free = self.module.own_options.form_memory, self._free_on_a_gpu()
         if given is not None:
             return given * 2**20
-        return CACHE if on_a_gpu is None else on_a_gpu
+        return CACHE if free is None else free / 16
 
-    def _share_of_gpu(self) -> float | None:
-        """A sixteenth of what is free on the rank that has least; None on other devices."""
+    def _free_on_a_gpu(self) -> float | None:
+        """Bytes on the rank that had least when bounds began; None on other devices."""
         device = torch.device(self.module.device)
         if device.type != "cuda":
             return None
         if self._free is None:
             free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
             self._free = -float(self.tp.largest(-free))
-        return self._free / 16
+        return self._free
 
     def rows_at(self, node: host.Bound, start: host.Bound, S: int, spec_sharded: bool) -> int:
         """Rows of A that this rank has at `node` when a pass from `start` is not chunked."""

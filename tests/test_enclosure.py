@@ -9,8 +9,14 @@ import pytest
 import torch
 from models import drawn
 
-from lirpa_megatron.operators import softmax
-from lirpa_megatron.operators.enclosure import AffineForm, Pairs, elementwise_range, product_range
+from lirpa_megatron.operators import enclosure, softmax
+from lirpa_megatron.operators.enclosure import (
+    AffineForm,
+    Pairs,
+    above_largest_eigenvalue,
+    elementwise_range,
+    product_range,
+)
 
 
 def _form(*shape, n=6, seed=0, slack=0.0, norm=math.inf):
@@ -72,6 +78,35 @@ def test_reaches_of_pairs_hold(norm):
     assert (omega.abs().amax(0) <= W + 1e-9).all()
     assert (extra.abs().amax(0) <= slack + 1e-9).all()
     assert ((omega * t).amin(0) >= (cross - W * pairs.size) / 2 - 1e-9).all()
+
+
+@pytest.mark.parametrize("queries", [2, 3])
+def test_pairs_of_several_queries_at_once_have_the_same_ranges(queries, monkeypatch):
+    a, b = _form(2, 1, 3, 4, seed=1, slack=0.1), _form(2, 1, 5, 4, seed=2, slack=0.2)
+    scores = _form(2, 1, 3, 5, seed=5, slack=0.3)
+    p, rows = torch.softmax(drawn(2, 1, 3, 5, seed=6), -1), drawn(7, 2, 1, 3, 4, seed=7)
+    rows[:, :, :, 1] = 0
+
+    def found():
+        pairs = Pairs.of(b, p, scores, [5, 3, 4])
+        return *product_range(a, b), *(x[..., :3] for x in pairs.reaches(rows)), pairs.size[..., :3]
+
+    expected = found()
+    monkeypatch.setattr(enclosure, "_AT_ONCE", {"cpu": queries * b.A.numel()})
+    assert len(Pairs.of(b, p, scores, [5, 3, 4]).Q) < 3
+    for one, other in zip(expected, found(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2, 40])
+def test_powers_bound_the_largest_eigenvalue(dtype, rank):
+    scale = 10 ** (8 * drawn(50, 1, 1, seed=rank))
+    X = (drawn(50, 40, rank, seed=1) * scale).to(dtype)
+    G = torch.cat((X @ X.mT, torch.eye(40, dtype=dtype)[None] * 1e-30, X.new_zeros(1, 40, 40)))
+    exact, found = torch.linalg.eigvalsh(G.double())[:, -1], above_largest_eigenvalue(G).double()
+    assert (found >= exact * (1 - 10 * torch.finfo(dtype).eps)).all() and found[-1] == 0
+    assert (found <= exact * (40 ** (1 / 128) + 1e-5)).all()
 
 
 def test_softmax_weights_stay_in_their_boxes():

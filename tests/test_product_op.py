@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from elementwise import bounded, bounds_of, inputs, mlp, sharded_bounds
-from models import attack, plain, plain_compute, relative_error
+from models import attack, drawn, plain, plain_compute, relative_error
 from ranks import pool
 from torch import nn
 
@@ -149,9 +149,41 @@ def test_with_one_input_perturbed_the_product_is_linear(perturbed):
     assert (reached[0] <= lower.tanh()).all() and (reached[1] >= upper.tanh()).all()
 
 
+class GatedByRelu(nn.Module):
+    """Linear(relu(Linear x) * Linear x), twice; of this package's product or of torch's."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product = product
+        self.layers = nn.ModuleList(
+            nn.Linear(*sizes).double() for sizes in ((6, 10), (6, 10), (10, 6)) * 2
+        )
+        for i, parameter in enumerate(self.parameters()):
+            parameter.data = drawn(*parameter.shape, seed=i, scale=0.4)
+
+    def forward(self, x):
+        for gate, value, out in zip(*[iter(self.layers)] * 3, strict=True):
+            x = out(self.product(gate(x).relu(), value(x)))
+        return x
+
+
+@pytest.mark.parametrize("eps", [0.02, 0.2])
+def test_without_forms_the_bounds_of_a_gate_are_auto_lirpas(eps):
+    x = drawn(2, 6, seed=30)
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=INF, eps=eps))
+    # Else auto_LiRPA has interval bounds of stable neurons, which say less of the gate's range.
+    host_module = plain(GatedByRelu(torch.mul), x, sparse_intermediate_bounds=False)
+    expected = plain_compute(host_module, ball, None, "CROWN")
+    ours = BoundedModule(GatedByRelu(symbols.product), x, {"form_limit": 0})
+    found = ours.compute_bounds(x=(ball,), method="CROWN")
+    assert relative_error(found, expected, expected[1] - expected[0]) < 1e-10
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 def test_affine_forms_make_gates_tighter(kind):
     model, where = mlp(kind, True, torch.float64), inputs(0.3)
+    for parameter in model.parameters():
+        parameter.data *= 0.7
     widths = []
     for options in ({}, {"form_limit": 0}):
         module = BoundedModule(model, where.center, options)

@@ -25,7 +25,7 @@ from lirpa_megatron import (
     perturb_tokens,
 )
 from lirpa_megatron.adapters.traceable import traceable
-from lirpa_megatron.operators import norm
+from lirpa_megatron.operators import enclosure, norm, relaxed
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDS = ("IBP", "CROWN-IBP", "CROWN")
@@ -225,12 +225,13 @@ def _in_positions(name):
 
 
 def _position_by_position(name):
-    """Bounds with norms that use the form of each position by itself, however small it is."""
-    before, norm._PART = norm._PART, {"cpu": 0}
+    """Bounds with the form of each position and each side by itself, but all queries at once."""
+    before = norm._PART, relaxed._FEW, enclosure._AT_ONCE
+    norm._PART, relaxed._FEW, enclosure._AT_ONCE = {"cpu": 0}, 0, {"cpu": 2**26}
     try:
         return _bounds(*_in_positions(name))
     finally:
-        norm._PART = before
+        norm._PART, relaxed._FEW, enclosure._AT_ONCE = before
 
 
 @pytest.mark.parametrize("name", ["gpt", pytest.param("bert", marks=_SLOW)])

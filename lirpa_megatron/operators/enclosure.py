@@ -27,6 +27,10 @@ import torch.nn.functional as F
 ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
 """Relative allowance for the rounding of the sums below."""
 
+_AT_ONCE = {"cpu": 1, "cuda": 2**26}
+"""Coefficients of pairs that are made at once, by type of device: on a CPU those of one query; a
+GPU would wait for the many small operators."""
+
 
 @dataclass
 class AffineForm:
@@ -171,23 +175,39 @@ def product_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Ten
     Returns:
         (lower, upper), each [*lead, T, U].
     """
-    # Query by query: the weighted coefficients of all pairs would fill the memory.
-    pairs = [_pairs_range(a.A[..., t, :, :], b.A, a.norm) for t in range(a.A.shape[-3])]
-    lower, upper = (torch.stack(bounds, -2) for bounds in zip(*pairs, strict=True))
+    # Not of all queries: the weighted coefficients of all pairs would fill the memory.
+    pairs = [
+        _pairs_range(own, b.A, a.norm)
+        for own in a.A.split(_queries_at_once(b.A), -3)
+    ]
+    lower, upper = (torch.cat(bounds, -2) for bounds in zip(*pairs, strict=True))
     slack = a.reach() @ b.slack.transpose(-1, -2)
     slack = slack + a.slack @ (b.reach() + b.slack).transpose(-1, -2)
     return lower - slack, upper + slack
 
 
+def _queries_at_once(A: torch.Tensor) -> int:
+    """How many queries to look at together, each with all that A has the coefficients of."""
+    return max(1, _AT_ONCE.get(A.device.type, 1) // max(1, A.numel()))
+
+
 def _pairs_range(
     A: torch.Tensor, B: torch.Tensor, norm: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`product_range` of one i, without slacks: A [*lead, d, N], B [*lead, U, d, N] -> [.., U]."""
+    """`product_range` of all pairs at once, without slacks.
+
+    Args:
+        A: [*lead, T, d, N].
+        B: [*lead, U, d, N].
+
+    Returns:
+        (lower, upper), each [*lead, T, U].
+    """
+    A, B = A.unsqueeze(-3), B.unsqueeze(-4)
     if norm == float("inf"):
-        weights = _weights(A.square().sum(-2).unsqueeze(-2), B.square().sum(-2))
+        weights = _weights(A.square().sum(-2), B.square().sum(-2))
     else:
         weights = B.new_ones(*B.shape[:-2], B.shape[-1])
-    A = A.unsqueeze(-3)
     weighted, turned = A * weights.unsqueeze(-2), B.transpose(-1, -2)
     AA = weighted @ A.transpose(-1, -2)
     AB = weighted @ turned
@@ -218,23 +238,48 @@ def elementwise_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch
 
 
 def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
-    """Of symmetric positive semidefinite matrices; NaN where a matrix is not finite."""
+    """Of symmetric positive semidefinite matrices, or a bit more; NaN where one is not finite."""
     finite = torch.isfinite(G).all(-1).all(-1)
-    safe = torch.where(finite[..., None, None], G, 0.0)
-    return torch.where(finite, torch.linalg.eigvalsh(safe)[..., -1].clamp_min(0), float("nan"))
+    G = torch.where(finite[..., None, None], G, 0.0)
+    if G.is_cuda and G.shape[-1] > 32:  # cuSOLVER takes those one after another
+        largest = above_largest_eigenvalue(G)
+    else:
+        largest = torch.linalg.eigvalsh(G)[..., -1].clamp_min(0)
+    return torch.where(finite, largest, float("nan"))
+
+
+def above_largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
+    """A bound by products alone: lambda_max^m <= |G^m|_F <= sqrt(d) lambda_max^m, m = 64.
+
+    At most 4% too large for d = 128, and by next to nothing where one eigenvalue leads.
+
+    Args:
+        G: [..., d, d], symmetric, positive semidefinite and finite.
+
+    Returns:
+        [...].
+    """
+    largest, share = G.abs().amax((-2, -1)).detach(), 1.0
+    G = G / torch.where(largest > 0, largest, 1.0)[..., None, None]
+    for squarings in range(7):
+        G = G @ G if squarings else G
+        size = safe_root(G.square().sum((-2, -1)))  # powers would leave the numbers' range
+        largest = largest * size**share
+        G, share = G / torch.where(size > 0, size, 1.0)[..., None, None], share / 2
+    return largest
 
 
 @dataclass
 class Pairs:
     """For query i and key j: v_j less its mean over i's keys, and the score t_ij, as forms.
 
-    With A' [d, N] the coefficients of v_j - sum_k p_ik v_k and alpha [N] those of t_ij, one tensor
-    for each query, of its first K <= U keys: those after them are of no interest.
+    With A' [d, N] the coefficients of v_j - sum_k p_ik v_k and alpha [N] those of t_ij, in groups
+    of G queries, of which the first K <= U keys are of interest.
 
     Attributes:
-        Q: T of [B, n, d, K d]; a^T Q a = |A'^T a|_D^2 for each key's [d, d].
-        cross: T of [B, n, d, K]; <a, cross> = <A'^T a, alpha>_D.
-        slack: T of [B, n, d, K], of the centred value.
+        Q: for each group [B, n, G, d, K d]; a^T Q a = |A'^T a|_D^2 for each key's [d, d].
+        cross: [B, n, G, d, K]; <a, cross> = <A'^T a, alpha>_D.
+        slack: [B, n, G, d, K], of the centred value.
         size: [B, n, T, U], |alpha|_D.
     """
 
@@ -254,28 +299,32 @@ class Pairs:
             values, p, scores: as above.
             keys: how many of the first keys are of interest, for each query (None: all).
         """
-        rows, every = [], p.shape[-1]
-        for i in range(p.shape[-2]):
-            own, alpha = p[..., i, :], None if scores is None else scores.A[..., i, :, :]
-            K = every if keys is None else keys[i]
-            mean = torch.einsum("bnu,bnudm->bndm", own, values.A).unsqueeze(2)
-            A = values.A[:, :, :K] - mean
-            shared = own.unsqueeze(-1) * values.slack
-            slack = (values.slack - 2 * shared + shared.sum(2, keepdim=True))[:, :, :K]
-            alpha = A.new_zeros(*A.shape[:-2], A.shape[-1]) if alpha is None else alpha[:, :, :K]
+        rows, every, step = [], p.shape[-1], _queries_at_once(values.A)
+        for i in range(0, p.shape[-2], step):
+            own = p[..., i : i + step, :]  # [B, n, G, U]
+            K = every if keys is None else max(keys[i : i + step])
+            A, slack = values.A.unsqueeze(2), values.slack.unsqueeze(2)
+            mean = torch.einsum("bngu,bnudm->bngdm", own, values.A).unsqueeze(3)
+            A = A[:, :, :, :K] - mean  # [B, n, G, K, d, N]
+            shared = own.unsqueeze(-1) * slack
+            slack = (slack - 2 * shared + shared.sum(3, keepdim=True))[:, :, :, :K]
+            if scores is None:
+                alpha = A.new_zeros(*A.shape[:-2], A.shape[-1])
+            else:
+                alpha = scores.A[:, :, i : i + step, :K]
             if values.norm == float("inf"):
                 weights = _weights(A.square().sum(-2), alpha.square())
             else:
                 weights = torch.ones_like(alpha)
             weighted = A * weights.unsqueeze(-2)
             rows.append((
-                (weighted @ A.transpose(-1, -2)).transpose(2, 3).flatten(-2),
+                (weighted @ A.transpose(-1, -2)).transpose(3, 4).flatten(-2),
                 (weighted @ alpha.unsqueeze(-1)).squeeze(-1).transpose(-1, -2),
                 slack.transpose(-1, -2),
                 F.pad(safe_root((alpha.square() * weights).sum(-1)), (0, every - K)),
             ))
         Q, cross, slack, size = (list(row) for row in zip(*rows, strict=True))
-        return cls(Q, cross, slack, torch.stack(size, 2))
+        return cls(Q, cross, slack, torch.cat(size, 2))
 
     def reaches(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Bounds for rows a [R, B, n, T, d], each [R, B, n, T, U]; 0 for pairs of no interest.
@@ -284,17 +333,18 @@ class Pairs:
             (W, s, c): |<a_i, delta v'_j>| <= W + s, s from the slack alone; the product of its part
             W with the affine part of t_ij is at least (c - W size)/2.
         """
-        found = []
+        found, first = [], 0
         d, keys = a.shape[-1], self.size.shape[-1]
-        none = a.new_zeros(*a.shape[:-2], keys)
-        for i, (Q, cross, slack) in enumerate(zip(self.Q, self.cross, self.slack, strict=True)):
-            own = a[..., i, :].movedim(0, -2)  # [B, n, R, d]
-            if not torch.is_grad_enabled() and not own.any():  # what a causal mask keeps from it
-                found.append((none,) * 3)
+        passes_over = a.device.type == "cpu" and not torch.is_grad_enabled()
+        for Q, cross, slack in zip(self.Q, self.cross, self.slack, strict=True):
+            own = a[..., first : first + Q.shape[2], :].movedim(0, -2)  # [B, n, G, R, d]
+            first += Q.shape[2]
+            if passes_over and not own.any():  # what a causal mask keeps from it
+                found.append((a.new_zeros(*a.shape[:-2], Q.shape[2], keys),) * 3)
                 continue
             through = (own @ Q).unflatten(-1, (-1, d))
             three = (through * own.unsqueeze(-2)).sum(-1), own.abs() @ slack, own @ cross
             found.append([F.pad(x, (0, keys - x.shape[-1])).movedim(-2, 0) for x in three])
-        W, slack, cross = (torch.stack(x, -2) for x in zip(*found, strict=True))
+        W, slack, cross = (torch.cat(x, -2) for x in zip(*found, strict=True))
         root = safe_root(W.clamp(min=0)) * (1 + 10 * ROUNDING[a.dtype])
         return root, slack, cross

@@ -22,6 +22,7 @@ class _Box:
         gap: ra rb, rounded up.
         low, high: bounds of (a - a0)(b - b0), at least as tight as -+ gap.
         infinite: where no plane exists; there `least` <= a b <= `most`.
+        corner: whether d is 1 without alpha.
     """
 
     a0: torch.Tensor
@@ -34,6 +35,7 @@ class _Box:
     infinite: torch.Tensor
     least: torch.Tensor
     most: torch.Tensor
+    corner: bool
 
 
 class BoundProduct(OptimizableOperator):
@@ -56,10 +58,9 @@ class BoundProduct(OptimizableOperator):
     its upper ones (b0 + d rb) a + (a0 - d ra) b - (a0 b0 - ra rb) - d (a0 rb - b0 ra). Any d in
     [-1, 1] is a mixture of the two and sound.
 
-    Without alpha d = 0: the linear part of a b at the midpoint, a0 b0 + b0 da + a0 db, -+ ra rb. At
-    the midpoint, and so on average over the box, all planes are ra rb away; d = 0 is the one whose
-    largest distance is the smallest (2 ra rb instead of 4 ra rb), and lower and upper plane are
-    parallel. Alpha gives each entry of A its own d.
+    At the midpoint, and so on average over the box, all planes are ra rb away. Without alpha d = 1,
+    auto_LiRPA's, which leaves a gate that falls to 0 only the plane in a. Alpha gives each entry of
+    A its own d.
 
     With s = +1 for lower and -1 for upper bounds both planes are one formula:
 
@@ -67,9 +68,9 @@ class BoundProduct(OptimizableOperator):
         bias = sum - A a0 b0 - s |A| ra rb + d (s |A| a0 rb + A b0 ra)
 
     Where the affine forms of a and b in the model's input are known (`enclosure`), a0 and b0 are
-    their centers and the remainder of the plane d = 0 is da db in [low, high] instead of -+ ra rb:
-    both deviations come from one input. Other d mix it with McCormick's planes: -+ ra rb becomes
-    (1 - |d|) low - |d| ra rb and (1 - |d|) high + |d| ra rb.
+    their centers, d = 0 without alpha, the linear part of a b, and its remainder is da db in
+    [low, high] instead of -+ ra rb: both deviations come from one input. Other d mix it with
+    McCormick's planes: -+ ra rb becomes (1 - |d|) low - |d| ra rb and (1 - |d|) high + |d| ra rb.
 
     IBP: least and largest of the four corners. Infinite ends (or such as overflow) leave only the
     constants of IBP; 0 times an infinite end is 0. Zero width: exact up to the rounding margin of
@@ -124,7 +125,7 @@ class BoundProduct(OptimizableOperator):
                 return None, None, 0
             A = dense(last_A)
             size = A.abs() if side == 0 else -A.abs()
-            d = self.move(start_node, side)
+            d = _mixture(self.move(start_node, side), box)
             bias = _remainder(A, box, d, side) - total(A, box.a0 * box.b0)
             A_a, A_b = A * box.b0, A * box.a0
             if d is not None:
@@ -168,6 +169,16 @@ def _corners(
     return least, torch.maximum(torch.maximum(*products[:2]), torch.maximum(*products[2:]))
 
 
+def _mixture(move: torch.Tensor | None, box: _Box) -> torch.Tensor | None:
+    """d from alpha; None for 0."""
+    if not box.corner:
+        return move
+    if move is None:
+        return box.a0.new_ones(())
+    moved = 1 + 2 * move
+    return moved + (moved.clamp(-1, 1) - moved).detach()  # a gradient at the end too
+
+
 def _remainder(A: torch.Tensor, box: _Box, d: torch.Tensor | None, side: int) -> torch.Tensor:
     """The least (side 0) or largest sum of A times what lies beside the plane, [R, B]."""
     low, high = box.low, box.high
@@ -199,4 +210,4 @@ def _box(a: Any, b: Any, forms: list[AffineForm] | None) -> _Box:
         low, high = (torch.where(infinite, 0.0, x) for x in inside)
         low = torch.where(low - noise > -gap, low - noise, -gap)  # also where low is NaN
         high = torch.where(high + noise < gap, high + noise, gap)
-    return _Box(a0, ra, b0, rb, gap, low, high, infinite, least, most)
+    return _Box(a0, ra, b0, rb, gap, low, high, infinite, least, most, forms is None)

@@ -11,6 +11,9 @@ from lirpa_megatron.operators.linear import dense
 from lirpa_megatron.operators.optimizable import OptimizableOperator
 from lirpa_megatron.parallel.layouts import Layout
 
+_FEW = 2**14
+"""Numbers of A."""
+
 
 class RowRelaxed(OptimizableOperator):
     """y of several inputs, bounded from below row by row; from above by minus the bound of -A.
@@ -66,15 +69,31 @@ class RowRelaxed(OptimizableOperator):
         lower: tuple = ()
         upper: tuple = ()
         lbias = ubias = 0
-        if last_lA is not None:
-            lower, lbias = self.lower_plane(dense(last_lA), shared, self.move(start_node, 0))
-        if last_uA is not None:
-            planes, below = self.lower_plane(-dense(last_uA), shared, self.move(start_node, 1))
-            upper, ubias = tuple(-A for A in planes), -below
+        sides = [None if A is None else dense(A) for A in (last_lA, last_uA)]
+        moves = [self.move(start_node, side) for side in (0, 1)]
+        if None not in sides and _are_few(sides[0]):
+            R = len(sides[0])
+            move = None
+            if moves[0] is not None:
+                move = torch.cat([m.expand(R, *m.shape[1:]) for m in moves])
+            planes, bias = self.lower_plane(torch.cat((sides[0], -sides[1])), shared, move)
+            lower, upper = zip(*((A[:R], -A[R:]) for A in planes), strict=True)
+            lbias, ubias = bias[:R], -bias[R:]
+        else:
+            if last_lA is not None:
+                lower, lbias = self.lower_plane(sides[0], shared, moves[0])
+            if last_uA is not None:
+                planes, below = self.lower_plane(-sides[1], shared, moves[1])
+                upper, ubias = tuple(-A for A in planes), -below
         # Inputs beyond the planes' (weights, masks) are not perturbed.
         absent = [None] * len(x)
-        sides = zip([*lower, *absent], [*upper, *absent], strict=False)
-        return list(sides)[: len(x)], lbias, ubias
+        both = zip([*lower, *absent], [*upper, *absent], strict=False)
+        return list(both)[: len(x)], lbias, ubias
+
+
+def _are_few(A: torch.Tensor) -> bool:
+    """Whether rows of both sides are bounded together: where starting an operator is its cost."""
+    return A.device.type != "cpu" or A.numel() <= _FEW
 
 
 def times(A: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
