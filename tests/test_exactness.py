@@ -209,7 +209,7 @@ _AT_ANY_SIZE = ("no bias", "an activation reads the input", "constants between s
 
 
 @pytest.mark.parametrize("name, tp", [
-    pytest.param(name, tp, marks=[pytest.mark.slow] * (tp == 4 and name in _AT_ANY_SIZE))
+    pytest.param(name, tp, marks=[pytest.mark.slow] * (tp != 2 and name in _AT_ANY_SIZE))
     for name in NETS for tp in (1, 2, 4)
 ])
 def test_bounds_of_a_sharded_model_are_those_of_the_unsharded_one(name, tp):
@@ -238,7 +238,7 @@ def test_a_plain_process_without_a_launcher_gives_the_same_bounds():
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_tokens_are_bounded_as_a_batch_of_their_own(tp):
     # Plain auto_LiRPA 0.3 has no CROWN for them; the layers see one token at a time.
     net, cases = replace(NETS["mixed"], tokens=2), [Case(m) for m in METHODS[:3]]
@@ -254,9 +254,10 @@ def test_tokens_are_bounded_as_a_batch_of_their_own(tp):
 
 
 @pytest.mark.parametrize("tp, options", [
-    *((1, options) for options in ("chunks", "own rows in chunks")),
-    *((2, options) for options in _SPREAD),
-    *(pytest.param(4, options, marks=pytest.mark.slow) for options in _SPREAD),
+    (2, "own rows in chunks"),
+    (2, "weights move"),
+    *(pytest.param(tp, options, marks=pytest.mark.slow) for tp in (1, 2, 4) for options in _SPREAD
+      if (tp, options) not in [(2, "own rows in chunks"), (2, "weights move")]),
 ])
 def test_options_that_spread_the_rows_do_not_change_the_bounds(options, tp):
     cases = [Case(method, C, options) for method in METHODS[1:3] for C in (False, True)]
@@ -273,7 +274,7 @@ def bounds_in_turns(*args: Any) -> list:
         passes._WORTH = before
 
 
-@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("turns", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_chunks_that_take_turns_and_passes_that_move_both_have_the_same_bounds(turns):
     # Weights cannot move through tanh, so that in one pass both move.
     net = Net(acts=("relu", "tanh", "relu"), hidden=(12, 16, 12))
@@ -288,7 +289,7 @@ def test_chunks_that_take_turns_and_passes_that_move_both_have_the_same_bounds(t
             assert relative_error(got, want, want[1] - want[0]) <= 1e-10
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [*(pytest.param(tp, marks=pytest.mark.slow) for tp in (1, 2)), 4])
 def test_the_bounds_agree_in_float32(tp):
     cases = [Case(method, C) for method in METHODS[:3] for C in (False, True)]
     cases += [Case("CROWN", True, o) for o in ("own rows in chunks", "weights move")]
@@ -297,7 +298,7 @@ def test_the_bounds_agree_in_float32(tp):
     compare(NETS["mixed"], cases, tp, torch.float32)
 
 
-@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tp", [2, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (1, 4))])
 @pytest.mark.parametrize("where", REGIONS[1:])
 def test_balls_and_boxes_are_bounded_as_on_one_device(where, tp):
     cases = [Case(method, True, "default", where) for method in METHODS[:3]]
@@ -305,7 +306,9 @@ def test_balls_and_boxes_are_bounded_as_on_one_device(where, tp):
     compare(NETS["mixed"], cases, tp)
 
 
-@pytest.mark.parametrize("side", ["bound_lower", "bound_upper"])
+@pytest.mark.parametrize(
+    "side", [pytest.param("bound_lower", marks=pytest.mark.slow), "bound_upper"]
+)
 def test_one_side_alone_is_the_same_as_with_the_other(side):
     only = ((side, False),)
     cases = [Case(m, True, o, kwargs=only) for m in ("CROWN-IBP", "CROWN")
@@ -314,7 +317,7 @@ def test_one_side_alone_is_the_same_as_with_the_other(side):
 
 
 @pytest.mark.parametrize("given", ["interm_bounds", "reference_bounds"])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_intermediate_bounds_from_the_caller_are_used_as_on_one_device(given, tp):
     net = NETS["relu"]
     case = Case("CROWN", True, given=given)
@@ -356,7 +359,7 @@ def test_alpha_after_twenty_steps_of_adam_is_that_of_one_device():
 
 @pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["residual", "skip over a pair", "mixed"])
-@pytest.mark.parametrize("method", ["CROWN-IBP", "CROWN"])
+@pytest.mark.parametrize("method", [pytest.param("CROWN-IBP", marks=pytest.mark.slow), "CROWN"])
 def test_bounds_of_every_inner_node_are_the_ranks_part_of_the_unsharded_ones(name, method, tp):
     net, case = NETS[name], Case(method, True)
     results = pool(tp).run(sharded_bounds, net, [case], torch.float64, inner=True)
@@ -397,7 +400,7 @@ def coefficients(net: Net, options: dict[str, Any]) -> tuple:
     return tuple(results)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [2, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (1, 4))])
 @pytest.mark.parametrize("rows", ["whole", "own"])
 def test_the_coefficients_give_the_bounds_of_their_rows(rows, tp):
     net = NETS["relu"]
@@ -443,7 +446,7 @@ def alphas(net: Net, shared: bool) -> dict:
     }
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_alpha_is_bitwise_equal_where_replicated_and_sharded_where_the_neuron_is(shared):
     first, other = pool(2).run(alphas, NETS["residual"], shared)
     assert first.keys() == other.keys()

@@ -403,6 +403,7 @@ def _replica_bounds():
     return errors, lower.detach(), bounded.layout.collectives.size
 
 
+@pytest.mark.slow
 def test_tensor_parallel_groups_inside_a_larger_world_keep_to_themselves():
     results = pool(4, 2).run(_replica_bounds)
     assert [size for _, _, size in results] == [2] * 4
