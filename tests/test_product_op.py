@@ -179,6 +179,28 @@ def test_without_forms_the_bounds_of_a_gate_are_auto_lirpas(eps):
     assert relative_error(found, expected, expected[1] - expected[0]) < 1e-10
 
 
+class GateOfTheInput(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        return symbols.product(symbols.activation(x, self.kind), 2 * x - 1)
+
+
+@pytest.mark.parametrize("norm", [INF, 2.0, 1.0])
+@pytest.mark.parametrize("kind", ["relu", "silu"])
+def test_the_range_of_an_activation_of_the_input_is_that_of_the_ball(kind, norm):
+    x, eps = drawn(2, 6, seed=3), 0.7
+    module = BoundedModule(GateOfTheInput(kind), x)
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=norm, eps=eps))
+    lower, upper = module.compute_bounds(x=(ball,), method="CROWN")
+    # Each output reads one coordinate, which may move by all of eps.
+    for step in torch.linspace(-eps, eps, 101, dtype=torch.float64):
+        y = GateOfTheInput(kind)(x + step)
+        assert (lower <= y + 1e-12).all() and (y <= upper + 1e-12).all()
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 def test_affine_forms_make_gates_tighter(kind):
     model, where = mlp(kind, True, torch.float64), inputs(0.3)
