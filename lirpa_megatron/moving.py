@@ -139,6 +139,8 @@ class Movement:
         """Bytes of a rank's features at a node."""
         sizes = self.module.layout.sizes
         if node.name not in sizes:
+            for x in node.inputs:  # clean values are kept, and later uses may need their gradient
+                self.module.get_forward_value(x)
             with torch.no_grad():
                 sizes[node.name] = packed_bytes(features_of(node)[0], dtype)
         return sizes[node.name]
