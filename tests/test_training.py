@@ -178,7 +178,8 @@ def same(one, many):
         for name, gradient in expected.items():
             size = gradient.abs().max()
             assert size.isfinite()
-            assert (found[name] - gradient).abs().max() <= 1e-10 * size + 1e-13, name
+            # One unit in the last place of eps moves them by 2e-10 of their size on one device.
+            assert (found[name] - gradient).abs().max() <= 1e-9 * size + 1e-13, name
 
 
 @pytest.mark.parametrize(
