@@ -115,6 +115,7 @@ def _networks():
 
     found = {name: activation(*entry) for name, entry in activations.items()}
     found |= {f"{name} gate": gate(*activations[name]) for name in ("SiLU", "tanh GELU", "tanh")}
+    found["ReLU gate"] = gate("relu", F.relu)
     return {
         **found, "LayerNorm": Norm, "RMSNorm": RmsNorm, "scores": Scores, "attention": Attention,
         "layer (pre-LN)": Whole,

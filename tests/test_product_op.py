@@ -179,6 +179,19 @@ def test_without_forms_the_bounds_of_a_gate_are_auto_lirpas(eps):
     assert relative_error(found, expected, expected[1] - expected[0]) < 1e-10
 
 
+@pytest.mark.parametrize("kind", ["silu", "tanh"])
+def test_without_forms_alpha_starts_from_the_plane_of_crown_and_is_sound(kind):
+    model, where, widths = mlp(kind, True, torch.float64), inputs(0.05), []
+    options = {"form_limit": 0, "optimize_bound_args": {"iteration": 10, "lr_alpha": 0.1}}
+    module = BoundedModule(model, where.center, options)
+    for method in ("CROWN", "CROWN-Optimized"):
+        lower, upper = module.compute_bounds(x=(where.bounded(),), method=method)
+        assert attack(model, where, lower, upper) <= 1e-12
+        widths.append((upper - lower).detach())
+    assert (widths[1] <= widths[0] * (1 + 1e-9)).all()
+    assert widths[1].mean() < 0.99 * widths[0].mean()
+
+
 class GateOfTheInput(nn.Module):
     def __init__(self, kind):
         super().__init__()

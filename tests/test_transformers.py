@@ -357,7 +357,7 @@ def _gradients(name, method, options=None):
     model, view, further = _build(name, torch.float64)
     view.train()
     # Intervals soon meet the constants of the norms.
-    eps = {"CROWN": 0.003, "CROWN-IBP": 1e-7, "IBP": 1e-5}[method]
+    eps = {"CROWN": 0.003, "CROWN-IBP": 1e-7, "IBP": 1e-8}[method]
     ids = transformers.tokens()[0]
     bounded = BoundedModule(view, perturb_tokens(view, ids, eps=eps, **further), options)
     # Made after the conversion, which writes to the parameters that these depend on.

@@ -59,8 +59,8 @@ class BoundProduct(OptimizableOperator):
     [-1, 1] is a mixture of the two and sound.
 
     At the midpoint, and so on average over the box, all planes are ra rb away. Without alpha d = 1,
-    auto_LiRPA's, which leaves a gate that falls to 0 only the plane in a. Alpha gives each entry of
-    A its own d.
+    auto_LiRPA's, which leaves a gate that falls to 0 only the plane in a. Alpha m in [-1, 1] gives
+    each entry of A its own d = 1 + 2 m, at most 1.
 
     With s = +1 for lower and -1 for upper bounds both planes are one formula:
 
@@ -69,8 +69,8 @@ class BoundProduct(OptimizableOperator):
 
     Where the affine forms of a and b in the model's input are known (`enclosure`), a0 and b0 are
     their centers, d = 0 without alpha, the linear part of a b, and its remainder is da db in
-    [low, high] instead of -+ ra rb: both deviations come from one input. Other d mix it with
-    McCormick's planes: -+ ra rb becomes (1 - |d|) low - |d| ra rb and (1 - |d|) high + |d| ra rb.
+    [low, high] instead of -+ ra rb: both deviations come from one input. Alpha is d; it mixes this
+    plane with McCormick's: -+ ra rb becomes (1 - |d|) low - |d| ra rb, (1 - |d|) high + |d| ra rb.
 
     IBP: least and largest of the four corners. Infinite ends (or such as overflow) leave only the
     constants of IBP; 0 times an infinite end is 0. Zero width: exact up to the rounding margin of

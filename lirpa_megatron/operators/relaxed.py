@@ -12,7 +12,7 @@ from lirpa_megatron.operators.optimizable import OptimizableOperator
 from lirpa_megatron.parallel.layouts import Layout
 
 _FEW = 2**14
-"""Numbers of A."""
+"""Numbers of A up to which, on a CPU, both sides are bounded in one call."""
 
 
 class RowRelaxed(OptimizableOperator):
