@@ -18,7 +18,6 @@ from lirpa_megatron.verify.property import Property, Region
 from lirpa_megatron.verify.specification import (
     minus_right_hand_sides,
     open_disjuncts,
-    outward_box,
     region_rows,
     reported_bounds,
     specification_matrix,
@@ -103,7 +102,7 @@ def _bound_rows(
         return {}
     rows = [prop.rows[index] for index in indices]
     dtype, device = loaded.like.dtype, loaded.like.device
-    lower, upper = outward_box(region, dtype, device)
+    lower, upper = loaded.box(region)
     box = PerturbationLpNorm(norm=float("inf"), x_L=lower, x_U=upper)
     x = BoundedTensor((lower + upper) / 2, box)
     C = specification_matrix(rows, prop.n_out, dtype, device)
@@ -115,7 +114,7 @@ def _bound_rows(
             [[row.bound for row in rows]], dtype=torch.float64, device=device
         )
     with contextlib.nullcontext() if optimized else torch.no_grad():
-        bound, _ = loaded.bounded.compute_bounds(
+        bound, _ = loaded.bounded_for(rows).compute_bounds(
             x=(x,), C=C, method=options.method, bound_upper=False, **enough
         )
     values = minus_right_hand_sides(bound, rows).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.checkpoint.reader import load_network
 from lirpa_megatron.verify.network import DTYPES, Network, NetworkDescription
 from lirpa_megatron.verify.onnx_import import read_onnx
+from lirpa_megatron.verify.property import OutputRow, Region
+from lirpa_megatron.verify.specification import outward_box
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,27 @@ class Loaded:
     forward: nn.Module
     # bounds of the same layers
     bounded: BoundedModule
-    # an empty tensor with the parameters' dtype and device
+    # an empty tensor with the dtype that bounds are computed in, and the device
     like: torch.Tensor
+    # the network in the number types that it is stored in, for confirming a counterexample:
+    # x [R, n_in] of any float type -> y [R, n_out]; `forward` itself where that is the same
+    stored_forward: nn.Module
+    # torch's name without "torch.", for instance "float16"
+    stored_dtype: str
+
+    @property
+    def dtype(self) -> str:
+        """What bounds are computed in, by torch's name without "torch."."""
+        return str(self.like.dtype).removeprefix("torch.")
+
+    def box(self, region: Region) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_L and x_U [1, n] of the input of `bounded`, which contain what the region's box does
+        to it; for use with `bounded` alone."""
+        return outward_box(region, self.like.dtype, self.like.device)
+
+    def bounded_for(self, rows: Sequence[OutputRow]) -> BoundedModule:
+        """The bounded module whose outputs these rows are to be bounded on."""
+        return self.bounded
 
 
 def load(
@@ -65,7 +87,8 @@ def load(
     like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     example = like.new_zeros(1, description.n_in)
     bounded = BoundedModule(model, example, bound_opts=bound_opts, device=str(like.device))
-    return Loaded(description, traceable(model), bounded, like)
+    forward = traceable(model)
+    return Loaded(description, forward, bounded, like, forward, description.dtype)
 
 
 def _has_cuda() -> bool:
