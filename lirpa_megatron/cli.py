@@ -109,10 +109,10 @@ def _silence_libraries() -> None:
 def _import_onnx(arguments: dict[str, Any]) -> int:
     from lirpa_megatron.adapters.parallelize import parallelize
     from lirpa_megatron.checkpoint.writer import check_output, save_network
+    from lirpa_megatron.networks.network import Network
+    from lirpa_megatron.networks.onnx_import import read_onnx
     from lirpa_megatron.parallel import runtime
     from lirpa_megatron.verify.agreement import agreed
-    from lirpa_megatron.verify.network import Network
-    from lirpa_megatron.verify.onnx_import import read_onnx
 
     group, out, force = runtime.tp_group(), arguments["out"], arguments.get("force", False)
     with agreed(group, "checking the arguments"):

@@ -14,9 +14,9 @@ from lirpa_megatron.checkpoint.reader import load_network, read_description
 from lirpa_megatron.checkpoint.tensors import TensorFile
 from lirpa_megatron.checkpoint.writer import save_network
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.networks.network import Network
+from lirpa_megatron.networks.onnx_import import read_onnx
 from lirpa_megatron.parallel import runtime
-from lirpa_megatron.verify.network import Network
-from lirpa_megatron.verify.onnx_import import read_onnx
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -49,8 +49,8 @@ def _batch(eps, dtype):
 def _lower_bounds(dtype):
     """(network, eps) -> lower bounds [15, 9] of the output rows, and the rows' clean values."""
     from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, parallelize
-    from lirpa_megatron.verify.network import Network
-    from lirpa_megatron.verify.onnx_import import read_onnx
+    from lirpa_megatron.networks.network import Network
+    from lirpa_megatron.networks.onnx_import import read_onnx
 
     bounds = {}
     for name in NETWORKS:

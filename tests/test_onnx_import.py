@@ -11,8 +11,8 @@ from onnx.reference import ReferenceEvaluator
 from small_networks import MNIST_FC, model, needs_mnist_fc, save, stack
 
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.verify.network import Network, NetworkDescription
-from lirpa_megatron.verify.onnx_import import MAX_DIAGONAL, read_onnx
+from lirpa_megatron.networks.network import Network, NetworkDescription
+from lirpa_megatron.networks.onnx_import import MAX_DIAGONAL, read_onnx
 
 node = helper.make_node
 RNG = np.random.default_rng(1)

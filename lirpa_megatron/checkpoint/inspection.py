@@ -14,7 +14,7 @@ from lirpa_megatron.checkpoint.estimates import estimate, matmul_rate, parameter
 from lirpa_megatron.checkpoint.language_model import read_model_description
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.reader import holds_network, read_description
-from lirpa_megatron.verify.network import NetworkDescription
+from lirpa_megatron.networks.network import NetworkDescription
 
 TP_SIZES = (1, 2, 4, 8)
 SEQ_LENGTH = 32

@@ -21,7 +21,7 @@ from lirpa_megatron.checkpoint.sharding import block_of
 from lirpa_megatron.checkpoint.tensors import TensorFile
 from lirpa_megatron.checkpoint.torch_dist import TorchDistWeights
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.verify.network import Network, NetworkDescription
+from lirpa_megatron.networks.network import Network, NetworkDescription
 
 NETWORK_KEY = "network"
 

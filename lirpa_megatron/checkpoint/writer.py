@@ -24,8 +24,8 @@ from lirpa_megatron.checkpoint.layout import COMMON, RELEASE, TRACKER
 from lirpa_megatron.checkpoint.reader import NETWORK_KEY
 from lirpa_megatron.checkpoint.sharding import block_of
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.networks.network import NetworkDescription
 from lirpa_megatron.parallel import runtime, spmd
-from lirpa_megatron.verify.network import NetworkDescription
 
 
 def check_output(out: Path, force: bool) -> None:

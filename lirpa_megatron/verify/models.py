@@ -15,8 +15,8 @@ from lirpa_megatron.adapters.parallelize import parallelize
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.checkpoint.reader import load_network
-from lirpa_megatron.verify.network import DTYPES, Network, NetworkDescription
-from lirpa_megatron.verify.onnx_import import read_onnx
+from lirpa_megatron.networks.network import DTYPES, Network, NetworkDescription
+from lirpa_megatron.networks.onnx_import import read_onnx
 from lirpa_megatron.verify.property import OutputRow, Region
 from lirpa_megatron.verify.specification import outward_box
 

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from lirpa_megatron.checkpoint.arguments import read_model_config
 from lirpa_megatron.checkpoint.language_model import load_language_model, read_model_description
 from lirpa_megatron.errors import SPMDError, UserError
+from lirpa_megatron.networks.network import DTYPES
 from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.report.summary import summarise, summary_table
 from lirpa_megatron.verify.agreement import agreed
-from lirpa_megatron.verify.network import DTYPES
 from lirpa_megatron.verify.sentences.data import Item, read_items
 from lirpa_megatron.verify.sentences.files import (
     Files,

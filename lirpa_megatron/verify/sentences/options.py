@@ -18,7 +18,7 @@ class SentenceOptions:
 
     # CROWN, ...: one of lirpa_megatron.METHODS, or auto
     method: str = "CROWN"
-    # a key of verify.network.DTYPES; None: what the checkpoint stores, at least float32
+    # a key of networks.network.DTYPES; None: what the checkpoint stores, at least float32
     dtype: str | None = None
     # "classification", "label-tokens", "next-token"; None: what the model is made for
     task: str | None = None

@@ -23,9 +23,8 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.verify.files import find_file, read_file, stem
-from lirpa_megatron.verify.network import DTYPES, INPUT, LayerDescription, NetworkDescription
-from lirpa_megatron.verify.onnx_shapes import (
+from lirpa_megatron.networks.network import DTYPES, INPUT, LayerDescription, NetworkDescription
+from lirpa_megatron.networks.onnx_shapes import (
     broadcast,
     flattened,
     matmul_width,
@@ -33,6 +32,7 @@ from lirpa_megatron.verify.onnx_shapes import (
     sample_shape,
     scaled,
 )
+from lirpa_megatron.verify.files import find_file, read_file, stem
 
 # Widest activation for which arithmetic with constants that has no linear neighbour becomes a
 # (diagonal) linear layer of its own.

@@ -1,0 +1,1 @@
+"""Plain networks that are imported from files (ONNX): description, module, importer."""
