@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lirpa_megatron import host
+from lirpa_megatron.adapters import exported
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.cheaper_first import cheaper_first
 from lirpa_megatron.containment import check_contains, clean_is_inside
@@ -88,7 +89,8 @@ class BoundedModule(host.HostBoundedModule):
                 "layout": layout,
             }
             trainable = {p: p.requires_grad for p in model.parameters()}
-            with host.conversion(global_input), host.running(), widened(model):
+            tracing = host.conversion(global_input), exported.own_operators()
+            with tracing[0], tracing[1], host.running(), widened(model):
                 super().__init__(
                     traceable(model, layout.collectives), global_input, bound_opts=opts,
                     device=_device_of(model, global_input) if device == "auto" else device,

@@ -57,6 +57,16 @@ def _onnx_globals() -> Any:
     return GLOBALS
 
 
+def symbolic_registry() -> tuple[Any, int]:
+    """torch.onnx's registry of symbolic functions, and the opset that the host's export asks for.
+    """
+    try:
+        from torch.onnx._internal.torchscript_exporter import registration
+    except ImportError:  # torch < 2.9
+        from torch.onnx._internal import registration
+    return registration.registry, _onnx_globals().export_onnx_opset_version
+
+
 def _string_classes() -> types.ModuleType:
     module = types.ModuleType("torch._six")
     module.string_classes = (str,)
