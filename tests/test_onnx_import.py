@@ -12,7 +12,7 @@ from small_networks import MNIST_FC, model, needs_mnist_fc, save, stack
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.network import Network, NetworkDescription
-from lirpa_megatron.networks.onnx_import import MAX_DIAGONAL, read_onnx
+from lirpa_megatron.networks.onnx_import import read_onnx
 
 node = helper.make_node
 RNG = np.random.default_rng(1)
@@ -123,23 +123,23 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_network_computes_what_onnx_says(name, tmp_path):
     _, ours, reference = imported_and_reference(CASES[name], tmp_path / "net.onnx")
-    # Folding constants rounds once more; values are of order 1.
+    # Sums in another order; values are of order 1.
     tolerance = 1e-14 if reference.dtype == np.float64 else 3e-6
     np.testing.assert_allclose(ours, reference, rtol=tolerance, atol=tolerance)
 
 
-def test_constants_are_folded_into_linear_layers(tmp_path):
+def test_arithmetic_with_constants_stays_in_the_order_of_the_file(tmp_path):
     save(CASES["input normalisation of an image"], tmp_path / "net.onnx")
     description = read_onnx(tmp_path / "net.onnx").description
-    assert [layer.op for layer in description.layers] == ["linear"]
+    assert [layer.op for layer in description.layers] == ["shift", "divide", "linear"]
     assert description.input_shape == (2, 2, 2)
 
 
-def test_half_precision_weights_become_float32_exactly(tmp_path):
+def test_half_precision_weights_stay_as_they_are_stored(tmp_path):
     proto = stack([4, 8, 3], dtype="float16")
     result = read_onnx(save(proto, tmp_path / "net.onnx"))
     stored = numpy_helper.to_array(proto.graph.initializer[0])
-    assert result.description.dtype == "float32"
+    assert (result.description.dtype, result.description.bounds_dtype) == ("float16", "float32")
     np.testing.assert_array_equal(result.weights["layers.fc1.weight"].numpy(), stored)
 
 
@@ -170,24 +170,9 @@ def test_published_networks_compute_what_onnx_says(depth, tmp_path):
 
 
 REFUSED = {
-    "softmax": (
-        model([node("Softmax", ["x"], ["y"], name="last")], {}, 4, 4),
-        "operator Softmax of node 'last' is not supported .* Add, Constant",
-    ),
-    "weight on the left": (
-        model([node("MatMul", ["w", "x"], ["y"])], {"w": array(1, 1)}, 4, 4),
-        "operand 0 is a constant",
-    ),
-    "a batch of eight": (
-        helper.make_model(
-            helper.make_graph(
-                [node("Gemm", ["x", "w"], ["y"], transB=1)], "g",
-                [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [8, 4])],
-                [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [8, 6])],
-                [numpy_helper.from_array(W, "w")],
-            )
-        ),
-        r"input 'x' has shape \[8, 4\]",
+    "an unknown operator": (
+        model([node("LRN", ["x"], ["y"], name="last", size=3)], {}, 4, 4),
+        r"operator LRN of node 'last' \(LRN\) is not supported .* Abs, Add",
     ),
     "NaN in a weight": (
         model([node("Gemm", ["x", "w"], ["y"])], {"w": np.full((4, 6), np.nan, "f")}, 4, 6),
@@ -210,20 +195,6 @@ REFUSED = {
     "widths that do not fit": (
         model([node("Gemm", ["x", "w"], ["y"], transB=1)], {"w": array(6, 5)}, 4, 6),
         "4 features, the weight expects 5",
-    ),
-    "a reshape that loses the batch": (
-        model(
-            [node("Reshape", ["x", "s"], ["f"]), node("Gemm", ["f", "w"], ["y"], transB=1)],
-            {"w": W, "s": np.array([4, 1])}, 4, 6,
-        ),
-        "does not keep the batch",
-    ),
-    "wide arithmetic without a linear neighbour": (
-        model(
-            [node("Mul", ["x", "c"], ["m"]), node("Relu", ["m"], ["y"])],
-            {"c": array(MAX_DIAGONAL + 1)}, MAX_DIAGONAL + 1, MAX_DIAGONAL + 1,
-        ),
-        "can only be folded",
     ),
     "an old operator set": (
         model([node("Gemm", ["x", "w", "b"], ["y"], transB=1, broadcast=1)],

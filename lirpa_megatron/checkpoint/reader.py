@@ -79,7 +79,7 @@ def load_network(
     Args:
         checkpoint: the directory with the tracker file.
         group: the tensor-parallel group (None: one rank).
-        dtype: of the parameters; None: the stored one.
+        dtype: what all is computed in; None: the types of the file, layer by layer (`Network`).
         device: of the parameters.
 
     Returns:
@@ -99,6 +99,9 @@ def load_network(
         block = block_of(parameter, rank, size)
         value = tensors.read(name, block.offsets, block.sizes, parameter.dtype)
         _replace_parameter(model, name, value.to(device))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     return description, model
 
 

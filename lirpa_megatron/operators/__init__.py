@@ -11,6 +11,14 @@ from lirpa_megatron.operators.activations import (
 )
 from lirpa_megatron.operators.attend import BoundAttend
 from lirpa_megatron.operators.column import BoundColumnParallelLinear
+from lirpa_megatron.operators.columns import (
+    BoundDivideColumns,
+    BoundJoinColumns,
+    BoundScaleColumns,
+    BoundSelectColumns,
+    BoundShiftColumns,
+    BoundSumColumns,
+)
 from lirpa_megatron.operators.gather import (
     BoundGatherFromRegion,
     BoundScatterToRegion,
@@ -27,21 +35,27 @@ from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabula
 __all__ = [
     "BoundAttend",
     "BoundColumnParallelLinear",
+    "BoundDivideColumns",
     "BoundGatherFromRegion",
     "BoundGeluErf",
     "BoundGeluTanh",
+    "BoundJoinColumns",
     "BoundNorm",
     "BoundProduct",
     "BoundQuickGelu",
     "BoundReplicatedLinear",
     "BoundRotary",
     "BoundRowParallelLinear",
+    "BoundScaleColumns",
     "BoundScatterToRegion",
     "BoundScores",
+    "BoundSelectColumns",
     "BoundSelectFromRegion",
     "BoundSelectPosition",
+    "BoundShiftColumns",
     "BoundSilu",
     "BoundSquaredRelu",
+    "BoundSumColumns",
     "BoundTanh",
     "BoundTokenMargins",
     "BoundVocabularyMargins",
@@ -69,5 +83,11 @@ CUSTOM_OPS: dict[str, type[host.Bound]] = {
     "lirpa_megatron::Attend": BoundAttend,
     "lirpa_megatron::Rotary": BoundRotary,
     "lirpa_megatron::SelectPosition": BoundSelectPosition,
+    "lirpa_megatron::SelectColumns": BoundSelectColumns,
+    "lirpa_megatron::SumColumns": BoundSumColumns,
+    "lirpa_megatron::JoinColumns": BoundJoinColumns,
+    "lirpa_megatron::ShiftColumns": BoundShiftColumns,
+    "lirpa_megatron::ScaleColumns": BoundScaleColumns,
+    "lirpa_megatron::DivideColumns": BoundDivideColumns,
 }
 """Operators of the traced graph -> Bound classes; handed to each host module, not global."""

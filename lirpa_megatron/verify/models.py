@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from torch import nn
 from lirpa_megatron.adapters.parallelize import parallelize
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.bounded_module import BoundedModule
-from lirpa_megatron.checkpoint.reader import load_network
-from lirpa_megatron.networks.network import DTYPES, Network, NetworkDescription
+from lirpa_megatron.checkpoint.reader import load_network, read_description
+from lirpa_megatron.networks.network import (
+    DTYPES,
+    INPUT,
+    STORED_DTYPES,
+    Network,
+    NetworkDescription,
+)
+from lirpa_megatron.networks.normalisation import Normalisation, normalisation, outward, through
 from lirpa_megatron.networks.onnx_import import read_onnx
 from lirpa_megatron.verify.property import OutputRow, Region
-from lirpa_megatron.verify.specification import outward_box
+
+_HALF = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -27,17 +36,24 @@ class Loaded:
 
     # structure and name
     description: NetworkDescription
-    # differentiable forward pass of the sharded layers, x [R, n_in] -> y [R, n_out], replicated
+    # differentiable forward pass of the sharded layers, x [R, n_in] -> y [R, n_out], replicated:
+    # in the number types of the file; those of half precision in what bounds are computed in
     forward: nn.Module
-    # bounds of the same layers
+    # bounds of the same layers, from where `box` is to the outputs
     bounded: BoundedModule
     # an empty tensor with the dtype that bounds are computed in, and the device
     like: torch.Tensor
     # the network in the number types that it is stored in, for confirming a counterexample:
     # x [R, n_in] of any float type -> y [R, n_out]; `forward` itself where that is the same
     stored_forward: nn.Module
-    # torch's name without "torch.", for instance "float16"
+    # torch's name without "torch.", for instance "float16": the coarsest that the file computes in
     stored_dtype: str
+    # in the types of the file, for `box`
+    network: Network
+    # its arithmetic at the input, which bounds do not go through but the box does
+    normalisation: Normalisation | None
+    # makes the bounded module of a part of the network, from `box` to a layer
+    bounded_to: Callable[[str], BoundedModule]
 
     @property
     def dtype(self) -> str:
@@ -46,12 +62,30 @@ class Loaded:
 
     def box(self, region: Region) -> tuple[torch.Tensor, torch.Tensor]:
         """x_L and x_U [1, n] of the input of `bounded`, which contain what the region's box does
-        to it; for use with `bounded` alone."""
-        return outward_box(region, self.like.dtype, self.like.device)
+        to it; for use with `bounded` alone.
+
+        Raises:
+            UserError: it overflows.
+        """
+        ends = through(self.network, self.normalisation, region.lower, region.upper)
+        lower, upper = outward(*ends, self.like.dtype)
+        return lower[None].to(self.like.device), upper[None].to(self.like.device)
 
     def bounded_for(self, rows: Sequence[OutputRow]) -> BoundedModule:
-        """The bounded module whose outputs these rows are to be bounded on."""
-        return self.bounded
+        """The bounded module whose outputs these rows are to be bounded on.
+
+        Where the network ends in one softmax, a row that compares two outputs, Y_i - Y_j <= 0,
+        says the same of what enters the softmax, where bounds are tighter; of the outputs of a
+        LogSoftmax also Y_i - Y_j <= d does.
+        """
+        last = self.description.layers[-1]
+        compares = all(_compares(row, any_bound=last.op == "logsoftmax") for row in rows)
+        ends = last.op in ("softmax", "logsoftmax") and last.attributes["size"] == last.n_out
+        return self._scores if ends and compares else self.bounded
+
+    @functools.cached_property
+    def _scores(self) -> BoundedModule:
+        return self.bounded_to(self.description.layers[-1].inputs[0])
 
 
 def load(
@@ -66,29 +100,52 @@ def load(
     Args:
         path: NET.onnx[.gz], or a checkpoint's directory.
         is_checkpoint: which of the two.
-        dtype: a key of DTYPES; None: what is stored.
+        dtype: a key of DTYPES; None: the least that holds what is stored.
         bound_opts: options of `BoundedModule`.
         group: the tensor-parallel group.
 
     Raises:
         UserError: whatever is wrong with the file.
     """
-    torch_dtype = None if dtype is None else DTYPES[dtype]
     device = torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else "cpu"
     if is_checkpoint:
-        description, model = load_network(path, group, torch_dtype, device)
+        description = read_description(path)
+
+        def build(types: torch.dtype | None) -> Network:
+            return load_network(path, group, types, device)[1]
     else:
         imported = read_onnx(path)
         description = imported.description
-        network = Network.from_weights(description, imported.weights)
-        model = parallelize(network.to(dtype=torch_dtype), tp_group=group).to(device)
-    model.requires_grad_(False).eval()
-    parameter = next(model.parameters())
-    like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-    example = like.new_zeros(1, description.n_in)
-    bounded = BoundedModule(model, example, bound_opts=bound_opts, device=str(like.device))
-    forward = traceable(model)
-    return Loaded(description, forward, bounded, like, forward, description.dtype)
+
+        def build(types: torch.dtype | None) -> Network:
+            network = Network.from_weights(description, imported.weights, types)
+            return parallelize(network, tp_group=group).to(device)
+
+    computed = DTYPES[dtype or description.bounds_dtype]
+    stored = build(None).requires_grad_(False).eval()
+    same = description.computes_in_one_type and STORED_DTYPES[description.dtype] == computed
+    network = stored if same else build(computed).requires_grad_(False).eval()
+    like = torch.empty(0, dtype=computed, device=device)
+    part = normalisation(description)
+    reads = (INPUT,) if part is None else part.border
+
+    def bounded_to(layer: str) -> BoundedModule:
+        model = network.part(reads, layer)
+        example = like.new_zeros(1, model.n_in)
+        return BoundedModule(model, example, bound_opts=bound_opts, device=str(like.device))
+
+    stored_forward = traceable(stored)
+    forward = traceable(network) if description.dtype in _HALF else stored_forward
+    return Loaded(
+        description, forward, bounded_to(description.layers[-1].name), like, stored_forward,
+        description.dtype, stored, part, bounded_to,
+    )
+
+
+def _compares(row: OutputRow, any_bound: bool) -> bool:
+    """Whether a row is a (Y_i - Y_j) <= 0, or any number."""
+    values = list(row.coefficients.values())
+    return len(values) == 2 and sum(values) == 0 and (any_bound or row.bound == 0)
 
 
 def _has_cuda() -> bool:

@@ -1,0 +1,136 @@
+"""What moves, joins, sums and scales the columns of flat activations, as functions.
+
+Plain torch when run; one node of the graph each when the host traces a network, which
+`operators.columns` bounds. x is [B, n] everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lirpa_megatron.adapters import symbols
+from lirpa_megatron.adapters.symbols import _op
+
+
+def select(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x[:, index], index [m] int64 -> [B, m]."""
+    return _Select.apply(x, index) if torch.jit.is_tracing() else x.index_select(-1, index)
+
+
+def join(*x: torch.Tensor) -> torch.Tensor:
+    """Side by side: [B, n_1], [B, n_2] ... -> [B, n_1 + n_2 ...]."""
+    return _Join.apply(*x) if torch.jit.is_tracing() else torch.cat(x, dim=-1)
+
+
+def sum_groups(x: torch.Tensor, group: torch.Tensor, width: int) -> torch.Tensor:
+    """y[:, j] = the sum of the x[:, i] with group[i] == j: group [n] int64 -> [B, width]."""
+    if torch.jit.is_tracing():
+        return _Sum.apply(width, x, group)
+    return x.new_zeros(x.shape[0], width).index_add(-1, group, x)
+
+
+def shift(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """x + c, c [n]."""
+    return _Shift.apply(x, c) if torch.jit.is_tracing() else x + c
+
+
+def scale(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """x c, c [n]."""
+    return _Scale.apply(x, c) if torch.jit.is_tracing() else x * c
+
+
+def divide(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """x / c, c [n] without zeros."""
+    return _Divide.apply(x, c) if torch.jit.is_tracing() else x / c
+
+
+class _Select(torch.autograd.Function):
+    @staticmethod
+    def symbolic(g: Any, x: Any, index: Any) -> Any:
+        m = index.type().sizes()[0]
+        return _op(g, "SelectColumns", x, index, sizes=lambda s: [s[0], m])
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return x.index_select(-1, index)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def symbolic(g: Any, *x: Any) -> Any:
+        n = sum(part.type().sizes()[-1] for part in x)
+        return _op(g, "JoinColumns", *x, sizes=lambda s: [s[0], n])
+
+    @staticmethod
+    def forward(ctx: Any, *x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(x, dim=-1)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def symbolic(g: Any, width: int, x: Any, group: Any) -> Any:
+        return _op(g, "SumColumns", x, group, sizes=lambda s: [s[0], width], width_i=width)
+
+    @staticmethod
+    def forward(ctx: Any, width: int, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(x.shape[0], width).index_add(-1, group, x)
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def symbolic(g: Any, x: Any, c: Any) -> Any:
+        return _op(g, "ShiftColumns", x, c)
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x + c
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def symbolic(g: Any, x: Any, c: Any) -> Any:
+        return _op(g, "ScaleColumns", x, c)
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x * c
+
+
+class _Divide(torch.autograd.Function):
+    @staticmethod
+    def symbolic(g: Any, x: Any, c: Any) -> Any:
+        return _op(g, "DivideColumns", x, c)
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x / c
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, elementwise."""
+    return symbols.product(a, b)
+
+
+def on_tokens(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int
+) -> torch.Tensor:
+    """x [B, T n] as T vectors, each times weight [m, n], plus bias [m] or None -> [B, T m]."""
+    return F.linear(x.unflatten(1, (tokens, -1)), weight, bias).flatten(1)
+
+
+def softmax(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Softmax of each part of `size` columns."""
+    return torch.softmax(x.unflatten(1, (-1, size)), dim=-1).flatten(1)
+
+
+def log_softmax(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Logarithm of the softmax of each part of `size` columns."""
+    return torch.log_softmax(x.unflatten(1, (-1, size)), dim=-1).flatten(1)
+
+
+def layer_norm(x: torch.Tensor, size: int, eps: float) -> torch.Tensor:
+    """Each part of `size` columns minus its mean, over its standard deviation."""
+    return F.layer_norm(x.unflatten(1, (-1, size)), (size,), eps=eps).flatten(1)

@@ -1,0 +1,159 @@
+"""Nodes of constants alone, evaluated; and nodes that move elements, evaluated on positions.
+
+onnx's own reference evaluator computes them, one node at a time, in the types of the file. Files
+come from strangers: only operators whose result's size is known beforehand are evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from lirpa_megatron.errors import UserError
+
+# Largest constant that a node may make.
+MAX_CONSTANT = 2**25
+# Multiplications of a product of constants.
+_MAX_PRODUCTS = 2**32
+
+_ELEMENTWISE = (
+    "Abs Add And Cast CastLike Ceil Clip Cos DequantizeLinear Div Dropout Equal Erf Exp Floor "
+    "Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg Not Or Pow "
+    "Reciprocal Relu Round Sigmoid Sign Sin Sqrt Sub Sum Tanh Where Xor"
+).split()
+_OF_FIRST = (
+    "ArgMax ArgMin CumSum DepthToSpace Flatten ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd "
+    "ReduceSum ReduceSumSquare Reshape Shape Size Slice Softmax SpaceToDepth Split Squeeze "
+    "Transpose Trilu Unsqueeze"
+).split()
+MOVES = (
+    "DepthToSpace Expand Flatten Gather GatherElements Reshape Slice SpaceToDepth Split Squeeze "
+    "Tile Transpose Unsqueeze"
+).split()
+"""Operators whose first input's elements are moved, whatever they are."""
+
+
+def array_of(tensor: onnx.TensorProto, where: str = "") -> np.ndarray:
+    """An initializer or constant as numpy, in its own type.
+
+    Raises:
+        UserError: its data do not fit its shape, or are in another file.
+    """
+    name = tensor.name or where
+    try:
+        return numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        reason = (str(error).splitlines() or ["unknown reason"])[0]
+        raise UserError(f"tensor {name!r} is damaged: {reason}") from None
+
+
+def constant_of(node: onnx.NodeProto, where: str) -> np.ndarray:
+    """What a Constant node holds."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if "value" in attributes:
+        return array_of(attributes["value"], where)
+    for name, dtype in (("value_float", np.float32), ("value_int", np.int64)):
+        for value in (attributes.get(name), attributes.get(name + "s")):
+            if value is not None:
+                return np.asarray(value, dtype)
+    raise UserError(f"{where} has no numeric value")
+
+
+def evaluate(
+    node: onnx.NodeProto, inputs: Sequence[np.ndarray | None], opset: int, where: str,
+    spend: Callable[[int, str], None],
+) -> list[np.ndarray]:
+    """The outputs of a node on these inputs.
+
+    Args:
+        node: of the standard domain.
+        inputs: one for each input of the node; None where it leaves one out.
+        opset: of the file.
+        where: the node, for errors.
+        spend: called with the elements that will be made.
+
+    Raises:
+        UserError: an operator that is not evaluated; a result that is too large or impossible.
+    """
+    try:
+        size = _size(node, inputs)
+    except (ArithmeticError, ValueError, IndexError, TypeError, AttributeError):
+        raise UserError(f"{where} has operands that do not fit each other") from None
+    if size is None:
+        raise UserError(f"{where} of constants is not supported")
+    if size > MAX_CONSTANT:
+        raise UserError(f"{where} makes a constant of {size:,} elements, which is too large")
+    spend(size, where)
+    named = {
+        name: array for name, array in zip(node.input, inputs, strict=True) if array is not None
+    }
+    try:
+        graph = helper.make_graph(
+            [node], "node",
+            [_declared(name, array) for name, array in named.items()],
+            [helper.make_tensor_value_info(name, 0, None) for name in node.output if name],
+        )
+        proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+        with np.errstate(all="ignore"):
+            results = ReferenceEvaluator(proto).run(None, named)
+    except Exception as error:  # whatever the evaluator says of a file from a stranger
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where} cannot be evaluated: {reason[:200]}") from None
+    by_name = dict(zip([name for name in node.output if name], results, strict=True))
+    return [np.asarray(by_name[name]) if name else None for name in node.output]
+
+
+def _declared(name: str, array: np.ndarray) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(
+        name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+    )
+
+
+def _size(node: onnx.NodeProto, inputs: Sequence[np.ndarray | None]) -> int | None:
+    """Elements of the result, or more; None for operators that are not evaluated."""
+    op = node.op_type
+    attributes = {a.name: a for a in node.attribute}
+    shapes = [array.shape for array in inputs if array is not None]
+
+    def integers(index: int, attribute: str) -> list[int]:
+        if attribute in attributes:
+            return list(attributes[attribute].ints)
+        return [int(n) for n in inputs[index].reshape(-1)]
+
+    if op in _ELEMENTWISE:
+        return math.prod(np.broadcast_shapes(*shapes))
+    if op in _OF_FIRST:
+        return max(1, math.prod(shapes[0]))
+    if op == "Concat":
+        return sum(math.prod(shape) for shape in shapes)
+    if op == "Gather":
+        axis = attributes["axis"].i if "axis" in attributes else 0
+        return math.prod(shapes[1]) * math.prod(shapes[0]) // max(1, shapes[0][axis])
+    if op == "GatherElements":
+        return math.prod(shapes[1])
+    if op == "Expand":
+        return math.prod(np.broadcast_shapes(shapes[0], tuple(integers(1, "shape"))))
+    if op == "Tile":
+        return math.prod(shapes[0]) * math.prod(max(n, 0) for n in integers(1, "repeats"))
+    if op == "ConstantOfShape":
+        return math.prod(max(n, 0) for n in integers(0, ""))
+    if op == "Range":
+        start, limit, delta = (float(x.reshape(-1)[0]) for x in inputs)
+        return max(0, math.ceil((limit - start) / delta)) if delta else None
+    if op in ("MatMul", "Gemm"):
+        transposed = "transA" in attributes and attributes["transA"].i
+        deep = shapes[0][0] if transposed else shapes[0][-1]
+        products = math.prod(shapes[0]) * math.prod(shapes[1]) // deep
+        return products // deep if products <= _MAX_PRODUCTS else MAX_CONSTANT + 1
+    return None
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """Name -> value."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}

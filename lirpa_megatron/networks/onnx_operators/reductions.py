@@ -1,0 +1,106 @@
+"""Operators along axes: sums, means, extremes, softmax, layer normalisation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lirpa_megatron.networks.onnx_builder import Activation
+from lirpa_megatron.networks.onnx_operators.node import Node, operator
+
+# Elements of which the largest or least is taken.
+_MAX_COMPARED = 256
+
+
+@operator("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "GlobalAveragePool")
+def reduce(node: Node) -> Activation:
+    x = node.activation(0)
+    if node.op == "GlobalAveragePool":
+        axes, keep = list(range(2, len(x.shape))), True
+    else:
+        axes, keep = node.integers("axes", 1), bool(node.attributes.get("keepdims", 1))
+        if not axes:
+            if axes is not None or node.attributes.get("noop_with_empty_axes", 0):
+                return x
+            axes = list(range(len(x.shape)))
+    axes = sorted({node.axis(x, axis) for axis in axes})
+    kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
+    shape = kept if keep else tuple(n for i, n in enumerate(x.shape) if i not in axes)
+    count = math.prod(x.shape[i] for i in axes)
+    if count == 1:
+        return _reshaped(node, x, shape)
+    if node.op in ("ReduceMax", "ReduceMin"):
+        return _reshaped(node, _extremum(node, x, axes, count, node.op[6:].lower()), shape)
+    groups = np.arange(math.prod(kept)).reshape(kept)
+    index = node.builder.of_sample(np.broadcast_to(groups, x.shape), node.where)[0]
+    y = node.builder.layer("sum", [x], shape, node.where, index=index.tolist())
+    if node.op == "ReduceSum":
+        return y
+    vector = np.full(node.builder.width(y), count)
+    return node.builder.with_vector("divide", y, vector.astype(y.dtype), node.where)
+
+
+@operator("Softmax", "LogSoftmax")
+def softmax(node: Node) -> Activation:
+    x = node.activation(0)
+    axis = node.axis(x, node.attributes.get("axis", -1 if node.opset >= 13 else 1))
+    # Before operator set 13 all dimensions from the axis on are one.
+    axes = [axis] if node.opset >= 13 else list(range(axis, len(x.shape)))
+    return _on_last(node, x, axes, node.op.lower())
+
+
+@operator("LayerNormalization")
+def layer_normalization(node: Node) -> Activation:
+    x = node.activation(0)
+    if len([n for n in node.proto.output if n]) > 1:
+        raise node.refuse("with more than one output is not supported")
+    axis = node.axis(x, node.attributes.get("axis", -1))
+    y = _on_last(node, x, list(range(axis, len(x.shape))), "layernorm",
+                 eps=node.number("epsilon", 1e-5))
+    y = node.with_constant("scale", y, node.like(x, node.constant(1), 1))
+    return y if node.value(2) is None else node.with_constant(
+        "shift", y, node.like(x, node.constant(2), 2)
+    )
+
+
+@operator("ArgMax", "ArgMin")
+def argmax(node: Node) -> Activation:
+    raise node.refuse(
+        "is not supported: export the network without it, and compare the scores in the property"
+    )
+
+
+def _on_last(node: Node, x: Activation, axes: list[int], op: str, **attributes) -> Activation:
+    """A function of all elements along some axes, which are moved to the end and back."""
+    order = [i for i in range(len(x.shape)) if i not in axes] + axes
+    positions = node.builder.positions(x, node.where)
+    size = math.prod(x.shape[i] for i in axes)
+    turned = node.builder.moved(x, positions.transpose(order), node.where)
+    y = node.builder.layer(op, [turned], turned.shape, node.where, size=size, **attributes)
+    back = np.argsort(order)
+    return node.builder.moved(y, node.builder.positions(y, node.where).transpose(back), node.where)
+
+
+def _extremum(node: Node, x: Activation, axes: list[int], count: int, op: str) -> Activation:
+    """The largest (least) of the elements along some axes: halves against halves."""
+    if count > _MAX_COMPARED:
+        raise node.refuse(f"of {count} elements is not supported, only up to {_MAX_COMPARED}")
+    order = [i for i in range(len(x.shape)) if i not in axes] + axes
+    positions = node.builder.positions(x, node.where).transpose(order)
+    lead = positions.shape[: len(positions.shape) - len(axes)]
+    y = node.builder.moved(x, positions.reshape(*lead, count), node.where)
+    while count > 1:
+        here = node.builder.positions(y, node.where)
+        half = (count + 1) // 2  # of an odd number the middle one is in both halves
+        parts = [
+            node.builder.moved(y, p, node.where)
+            for p in (here[..., :half], here[..., count - half :])
+        ]
+        y = node.builder.layer(op, parts, parts[0].shape, node.where)
+        count = half
+    return y
+
+
+def _reshaped(node: Node, x: Activation, shape: tuple[int, ...]) -> Activation:
+    return node.builder.moved(x, node.builder.positions(x, node.where).reshape(shape), node.where)
