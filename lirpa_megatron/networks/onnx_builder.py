@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import TensorProto, helper
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.description import (
@@ -26,6 +27,8 @@ from lirpa_megatron.networks.description import (
 MAX_ELEMENTS = 2**28
 # Layers of a network.
 MAX_LAYERS = 20_000
+
+_ONNX_NAMES = {"float32": "FLOAT", "float64": "DOUBLE"}
 
 Shape = tuple[int, ...]
 
@@ -215,6 +218,12 @@ def type_name(array: np.ndarray) -> str:
     """A float array's type as a key of STORED_DTYPES; "" of another one's."""
     name = array.dtype.name
     return name if name in STORED_DTYPES else ""
+
+
+def number_like(x: Activation, value: float) -> np.ndarray:
+    """A number in an activation's type."""
+    number = TensorProto.DataType.Value(_ONNX_NAMES.get(x.dtype, x.dtype.upper()))
+    return np.asarray(value).astype(helper.tensor_dtype_to_np_dtype(number))
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:

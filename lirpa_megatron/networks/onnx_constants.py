@@ -29,7 +29,7 @@ _ELEMENTWISE = (
 ).split()
 _OF_FIRST = (
     "ArgMax ArgMin CumSum DepthToSpace Flatten ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd "
-    "ReduceSum ReduceSumSquare Reshape Shape Size Slice Softmax SpaceToDepth Split Squeeze "
+    "ReduceSum ReduceSumSquare Reshape Shape Size Slice SpaceToDepth Split Squeeze "
     "Transpose Trilu Unsqueeze"
 ).split()
 MOVES = (

@@ -82,6 +82,8 @@ def _load(path: str | Path) -> onnx.ModelProto:
                 f"network {path} has {len(model.graph.node):,} nodes; "
                 f"at most {MAX_NODES:,} are supported"
             )
+        for value in model.graph.output:  # not read here, and often left out
+            value.type.tensor_type.shape.SetInParent()
         onnx.load_external_data_for_model(model, str(find_file(path, "network").parent))
         onnx.checker.check_model(model)
     except DecodeError:

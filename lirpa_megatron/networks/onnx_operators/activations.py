@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lirpa_megatron.networks.onnx_builder import Activation
+from lirpa_megatron.networks.onnx_builder import Activation, number_like
 from lirpa_megatron.networks.onnx_operators.node import Node, operator, uniform
 
 
@@ -89,8 +89,7 @@ def hard_sigmoid(node: Node) -> Activation:
     """max(0, min(1, alpha x + beta))."""
     x = node.activation(0)
     y = _times(node, x, node.number("alpha", 0.2))
-    beta = np.asarray(node.number("beta", 0.5))
-    y = node.with_constant("shift", y, _typed(y, beta))
+    y = node.with_constant("shift", y, number_like(y, node.number("beta", 0.5)))
     return node.function("clip", y, min=0.0, max=1.0)
 
 
@@ -103,12 +102,4 @@ def thresholded_relu(node: Node) -> Activation:
 
 
 def _times(node: Node, x: Activation, factor: float) -> Activation:
-    return node.with_constant("scale", x, _typed(x, np.asarray(factor)))
-
-
-def _typed(x: Activation, value: np.ndarray) -> np.ndarray:
-    if x.dtype == "bfloat16":
-        import ml_dtypes  # onnx brings it
-
-        return value.astype(ml_dtypes.bfloat16)
-    return value.astype(x.dtype)
+    return node.with_constant("scale", x, number_like(x, factor))

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lirpa_megatron.networks.onnx_builder import Activation
+from lirpa_megatron.networks.onnx_builder import Activation, number_like
 from lirpa_megatron.networks.onnx_operators.node import Node, operator, uniform
 
 
@@ -131,8 +131,7 @@ def batch_normalization(node: Node) -> Activation:
 
 def negated(node: Node, x: Activation) -> Activation:
     """-x, exactly."""
-    minus = np.asarray(-1.0).astype(_numpy_type(x))
-    return node.with_constant("scale", x, minus)
+    return node.with_constant("scale", x, number_like(x, -1.0))
 
 
 def clipped(node: Node, x: Activation, constant: np.ndarray, op: str) -> Activation:
@@ -144,14 +143,6 @@ def clipped(node: Node, x: Activation, constant: np.ndarray, op: str) -> Activat
     if op == "max":
         return node.function("relu", x) if c == 0 else node.function("clipmin", x, min=c)
     return node.function("clipmax", x, max=c)
-
-
-def _numpy_type(x: Activation) -> np.dtype:
-    if x.dtype == "bfloat16":
-        import ml_dtypes  # onnx brings it
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(x.dtype)
 
 
 def _folded(node: Node, join) -> Activation:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lirpa_megatron.networks.onnx_builder import Activation
+from lirpa_megatron.networks.onnx_builder import Activation, number_like
 from lirpa_megatron.networks.onnx_operators.node import Node, operator
 
 # Elements of which the largest or least is taken.
@@ -37,8 +37,7 @@ def reduce(node: Node) -> Activation:
     y = node.builder.layer("sum", [x], shape, node.where, index=index.tolist())
     if node.op == "ReduceSum":
         return y
-    vector = np.full(node.builder.width(y), count)
-    return node.builder.with_vector("divide", y, vector.astype(y.dtype), node.where)
+    return node.with_constant("divide", y, number_like(y, count))
 
 
 @operator("Softmax", "LogSoftmax")
