@@ -32,6 +32,7 @@ from lirpa_megatron.operators.scores import BoundScores
 from lirpa_megatron.operators.vocabulary import Margins
 from lirpa_megatron.parallel.layouts import Layout, Plan, Rows
 from lirpa_megatron.parallel.packs import begin_gather_whole
+from lirpa_megatron.rounding.charges import charges_of
 from lirpa_megatron.sides import RowBounds, Sides
 from lirpa_megatron.unstable import live_columns
 
@@ -71,6 +72,7 @@ class BackwardPass:
         self._moved = {node.name for nodes in plan.moved for node in nodes}
         self._regions = iter(plan.moved)
         self._brought: Callable[[], dict[str, Any]] = dict
+        self._charges = charges_of(self)
 
     def steps(
         self, C: Any, lower: bool, upper: bool, keep_A: bool
@@ -99,6 +101,7 @@ class BackwardPass:
             self._concretize(leaf, lA, uA, result)
             if keep_A:
                 result.lA[leaf.name], result.uA[leaf.name] = lA, uA
+        yield from self._charges.widen(result)
         return result
 
     # ---------------------------------------------------------------- one node
@@ -117,6 +120,7 @@ class BackwardPass:
         self.layout.know = self.know
         with self._conjugates(node), self._alpha_of(node), self._shown_intervals(node):
             As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
+        self._charges.visited(node, (lA, uA), As, (lbias, ubias))
         self._add_bias(node, lbias, ubias)
         del lA, uA, entered
         self.layout.entered, self.layout.columns, self.layout.know = None, {}, None
@@ -203,7 +207,8 @@ class BackwardPass:
         total = self._A.pop(node.name, None) or Sides()
         partial = self._partial_A.pop(node.name, None)
         if partial is not None:
-            total.add(*(yield from self._reduce(partial.lower, partial.upper)))
+            self._charges.reducing(node, partial)
+            self._add(node, total, *(yield from self.reduce(partial.lower, partial.upper)))
         lower = self._for_operator(node, total.lower)
         upper = lower if total.upper is total.lower else self._for_operator(node, total.upper)
         return lower, upper
@@ -220,7 +225,7 @@ class BackwardPass:
         gathered = self.plan.rows[node.name] is Rows.ALL
         return self.rows * self.tp.size if gathered else self.rows
 
-    def _is_partial(self, node: host.Bound) -> bool:
+    def is_partial(self, node: host.Bound) -> bool:
         """Whether what arises at the node is one rank's term of a sum over features."""
         sums = self.plan.rows[node.name] in (Rows.WHOLE, Rows.ALL)
         return self.tp.size > 1 and sums and self.sharded[node.name]
@@ -228,13 +233,19 @@ class BackwardPass:
     def _send(self, node: host.Bound, x: host.Bound, lA: Any, uA: Any) -> None:
         """Adds the node's A to that of its input, in the input's layout."""
         lA, uA = self._zeros_for_none(node, x, lA, uA)
-        if self._is_partial(node) and not self.sharded[x.name]:
-            self._partial_A.setdefault(x.name, Sides()).add(lA, uA)
+        if self.is_partial(node) and not self.sharded[x.name]:
+            self._add(x, self._partial_A.setdefault(x.name, Sides()), lA, uA, partial=True)
             return
         block_to_all = (Rows.BLOCK, Rows.ALL)
         if (self.plan.rows[node.name], self.plan.rows[x.name]) == block_to_all:
             lA, uA = (None if A is None else self._among_all_rows(A) for A in (lA, uA))
-        self._A.setdefault(x.name, Sides()).add(lA, uA)
+        self._add(x, self._A.setdefault(x.name, Sides()), lA, uA)
+
+    def _add(self, x: host.Bound, total: Sides, lA: Any, uA: Any, partial: bool = False) -> None:
+        known = total.lower is not None or total.upper is not None
+        total.add(lA, uA)
+        if known:
+            self._charges.added(x, total, partial)
 
     def _zeros_for_none(self, node: host.Bound, x: host.Bound, lA: Any, uA: Any) -> tuple:
         """Some operators drop an A that is all zero, which other ranks may not find to be so."""
@@ -255,6 +266,10 @@ class BackwardPass:
             shape[-1] = len(self._columns[x.name])
         return tuple(shape[1:])
 
+    def columns_at(self, node: host.Bound) -> torch.Tensor | None:
+        """The features that A has at a node; None: all."""
+        return self._columns.get(node.name)
+
     def _among_all_rows(self, A: torch.Tensor) -> torch.Tensor:
         """The rank's rows at their place among all rows, zero elsewhere."""
         before = self.tp.rank * self.rows
@@ -262,10 +277,12 @@ class BackwardPass:
         return F.pad(A, (0, 0) * (A.ndim - 1) + (before, after))
 
     def _add_bias(self, node: host.Bound, lower: Any, upper: Any) -> None:
-        bias = self._partial_bias if self._is_partial(node) else self._bias
+        partial = self.is_partial(node)
+        bias = self._partial_bias if partial else self._bias
         bias.add(*(b if isinstance(b, torch.Tensor) else None for b in (lower, upper)))
+        self._charges.grew(bias, partial)
 
-    def _reduce(self, lower: Any, upper: Any) -> Generator[None, None, tuple[Any, Any]]:
+    def reduce(self, lower: Any, upper: Any) -> Generator[None, None, tuple[Any, Any]]:
         """Sums over ranks, both sides in one collective."""
         stacked, unstack = stack_sides(lower, upper)
         if not self.plan.spec_sharded:
@@ -356,22 +373,29 @@ class BackwardPass:
 
     def _concretize(self, leaf: host.Bound, lA: Any, uA: Any, result: RowBounds) -> None:
         with self._conjugate_box(leaf):
+            self._charges.concretized(leaf, (lA, uA), result)
             if lA is not None:
                 result.lower = result.lower + self._extreme(leaf, lA, -1)
             if uA is not None:
                 result.upper = result.upper + self._extreme(leaf, uA, +1)
 
     def _total_bias(self) -> Generator[None, None, tuple[Any, Any]]:
-        zeros = torch.zeros(self.rows, self.batch, dtype=self.like.dtype, device=self.like.device)
-        zeros = (zeros if self.sides[0] else None, zeros if self.sides[1] else None)
-        total = Sides(*zeros)
+        total = self._zeros(self.rows)
         total.add(self._bias.lower, self._bias.upper)
         if self.plan.has_partial_bias:  # decided by the plan, so that every rank takes part
-            parts = self.tp.size if self.plan.spec_sharded else 1
-            partial = Sides(*(None if z is None else z.repeat(parts, 1) for z in zeros))
+            partial = self.zeros_of_partial()
             partial.add(self._partial_bias.lower, self._partial_bias.upper)
-            total.add(*(yield from self._reduce(partial.lower, partial.upper)))
+            self._charges.summed(partial)
+            total.add(*(yield from self.reduce(partial.lower, partial.upper)))
         return total.lower, total.upper
+
+    def zeros_of_partial(self) -> Sides:
+        """A sum of the ranks' parts of biases (or of their errors) to begin with."""
+        return self._zeros(self.rows * (self.tp.size if self.plan.spec_sharded else 1))
+
+    def _zeros(self, rows: int) -> Sides:
+        zeros = torch.zeros(rows, self.batch, dtype=self.like.dtype, device=self.like.device)
+        return Sides(*(zeros if wanted else None for wanted in self.sides))
 
     def _extreme(self, leaf: host.Bound, A: torch.Tensor, sign: int) -> torch.Tensor:
         """min (sign -1) or max (+1) of <A, x> over the perturbation set: [rows, B]."""

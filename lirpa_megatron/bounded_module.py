@@ -28,6 +28,7 @@ from lirpa_megatron.options import (
     check_compute_bounds,
     check_method,
     check_options,
+    check_set_later,
     text_of,
 )
 from lirpa_megatron.parallel import spmd
@@ -36,6 +37,7 @@ from lirpa_megatron.parameters import own_value, widened
 from lirpa_megatron.passes import Passes
 from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls
 from lirpa_megatron.precision import full_precision
+from lirpa_megatron.rounding.outward import Outward
 from lirpa_megatron.sharded_nodes import mark_sharded
 
 
@@ -103,6 +105,8 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "passes", Passes(self))
             object.__setattr__(self, "intermediate", Intermediate(self))
             layout.sharded, layout.value_of = self.sharded, self.get_forward_value
+            outward = own.rounding == "outward"
+            object.__setattr__(self, "rounding", Outward(self) if outward else None)
             self.train(model.training)
             self._check_parameters_agree()
 
@@ -146,6 +150,7 @@ class BoundedModule(host.HostBoundedModule):
     def set_bound_opts(self, new_opts: Mapping[str, Any]) -> None:
         """auto_LiRPA's `set_bound_opts`, with the options checked."""
         own, host_opts = OwnOptions.split(new_opts, self.own_options)
+        check_set_later(self.own_options, own)
         check_options(host_opts)
         object.__setattr__(self, "own_options", own)
         if "optimize_bound_args" in host_opts:
@@ -211,6 +216,8 @@ class BoundedModule(host.HostBoundedModule):
             self.check_output(C, kwargs)
             object.__setattr__(self, "_depth", 1)
             object.__setattr__(self, "_method", kwargs["method"])
+            if self.rounding is not None:
+                x = self.rounding.begin(x, kwargs)
             # What an earlier call found may not hold for these inputs.
             keeps = kwargs["method"] == "CROWN-Optimized" and not self.intermediate.has_alpha
             self.layout.form_limit = self.own_options.form_limit
@@ -295,7 +302,7 @@ class BoundedModule(host.HostBoundedModule):
 
     def check_prior_bounds(self, node: host.Bound, **kwargs: Any) -> None:
         """The host's recursion over nodes that need bounds; see `enclose_balls`."""
-        enclose_balls(host.roots(self))
+        enclose_balls(host.roots(self), outward=self.rounding is not None)
         super().check_prior_bounds(node, **kwargs)
 
     def compute_intermediate_bounds(self, node: host.Bound, prior_checked: bool = False) -> None:
@@ -333,6 +340,8 @@ class BoundedModule(host.HostBoundedModule):
         x = node.inputs[0] if isinstance(node, BoundGatherFromRegion) else None
         if C is not None and isinstance(x, BoundColumnParallelLinear):
             return super().IBP_general(x, self.layout.collectives.split_features(C), **kwargs)
+        if C is not None and self.rounding is not None and not isinstance(node, host.BoundLinear):
+            return self.rounding.merged(super().IBP_general(node, **kwargs), C)
         return super().IBP_general(node, C, **kwargs)
 
     def backward_general(self, *args: Any, **kwargs: Any) -> Any:

@@ -61,6 +61,11 @@ class OwnOptions:
     auto_LiRPA), and so are computed again in every iteration. False: they are CROWN's, computed
     once, and alpha serves the final pass alone. 'auto': False for models with attention, where
     alpha for all rows of all nodes fills the memory, True for others."""
+    rounding: str = "nearest"
+    """'nearest': bounds as floating-point arithmetic rounds them. 'outward': every bound is widened
+    by a proven limit on its rounding error, so that it holds for the network in real arithmetic
+    (`lirpa_megatron.rounding`): float64, operators of which such a limit is known. Fixed when the
+    module is built."""
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
     sparse_intermediate_bounds: bool = True
@@ -83,6 +88,10 @@ class OwnOptions:
         memory = self.form_memory
         if memory is not None and not (isinstance(memory, (int, float)) and memory >= 0):
             raise ValueError(f"form_memory is {memory!r}: give a number of MiB, or 0")
+        if self.rounding not in ("nearest", "outward"):
+            raise ValueError(f"rounding is {self.rounding!r}: choose nearest or outward")
+        if self.rounding == "outward" and self.moves == "weights":
+            raise ValueError("moves='weights' does not go with rounding='outward': choose 'A'")
         if self.moves not in ("auto", "A", "weights"):
             raise ValueError(f"moves is {self.moves!r}: choose auto, A or weights")
         if self.final_rows not in ("auto", "whole", "own"):
@@ -134,6 +143,18 @@ def check_options(bound_opts: Mapping[str, Any]) -> None:
         raise NotImplementedError(
             "option crown_batch_size is not available on a sharded model (its chunks follow each "
             "rank's free memory): use max_spec_rows"
+        )
+
+
+def check_set_later(old: OwnOptions, new: OwnOptions) -> None:
+    """Refuses options that a BoundedModule is built with.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if new.rounding != old.rounding:
+        raise ValueError(
+            f"rounding is {old.rounding!r} in this BoundedModule: build another one to change it"
         )
 
 

@@ -216,7 +216,8 @@ class Passes:
         n = -(-S // self.tp.size) if split else S
         limit = min(n, self._rows_at_once(plan))
         in_use = any(host.is_optimized(node, start) for node in plan.order)
-        if spec_sharded and not in_use and not module.has_alpha(start):
+        moves = not in_use and not module.has_alpha(start) and module.rounding is None
+        if spec_sharded and moves:
             regions = self.movement.choose(
                 plan, n, -(-n // limit), lower + upper, self.dtype, C is None
             )

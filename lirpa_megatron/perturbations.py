@@ -9,6 +9,7 @@ import torch
 
 from lirpa_megatron import host
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.rounding.arithmetic import box_around
 
 
 class PerturbationInBox(host.PerturbationLpNorm):
@@ -190,15 +191,19 @@ def _check_ball_for_ibp(module: Any, index: int, ptb: Any) -> None:
             )
 
 
-def enclose_balls(roots: Sequence[host.Bound]) -> None:
+def enclose_balls(roots: Sequence[host.Bound], outward: bool = False) -> None:
     """Gives an L1 or L2 ball the box around it as bounds of the input node.
 
     The host sets lower = upper = center there, and an activation or product that reads the input
     directly would be relaxed at that one point, which is unsound. |x_i - c_i| <= eps holds for
-    every Lp ball. The ball itself is used where A is concretized.
+    every Lp ball. The ball itself is used where A is concretized. With `outward` the box's ends are
+    rounded outwards.
     """
     for node in roots:
         ptb = getattr(node, "perturbation", None)
         if is_ball(ptb) and node.lower is node.upper:
-            node.lower, node.upper = node.center - ptb.eps, node.center + ptb.eps
+            if outward:
+                node.lower, node.upper = box_around(node.center, ptb.eps)
+            else:
+                node.lower, node.upper = node.center - ptb.eps, node.center + ptb.eps
             node.interval = (node.lower, node.upper)

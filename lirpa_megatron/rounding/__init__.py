@@ -1,0 +1,33 @@
+"""Bounds that hold in real arithmetic: `rounding="outward"` widens each by a proven error.
+
+Bounds are computed in floating-point numbers, and a sound formula may give an unsound number: with
+weights of 1e8 and -1e8 that cancel, a lower bound can lie above a value that the network takes.
+With this option every bound that anything uses or prints is moved outwards by an upper bound on
+what its own computation was off (a running error analysis: Higham, *Accuracy and Stability of
+Numerical Algorithms*, 3.3; for network verifiers see Singh et al., POPL 2019). The function bounded
+is the network of the weights as they are stored, in real arithmetic; what a program that runs it in
+floating point prints is another matter.
+
+**The pass.** Let A be the rows at some node y, computed, and take them as exact numbers. What a
+lower bound rests on is one inequality for each operator y = f(x) on the way,
+
+    <A_y, y>  >=  <A_x, x> + bias      for all x in what its bounds allow,
+
+and all of them together give <C, output> >= <A, input> + sum of biases. In floating-point numbers
+each holds but for an error e >= 0 that can be computed: the operator's rule (`rules`) says
+how far A_x and the bias, as they were computed, are off, times how large x can be. The bound is off
+by the sum of all e and by what sums and the end add (`charges`), nothing more: an error of A is
+counted where it arises, with A then exact again, so errors do not multiply.
+
+**Intervals** are widened operator by operator, by the rules' `of_interval`; bounds of intermediate
+nodes, from either side, before anything reads them.
+
+**The input** is the box [x - eps, x + eps], its ends rounded outwards.
+
+**The margins** are sums of positive numbers; a slack of 2^-6 and 4 u of the bound cover their own
+rounding (`arithmetic.margin`). Gradients do not see them.
+
+What is assumed: float64, rounding to nearest, products and sums as in `arithmetic` (no products by
+Strassen's method, no emulation of float64). Bounds that the caller gives (`interm_bounds`) are
+taken at their word.
+"""

@@ -1,0 +1,196 @@
+"""`rounding="outward"` for one graph: what is covered, intervals, inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron import host
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.rounding.arithmetic import box_around, gamma, widened
+from lirpa_megatron.rounding.rules import (
+    ColumnRule,
+    Known,
+    LinearRule,
+    ReluRule,
+    RowRule,
+    Rule,
+    ScaleRule,
+    SumRule,
+    is_constant,
+)
+
+_MOVES, _LINEAR, _SUM = Rule(), LinearRule(), SumRule()
+RULES: dict[str, Rule] = {
+    "auto_LiRPA.BoundLinear": _LINEAR,
+    "auto_LiRPA.BoundRelu": ReluRule(),
+    "auto_LiRPA.BoundAdd": _SUM,
+    "auto_LiRPA.BoundSub": _SUM,
+    "auto_LiRPA.BoundMul": ScaleRule(),
+    "auto_LiRPA.BoundFlatten": _MOVES,
+    "auto_LiRPA.BoundReshape": _MOVES,
+    "auto_LiRPA.BoundIdentity": _MOVES,
+    "auto_LiRPA.BoundNeg": _MOVES,
+    "lirpa_megatron.BoundReplicatedLinear": _LINEAR,
+    "lirpa_megatron.BoundColumnParallelLinear": ColumnRule(),
+    "lirpa_megatron.BoundRowParallelLinear": RowRule(),
+    "lirpa_megatron.BoundGatherFromRegion": _MOVES,
+    "lirpa_megatron.BoundScatterToRegion": _MOVES,
+}
+"""Package and class (itself, no subclass) -> its rule. An operator that is not here is
+refused."""
+
+
+class Outward:
+    """What outward rounding needs of one BoundedModule.
+
+    Args:
+        module: the BoundedModule, its graph built.
+
+    Raises:
+        UserError: an operator without a rule, or numbers that are not float64, by name.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.known = Known(module, self.rule_of)
+        nodes = module.named_nodes().values()
+        for node in nodes:
+            if isinstance(node, host.BoundParams):
+                _check_dtype(f"parameter {node.ori_name!r}", node.param)
+        reached = _reached(nodes)
+        for node in nodes:
+            if node.name in reached and node.inputs:
+                self._cover(node)
+            elif node.inputs and any(name in reached for name in node.output_name):
+                self._check_constant(node)
+
+    def rule_of(self, node: host.Bound) -> Rule:
+        """The rule of an operator.
+
+        Raises:
+            UserError: there is none.
+        """
+        kind = type(node)
+        rule = RULES.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
+        if rule is None:
+            raise _refused(node, "no limit on its rounding error is known")
+        return rule
+
+    def begin(self, x: Any, kwargs: dict[str, Any]) -> Any:
+        """A call of `compute_bounds`: forgets the last one's inputs, and rounds these outwards.
+
+        Args:
+            x: inputs, or None.
+            kwargs: its other arguments.
+
+        Returns:
+            the inputs with boxes that hold [x - eps, x + eps].
+
+        Raises:
+            UserError: an input that is not float64; a set of inputs or an argument not covered.
+        """
+        self.known.kept.clear()
+        if kwargs.get("return_A"):
+            raise UserError('return_A does not go with rounding="outward": A is not widened')
+        if x is None:
+            return None
+        return tuple(self._box(i, value) for i, value in enumerate(x))
+
+    def _box(self, index: int, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        _check_dtype(f"input {index}", value)
+        ptb = getattr(value, "ptb", None)
+        if ptb is None:
+            return value
+        if type(ptb) is not host.PerturbationLpNorm or ptb.norm not in (1, 2, float("inf")):
+            kind = f"L{ptb.norm:g}" if type(ptb) is host.PerturbationLpNorm else type(ptb).__name__
+            raise UserError(
+                f'input {index}: a set of inputs ({kind}) without a limit on its rounding error: '
+                'use rounding="nearest"'
+            )
+        for name in ("x_L", "x_U"):
+            if getattr(ptb, name) is not None:
+                _check_dtype(f"{name} of input {index}", getattr(ptb, name))
+        if ptb.norm != float("inf") or (ptb.x_L is not None and ptb.x_U is not None):
+            return value
+        plain = value.as_subclass(torch.Tensor)
+        x_L, x_U = box_around(plain, ptb.eps)
+        x_L = x_L if ptb.x_L is None else ptb.x_L
+        x_U = x_U if ptb.x_U is None else ptb.x_U
+        box = host.PerturbationLpNorm(norm=float("inf"), x_L=x_L, x_U=x_U)
+        return host.BoundedTensor(plain, box)
+
+    def merged(self, interval: Any, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The range of C y on an interval of y, widened: [B, S] each.
+
+        As a linear layer's (`LinearRule`): gamma_{n+6} |C| m.
+        """
+        lower, upper = host.BoundLinear.interval_propagate(None, interval, C=C)
+        with torch.no_grad():
+            m = torch.maximum(interval[0].abs(), interval[1].abs())
+            error = gamma(m.shape[-1] + 8) * torch.einsum("bsf,bf->bs", C.abs(), m)
+        return widened(lower, upper, error)
+
+    def _cover(self, node: host.Bound) -> None:
+        reason = self.rule_of(node).refusal(node)
+        if reason is not None:
+            raise _refused(node, reason)
+        inner, rule = node.interval_propagate, self.rule_of(node)
+
+        def interval_propagate(*v: Any, **kwargs: Any) -> Any:
+            ends = inner(*v, **kwargs)
+            with torch.no_grad():
+                error = rule.of_interval(node, v, tuple(ends[:2]), kwargs.get("C"), self.known)
+            return ends if isinstance(error, float) else widened(ends[0], ends[1], error)
+
+        object.__setattr__(node, "interval_propagate", interval_propagate)
+
+    def _check_constant(self, node: host.Bound) -> None:
+        """Values that the graph computes of constants alone are exact where numbers only move."""
+        if is_constant(node):
+            return
+        if not self.rule_of(node).moves:
+            raise _refused(node, "the graph computes a constant with it, which is rounded")
+        for x in node.inputs:
+            self._check_constant(x)
+
+
+def _reached(nodes: Any) -> set[str]:
+    """Names of the nodes whose values depend on an input."""
+    found: set[str] = set()
+    for node in _in_order(nodes):
+        if type(node) is host.BoundInput or any(x.name in found for x in node.inputs):
+            found.add(node.name)
+    return found
+
+
+def _in_order(nodes: Any) -> list[host.Bound]:
+    order: dict[str, host.Bound] = {}
+
+    def visit(node: host.Bound) -> None:
+        if node.name not in order:
+            for x in node.inputs:
+                visit(x)
+            order[node.name] = node
+
+    for node in nodes:
+        visit(node)
+    return list(order.values())
+
+
+def _check_dtype(what: str, value: torch.Tensor) -> None:
+    if value.is_floating_point() and value.dtype != torch.float64:
+        raise UserError(
+            f'{what} is {str(value.dtype).removeprefix("torch.")}: rounding="outward" needs '
+            "float64 (model.double(), inputs in float64; on the command line --dtype float64)"
+        )
+
+
+def _refused(node: host.Bound, reason: str) -> UserError:
+    return UserError(
+        f'{type(node).__name__} ({node.name}, {getattr(node, "ori_name", "")}): {reason}: use '
+        'rounding="nearest"'
+    )
