@@ -214,10 +214,10 @@ class BoundedModule(host.HostBoundedModule):
                 check_perturbations(self, x, kwargs["method"])
             object.__setattr__(self, "_final_is_identity", C is None)
             self.check_output(C, kwargs)
-            object.__setattr__(self, "_depth", 1)
-            object.__setattr__(self, "_method", kwargs["method"])
             if self.rounding is not None:
                 x = self.rounding.begin(x, kwargs)
+            object.__setattr__(self, "_depth", 1)
+            object.__setattr__(self, "_method", kwargs["method"])
             # What an earlier call found may not hold for these inputs.
             keeps = kwargs["method"] == "CROWN-Optimized" and not self.intermediate.has_alpha
             self.layout.form_limit = self.own_options.form_limit
