@@ -17,12 +17,16 @@ from lirpa_megatron.adapters.symbols import _op
 
 def select(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x[:, index], index [m] int64 -> [B, m]."""
-    return _Select.apply(x, index) if torch.jit.is_tracing() else x.index_select(-1, index)
+    if not torch.jit.is_tracing():
+        return x.index_select(-1, index)
+    return _Select.apply(len(index), x, index)
 
 
 def join(*x: torch.Tensor) -> torch.Tensor:
     """Side by side: [B, n_1], [B, n_2] ... -> [B, n_1 + n_2 ...]."""
-    return _Join.apply(*x) if torch.jit.is_tracing() else torch.cat(x, dim=-1)
+    if not torch.jit.is_tracing():
+        return torch.cat(x, dim=-1)
+    return _Join.apply(sum(int(part.shape[-1]) for part in x), *x)
 
 
 def sum_groups(x: torch.Tensor, group: torch.Tensor, width: int) -> torch.Tensor:
@@ -49,23 +53,21 @@ def divide(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 
 class _Select(torch.autograd.Function):
     @staticmethod
-    def symbolic(g: Any, x: Any, index: Any) -> Any:
-        m = index.type().sizes()[0]
-        return _op(g, "SelectColumns", x, index, sizes=lambda s: [s[0], m])
+    def symbolic(g: Any, width: int, x: Any, index: Any) -> Any:
+        return _op(g, "SelectColumns", x, index, sizes=lambda s: [s[0], width])
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, width: int, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return x.index_select(-1, index)
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def symbolic(g: Any, *x: Any) -> Any:
-        n = sum(part.type().sizes()[-1] for part in x)
-        return _op(g, "JoinColumns", *x, sizes=lambda s: [s[0], n])
+    def symbolic(g: Any, width: int, *x: Any) -> Any:
+        return _op(g, "JoinColumns", *x, sizes=lambda s: [s[0], width])
 
     @staticmethod
-    def forward(ctx: Any, *x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, width: int, *x: torch.Tensor) -> torch.Tensor:
         return torch.cat(x, dim=-1)
 
 

@@ -25,8 +25,10 @@ from lirpa_megatron.networks.description import (
 
 # Elements that all steps of the import together may make: files come from strangers.
 MAX_ELEMENTS = 2**28
+# Numbers that the indices of all layers together may have: they are part of the description.
+MAX_INDICES = 2**22
 # Layers of a network.
-MAX_LAYERS = 20_000
+MAX_LAYERS = 10_000
 
 _ONNX_NAMES = {"float32": "FLOAT", "float64": "DOUBLE"}
 
@@ -75,6 +77,8 @@ class Builder:
     # parameters by layer and name, as the file stores them
     arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     elements: int = 0
+    indices: int = 0
+    _numbers: dict[str, int] = field(default_factory=dict)
     _selections: dict[tuple[str, bytes], str] = field(default_factory=dict)
 
     def spend(self, elements: int, where: str) -> None:
@@ -98,7 +102,7 @@ class Builder:
 
     def positions(self, x: Activation, where: str) -> np.ndarray:
         """The numbers 0, 1, ... in the shape of x, for `moved`."""
-        self.spend(math.prod(x.shape), where)
+        self.spend(4 * math.prod(x.shape), where)  # and what is made of them
         return np.arange(math.prod(x.shape), dtype=np.int64).reshape(x.shape)
 
     def moved(self, x: Activation, positions: np.ndarray, where: str) -> Activation:
@@ -150,6 +154,8 @@ class Builder:
         """x as a layer's whole output, in order."""
         if x.index is None:
             return x
+        if len(x.index) > MAX_INDICES:
+            raise UserError(f"{where} moves too many elements ({len(x.index):,}) to be supported")
         key = x.layer, x.index.tobytes()
         if key not in self._selections:
             made = self.layer("select", [replace(x, index=None)], x.shape, where,
@@ -184,9 +190,12 @@ class Builder:
             raise UserError(f"{where} reads activations of different types ({types})")
         if len(self.layers) >= MAX_LAYERS:
             raise UserError(f"{where}: networks of more than {MAX_LAYERS} layers are not supported")
+        self.indices += len(attributes.get("index", ()))
+        if self.indices > MAX_INDICES:
+            raise UserError(f"{where} moves too many elements to be supported")
         prefix = {"linear": "fc", "tokens": "fc"}.get(op, op)
-        number = 1 + sum(name.rstrip("0123456789") == prefix for name in self.layers)
-        name = f"{prefix}{number}"
+        self._numbers[prefix] = self._numbers.get(prefix, 0) + 1
+        name = f"{prefix}{self._numbers[prefix]}"
         n_in = self._width_of(inputs[0].layer) if widths is None else widths[0]
         if op == "join":
             n_in = sum(widths)

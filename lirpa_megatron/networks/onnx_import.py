@@ -34,7 +34,7 @@ from lirpa_megatron.verify.files import find_file, read_file, stem
 # Before this operator set, element-wise operators broadcast by other rules.
 MIN_OPSET = 7
 # Nodes of a graph, those that the output does not need included.
-MAX_NODES = 50_000
+MAX_NODES = 20_000
 # Sizes to try for a dimension that the file leaves open.
 _MAX_TRIED = 64
 # Types from the coarsest to the finest.

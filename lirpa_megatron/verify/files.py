@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from pathlib import Path
 
 from lirpa_megatron.errors import UserError
 
 _GZIP_MAGIC = b"\x1f\x8b"
+# Of what a compressed file holds; protobuf's own limit is 2 GiB.
+_MOST_BYTES = 2**31
 
 
 def find_file(path: str | Path, what: str) -> Path:
@@ -39,11 +42,20 @@ def read_file(path: str | Path, what: str) -> bytes:
     path = find_file(path, what)
     try:
         data = path.read_bytes()
-        return gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data
+        return _decompressed(data, f"{what} {path}") if data.startswith(_GZIP_MAGIC) else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{what} {path} is truncated or corrupt: {error}") from None
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+
+
+def _decompressed(data: bytes, what: str) -> bytes:
+    """Raises UserError for content that only a hostile file has so much of."""
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"{what} holds more than {_MOST_BYTES >> 30} GiB: decompress it first")
+    return content
 
 
 def stem(path: str | Path) -> str:
