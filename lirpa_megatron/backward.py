@@ -245,7 +245,7 @@ class BackwardPass:
         known = total.lower is not None or total.upper is not None
         total.add(lA, uA)
         if known:
-            self._charges.added(x, total, partial)
+            self._charges.added(x, total, partial or self.is_partial(x))
 
     def _zeros_for_none(self, node: host.Bound, x: host.Bound, lA: Any, uA: Any) -> tuple:
         """Some operators drop an A that is all zero, which other ranks may not find to be so."""

@@ -96,11 +96,15 @@ def breaks(net: Pairs, x: list[float], eps: float) -> Any:
                 yield p
 
 
-def excess(net: Pairs, x: list[float], eps: float, points: Any, options: Any, method: str) -> float:
-    """By how much bounds exclude the exact output of a point, relative to u (negative: they do
-    not)."""
+def excess(
+    net: Pairs, x: list[float], eps: float, points: Any, options: Any, method: str,
+    model: nn.Module | None = None,
+) -> float:
+    """By how much bounds (of `model`, which is `net` on ranks) exclude the exact output of a point;
+    negative: they do not."""
     where = torch.tensor([x])
-    module = BoundedModule(net.eval(), where, options)
+    module = BoundedModule((model or net).eval(), where, options)
+    assert model is None or any(module.sharded.values())
     given = BoundedTensor(where, PerturbationLpNorm(norm=float("inf"), eps=eps))
     lower, upper = module.compute_bounds(x=(given,), method=method)
     worst = Fraction(-(10**30))
@@ -290,3 +294,22 @@ def test_what_has_no_limit_on_its_error_is_refused_by_name():
         module.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(eps=0.1, norm=3)),))
     with pytest.raises(ValueError, match="build another one"):
         module.set_bound_opts({"rounding": "nearest"})
+
+
+def wrong_on_ranks(seeds: range, methods: tuple[str, ...]) -> list[tuple]:
+    """On each rank: the cases of which exact values lie outside of outward bounds."""
+    torch.set_default_dtype(torch.float64)
+    found = []
+    for seed in seeds:
+        net, x = random_net(seed, (2, 4, 2), cancel=True), drawn(2, seed=seed + 99).tolist()
+        points = list(breaks(net, x, 0.1))
+        whole = Pairs([(layer.weight.data, layer.bias.data) for layer in net.layers])
+        for method in methods:
+            if excess(whole, x, 0.1, points, OUTWARD, method, parallelize(net.eval())) > 0:
+                found.append((seed, method))
+    return found
+
+
+def test_no_exact_value_is_outside_of_the_bounds_of_two_ranks():
+    for found in pool(2).run(wrong_on_ranks, range(4), tuple(METHODS[:3])):
+        assert not found

@@ -14,10 +14,10 @@ lower bound rests on is one inequality for each operator y = f(x) on the way,
     <A_y, y>  >=  <A_x, x> + bias      for all x in what its bounds allow,
 
 and all of them together give <C, output> >= <A, input> + sum of biases. In floating-point numbers
-each holds but for an error e >= 0 that can be computed: the operator's rule (`rules`) says
-how far A_x and the bias, as they were computed, are off, times how large x can be. The bound is off
-by the sum of all e and by what sums and the end add (`charges`), nothing more: an error of A is
-counted where it arises, with A then exact again, so errors do not multiply.
+each holds but for an error e >= 0 that can be computed: the operator's rule (`rules`, `curves`)
+says how far A_x and the bias, as they were computed, are off, times how large x can be. The bound
+is off by the sum of all e and by what sums and the end add (`charges`), nothing more: an error of A
+is counted where it arises, with A then exact again, so errors do not multiply.
 
 **Intervals** are widened operator by operator, by the rules' `of_interval`; bounds of intermediate
 nodes, from either side, before anything reads them.
@@ -28,6 +28,7 @@ nodes, from either side, before anything reads them.
 rounding (`arithmetic.margin`). Gradients do not see them.
 
 What is assumed: float64, rounding to nearest, products and sums as in `arithmetic` (no products by
-Strassen's method, no emulation of float64). Bounds that the caller gives (`interm_bounds`) are
+Strassen's method, no emulation of float64), torch's exp, tanh, cosh, sigmoid and erfc within 4
+units in the last place (`curves.Accuracy`). Bounds that the caller gives (`interm_bounds`) are
 taken at their word.
 """

@@ -8,7 +8,9 @@ import torch
 
 from lirpa_megatron import host
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.operators.activations import BoundCurve
 from lirpa_megatron.rounding.arithmetic import box_around, gamma, widened
+from lirpa_megatron.rounding.curves import rule_of_curve
 from lirpa_megatron.rounding.rules import (
     ColumnRule,
     Known,
@@ -38,8 +40,8 @@ RULES: dict[str, Rule] = {
     "lirpa_megatron.BoundGatherFromRegion": _MOVES,
     "lirpa_megatron.BoundScatterToRegion": _MOVES,
 }
-"""Package and class (itself, no subclass) -> its rule. An operator that is not here is
-refused."""
+"""Package and class (itself, no subclass) -> its rule. An operator that is
+not here, nor among the curves of known accuracy, is refused."""
 
 
 class Outward:
@@ -73,7 +75,10 @@ class Outward:
             UserError: there is none.
         """
         kind = type(node)
-        rule = RULES.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
+        package = kind.__module__.partition(".")[0]
+        rule = RULES.get(f"{package}.{kind.__name__}")
+        if rule is None and isinstance(node, BoundCurve) and package == "lirpa_megatron":
+            rule = rule_of_curve(node)
         if rule is None:
             raise _refused(node, "no limit on its rounding error is known")
         return rule
