@@ -1,9 +1,10 @@
-"""Projected-gradient search for a counterexample, on the sharded model itself.
+"""Projected-gradient search for counterexamples, on the sharded model itself.
 
 Each restart walks from its own starting point along the sign of the gradient of one disjunct's
 slack, `max over rows (c . y - d)`, which is at most 0 exactly when the disjunct is satisfied.
 
-    R  restarts, walked as one batch        J  disjuncts attacked        S  rows
+    K  targets: a region and its open disjuncts        R  restarts of each, walked as one batch
+    J  disjuncts attacked        S  rows        W = K R  walks, those of the first target first
 
 Every rank takes the same steps: points and decisions are rank 0's (broadcast), because the last
 bits of a reduction may differ between ranks.
@@ -11,16 +12,24 @@ bits of a reduction may differ between ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.verify.property import Property, Region
-from lirpa_megatron.verify.specification import region_rows, specification_matrix
+from lirpa_megatron.verify.specification import inward_box, region_rows, specification_matrix
+
+Target = tuple[Region, Sequence[int]]
+"""A region, and positions in its disjuncts."""
+
+_SAMPLES = 4096
+"""Points among which starting points are chosen, at most, for all targets together; and"""
+_ELEMENTS = 2**23
+"""numbers that their coordinates and slacks may have."""
 
 
 @dataclass(frozen=True)
@@ -37,91 +46,116 @@ class AttackOptions:
     step_size: float = 0.25
     # stop once a slack is below minus this fraction of the largest output
     clear_margin: float = 1e-5
+    # points among which each starting point is chosen
+    samples: int = 25
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point that may be a counterexample."""
+
+    # position among the targets
+    target: int
+    # its best disjunct, a position in the region's
+    disjunct: int
+    # [n_in], in the target's box
+    point: torch.Tensor
+    # of that disjunct, as the attack computes it
+    slack: float
 
 
 class _Slacks:
-    """Slack of each attacked disjunct as a function of the outputs."""
+    """Slack of each attacked disjunct of each target as a function of the outputs."""
 
-    def __init__(self, prop: Property, region: Region, disjuncts: list[int], like: torch.Tensor):
-        rows = region_rows(region)
-        used = [prop.rows[row] for row in rows]
-        self.matrix = specification_matrix(used, prop.n_out, like.dtype, like.device)[0]
-        self.bounds = torch.tensor([r.bound for r in used], dtype=like.dtype, device=like.device)
-        position = {row: index for index, row in enumerate(rows)}
-        chosen = [[position[row] for row in region.disjuncts[d]] for d in disjuncts]
-        longest = max(len(c) for c in chosen)
-        padded = [c + c[:1] * (longest - len(c)) for c in chosen]  # a repeated row changes no max
+    def __init__(self, prop: Property, targets: Sequence[Target], like: torch.Tensor) -> None:
+        rows = [region_rows(region) for region, _ in targets]
+        most = max(map(len, rows))
+        chosen = []
+        self.matrix = like.new_zeros(len(targets), most, prop.n_out)
+        self.bounds = like.new_zeros(len(targets), most)
+        for k, (own, (region, disjuncts)) in enumerate(zip(rows, targets, strict=True)):
+            used = [prop.rows[row] for row in own]
+            matrix = specification_matrix(used, prop.n_out, like.dtype, like.device)
+            self.matrix[k, : len(own)] = matrix[0]
+            self.bounds[k, : len(own)] = torch.tensor([float(row.bound) for row in used]).to(like)
+            position = {row: index for index, row in enumerate(own)}
+            chosen.append([[position[row] for row in region.disjuncts[d]] for d in disjuncts])
+        longest = max(len(c) for each in chosen for c in each)
+        count = max(map(len, chosen))
+        # a repeated row changes no max, and a repeated disjunct no min
+        padded = [
+            [c + c[:1] * (longest - len(c)) for c in (each * count)[:count]]
+            for each in chosen
+        ]
         self.index = torch.tensor(padded, device=like.device)
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
-        """y [R, n_out] -> slacks [R, J]."""
-        margins = y @ self.matrix.to(y.dtype).T - self.bounds.to(y.dtype)
-        return margins[:, self.index].amax(dim=-1)
+        """y [W, n_out] -> slacks [W, J]."""
+        by_target = y.view(len(self.matrix), -1, y.shape[-1])
+        margins = by_target @ self.matrix.transpose(1, 2) - self.bounds.unsqueeze(1)
+        index = self.index.unsqueeze(1).expand(-1, margins.shape[1], -1, -1)
+        wide = margins.gather(2, index.flatten(2)).view(index.shape)
+        return wide.amax(-1).flatten(0, 1)
 
 
-def find_counterexample(
+def find_candidates(
     model: nn.Module,
     prop: Property,
-    region: Region,
-    disjuncts: list[int],
+    targets: Sequence[Target],
     options: AttackOptions,
     group: dist.ProcessGroup | None,
     like: torch.Tensor,
-) -> list[float] | None:
-    """Looks for an input in the region's box whose output satisfies one of the disjuncts.
+) -> list[Candidate]:
+    """Looks for inputs in the regions' boxes whose outputs satisfy one of the disjuncts.
 
     Args:
-        model: x [R, n_in] -> y [R, n_out], both replicated; its inner layers may be sharded.
-        prop, region: what is attacked.
-        disjuncts: positions in `region.disjuncts` that are still open.
+        model: x [N, n_in] -> y [N, n_out], both replicated; its inner layers may be sharded.
+        prop: the property.
+        targets: what is attacked; each disjunct has rows.
         options: how hard to search.
         group: the tensor-parallel group.
         like: a tensor with the model's dtype and device.
 
     Returns:
-        the input in float64, inside the box exactly; rounded to the model's dtype it is the point
-        at which the network was evaluated. None if none was found.
+        of each walk the point with the smallest slack, those with the smallest ones first; the same
+        on every rank. Whether any is a counterexample is for others to confirm.
     """
-    if options.steps < 1 or options.restarts < 1 or not disjuncts:
-        return None
-    lower = torch.from_numpy(region.lower).to(like)
-    upper = torch.from_numpy(region.upper).to(like)
-    vacuous = any(not region.disjuncts[d] for d in disjuncts)
-    if vacuous:  # the outputs are not constrained: every point of the box will do
-        return _inside(lower, region)
-    slacks = _Slacks(prop, region, disjuncts, like)
-    best = _walk(model, slacks, lower, upper, options, group)
-    with torch.no_grad():
-        y = model(best)
-    holds = bool((slacks(y.double()) <= 0).any()) and bool(torch.isfinite(y).all())
-    return _inside(best[0], region) if spmd.broadcast_object(holds, group) else None
-
-
-def _walk(model, slacks, lower, upper, options, group) -> torch.Tensor:
-    """The point [1, n_in] with the smallest slack on all walks; the same on every rank."""
-    x = _starting_points(lower, upper, options, group)
+    boxes = [inward_box(region, like.dtype, like.device) for region, _ in targets]
+    lower, upper = (torch.stack(ends) for ends in zip(*boxes, strict=True))
+    slacks = _Slacks(prop, targets, like)
+    x, pursued = _starting_points(model, slacks, lower, upper, options, group)
+    lower, upper = (ends.repeat_interleave(options.restarts, 0) for ends in (lower, upper))
     width = upper - lower
-    best, best_slack, targets = x[:1], None, None
+    best, best_slack = x, None
     for step in range(options.steps + 1):
         x = x.requires_grad_(True)
         y = model(x)
         slack = slacks(y)
-        smallest = slack.detach().amin(dim=1)
-        leader = int(smallest.nan_to_num(nan=torch.inf).argmin())
-        if best_slack is None or smallest[leader] < best_slack:
-            best, best_slack = x.detach()[leader : leader + 1], smallest[leader]
+        smallest, which = slack.detach().nan_to_num(nan=torch.inf).min(dim=1)
+        if best_slack is None:
+            best, best_slack, best_of = x.detach(), smallest, which
+        else:
+            closer = smallest < best_slack
+            best = torch.where(closer[:, None], x.detach(), best)
+            best_slack = torch.where(closer, smallest, best_slack)
+            best_of = torch.where(closer, which, best_of)
         if step == options.steps:
             break
-        if targets is None:
-            targets = _targets(slack.detach(), group)
-        (gradient,) = torch.autograd.grad(slack.gather(1, targets).sum(), x)
+        (gradient,) = torch.autograd.grad(slack.gather(1, pursued).sum(), x)
         rate = options.step_size * (1.0 - step / options.steps)
         x = (x.detach() - rate * width * gradient.sign()).clamp(lower, upper)
-        clear = best_slack < -options.clear_margin * y.detach().abs().max().clamp(min=1.0)
-        x, clear = _from_rank_zero(x, clear, group)
+        size = y.detach().abs().max().clamp(min=1.0)
+        x, clear = _from_rank_zero(x, best_slack.min() < -options.clear_margin * size, group)
         if clear:
             break
-    return spmd.broadcast_tensor(best, group).detach()
+    best = spmd.broadcast_tensor(best, group).detach()
+    found = spmd.broadcast_object((best_slack.tolist(), best_of.tolist()), group)
+    candidates = []
+    for w, (slack, which) in enumerate(zip(*found, strict=True)):
+        k = w // options.restarts
+        disjuncts = targets[k][1]
+        candidates.append(Candidate(k, disjuncts[which % len(disjuncts)], best[w], slack))
+    return sorted(candidates, key=lambda candidate: candidate.slack)
 
 
 def _from_rank_zero(x: torch.Tensor, decision: torch.Tensor, group) -> tuple[torch.Tensor, bool]:
@@ -130,28 +164,38 @@ def _from_rank_zero(x: torch.Tensor, decision: torch.Tensor, group) -> tuple[tor
     return packed[:-1].view_as(x), bool(packed[-1])
 
 
-def _starting_points(lower, upper, options, group) -> torch.Tensor:
-    """[R, n_in]: the centre, then random points of the box."""
-    generator = torch.Generator().manual_seed(options.seed)
-    fractions = torch.rand(options.restarts, lower.numel(), generator=generator)
-    fractions[0] = 0.5
-    points = lower + fractions.to(lower) * (upper - lower)
-    return spmd.broadcast_tensor(points.clamp(lower, upper), group).detach()
+def _starting_points(
+    model: nn.Module, slacks: _Slacks, lower: torch.Tensor, upper: torch.Tensor,
+    options: AttackOptions, group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points [W, n_in] and the disjunct [W, 1] that each walk pursues.
 
-
-def _targets(slack: torch.Tensor, group) -> torch.Tensor:
-    """[R, 1]: the disjunct each restart pursues; the closest ones at the centre come first."""
-    restarts, count = slack.shape
-    order = slack[0].argsort()
-    targets = order[torch.arange(restarts, device=slack.device) % count]
-    return spmd.broadcast_tensor(targets, group)[:, None]
-
-
-def _inside(point: torch.Tensor, region: Region) -> list[float]:
-    """A point of the rounded box [n_in], moved into the exact one.
-
-    The box's ends were rounded to nearest, so a coordinate outside the exact box is such an end:
-    the exact end rounds back to it, and the network sees the same point.
+    Of the centre, random points of the box and random corners of it, each walk takes the one with
+    the smallest slack of its disjunct that no other walk has; every second walk takes a random one,
+    so that walks do not all end in one place. Disjuncts closest at the centre come first.
     """
-    exact = point.detach().double().cpu().numpy()
-    return np.clip(exact, region.lower, region.upper).tolist()
+    targets, restarts = len(lower), options.restarts
+    each = max(lower.shape[1], slacks.index[0].numel())
+    affordable = min(_SAMPLES, _ELEMENTS // each) // targets
+    count = max(restarts, min(options.samples * restarts, affordable))
+    generator = torch.Generator().manual_seed(options.seed)
+    fractions = torch.rand(count, lower.shape[1], generator=generator)
+    fractions[restarts::2] = fractions[restarts::2].round()
+    fractions[0] = 0.5
+    fractions = fractions.to(lower)
+    points = lower[:, None] + fractions * (upper - lower)[:, None]
+    points = points.clamp(lower[:, None], upper[:, None])  # [K, P, n_in]
+    with torch.no_grad():
+        slack = slacks(model(points.flatten(0, 1))).view(targets, count, -1)
+    slack = slack.nan_to_num(nan=torch.inf)
+    order = slack[:, 0].argsort(dim=1)  # [K, J]
+    walks = torch.arange(restarts, device=lower.device)
+    pursued = order[:, walks % order.shape[1]]  # [K, R]
+    chosen = walks.repeat(targets, 1)
+    for r in range(2, restarts, 2):
+        own = slack.gather(2, pursued[:, r, None, None].expand(-1, count, 1))[..., 0]
+        own = own.scatter(1, chosen[:, :r], torch.inf)
+        chosen[:, r] = own.argmin(dim=1)
+    x = points.gather(1, chosen[..., None].expand(-1, -1, points.shape[2])).flatten(0, 1)
+    x = spmd.broadcast_tensor(x, group).detach()
+    return x, spmd.broadcast_tensor(pursued.flatten(), group)[:, None]

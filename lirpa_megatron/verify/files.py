@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import zlib
@@ -62,3 +63,17 @@ def stem(path: str | Path) -> str:
     """File name without its folder, `.gz`, and the extension before it."""
     name = Path(path).name
     return Path(name.removesuffix(".gz")).stem
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Content of a text file: UTF-8, with a byte order mark or without, or UTF-16 with one.
+
+    Raises:
+        UserError: as `read_file`, or it is not text.
+    """
+    data = read_file(path, what)
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} is not a text file") from None

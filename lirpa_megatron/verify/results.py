@@ -34,6 +34,16 @@ class Result:
     seconds: float
     # a violating input, if result is "sat"
     counterexample: list[float] | None = None
+    # by how much the counterexample violates the property: the least of its disjunct's constraints,
+    # by the outputs of the network as stored, and of its weights in float64
+    violation: float | None = None
+    float64_violation: float | None = None
+    # what the weights are stored in, and what bounds were computed in
+    stored_dtype: str | None = None
+    dtype: str | None = None
+    # what a reader must know, if there is such: why a property holds whatever the network does, or
+    # why a point that seemed a counterexample is none
+    note: str | None = None
     # what went wrong, if result is "error"
     error: str | None = None
 
@@ -43,7 +53,8 @@ class Result:
         return self.network, self.property, self.method
 
     def to_line(self) -> str:
-        fields = {k: v for k, v in vars(self).items() if k != "error" or v is not None}
+        optional = ("error", "note")
+        fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"
 
     @classmethod
