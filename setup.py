@@ -31,6 +31,7 @@ setup(
             "pytest",  # runs the tests
             "hypothesis",  # draws the networks and boxes of the property-based tests
             "ruff",  # make lint
+            "scipy",  # linear programs that contradictions between constraints are compared with
             "tokenizers",  # the tests of tokenizer.json
         ],
         "tokenizers": ["tokenizers"],  # reads the tokenizer.json of verify --data --tokenizer

@@ -1,18 +1,24 @@
 """Properties mean what their formulas say."""
 
 import gzip
+import operator
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_networks import MNIST_FC, needs_mnist_fc, others_win, property_text
 
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.verify.contradictions import contradict
+from lirpa_megatron.verify.property import OutputRow
 from lirpa_megatron.verify.specification import (
+    RowsToBound,
+    inward_box,
     is_impossible,
-    minus_right_hand_sides,
     open_disjuncts,
     outward_box,
     region_rows,
@@ -30,15 +36,11 @@ def parse(unsafe, lower=(0.0, -1.0), upper=(1.0, 1.0), n_out=2):
 
 def is_violated(prop, x, y):
     """Whether input x with output y violates the property, by its definition."""
+    x, y = ([Fraction(float(v)) for v in values] for values in (x, y))
     return any(
-        np.all(region.lower <= x)
-        and np.all(x <= region.upper)
+        all(interval.holds(v) for interval, v in zip(region.box, x, strict=True))
         and any(
-            all(
-                sum(c * y[j] for j, c in prop.rows[row].coefficients.items())
-                <= prop.rows[row].bound
-                for row in disjunct
-            )
+            all(prop.rows[row].allows(prop.rows[row].slack(y)) for row in disjunct)
             for disjunct in region.disjuncts
         )
         for region in prop.regions
@@ -49,21 +51,28 @@ def is_violated(prop, x, y):
 numbers = st.integers(-8, 8).map(lambda n: n / 4)
 
 
+OPERATORS = {
+    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "=": operator.eq,
+}
+
+
 @st.composite
 def comparisons(draw):
-    left, right = draw(numbers), draw(numbers)
-    sign, choice = draw(st.sampled_from(["<=", ">="])), draw(st.integers(0, 3))
+    left, right, more = draw(numbers), draw(numbers), draw(numbers)
+    sign, choice = draw(st.sampled_from(list(OPERATORS))), draw(st.integers(0, 5))
     texts = [
         (f"Y_0 {right}", lambda x, y: (y[0], right)),
         (f"(+ (* {left} Y_0) Y_1) {right}", lambda x, y: (left * y[0] + y[1], right)),
         (f"(- Y_1 Y_0 {left}) (- {right})", lambda x, y: (y[1] - y[0] - left, -right)),
         (f"X_0 {right}", lambda x, y: (x[0], right)),
+        (f"{left} Y_0 (/ {right} -2)", lambda x, y: (left, y[0], right / -2)),
+        (f"{left} X_0 {right} (/ X_0 2.) {more}", lambda x, y: (left, x[0], right, x[0] / 2, more)),
     ]
     text, sides = texts[choice]
 
     def meaning(x, y):
-        a, b = sides(x, y)
-        return a <= b if sign == "<=" else a >= b
+        values = sides(x, y)
+        return all(OPERATORS[sign](a, b) for a, b in zip(values, values[1:], strict=False))
 
     return f"({sign} {text})", meaning
 
@@ -76,7 +85,8 @@ def trees(inner):
 
         return st.lists(inner, min_size=1, max_size=3).map(made)
 
-    return join("and", all) | join("or", any)
+    negations = inner.map(lambda part: (f"(not {part[0]})", lambda x, y: not part[1](x, y)))
+    return join("and", all) | join("or", any) | negations
 
 
 formulas = st.recursive(comparisons(), trees, max_leaves=6)
@@ -88,8 +98,8 @@ def test_disjuncts_mean_what_the_formula_says(formula, seed):
     text, meaning = formula
     try:
         prop = parse(text, (-2.0,), (2.0,))
-    except UserError as error:  # the draw constrains inputs only, or leaves a box empty
-        assert "empty" in str(error) or "constrains no output" in str(error)
+    except UserError as error:
+        assert "constrains no output" in str(error)
         return
     generator = np.random.default_rng(seed)
     for _ in range(20):
@@ -108,6 +118,118 @@ def test_a_disjunction_of_boxes_gives_one_region_each():
     prop = parse("(or (and (<= X_0 0.25) (<= Y_0 1)) (and (>= X_0 0.5) (<= Y_1 2)))")
     boxes = [(region.lower[0], region.upper[0], region.disjuncts) for region in prop.regions]
     assert boxes == [(0.0, 0.25, ((0,),)), (0.5, 1.0, ((1,),))]
+
+
+@pytest.mark.parametrize("head", [
+    '(set-info :source |Made by hand (see notes); second\ndraft|)', '(set-info :n "a ""b"" ( ;")',
+    "(set-logic QF_LRA)\r; (old\r", "\ufeff; (a mark\n", "\r\n(set-option :x true)\r\n",
+])
+def test_strings_quoted_symbols_and_line_ends_are_read(head, tmp_path):
+    path = tmp_path / "prop.vnnlib"
+    for text in (head + BOX, head + BOX.replace("\n", "\r"), head + BOX.replace("X_0", "|X_0|")):
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            path.write_bytes(text.removeprefix("\ufeff").encode(encoding))
+            found = read_vnnlib(path)
+            assert found.regions == parse_vnnlib(BOX, "prop").regions
+            assert found.rows[0].coefficients == {0: 1, 1: -1}
+
+
+def test_lines_are_counted_in_strings_too():
+    with pytest.raises(Exception, match="Y_9 is not declared") as caught:
+        parse_vnnlib('(set-info :a "b\r\n\r\n")\r' + BOX.replace("Y_0 Y_1", "Y_0 Y_9"), "test")
+    assert caught.value.line == 12
+
+
+@pytest.mark.parametrize("text, value", {
+    "1e-3": "1/1000", "+1.0": "1", ".5": "1/2", "-0.0": "0", "1.": "1", "1E2": "100",
+    "0e99999": "0", "1e-400": f"1/1{'0' * 400}", "(- 2)": "-2", "(/ 1 3)": "1/3",
+    "(/ 1 -3 2.0)": "-1/6",
+    "(* 0.1 3 (+ 1 1))": "3/5", "(- (- 0.1) 0.2)": "-3/10", "0.1": "1/10",
+}.items())
+def test_numbers_are_exact(text, value):
+    assert parse(f"(<= Y_0 {text})").rows[0].bound == Fraction(value)
+
+
+def boxes(prop):
+    return [(r.lower[0], r.upper[0], r.disjuncts) for r in prop.regions]
+
+
+def test_boxes_with_holes_are_all_combinations_but_the_empty_ones():
+    holes = " ".join(f"(or (<= X_0 {i / 64}) (>= X_0 {(i + 1) / 64}))" for i in range(0, 64, 2))
+    prop = parse(f"(and {holes} (<= Y_0 1.0))")  # 2^32 combinations
+    assert [b[:2] for b in boxes(prop)] == [(0.0, 0.0)] + [
+        ((i + 1) / 64, (i + 2) / 64) for i in range(0, 64, 2)
+    ]
+    texts = BOX.replace("(assert (<= Y_0 Y_1))", f"(assert (<= Y_0 1.0)) (assert {holes})".replace(
+        ") (or", ")) (assert (or"))
+    assert boxes(parse_vnnlib(texts, "test")) == boxes(prop)
+
+
+def test_a_disjunct_outside_of_the_box_is_dropped():
+    prop = parse("(or (and (>= X_0 2) (<= X_0 3) (>= Y_0 0)) (and (<= X_0 0.25) (>= Y_0 1.5)))")
+    assert boxes(prop) == [(0.0, 0.25, ((1,),))] and prop.vacuous is None
+
+
+@pytest.mark.parametrize("unsafe, why", [
+    ("(and (<= X_0 -1.0) (<= Y_0 1))", "no input"), ("(and (< X_0 0) (<= Y_0 1))", "no input"),
+    ("(and (or (< X_0 0) (> X_0 1)) (<= Y_0 1))", "no input"),
+    ("(and (<= Y_0 0.4) (>= Y_0 0.6))", "no outputs"), ("(< Y_0 Y_1 Y_0)", "no outputs"),
+    ("(and (<= Y_0 Y_1) (>= Y_0 (+ Y_1 1e-30)))", "no outputs"), ("(not (= Y_0 Y_0 Y_0 ))", None),
+    ("(and (<= Y_0 1) (>= Y_0 1))", None), ("(and (<= Y_0 1) (> Y_0 1))", "no outputs"),
+    ("(or (and (<= Y_0 1) (>= Y_0 2)) (and (>= Y_1 3) (<= (+ Y_0 Y_1) 1) (>= Y_0 0)))",
+     "no outputs"),
+    ("(or (and (<= Y_0 1) (>= Y_0 2)) (<= Y_1 1))", None),
+])
+def test_what_no_input_or_no_outputs_satisfy_holds(unsafe, why):
+    try:
+        prop = parse(unsafe)
+    except UserError as error:
+        assert why is None and "constrains no output" in str(error)
+        return
+    assert (prop.vacuous or "None").startswith(str(why))
+    assert (prop.regions == ()) == (why is not None)
+
+
+row_lists = st.lists(
+    st.tuples(st.lists(st.integers(-2, 2), min_size=3, max_size=3).filter(any),
+              st.integers(-3, 3), st.booleans()), min_size=1, max_size=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(row_lists)
+def test_rows_contradict_each_other_exactly_if_a_linear_program_says_so(rows):
+    made = [
+        OutputRow({j: Fraction(c) for j, c in enumerate(cs) if c}, Fraction(bound), 1, strict)
+        for cs, bound, strict in rows
+    ]
+    # Variables 3 and 4: as far inside as possible all strict rows are satisfied, at most by 1.
+    A = np.array([[*cs, float(strict)] for cs, _, strict in rows])
+    found = scipy.optimize.linprog(
+        [0, 0, 0, -1], A_ub=A, b_ub=[bound for _, bound, _ in rows],
+        bounds=[(None, None)] * 3 + [(0, 1)],
+    )
+    possible = found.status == 0 and (found.x[3] > 1e-7 or not any(r.strict for r in made))
+    assert contradict(made) == (not possible)
+
+
+def test_many_rows_are_not_eliminated_for_ever():
+    generator = np.random.default_rng(0)
+    rows = [
+        OutputRow({j: Fraction(int(c)) for j, c in enumerate(cs) if c}, Fraction(1), 1)
+        for cs in generator.integers(-9, 10, (60, 12))
+    ]
+    assert not contradict(rows)
+
+
+def test_thousands_of_disjuncts_are_read_quickly():
+    pieces = " ".join(
+        f"(and (>= X_0 {i / 8192}) (<= X_0 {(i + 1) / 8192}) (<= Y_0 {i}))" for i in range(8192)
+    )
+    prop = parse(f"(or {pieces})")
+    assert len(prop.regions) == 8192 and len(prop.rows) == 8192
+    bounds = reported_bounds(prop, [{i: float(i)} for i in range(8192)])
+    assert bounds == [float(i) for i in range(8192)]
 
 
 def test_equality_is_two_rows():
@@ -135,17 +257,27 @@ def test_published_property_is_read_as_published():
 
 BAD = {
     "unbounded input": ("\n(assert (<= X_1 1.0))", "", "X_1 has no upper bound"),
-    "empty box": ("(<= X_0 1.0)", "(<= X_0 -1.0)", "box is empty: X_0"),
     "unclosed parenthesis": ("(assert (<= Y_0 Y_1))", "(assert (<= Y_0", r"line 9: '\(' is never"),
     "stray parenthesis": ("(assert (<= Y_0", ") (assert (<= Y_0", r"line 9: '\)' without"),
     "undeclared variable": ("(<= Y_0 Y_1)", "(<= Y_0 Y_7)", "line 9: Y_7 is not declared"),
     "gap in the numbering": ("Y_1", "Y_2", "Y_1 is not declared, but Y_2 is"),
-    "strict comparison": ("(<= Y_0 Y_1)", "(< Y_0 Y_1)", "line 9: expected and, or, <="),
     "product of variables": ("Y_0 Y_1)", "Y_0 (* Y_0 Y_1))", "line 9: a product"),
     "input related to output": ("Y_0 Y_1)", "Y_0 X_1)", "line 9: .* inputs to outputs"),
     "constraint on two inputs": ("X_0 1.0", "X_0 X_1", "line 6: .* several inputs"),
     "no constraint on outputs": ("(<= Y_0 Y_1)", "(<= X_0 1.0)", "constrains no output"),
     "unknown command": ("(assert (<= Y_0 Y_1))", "(push 1)", "line 9: unknown command 'push'"),
+    "let": ("(<= Y_0 Y_1)", "(let ((a 1)) (<= Y_0 a))", "line 9: let .* is not supported"),
+    "ite": ("Y_0 Y_1)", "Y_0\n(ite true 1 Y_1))", "line 10: ite .* is not supported"),
+    "division by zero": ("Y_0 Y_1)", "Y_0 (/ Y_1 0.0))", "line 9: a division by zero"),
+    "division by a variable": ("Y_0 Y_1)", "Y_0 (/ 1 Y_1))", "line 9: a division by a variable"),
+    "one operand": ("Y_0 Y_1)", "Y_0)", "line 9: <= takes two operands, found 1"),
+    "not of two": ("(<= Y_0 Y_1)", "(not (<= Y_0 1) (<= Y_1 1))", "line 9: not takes one formula"),
+    "open string": ("(assert (<= Y_0", '(set-info :x "y) (assert (<= Y_0', "line 9: the quotation"),
+    "quoted name": ("X_1 Real", "|X 1| Real", "line 2: variable '.X 1.' is neither X_i nor"),
+    "exponent": ("X_0 1.0", "X_0 1e9999999999", "line 6: number .* has too large an exponent"),
+    "digits": ("X_0 1.0", f"X_0 0.{'1' * 5000}", "line 6: number .* more than 1000 digits"),
+    "product too large": ("X_0 1.0", "X_0 (* 1e300 1e300)", "line 6: a number .* is too large"),
+    "newer version": ("(assert (<= Y_0 Y_1))", "(vnnlib-version <2.0>)", "line 9: .* VNN-LIB 2.0"),
     "other types": ("X_0 Real", "X_0 Int", "line 1: X_0 has type 'Int'"),
     "double declaration": ("X_1 Real", "X_0 Real", "line 2: X_0 is declared twice"),
     "too large a number": ("X_0 1.0", "X_0 1e999", "line 6: number 1e999 is too large"),
@@ -202,6 +334,45 @@ def test_boxes_are_rounded_outwards():
     assert (exact_lower.numpy() == region.lower).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_points_inside_a_box_are_numbers_of_the_type_in_it(dtype):
+    (region,) = parse(
+        "(and (< X_0 0.7) (> X_0 -0.1) (<= Y_0 Y_1))", (-0.1, -0.3, 0.0, 0.1), (0.9, 1.0, 0.0, 0.1)
+    ).regions
+    lower, upper = (end.double().tolist() for end in inward_box(region, dtype))
+    for index in (0, 1, 2):
+        interval = region.box[index]
+        for end in (lower[index], upper[index]):
+            assert interval.holds(Fraction(end))
+        # and the next ones beyond them are not
+        step = torch.finfo(dtype).eps
+        assert not interval.holds(Fraction(lower[index] - step * max(abs(lower[index]), 1e-30)))
+        assert not interval.holds(Fraction(upper[index] + step * max(abs(upper[index]), 1e-30)))
+    assert lower[3] == upper[3] == torch.tensor(0.1, dtype=dtype).item()  # there is none in it
+
+
+@pytest.mark.parametrize("unsafe, whole", [
+    ("(<= (* 0.1 Y_0) (* 0.3 Y_1))", True), ("(<= (* 0.1 Y_0) (* 0.30000000000000001 Y_1))", False),
+    ("(<= (+ (* 1.5 Y_0) (/ Y_1 3)) 0.7)", True), ("(<= (* 16777217 Y_0) (* 3 Y_1))", False),
+])
+def test_coefficients_that_a_type_does_not_have_are_bounded_safely(unsafe, whole):
+    """Of outputs in a box: what is said is never above the smallest slack, and close to it."""
+    (row,) = parse(unsafe).rows
+    rows = RowsToBound([row], torch.float32)
+    C = torch.zeros(len(rows), 2)
+    rows.fill(C)
+    low, high = np.array([-3.0, 0.3]), np.array([2.0, 0.7])
+    center, radius = (low + high) / 2, (high - low) / 2
+    matrix = C.double().numpy()
+    (value,) = rows.values(matrix @ center - abs(matrix) @ radius)
+    corners = [(a, b) for a in (low[0], high[0]) for b in (low[1], high[1])]
+    smallest = min(-row.slack([Fraction(a), Fraction(b)]) for a, b in corners)
+    size = sum(abs(float(c)) for c in row.coefficients.values())
+    assert value <= smallest + Fraction(size * 1e-15)  # rounding of the float64 product above
+    assert value >= smallest - (0 if not whole else 1e-14) - size * 6e-7
+    assert (len(rows) == 1) == whole
+
+
 def test_a_disjunct_is_refuted_by_any_of_its_rows():
     prop = parse("(or (and (<= Y_0 1.0) (<= Y_1 2.0)) (<= Y_0 3.0))")
     (region,) = prop.regions
@@ -221,7 +392,7 @@ def test_right_hand_sides_are_subtracted_from_the_bounds():
     C = specification_matrix(prop.rows, 2, torch.float32)
     assert C.tolist() == [[[1.0, 0.0], [1.0, -2.0]]]
     # c . y <= d as c . y - d: Y_0 - 1.5, and Y_0 - 2 Y_1 + 1.
-    assert minus_right_hand_sides(torch.tensor([[2.0, 0.0]]), prop.rows).tolist() == [0.5, 1.0]
+    assert RowsToBound(prop.rows, torch.float32).values(np.array([2.0, 0.0])) == [0.5, 1.0]
 
 
 def test_others_win_is_what_it_says():

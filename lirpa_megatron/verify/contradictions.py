@@ -3,8 +3,8 @@
 Exact, by Fourier-Motzkin elimination: a variable is removed by adding each pair of rows in which it
 has opposite signs, scaled to cancel it; what is left in the end are rows without variables,
 `0 <= d` or `0 < d`, and one that is false is the contradiction (Schrijver, Theory of Linear and
-Integer Programming, 12.2). A variable that has one sign in all rows satisfies all rows that have it,
-so they go first; of the properties that are met little is left then.
+Integer Programming, 12.2). A variable that has one sign in all rows can satisfy all rows that have
+it, so they go first; of the properties that are met little is left then.
 """
 
 from __future__ import annotations

@@ -10,9 +10,16 @@ from typing import Any
 from lirpa_megatron.checkpoint.reader import read_description
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.files import find_file, stem
+from lirpa_megatron.verify.instance_list import (
+    Instance,
+    Row,
+    looked_up,
+    names_of,
+    read_rows,
+    same_file,
+)
 from lirpa_megatron.verify.options import VerifyOptions
 from lirpa_megatron.verify.results import Result, read_results
-from lirpa_megatron.verify.runner import Instance, read_instances
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ def make_plan(arguments: dict[str, Any], options: VerifyOptions) -> Plan:
         options: those of them that say what to compute.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the first thing that is wrong. A row of instances.csv that is wrong is an
+            instance with an error, unless all are.
     """
     instances = _instances(arguments, options)
     output, keep_bytes, done = arguments.get("output"), 0, []
@@ -52,12 +60,9 @@ def make_plan(arguments: dict[str, Any], options: VerifyOptions) -> Plan:
             raise UserError("--resume needs --output: it goes on with that file")
         if output.exists():
             earlier, keep_bytes = read_results(output)
-            _check_names(instances)
-            wanted = {(i.network, i.property, options.method) for i in instances}
-            done = [result for result in earlier if result.key in wanted]
-    finished = {result.key for result in done}
+            done = [r for r in earlier if any(_is_of(r, i, options) for i in instances)]
     return Plan(
-        [i for i in instances if (i.network, i.property, options.method) not in finished],
+        [i for i in instances if not any(_is_of(r, i, options) for r in done)],
         one_network="load" in arguments or "onnx" in arguments,
         one_property="vnnlib" in arguments,
         output=output,
@@ -66,30 +71,72 @@ def make_plan(arguments: dict[str, Any], options: VerifyOptions) -> Plan:
     )
 
 
+def _is_of(result: Result, instance: Instance, options: VerifyOptions) -> bool:
+    """Whether an earlier result is this instance's; files of one name in two folders are two."""
+    if result.key != (instance.network, instance.property, options.method):
+        return False
+    known = result.network_file, result.property_file
+    return all(a in (None, b) for a, b in zip(known, instance.files, strict=True))
+
+
 def _instances(arguments: dict[str, Any], options: VerifyOptions) -> list[Instance]:
     named = _named_network(arguments)
     if "vnnlib" in arguments:
         if named is None:
             raise UserError("--vnnlib needs the network: give --load DIR or --onnx FILE")
         prop = find_file(arguments["vnnlib"], "property")
-        return [Instance(*named, prop, options.timeout)]
+        return [Instance(*named, stem(prop), prop, options.timeout)]
     if "instances" not in arguments:
         raise UserError("nothing to verify: give --vnnlib PROP or --instances CSV")
-    rows = read_instances(arguments["instances"])
+    path = arguments["instances"]
+    rows = read_rows(path)
     if named is not None:
-        chosen = [row for row in rows if stem(row[0]) == named[0]]
-        if not chosen:
-            networks = ", ".join(sorted({stem(row[0]) for row in rows}))
-            raise UserError(
-                f"instances file {arguments['instances']} has no rows for network {named[0]}; "
-                f"its networks are {networks}"
-            )
-        return [Instance(*named, prop, options.timeout or limit) for _, prop, limit in chosen]
-    paths = {network: find_file(network, "network") for network, _, _ in rows}
+        rows = _rows_of(named, rows, path)
+    rows = [looked_up(path, row, needs_network=named is None) for row in rows]
+    wrong = [row.error for row in rows if row.error is not None]
+    if len(wrong) == len(rows):
+        others = f" (and so are {len(wrong) - 1} more rows, which are all)" * (len(wrong) > 1)
+        raise UserError(f"{wrong[0]}{others}")
+    networks = names_of(row.network_path for row in rows)
+    properties = names_of(row.property_path for row in rows)
     return [
-        Instance(stem(network), paths[network], False, prop, options.timeout or limit)
-        for network, prop, limit in rows
+        Instance(
+            *(named or (networks[row.network_path], row.network_path, False)),
+            properties[row.property_path], row.property_path, options.timeout or row.timeout,
+            row.error,
+        )
+        for row in rows
     ]
+
+
+def _rows_of(named: tuple[str, Path, bool], rows: list[Row], path: Path) -> list[Row]:
+    """The rows of a network: of that file, or for a checkpoint of a file of its network's name; and
+    those that are too wrong to say whose they are."""
+    name, file, is_checkpoint = named
+    alike = [row for row in rows if row.error is None and stem(row.network_path) == name]
+    if is_checkpoint:
+        chosen, of = alike, f"network {name}"
+        files = {same_file(row.network_path): row.network for row in alike}
+        if len(files) > 1:
+            raise UserError(
+                f"checkpoint {file} holds network {name}, and rows of instances file {path} are of "
+                f"several files of that name: {', '.join(sorted(files.values())[:5])}; keep the "
+                "rows of one of them in a file of its own"
+            )
+    else:
+        own = same_file(file)
+        chosen, of = [row for row in rows if same_file(row.network_path) == own], f"network {name}"
+        chosen = [row for row in chosen if row.error is None]
+        if alike and not chosen:
+            others = ", ".join(sorted({str(row.network_path) for row in alike})[:5])
+            of = f"network {file} (those of {name} are of {others})"
+    if not chosen:
+        networks = sorted({stem(row.network_path) for row in rows if row.error is None})
+        raise UserError(
+            f"instances file {path} has no rows for {of}; its networks are {', '.join(networks)}"
+        )
+    keep = {row.line for row in chosen} | {row.line for row in rows if row.error is not None}
+    return [row for row in rows if row.line in keep]
 
 
 def _named_network(arguments: dict[str, Any]) -> tuple[str, Path, bool] | None:
@@ -100,20 +147,6 @@ def _named_network(arguments: dict[str, Any]) -> tuple[str, Path, bool] | None:
         path = find_file(arguments["onnx"], "network")
         return stem(path), path, False
     return None
-
-
-def _check_names(instances: list[Instance]) -> None:
-    """Results name files without folders; --resume must not take one file for another."""
-    seen: dict[tuple[str, str], Instance] = {}
-    for instance in instances:
-        other = seen.setdefault((instance.network, instance.property), instance)
-        if other.network_path != instance.network_path:
-            paths = f"{other.network_path} and {instance.network_path}"
-        elif other.property_path != instance.property_path:
-            paths = f"{other.property_path} and {instance.property_path}"
-        else:
-            continue
-        raise UserError(f"--resume cannot tell {paths} apart: they have the same name")
 
 
 def check_writable(path: Path) -> None:

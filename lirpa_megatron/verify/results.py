@@ -12,6 +12,8 @@ from lirpa_megatron.report.reader import checked
 
 # VNN-COMP's words: holds, violated, not decided, out of time, failed.
 RESULT_WORDS = ("unsat", "sat", "unknown", "timeout", "error")
+# Notes shown below the table.
+_NOTES = 10
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Result:
     # by the outputs of the network as stored, and of its weights in float64
     violation: float | None = None
     float64_violation: float | None = None
+    # the files, each with its folder: two of one name are not the same
+    network_file: str | None = None
+    property_file: str | None = None
     # what the weights are stored in, and what bounds were computed in
     stored_dtype: str | None = None
     dtype: str | None = None
@@ -91,21 +96,29 @@ def read_results(path: Path) -> tuple[list[Result], int]:
 
 
 def summary_table(results: Sequence[Result]) -> str:
-    """Counts of result words and total time, one line for each network and method."""
+    """Counts of result words and total time, one line for each network and method, then notes.
+
+    "least violation": of its counterexamples, see `Result.violation`.
+    """
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.network, result.method), []).append(result)
-    lines = [["network", "method", "TP", *RESULT_WORDS, "seconds"]]
+    lines = [["network", "method", "TP", *RESULT_WORDS, "least violation", "seconds"]]
     for (network, method), members in groups.items():
         counts = [str(sum(m.result == word for m in members)) for word in RESULT_WORDS]
         sizes = "/".join(str(size) for size in sorted({m.tensor_parallel for m in members}))
         seconds = f"{sum(m.seconds for m in members):.1f}"
-        lines.append([network, method, sizes, *counts, seconds])
+        violations = [m.violation for m in members if m.violation is not None]
+        least = f"{min(violations):.3g}" if violations else "-"
+        lines.append([network, method, sizes, *counts, least, seconds])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
+    table = [
         "  ".join(
             cell.ljust(width) if column < 2 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
-    )
+    ]
+    notes = [f"{r.network} {r.property}: {r.result}, {r.note}" for r in results if r.note]
+    more = [f"and {len(notes) - _NOTES} more notes"] if len(notes) > _NOTES else []
+    return "\n".join([*table, *notes[:_NOTES], *more])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -16,62 +14,12 @@ from tqdm import tqdm
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.verify.agreement import agreed
-from lirpa_megatron.verify.files import find_file, read_file, stem
 from lirpa_megatron.verify.instance import Deadline, Outcome, verify_instance
+from lirpa_megatron.verify.instance_list import Instance
 from lirpa_megatron.verify.models import Loaded, load
 from lirpa_megatron.verify.options import VerifyOptions
 from lirpa_megatron.verify.results import Result
 from lirpa_megatron.verify.vnnlib import read_vnnlib
-
-
-@dataclass(frozen=True)
-class Instance:
-    """A network and a property of it."""
-
-    # network's name, as results call it
-    network: str
-    # NET.onnx[.gz], or a checkpoint's directory
-    network_path: Path
-    # which of the two
-    is_checkpoint: bool
-    # PROP.vnnlib[.gz]
-    property_path: Path
-    # seconds; None: no limit
-    timeout: float | None = None
-
-    @property
-    def property(self) -> str:
-        return stem(self.property_path)
-
-
-def read_instances(path: Path) -> list[tuple[Path, Path, float | None]]:
-    """Rows of instances.csv (network, property, seconds); paths are relative to its folder.
-
-    Raises:
-        UserError: unreadable, empty, a malformed row (with its line), a property that is missing.
-    """
-    text = read_file(path, "instances").decode("utf-8", errors="replace")
-    rows = []
-    for line, row in enumerate(csv.reader(text.splitlines()), start=1):
-        if not any(cell.strip() for cell in row):
-            continue
-        cells = [cell.strip() for cell in row]
-        where = f"instances file {path}, line {line}"
-        if not 2 <= len(cells) <= 3 or not cells[0] or not cells[1]:
-            raise UserError(f"{where}: expected network,property,seconds, found {','.join(row)!r}")
-        try:
-            timeout = float(cells[2]) if len(cells) == 3 and cells[2] else None
-            prop = find_file(path.parent / cells[1], "property")
-        except ValueError:
-            raise UserError(f"{where}: {cells[2]!r} is not a number of seconds") from None
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if timeout is not None and not 0 < timeout < math.inf:
-            raise UserError(f"{where}: the time limit {cells[2]} must be positive")
-        rows.append((path.parent / cells[0], prop, timeout))
-    if not rows:
-        raise UserError(f"instances file {path} is empty")
-    return rows
 
 
 class Runner:
@@ -123,6 +71,8 @@ class Runner:
             begin = time.monotonic()
             error = None
             try:
+                if instance.error is not None:
+                    raise UserError(instance.error)
                 outcome = self._verify(instance)
             except Exception as exception:  # recorded; a run of days must not end for one instance
                 kind = "" if isinstance(exception, UserError) else f"{type(exception).__name__}: "
@@ -136,12 +86,28 @@ class Runner:
                 lower_bounds=outcome.lower_bounds,
                 tensor_parallel=1 if self.group is None else self.group.size(),
                 seconds=round(time.monotonic() - begin, 4),
-                counterexample=outcome.counterexample,
+                **self._details(instance, outcome),
                 error=error,
             )
             write(result)
             results.append(result)
         return results
+
+    def _details(self, instance: Instance, outcome: Outcome) -> dict[str, Any]:
+        network, prop = instance.files
+        details: dict[str, Any] = {
+            "network_file": network, "property_file": prop, "note": outcome.note
+        }
+        if self._loaded is not None and self._loaded[0] == instance.network_path:
+            details["stored_dtype"] = self._loaded[1].stored_dtype
+            details["dtype"] = self._loaded[1].dtype
+        found = outcome.counterexample
+        if found is not None:
+            details |= {
+                "counterexample": found.point, "violation": found.violation,
+                "float64_violation": found.float64_violation,
+            }
+        return details
 
     def _verify(self, instance: Instance) -> Outcome:
         deadline = Deadline(instance.timeout, self.group)

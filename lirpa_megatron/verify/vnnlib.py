@@ -16,6 +16,7 @@ disjunctions (an AssertionError), and drops constraints without variables.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,17 @@ def read_vnnlib(
 
 def parse_vnnlib(text: str, name: str) -> Property:
     """Parses the text of a property; see `read_vnnlib`."""
+    # Large files make millions of small objects and no cycles: looking for those triples the time.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _parse(text, name)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _parse(text: str, name: str) -> Property:
     declared: dict[Variable, int] = {}
     formulas = Formulas(declared)
     assertions: list[Dnf] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 from lirpa_megatron.verify.property import Interval, OutputRow
 from lirpa_megatron.verify.vnnlib_syntax import (
@@ -22,7 +23,7 @@ from lirpa_megatron.verify.vnnlib_syntax import (
 )
 
 _MAX_DISJUNCTS = 200_000
-_MAX_LITERALS = 2_000_000
+_MAX_LITERALS = 5_000_000
 _MAX_TRIED = 5_000_000
 
 # input index -> the values it may have, for the inputs that are constrained
@@ -33,6 +34,7 @@ Conjunct = tuple[Box, tuple[int, ...]]
 Dnf = list[Conjunct]
 ALWAYS: Conjunct = ({}, ())
 
+_ZERO, _ONE = Fraction(0), Fraction(1)
 # coefficients of the variables, and the constant
 _Linear = tuple[dict[Variable, Fraction], Fraction]
 _NEGATED = {"<=": ">", ">=": "<", "<": ">=", ">": "<="}
@@ -120,28 +122,30 @@ class Formulas:
             )
         if negated:
             operator = _NEGATED[operator]
-        factor = 1 if operator in ("<=", "<") else -1
-        # terms + constant <= 0, or < 0
-        terms, constant = _sum([left, right], [factor, -factor], line)
-        strict = operator in ("<", ">")
+        is_upper, strict = operator in ("<=", "<"), operator in ("<", ">")
+        if len(left[0]) == 1 and not left[1] and not right[0]:  # nearly always: saves half the time
+            terms, bound = left[0], right[1]
+        else:
+            terms, constant = _sum([left, right], [1, -1], line)
+            bound = -constant
+        # terms <= bound, or >= bound
         if not terms:
-            return [ALWAYS] if constant < 0 or (constant == 0 and not strict) else []
+            holds = bound > 0 if is_upper else bound < 0
+            return [ALWAYS] if holds or (bound == 0 and not strict) else []
         kinds = {kind for kind, _ in terms}
         if len(kinds) > 1:
             raise VnnlibError(line, "a constraint that relates inputs to outputs is not supported")
         if kinds == {"Y"}:
-            row = OutputRow({j: c for (_, j), c in terms.items()}, -constant, line, strict)
-            self.rows.append(row)
+            own = {j: c if is_upper else -c for (_, j), c in terms.items()}
+            self.rows.append(OutputRow(own, bound if is_upper else -bound, line, strict))
             return [({}, (len(self.rows) - 1,))]
         if len(terms) > 1:
             raise VnnlibError(
                 line, "a constraint on several inputs is not supported, only boxes are"
             )
         (((_, index), coefficient),) = terms.items()
-        limit = _checked(-constant / coefficient, line)
-        if coefficient > 0:
-            return [({index: Interval(upper=limit, upper_open=strict)}, ())]
-        return [({index: Interval(lower=limit, lower_open=strict)}, ())]
+        limit = bound if coefficient == 1 else _checked(bound / coefficient, line)
+        return [({index: _half_line(limit, is_upper == (coefficient > 0), strict)}, ())]
 
     def _linear(self, expression: Expression) -> _Linear:
         """A linear expression as coefficients and constant."""
@@ -173,7 +177,14 @@ class Formulas:
             raise VnnlibError(line, f"expected a number or a variable, found {shown(word)}")
         if found not in self._declared:
             raise VnnlibError(line, f"{word} is not declared")
-        return {found: Fraction(1)}, Fraction(0)
+        return {found: _ONE}, _ZERO
+
+
+@lru_cache(maxsize=100_000)  # large files repeat a few numbers: memory
+def _half_line(limit: Fraction, is_upper: bool, strict: bool) -> Interval:
+    if is_upper:
+        return Interval(upper=limit, upper_open=strict)
+    return Interval(lower=limit, lower_open=strict)
 
 
 def conjunction(parts: Sequence[Dnf], line: int, within: Box | None = None) -> Dnf:
@@ -187,11 +198,10 @@ def conjunction(parts: Sequence[Dnf], line: int, within: Box | None = None) -> D
     Raises:
         VnnlibError: too many disjuncts.
     """
-    made: Dnf = [ALWAYS]
+    made = _single([part[0] for part in parts if len(part) == 1], within or {})
     tried = 0
     for part in parts:
-        if len(part) == 1 and part[0][0] == {}:  # nearly always: a row more
-            made = [(box, rows + part[0][1]) for box, rows in made]
+        if len(part) == 1:
             continue
         before, made = made, []
         tried += len(before) * len(part)
@@ -213,6 +223,21 @@ def conjunction(parts: Sequence[Dnf], line: int, within: Box | None = None) -> D
                         f"{_MAX_DISJUNCTS:,}, or {_MAX_LITERALS:,} constraints in all"
                     )
     return made
+
+
+def _single(parts: Sequence[Conjunct], within: Box) -> Dnf:
+    """The conjunction of conjuncts: one, or none."""
+    box: Box = {}
+    rows: list[int] = []
+    for other, more in parts:
+        rows += more
+        for index, interval in other.items():
+            box[index] = interval.meet(box[index]) if index in box else interval
+    for index, interval in box.items():
+        around = within.get(index)
+        if (interval if around is None else interval.meet(around)).is_empty():
+            return []
+    return [(box, tuple(rows))]
 
 
 def _meet(first: Box, second: Box, within: Box) -> Box | None:
