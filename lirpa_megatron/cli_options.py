@@ -176,7 +176,10 @@ def _add_sources(add: Any) -> None:
         help="file of results, one JSON object a line (default: standard output)",
     )
     add("--resume", action="store_true", help="go on with --output: skip the results it has")
-    add("--config", metavar="YAML", type=Path, help="options by name; the command line wins")
+    add(
+        "--config", metavar="YAML", type=Path,
+        help="options by name, paths relative to the file; the command line wins",
+    )
 
 
 def _add_question(add: Any) -> None:
@@ -207,6 +210,10 @@ def _add_question(add: Any) -> None:
     add(
         "--label-tokens", metavar="WORDS",
         help="words that stand for class 0, 1, ...: 'bad,awful|good,great'",
+    )
+    add(
+        "--labels", metavar="NAME", nargs="+",
+        help="names of class 0, 1, ..., which the data may have as label: negative positive",
     )
     add("--prompt", metavar="TEXT", help="what a GPT is asked, with {text} in it (default {text})")
     add(
@@ -343,16 +350,24 @@ def _from_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
             raise UserError(
                 f"config {path}: unknown option {key!r}; the options are {', '.join(sorted(known))}"
             )
-        tokens += _as_tokens(name, value, is_flag=known[name], where=f"config {path}")
+        tokens += _as_tokens(name, value, known[name], where=f"config {path}")
     try:
         options = vars(parser.parse_args(tokens))
     except UserError as error:
         raise UserError(f"config {path}: {error}") from None
     del options["command"]
-    return options
+    return {
+        name: path.parent / value if isinstance(value, Path) else value
+        for name, value in options.items()
+    }
 
 
-def _as_tokens(name: str, value: Any, is_flag: bool, where: str) -> list[str]:
+def _as_tokens(name: str, value: Any, count: int | str | None, where: str) -> list[str]:
+    """An option as on the command line; count: argparse's nargs."""
+    is_flag = count == 0
+    if count == "+" and isinstance(value, list) and value:
+        if not any(isinstance(v, (bool, dict, list)) or v is None for v in value):
+            return [f"--{name}", *map(str, value)]
     if is_flag and isinstance(value, bool):
         return [f"--{name}"] if value else []
     if is_flag or isinstance(value, (bool, dict, list)) or value is None:
@@ -361,12 +376,12 @@ def _as_tokens(name: str, value: Any, is_flag: bool, where: str) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def _verify_options(parser: argparse.ArgumentParser) -> dict[str, bool]:
-    """Option names of `verify` that a configuration may set -> whether it is a flag."""
+def _verify_options(parser: argparse.ArgumentParser) -> dict[str, int | str | None]:
+    """Option names of `verify` that a configuration may set -> argparse's nargs; 0 is a flag."""
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     actions = commands.choices["verify"]._actions
-    names = {a.option_strings[-1][2:]: a.nargs == 0 for a in actions if a.option_strings}
-    return {name: flag for name, flag in names.items() if name not in ("help", "config")}
+    names = {a.option_strings[-1][2:]: a.nargs for a in actions if a.option_strings}
+    return {name: count for name, count in names.items() if name not in ("help", "config")}
 
 
 def print_error(message: str) -> None:

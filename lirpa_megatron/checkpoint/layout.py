@@ -17,18 +17,40 @@ RELEASE = "release"
 COMMON = "common.pt"
 
 
+def split_iteration(path: Path) -> tuple[Path, Path | None]:
+    """A checkpoint, and the directory of an iteration of it if the path names one.
+
+    `OUT/iter_0000010`, `OUT/release` and a rank's folder in them, `.../mp_rank_00`, name one,
+    unless they have a tracker of their own.
+    """
+    inner = path.resolve() if path.name in ("", "..") else path
+    if re.fullmatch(r"mp_rank_\d+(_\d+)*", inner.name):
+        inner = inner.parent
+    if re.fullmatch(rf"{RELEASE}|iter_\d{{1,12}}", inner.name) and not (inner / TRACKER).exists():
+        return inner.parent, inner
+    return path, None
+
+
 def data_directory(checkpoint: Path, iteration: int | str | None = None) -> Path:
     """The directory of an iteration of a checkpoint.
 
     Args:
-        checkpoint: the directory with the tracker file.
-        iteration: its number, or "release"; None: what the tracker names.
+        checkpoint: the directory with the tracker file, or that of an iteration in it.
+        iteration: its number, or "release"; None: the directory given, or what the tracker names.
 
     Raises:
         UserError: no such checkpoint or iteration, no tracker, or a tracker that names nothing.
     """
     if not checkpoint.is_dir():
         raise UserError(f"checkpoint {checkpoint} is not a directory")
+    checkpoint, named = split_iteration(checkpoint)
+    if named is not None:
+        wanted = None if iteration is None else _directory_of(checkpoint, str(iteration)).name
+        if wanted not in (None, named.name):
+            raise UserError(
+                f"{named} is not iteration {iteration}: give {checkpoint}, or no iteration"
+            )
+        return named
     if iteration is not None:
         return _chosen_directory(checkpoint, iteration)
     tracker = checkpoint / TRACKER

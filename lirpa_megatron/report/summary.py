@@ -117,6 +117,8 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         radius_inputs, mean_radius, median_radius, min_radius: of the certified radii of the inputs
             that a radius was asked for and that are not wrong; an input without one counts as 0.
         seconds, seconds_per_input (mean), peak_memory_mib (largest; None if not measured).
+        unknown_tokens, unknown_inputs: tokens that the vocabulary does not have, and inputs with
+            such; None where there are no tokens.
         repeated: lines that repeat an input of this setting; each line is counted.
         contradictions: results that contradict themselves, in words. There must be none: a
             certified radius above an attacked one is a bug in a bound or in an attack.
@@ -169,6 +171,7 @@ def summary_rows(group: dict[str, Any]) -> list[tuple[str, str]]:
         ("eps", ", ".join(figure(eps) for eps in group["eps"]) or "-"),
         ("tensor-parallel size", ", ".join(map(str, group["tensor_parallel"])) or "-"),
         ("inputs", str(total)),
+        ("unknown tokens", _unknown(group)),
         ("certified" + at, str(group["certified"])),
         ("attacked", str(group["attacked"])),
         *((WORDS[word], str(counts[word])) for word in ("unknown", "timeout", "error")),
@@ -228,6 +231,7 @@ def _summary(group: list[Result]) -> dict[str, Any]:
     asked = [r for r in group if asks_radius(r) and not is_wrong(r)]
     radii = [certified_radius(r) or 0.0 for r in asked]
     seconds = [r["seconds"] for r in group]
+    unknown = [r["unknown_tokens"] for r in group if r.get("unknown_tokens") is not None]
 
     def share(holds: Callable[[Result], bool]) -> float | None:
         return sum(map(holds, labelled)) / len(labelled) if labelled else None
@@ -254,6 +258,8 @@ def _summary(group: list[Result]) -> dict[str, Any]:
         "seconds": sum(seconds),
         "seconds_per_input": statistics.fmean(seconds),
         "peak_memory_mib": max(_numbers(r.get("peak_memory_mib") for r in group), default=None),
+        "unknown_tokens": sum(unknown) if unknown else None,
+        "unknown_inputs": sum(map(bool, unknown)) if unknown else None,
         "repeated": len(group) - len({r["property"] for r in group}),
         "contradictions": [text for r in group for text in _contradictions(r)],
     }
@@ -316,6 +322,11 @@ def _precision(group: dict[str, Any]) -> str:
     if used is None:
         return "-"
     return used if stored in (None, used) else f"stored as {stored}, verified as {used}"
+
+
+def _unknown(group: dict[str, Any]) -> str:
+    tokens, inputs = group["unknown_tokens"], group["unknown_inputs"]
+    return str(tokens or "-") if not tokens else f"{tokens} in {inputs} of {group['inputs']} inputs"
 
 
 def _share(group: dict[str, Any], name: str) -> str:

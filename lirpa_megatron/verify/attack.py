@@ -91,7 +91,7 @@ class _Slacks:
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """y [W, n_out] -> slacks [W, J]."""
-        by_target = y.view(len(self.matrix), -1, y.shape[-1])
+        by_target = y.to(self.matrix.dtype).view(len(self.matrix), -1, y.shape[-1])
         margins = by_target @ self.matrix.transpose(1, 2) - self.bounds.unsqueeze(1)
         index = self.index.unsqueeze(1).expand(-1, margins.shape[1], -1, -1)
         wide = margins.gather(2, index.flatten(2)).view(index.shape)
@@ -109,7 +109,8 @@ def find_candidates(
     """Looks for inputs in the regions' boxes whose outputs satisfy one of the disjuncts.
 
     Args:
-        model: x [N, n_in] -> y [N, n_out], both replicated; its inner layers may be sharded.
+        model: x [N, n_in] -> y [N, n_out], both replicated, of any float type; its inner layers may
+            be sharded.
         prop: the property.
         targets: what is attacked; each disjunct has rows.
         options: how hard to search.

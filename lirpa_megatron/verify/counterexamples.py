@@ -24,8 +24,6 @@ from fractions import Fraction
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.func import functional_call
 
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.verify.models import Loaded
@@ -69,14 +67,12 @@ def confirm(
         whether it is a counterexample, and the disjunct's numbers that come closest to one; the
         same on every rank.
     """
-    dtype = getattr(torch, loaded.stored_dtype)
-    lower, upper = inward_box(region, dtype, loaded.like.device)
-    read = point.detach().to(dtype).clamp(lower, upper)
+    lower, upper = inward_box(region, loaded.input_dtype, loaded.like.device)
+    read = point.detach().to(lower).clamp(lower, upper)
     spelled, outside = _spelled(read, region)
     with torch.no_grad():
-        is_other = loaded.stored_forward is not loaded.forward
-        stored = loaded.stored_forward(read[None] if is_other else read[None].to(loaded.like))[0]
-        double = _in_float64(loaded.forward, read[None].double())[0]
+        stored = loaded.stored_forward(read[None])[0]
+        double = loaded.float64_forward(read[None].double())[0]
     # The last bits of a reduction may differ between ranks: rank 0's count.
     outputs, exact = spmd.broadcast_object(
         (stored.double().tolist(), double.tolist()), group
@@ -90,15 +86,6 @@ def confirm(
     return is_one, Counterexample(
         spelled, outputs, _number(violation), _number(float64_violation), outside
     )
-
-
-def _in_float64(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The module's outputs with the same weights, computed in float64."""
-    tensors = {
-        name: t.double() if t.is_floating_point() else t
-        for name, t in (*module.named_parameters(), *module.named_buffers())
-    }
-    return functional_call(module, tensors, (x,))
 
 
 _INFINITE = Fraction(10**400)

@@ -54,11 +54,23 @@ class Loaded:
     normalisation: Normalisation | None
     # makes the bounded module of a part of the network, from `box` to a layer
     bounded_to: Callable[[str], BoundedModule]
+    # makes the sharded network with its weights in a type, for computing in it
+    build: Callable[[torch.dtype], nn.Module]
 
     @property
     def dtype(self) -> str:
         """What bounds are computed in, by torch's name without "torch."."""
         return str(self.like.dtype).removeprefix("torch.")
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What the network as stored reads."""
+        return STORED_DTYPES[self.description.input_dtype or self.description.dtype]
+
+    @functools.cached_property
+    def float64_forward(self) -> nn.Module:
+        """The same weights, all computed in float64; every rank asks for it at the same time."""
+        return traceable(self.build(torch.float64).requires_grad_(False).eval())
 
     def box(self, region: Region) -> tuple[torch.Tensor, torch.Tensor]:
         """x_L and x_U [1, n] of the input of `bounded`, which contain what the region's box does
@@ -138,7 +150,7 @@ def load(
     forward = traceable(network) if description.dtype in _HALF else stored_forward
     return Loaded(
         description, forward, bounded_to(description.layers[-1].name), like, stored_forward,
-        description.dtype, stored, part, bounded_to,
+        description.dtype, stored, part, bounded_to, build,
     )
 
 

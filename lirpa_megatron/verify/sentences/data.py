@@ -21,8 +21,9 @@ class Item:
     text: str | None = None
     # "ids"
     ids: tuple[int, ...] | None = None
-    # "label": a class, or for next tokens the id of the right one
-    label: int | None = None
+    # "label": a class, or for next tokens the id of the right one; a text until the task says which
+    # class it names
+    label: int | str | None = None
     # "candidates": for each word those that may stand in its place
     candidates: tuple[tuple[str, ...], ...] | None = None
     # one line: the line is not usable
@@ -89,8 +90,10 @@ def _fields(plain: dict[str, Any]) -> dict[str, Any]:
         raise UserError("the sentence is empty or no text")
     if ids is not None and (not isinstance(ids, list) or not ids or not all(map(_is_id, ids))):
         raise UserError("ids must be a list of whole numbers from 0 on")
-    if label is not None and not _is_id(label):
-        raise UserError(f"label {label!r} is not a whole number from 0 on")
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # tables with gaps write 1 as 1.0
+    if label is not None and not (_is_id(label) or _is_text(label)):
+        raise UserError(f"label {label!r} is not a whole number from 0 on, nor the name of a class")
     if candidates is not None:
         if text is None:
             raise UserError("candidates need a sentence")

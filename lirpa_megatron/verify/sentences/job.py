@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lirpa_megatron.checkpoint.arguments import read_model_config
 from lirpa_megatron.checkpoint.language_model import load_language_model, read_model_description
+from lirpa_megatron.checkpoint.layout import split_iteration
 from lirpa_megatron.errors import SPMDError, UserError
 from lirpa_megatron.networks.network import DTYPES
 from lirpa_megatron.parallel import runtime, spmd
@@ -126,10 +127,14 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
                 f"tokenizer {tokenizer.name} has {tokenizer.size} tokens, the checkpoint's "
                 f"vocabulary {vocabulary}: they do not belong together"
             )
-        task = make_task(options.task, model, vocabulary, options.label_tokens, tokenizer)
+        task = make_task(
+            options.task, model, vocabulary, options.label_tokens, tokenizer, options.labels
+        )
+        items = [task.with_label(item) for item in items]
     used = str(next(model.parameters()).dtype).removeprefix("torch.")
     asked = {
-        "network": files.load.resolve().name, "task": task.name, **options.key(),
+        "network": split_iteration(files.load.resolve())[0].name, "task": task.name,
+        **options.key(),
         "iteration": description.stored.iteration, "stored_dtype": description.stored.dtype,
         "dtype": used,
     }
@@ -157,10 +162,11 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
 
 
 def _beside(checkpoint: Path) -> Path | None:
-    """A tokenizer file in the checkpoint's folder."""
-    for name in ("tokenizer.json", "vocab.txt"):
-        if (checkpoint / name).is_file():
-            return checkpoint / name
+    """A tokenizer file in the checkpoint's folder, or in that of the iteration that was named."""
+    for folder in dict.fromkeys((checkpoint, split_iteration(checkpoint)[0])):
+        for name in ("tokenizer.json", "vocab.txt"):
+            if (folder / name).is_file():
+                return folder / name
     return None
 
 
@@ -244,8 +250,7 @@ def _encode(replica: _Replica, item: Item, options: SentenceOptions) -> tuple[En
         before, _, after = options.prompt.partition("{text}")
         encoded = replica.tokenizer.encode(f"{before}{text}{after}")
         first = len(f"{before}x".split()) - 1  # a word of the prompt may touch the sentence's first
-        own = encoded.words[first : first + len(text.split())]
-        encoded = Encoded(encoded.ids, encoded.tokens, own, encoded.unknown)
+        encoded = encoded.part(first, len(text.split()))
         if encoded.positions and set(encoded.positions) <= set(encoded.unknown):
             raise UserError(
                 f"none of the {len(encoded.positions)} tokens is in the vocabulary of "

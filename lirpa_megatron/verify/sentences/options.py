@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class SentenceOptions:
     tolerance: float = 0.02
     # "bad,awful|good,great": the words that stand for class 0, 1, ...
     label_tokens: str | None = None
+    # names of class 0, 1, ..., which labels of the data may be, and results have
+    labels: Sequence[str] | None = None
     # the text that a GPT is asked, around "{text}"
     prompt: str = "{text}"
     # gradient steps and starting points of the attack; 0 steps: no attack

@@ -51,6 +51,9 @@ def result_of(
         **asked,
         "text": item.text,
         "tokens": None if encoded is None else encoded.tokens,
+        "unknown_tokens": None if encoded is None else len(encoded.missing),
+        "unknown_text": None if encoded is None else encoded.missing,
+        "fixed": None if encoded is None else _fixed(encoded, substitutes, asked),
         "label": item.label,
         "predicted": None if verdict is None else verdict.predicted,
         # An error may be that the label is no class.
@@ -69,6 +72,14 @@ def result_of(
         "peak_memory_mib": memory,
         **({} if error is None else {"error": error}),
     }
+
+
+def _fixed(encoded: Encoded, substitutes: Substitutes, asked: dict[str, Any]) -> list[int]:
+    """The positions that no perturbation moves."""
+    moves = set(encoded.positions)
+    if asked["question"] == "synonyms" and (asked["eps"] is None or asked["words"] == "each"):
+        moves = set(substitutes.ids)
+    return [position for position in range(len(encoded.ids)) if position not in moves]
 
 
 def to_line(result: dict[str, Any]) -> str:

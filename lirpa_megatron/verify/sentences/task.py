@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core.models.bert.bert_model import BertModel
@@ -16,6 +18,7 @@ from lirpa_megatron.specifications import (
     next_token_margins,
     smallest_margin,
 )
+from lirpa_megatron.verify.sentences.data import Item
 from lirpa_megatron.verify.sentences.tokenizer import Tokenizer
 
 TASKS = ("classification", "label-tokens", "next-token")
@@ -56,8 +59,36 @@ class Task:
         """
         raise NotImplementedError
 
+    # of the classes, if they have names
+    names: Sequence[str] | None = None
+
     def class_name(self, index: int) -> str:
-        return str(index)
+        return str(index) if self.names is None else self.names[index]
+
+    def index_of(self, label: str) -> int:
+        """The class that a text names: its name, or its number.
+
+        Raises:
+            UserError: there is none.
+        """
+        names = [name.casefold() for name in self.names or ()]
+        if label.strip().casefold() in names:
+            return names.index(label.strip().casefold())
+        if re.fullmatch(r"[0-9]{1,9}", label.strip()):
+            return int(label)
+        known = "name the classes with --labels" if self.names is None else (
+            f"the classes are {', '.join(self.names)}"
+        )
+        raise UserError(f"label {label!r} is no class: {known}")
+
+    def with_label(self, item: Item) -> Item:
+        """The item with its label as a number; one whose label is none says so."""
+        if not isinstance(item.label, str):
+            return item
+        try:
+            return replace(item, label=self.index_of(item.label))
+        except UserError as error:
+            return replace(item, label=None, error=str(error))
 
     def check_label(self, label: int) -> None:
         """Raises UserError for a label that is no class."""
@@ -122,9 +153,6 @@ class LabelTokens(Task):
         by_token = lower.view(len(self.tokens[label]), -1)
         return by_token.amax(0).amin()  # NaN stays NaN
 
-    def class_name(self, index: int) -> str:
-        return self.names[index]
-
 
 class NextToken(Task):
     """The next token, among the whole vocabulary.
@@ -159,7 +187,7 @@ def _without(scores: torch.Tensor, label: int) -> torch.Tensor:
 
 def make_task(
     name: str | None, model: nn.Module, vocab_size: int, label_tokens: str | None,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | None, labels: Sequence[str] | None = None,
 ) -> Task:
     """The task of that name; by default what the model is made for.
 
@@ -170,10 +198,29 @@ def make_task(
         vocab_size: its tokens that are not padding.
         label_tokens: "bad,awful|good,great": words of class 0, 1, ...
         tokenizer: that knows them.
+        labels: names of class 0, 1, ...
 
     Raises:
-        UserError: a task that the model is not made for, label words that are no tokens.
+        UserError: a task that the model is not made for, label words that are no tokens, names that
+            are not one for each class.
     """
+    task = _make_task(name, model, vocab_size, label_tokens, tokenizer)
+    if labels is None:
+        return task
+    if task.name == "next-token":
+        raise UserError("--labels name classes, and the task next-token has none")
+    if len(labels) != task.classes:
+        raise UserError(f"--labels has {len(labels)} names, and there are {task.classes} classes")
+    if len({label.strip().casefold() for label in labels}) < len(labels):
+        raise UserError(f"--labels {' '.join(labels)}: the same name stands twice")
+    task.names = [label.strip() for label in labels]
+    return task
+
+
+def _make_task(
+    name: str | None, model: nn.Module, vocab_size: int, label_tokens: str | None,
+    tokenizer: Tokenizer | None,
+) -> Task:
     is_bert = isinstance(model, BertModel)
     if name is None:
         default = "next-token" if label_tokens is None else "label-tokens"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +18,11 @@ BEGIN, END, UNKNOWN = "[CLS]", "[SEP]", "[UNK]"
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sentence as the model reads it."""
+    """A sentence as the model reads it.
+
+    Its tokens are those of the text, and special ones that the tokenizer adds. Tokens of the text
+    may belong to no word: blanks, in vocabularies that have tokens for them.
+    """
 
     # [S]
     ids: list[int]
@@ -25,11 +32,21 @@ class Encoded:
     words: list[list[int]] = field(default_factory=list)
     # positions of tokens that the vocabulary does not have
     unknown: list[int] = field(default_factory=list)
+    # position of a token of the text that belongs to no word -> the word that follows it, or the
+    # last one
+    blanks: dict[int, int] = field(default_factory=dict)
+    # what in the text has no token of the vocabulary: unknown words, and letters that are left out
+    missing: list[str] = field(default_factory=list)
 
     @property
     def positions(self) -> list[int]:
-        """The positions that belong to words, in order."""
-        return [position for word in self.words for position in word]
+        """The positions of the text, in order."""
+        return sorted({*self.blanks, *(position for word in self.words for position in word)})
+
+    def part(self, first: int, count: int) -> Encoded:
+        """The same tokens, of which the text are some words only."""
+        own = {p: w - first for p, w in self.blanks.items() if first <= w < first + count}
+        return replace(self, words=self.words[first : first + count], blanks=own)
 
 
 class Tokenizer(Protocol):
@@ -52,18 +69,24 @@ class Tokenizer(Protocol):
 def read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer from `tokenizer.json` (Hugging Face) or a vocabulary file, one token a line.
 
+    A vocabulary with pieces of words, `##ing`, is one of WordPiece.
+
     Raises:
-        UserError: unreadable, malformed, or the tokenizers package is missing.
+        UserError: unreadable, malformed, pieces that only a tokenizer.json says how to join, or the
+            tokenizers package is missing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"tokenizer {path} is not a text file") from None
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path)
-    return Vocabulary(path.name, text)
+        return read_tokenizer_json(path)
+    vocabulary = Vocabulary(path.name, text)
+    if vocabulary.pieces is None:
+        return vocabulary
+    return word_piece(vocabulary, path)
 
 
 class Vocabulary:
@@ -72,64 +95,157 @@ class Vocabulary:
     Sentences are split at blanks. They are lower-cased if no word of the file has a capital letter,
     begin with [CLS] and end with [SEP] if the file has these, and what it does not have is [UNK].
 
+    Attributes:
+        ids: of the tokens.
+        lower: whether words are lower-cased.
+        pieces: a token that is the end of a word (WordPiece), so that words are not split at blanks
+            alone; None: tokens are words.
+
     Raises:
-        UserError: no tokens, one that occurs twice, or no [UNK].
+        UserError: no tokens, one that occurs twice, no [UNK], or pieces of words of another kind.
     """
 
     def __init__(self, name: str, text: str) -> None:
         self.name = name
         tokens = text.removesuffix("\n").split("\n")  # a token may be another separator
-        self._ids = {token: index for index, token in enumerate(tokens)}
+        self.ids = {token: index for index, token in enumerate(tokens)}
         if not text.strip():
             raise UserError(f"tokenizer {name} is empty")
-        if len(self._ids) != len(tokens):
-            line = next(i for i, token in enumerate(tokens) if self._ids[token] != i)
+        if len(self.ids) != len(tokens):
+            line = next(i for i, token in enumerate(tokens) if self.ids[token] != i)
             raise UserError(f"tokenizer {name}, line {line + 1}: {tokens[line]!r} occurs twice")
-        if UNKNOWN not in self._ids:
+        if UNKNOWN not in self.ids:
             raise UserError(f"tokenizer {name} has no {UNKNOWN} for words that it does not have")
-        self._lower = not any(t != t.lower() for t in tokens if not t.startswith("["))
+        self.lower = not any(t != t.lower() for t in tokens if not t.startswith("["))
+        foreign = next(filter(_is_foreign_piece, tokens), None)
+        if foreign is not None:
+            raise UserError(
+                f"tokenizer {name} has pieces of words ({foreign!r}): give the tokenizer.json that "
+                "says how they are joined"
+            )
+        self.pieces = next(filter(_is_word_end, tokens), None)
 
     @property
     def size(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     def encode(self, text: str) -> Encoded:
-        words = (text.lower() if self._lower else text).split()
-        tokens = [BEGIN] * (BEGIN in self._ids) + words + [END] * (END in self._ids)
-        first = int(BEGIN in self._ids)
-        ids = [self._ids.get(token, self._ids[UNKNOWN]) for token in tokens]
+        words = (text.lower() if self.lower else text).split()
+        tokens = [BEGIN] * (BEGIN in self.ids) + words + [END] * (END in self.ids)
+        first = int(BEGIN in self.ids)
+        ids = [self.ids.get(token, self.ids[UNKNOWN]) for token in tokens]
         places = [[first + index] for index in range(len(words))]
-        return Encoded(ids, tokens, places, [p for (p,) in places if tokens[p] not in self._ids])
+        unknown = [p for (p,) in places if tokens[p] not in self.ids]
+        return Encoded(ids, tokens, places, unknown, missing=[tokens[p] for p in unknown])
 
     def id_of(self, token: str) -> int | None:
-        return self._ids.get(token.lower() if self._lower else token)
+        return self.ids.get(token.lower() if self.lower else token)
 
 
-class HuggingFaceTokenizer:
-    """A `tokenizer.json`; special tokens are what its post-processor adds.
+def _is_word_end(token: str) -> bool:
+    """A piece of WordPiece; `##` and `###` may be words."""
+    return token.startswith("##") and any(map(str.isalnum, token))
+
+
+def _is_foreign_piece(token: str) -> bool:
+    """A piece of SentencePiece, byte-level BPE or another BPE."""
+    return len(token) > 1 and (
+        token[0] in "\u2581\u0120" or (token.endswith(("</w>", "@@")) and token[0] not in "<@")
+    )
+
+
+def _package(path: Path, why: str) -> Any:
+    if importlib.util.find_spec("tokenizers") is None:
+        raise UserError(
+            f"{path} {why} the tokenizers package: pip install tokenizers, or give a vocabulary "
+            "file of whole words"
+        )
+    return importlib.import_module("tokenizers")
+
+
+def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
+    """A `tokenizer.json`.
 
     Raises:
         UserError: not such a file, or the package is missing.
     """
+    package = _package(path, "needs")
+    try:
+        made = package.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a tokenizer.json ({reason})") from None
+    return HuggingFaceTokenizer(path.name, made)
 
-    def __init__(self, path: Path) -> None:
-        if importlib.util.find_spec("tokenizers") is None:
-            raise UserError(
-                f"{path} needs the tokenizers package: pip install tokenizers, or give a "
-                "vocabulary file"
-            )
-        from tokenizers import Tokenizer as FromFile
 
-        self.name = path.name
-        try:
-            self._tokenizer: Any = FromFile.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is not a tokenizer.json ({reason})") from None
+def word_piece(vocabulary: Vocabulary, path: Path) -> HuggingFaceTokenizer:
+    """BERT's tokenizer of a vocabulary: punctuation apart, the longest pieces from the left.
+
+    Args:
+        vocabulary: with pieces.
+        path: of its file; a `tokenizer_config.json` beside it says `do_lower_case` and
+            `strip_accents` where they are not what the vocabulary suggests.
+
+    Raises:
+        UserError: the package is missing, or that file is no JSON.
+    """
+    package = _package(path, f"has pieces of words ({vocabulary.pieces}), which need")
+    config = _config_beside(path)
+    made = package.Tokenizer(
+        package.models.WordPiece(vocabulary.ids, unk_token=UNKNOWN, max_input_chars_per_word=100)
+    )
+    made.normalizer = package.normalizers.BertNormalizer(
+        lowercase=bool(config.get("do_lower_case", vocabulary.lower)),
+        strip_accents=config.get("strip_accents"),
+    )
+    made.pre_tokenizer = package.pre_tokenizers.BertPreTokenizer()
+    special = [t for t in (UNKNOWN, BEGIN, END, "[PAD]", "[MASK]") if t in vocabulary.ids]
+    made.add_special_tokens(special)
+    around = [t for t in (BEGIN, END) if t in vocabulary.ids]
+    if around:
+        first, last = (f"{t} " if t in around else "" for t in (BEGIN, END))
+        made.post_processor = package.processors.TemplateProcessing(
+            single=f"{first}$A {last}".strip(),
+            special_tokens=[(t, vocabulary.ids[t]) for t in around],
+        )
+    return HuggingFaceTokenizer(path.name, made)
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    beside = path.with_name("tokenizer_config.json")
+    if not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{beside}, beside tokenizer {path}, is not JSON") from None
+    names = ("do_lower_case", "strip_accents")
+    if not isinstance(config, dict) or any(
+        config.get(name) not in (None, True, False) for name in names
+    ):
+        raise UserError(f"{beside}: {' and '.join(names)} must be true or false")
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of the tokenizers package; special tokens are what its post-processor adds.
+
+    Which tokens belong to a word, and which are blanks between words, does not depend on whether
+    the post-processor trims offsets (`trim_offsets`): a token belongs to the words that it has a
+    letter of, and a blank goes with the word after it.
+    """
+
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        self.name = name
+        self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        model = self._tokenizer.model
+        unknown = getattr(model, "unk_token", None)
         self._unknown = None if unknown is None else self._tokenizer.token_to_id(unknown)
+        if unknown is None:  # of Unigram an id alone is known, and not by an attribute
+            settings = json.loads(self._tokenizer.to_str())["model"]
+            self._unknown = settings.get("unk_id")
 
     @property
     def size(self) -> int:
@@ -137,14 +253,29 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> Encoded:
         found = self._tokenizer.encode(text)
-        words, spans = [], _spans(text)
-        for begin, end in spans:
-            words.append([
-                position for position, (a, b) in enumerate(found.offsets)
-                if b > a and a < end and b > begin and not found.special_tokens_mask[position]
-            ])
+        spans = _spans(text)
+        words: list[list[int]] = [[] for _ in spans]
+        blanks: dict[int, int] = {}
+        waiting: list[int] = []
+        left_out = [not letter.isspace() for letter in text]
+        last = 0
+        for position, (a, b) in enumerate(found.offsets):
+            if found.special_tokens_mask[position]:
+                continue
+            left_out[a:b] = [False] * (b - a)
+            own = [w for w, (begin, end) in enumerate(spans) if a < end and b > begin and b > a]
+            for word in own:
+                words[word].append(position)
+            if own:
+                blanks |= dict.fromkeys(waiting, own[0])
+                waiting, last = [], own[-1]
+            else:
+                waiting.append(position)
+        blanks |= dict.fromkeys(waiting, last)
         unknown = [p for p, token in enumerate(found.ids) if token == self._unknown]
-        return Encoded(list(found.ids), list(found.tokens), words, unknown)
+        missing = ["".join(found_in) for is_out, found_in in _runs(text, left_out) if is_out]
+        missing += [text[slice(*found.offsets[p])] for p in unknown]
+        return Encoded(list(found.ids), list(found.tokens), words, unknown, blanks, missing)
 
     def id_of(self, token: str) -> int | None:
         for text in (f" {token}", token):  # most often the word comes after a blank
@@ -152,6 +283,12 @@ class HuggingFaceTokenizer:
             if len(ids) == 1 and ids[0] != self._unknown:
                 return ids[0]
         return None
+
+
+def _runs(text: str, flags: Sequence[bool]) -> Iterator[tuple[bool, list[str]]]:
+    """Letters of a text with the same flag beside each other."""
+    for flag, pairs in itertools.groupby(zip(text, flags, strict=True), key=lambda pair: pair[1]):
+        yield flag, [letter for letter, _ in pairs]
 
 
 def _spans(text: str) -> list[tuple[int, int]]:
