@@ -7,6 +7,7 @@ and that all ranks agree.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +18,13 @@ from torch import nn
 from lirpa_megatron import host
 from lirpa_megatron.adapters import exported
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
+from lirpa_megatron.alpha_rows import alpha_start_nodes
 from lirpa_megatron.cheaper_first import cheaper_first
+from lirpa_megatron.clean_values import clean_value
 from lirpa_megatron.containment import check_contains, clean_is_inside
 from lirpa_megatron.forms import without_nan
 from lirpa_megatron.intermediate import Intermediate
+from lirpa_megatron.live_check import LiveCheck
 from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.options import (
@@ -61,7 +65,8 @@ class BoundedModule(host.HostBoundedModule):
         custom_ops: as in auto_LiRPA.
 
     Raises:
-        NotImplementedError: an operator or option that cannot be bounded on shards, by name.
+        NotImplementedError: an operator, hook or option that cannot be bounded, by name.
+        LiveModelError: the graph is of another function than the model's own forward.
         SPMDError: replicated parameters differ between ranks.
     """
 
@@ -93,8 +98,9 @@ class BoundedModule(host.HostBoundedModule):
             trainable = {p: p.requires_grad for p in model.parameters()}
             tracing = host.conversion(global_input), exported.own_operators()
             with tracing[0], tracing[1], host.running(), widened(model):
+                facade = traceable(model, layout.collectives)
                 super().__init__(
-                    traceable(model, layout.collectives), global_input, bound_opts=opts,
+                    facade, global_input, bound_opts=opts,
                     device=_device_of(model, global_input) if device == "auto" else device,
                     verbose=verbose,
                     custom_ops={**CUSTOM_OPS, **(custom_ops or {})},
@@ -109,6 +115,12 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "rounding", Outward(self) if outward else None)
             self.train(model.training)
             self._check_parameters_agree()
+            object.__setattr__(self, "live", None)
+            if own.check_live:
+                every = own.check_live_every
+                live = LiveCheck(model, facade, layout.collectives, every)
+                object.__setattr__(self, "live", live)
+                live.at_example(self, global_input)
 
     # ----------------------------------------------------------------- the graph
 
@@ -183,6 +195,7 @@ class BoundedModule(host.HostBoundedModule):
         Raises:
             ValueError: an unknown method, a negative radius, an empty box, wrong shapes.
             NotImplementedError: what cannot be computed on shards, by name.
+            LiveModelError: the model was changed, or computes another function than its graph.
             BoundsError: bounds exclude the model's own output at the clean input.
             SPMDError: inputs or options differ between ranks; another rank failed.
         """
@@ -191,8 +204,11 @@ class BoundedModule(host.HostBoundedModule):
         if isinstance(x, torch.Tensor):
             x = (x,)
         group = self.layout.collectives.group
+        if self.live is not None:
+            self.live.begin(x, self._in_training(), self.own_options.check_live)
         if str(kwargs.get("method")).lower() == "auto":
-            with spmd.guard(group, "compute_bounds"):
+            once = contextlib.nullcontext() if self.live is None else self.live.once()
+            with spmd.guard(group, "compute_bounds"), once:
                 return cheaper_first(self, x, aux, C, kwargs)
         guard = spmd.guard(group, "compute_bounds")
         with guard, host.running(x or ()), full_precision(self.device):
@@ -212,6 +228,8 @@ class BoundedModule(host.HostBoundedModule):
             )
             if x is not None:
                 check_perturbations(self, x, kwargs["method"])
+            if self.live is not None and self.live.due:
+                self.live.unchanged()
             object.__setattr__(self, "_final_is_identity", C is None)
             self.check_output(C, kwargs)
             if self.rounding is not None:
@@ -257,25 +275,29 @@ class BoundedModule(host.HostBoundedModule):
     def _check_contains(
         self, C: torch.Tensor | None, lower: Any, upper: Any, kwargs: Mapping[str, Any]
     ) -> None:
-        """Compares bounds with the output at the clean input (`check_contains`).
+        """Compares the graph's value at the clean input with the model's own (`LiveCheck`), and
+        bounds with it (`check_contains`).
 
-        Not in training by IBP, of which a forward pass would be a good part, and not where the
-        clean input may be outside of what is bounded: with bounds of intermediate nodes from the
-        caller, which branch and bound cuts in two, or by the sets themselves.
+        Bounds: not in training by IBP, of which a forward pass would be a good part, and not where
+        the clean input may be outside of what is bounded: with bounds of intermediate nodes from
+        the caller, which branch and bound cuts in two, or by the sets themselves.
         """
-        in_training = kwargs["method"] == "IBP" and self.training and torch.is_grad_enabled()
+        final, outputs = self._final(kwargs), {}
+        if self.live is not None and self.live.due:
+            outputs[self.final_name] = clean_value(self, self[self.final_name])
+            self.live.compare(outputs[self.final_name])
+        in_training = kwargs["method"] == "IBP" and self._in_training()
         cut = any(kwargs.get(name) for name in host.GIVEN_BOUNDS)
         if in_training or cut or not clean_is_inside(host.perturbed_inputs(self)):
             return
-        final = self._final(kwargs)
-        known = {name for name, node in self._modules.items() if _has_value(node)}
-        y = self.get_forward_value(final)
-        for name, node in self._modules.items():
-            if _has_value(node) and name not in known:
-                del node.forward_value
+        y = outputs.get(final.name)
+        y = clean_value(self, final) if y is None else y
         sharded = self.sharded[final.name] and not self._final_is_identity
         total = self.layout.collectives.reduce_from if sharded else lambda part: part
         check_contains(y, None if self._final_is_identity else C, lower, upper, total)
+
+    def _in_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     def check_output(self, C: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
         """Refuses methods and specifications that the final node does not go with."""
@@ -377,37 +399,9 @@ class BoundedModule(host.HostBoundedModule):
         final_node_name: str | None = None, share_slopes: bool = False,
     ) -> list[tuple]:
         """Start nodes whose passes go through `node`, each with the rows of alpha it has there."""
-        final_name = final_node_name or self.final_name
-        entries = []
-        for start in dict.fromkeys(self.backward_from[node.name]):
-            is_final = start.name == final_name
-            if not is_final and not self.intermediate.has_alpha:
-                continue
-            if not is_final and (share_alphas or share_slopes):
-                rows = 1
-            else:
-                identity = not is_final or self._final_is_identity
-                if not identity:
-                    S = c.size(1)
-                elif is_final:
-                    S = self.passes.rows_of(start)
-                else:
-                    S = self.intermediate.rows_with_alpha(start)
-                if S == 0:
-                    continue
-                spec_sharded = self.layout.collectives.size > 1
-                if is_final:
-                    spec_sharded = self._final_spec_sharded(start, identity, S)
-                origin, spec_sharded = self.passes.begin(start, identity, spec_sharded)
-                if origin is not start:
-                    S = self.passes.rows_of(origin)
-                rows = self.passes.rows_at(node, origin, S, spec_sharded)
-            entries.append(host.alpha_start_node(start.name, rows, is_final))
-        return entries
-
-
-def _has_value(node: host.Bound) -> bool:
-    return getattr(node, "forward_value", None) is not None
+        return alpha_start_nodes(
+            self, node, c, share_alphas or share_slopes, final_node_name or self.final_name
+        )
 
 
 def _device_of(model: nn.Module, inputs: Any) -> torch.device:

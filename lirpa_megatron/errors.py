@@ -18,3 +18,7 @@ class RemoteRankError(SPMDError):
 
 class BoundsError(ArithmeticError):
     """Bounds exclude what the model itself computes: too much rounding, or an error in a bound."""
+
+
+class LiveModelError(BoundsError):
+    """What is bounded is not the function that the caller's own module computes."""

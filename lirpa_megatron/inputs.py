@@ -15,6 +15,7 @@ from megatron.core.models.bert.bert_model import BertModel
 from torch import nn
 
 from lirpa_megatron import host
+from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.embeddings import embed
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.adapters.views import View
@@ -126,6 +127,7 @@ def perturb_tokens(
 
 def _opened(model: nn.Module, start_layer: int | None) -> tuple[nn.Module, int]:
     """(GPTModel or BertModel, the layer where the hidden states enter)."""
+    model = hooks.unwrapped(model)
     if isinstance(model, View):
         if start_layer not in (None, model.start_layer):
             raise UserError(

@@ -77,6 +77,12 @@ class OwnOptions:
     """auto_LiRPA's: with the option above, alpha-CROWN too bounds the neurons alone that are not
     known to be stable, by CROWN or by the best bounds of earlier iterations, and the others keep
     these. False: alpha for all rows."""
+    check_live: bool = True
+    """The model's own forward is run on the clean input when the graph is built and in every
+    `compute_bounds`, and compared with the graph's value (`live_check`). False leaves that out, for
+    models too large to be run: nothing then shows that the bounds are of this very model."""
+    check_live_every: int = 100
+    """In training: at the first of so many calls of `compute_bounds`, and not at the others."""
 
     def __post_init__(self) -> None:
         limit = self.max_spec_rows
@@ -98,9 +104,12 @@ class OwnOptions:
             raise ValueError(f"final_rows is {self.final_rows!r}: choose auto, whole or own")
         if self.return_A_rows not in ("whole", "own"):
             raise ValueError(f"return_A_rows is {self.return_A_rows!r}: choose whole or own")
-        for name in ("sparse_intermediate_bounds", "sparse_spec_alpha"):
+        for name in ("sparse_intermediate_bounds", "sparse_spec_alpha", "check_live"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose True or False")
+        every = self.check_live_every
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"check_live_every is {every!r}: give a whole number of at least 1")
         if self.optimize_intermediate not in ("auto", True, False):
             raise ValueError(
                 f"optimize_intermediate is {self.optimize_intermediate!r}: "

@@ -454,17 +454,17 @@ def _with(model, attribute, value):
 
 
 REFUSALS = {
-    "MoE": ("decoder.layers.0.mlp", "MoE layers"),
+    "MoE": ("GPTModel", "num_moe_experts", "MoE layers"),
     "MLA": ("layers.0.self_attention", "multi-latent attention"),
     "hidden dropout": ("decoder.layers.0", "active dropout (hidden_dropout=0.1): call model.eval"),
     "attention dropout": (
         "decoder.layers.0.self_attention.core_attention", "active dropout (attention_dropout=0.2)",
     ),
     "window": ("self_attention.core_attention", "window_size"),
-    "softmax": ("self_attention.core_attention", "softmax_type=off-by-one"),
+    "softmax": ("GPTModel", "softmax_type='off-by-one'"),
     "core attention": ("self_attention.core_attention", "FlexAttention"),
     "gate": ("", "attention_output_gate"),
-    "clamp": ("decoder.layers.0.mlp", "activation_func_clamp_value"),
+    "clamp": ("GPTModel", "activation_func_clamp_value"),
     "activation": ("decoder.layers.0.mlp", "the activation function sin"),
     "subclass": ("decoder.layers.1.mlp", "Mine overrides MLP.forward"),
     "fp8": ("", "fp8"),

@@ -307,8 +307,9 @@ class Selected(nn.Module):
 
     def forward(self, x):
         from lirpa_megatron.adapters.linear_facades import gather_features, select_from_region
+        from lirpa_megatron.adapters.traceable import collectives_of
 
-        tp = self.up.tp
+        tp = getattr(self.up, "tp", None) or collectives_of(self)  # of the facade, or as it is
         x = gather_features(torch.relu(self.up(x)[0]), tp)
         return self.down(torch.relu(select_from_region(x, _chosen(tp.size, tp.rank), tp)))[0]
 

@@ -47,12 +47,14 @@ class Small(nn.Module):
 
     def forward(self, x, *targets):
         from lirpa_megatron.adapters.margins import token_margins
+        from lirpa_megatron.adapters.traceable import collectives_of
 
+        tp = getattr(self.up, "tp", None) or collectives_of(self)  # of the facade, or as it is
         x = self.before(x) if self.before else self.down(torch.relu(self.up(x)[0]))[0]
         shared = self.labels is not None
         targets = self.labels if shared else targets[0]
         return token_margins(
-            x, self.out.weight, self.out.bias, targets, self.against, shared, self.out.tp
+            x, self.out.weight, self.out.bias, targets, self.against, shared, tp
         )
 
 

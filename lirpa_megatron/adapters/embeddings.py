@@ -5,10 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import nn
 
+from lirpa_megatron.adapters import hooks, refusals
+from lirpa_megatron.adapters.live import is_sequence_parallel
 from lirpa_megatron.adapters.traceable import collectives_of
-from lirpa_megatron.errors import UserError
+from lirpa_megatron.errors import LiveModelError, SPMDError, UserError
+from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.collectives import Collectives
+from lirpa_megatron.parallel.foreign import agreed_collectives
+from lirpa_megatron.parameters import HALF, widened
+from lirpa_megatron.submodules import difference, values
+from lirpa_megatron.undisturbed import undisturbed
+
+ROUNDING = 64
+"""Units in the last place of the largest number by which both may differ: they add the same."""
 
 
 def embed(
@@ -16,6 +29,8 @@ def embed(
     ids: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     tokentype_ids: torch.Tensor | None = None,
+    *,
+    check_live: bool = True,
 ) -> torch.Tensor:
     """The hidden states that enter the first layer, on every rank.
 
@@ -27,6 +42,7 @@ def embed(
         ids: token ids [B, S].
         position_ids: [B, S]; by default 0, 1, ... in each sequence.
         tokentype_ids: [B, S], for a model with token types.
+        check_live: whether the model's own embedding is run too, and compared.
 
     Returns:
         [B, S, h].
@@ -34,16 +50,97 @@ def embed(
     Raises:
         UserError: token ids outside of the vocabulary, or token types given to a model without
             them, or missing.
+        NotImplementedError: an embedding that computes something else, by name.
+        LiveModelError: the model's own embedding gives something else; on every rank.
     """
+    model = hooks.unwrapped(model)
     embedding: Any = model.embedding
-    if (tokentype_ids is None) != (embedding.tokentype_embeddings is None):
-        needs = "needs" if tokentype_ids is None else "has no embeddings for"
-        raise UserError(f"the model {needs} tokentype_ids")
-    hidden = collectives_of(model).look_up(embedding.word_embeddings.weight, ids)
-    if embedding.add_position_embedding:
+    tp = collectives_of(model)
+    with spmd.guard(tp.group, "embed"):
+        _check(embedding, tp)
+        if (tokentype_ids is None) != (embedding.tokentype_embeddings is None):
+            needs = "needs" if tokentype_ids is None else "has no embeddings for"
+            raise UserError(f"the model {needs} tokentype_ids")
         if position_ids is None:
             position_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        hidden = _hidden(embedding, ids, position_ids, tokentype_ids, tp)
+        if check_live and ids.numel():
+            _compare(embedding, ids, position_ids, tokentype_ids, hidden, tp)
+    return hidden
+
+
+def _hidden(
+    embedding: Any, ids: torch.Tensor, position_ids: torch.Tensor,
+    tokentype_ids: torch.Tensor | None, tp: Collectives,
+) -> torch.Tensor:
+    """As LanguageModelEmbedding.forward; muP's factor comes last."""
+    hidden = tp.look_up(embedding.word_embeddings.weight, ids)
+    if embedding.add_position_embedding:
         hidden = hidden + embedding.position_embeddings(position_ids)
     if tokentype_ids is not None:
         hidden = hidden + embedding.tokentype_embeddings(tokentype_ids)
-    return hidden.float() if embedding.config.fp32_residual_connection else hidden
+    config = embedding.config
+    if getattr(config, "use_mup", False) and config.mup_embedding_mult != 1.0:
+        hidden = hidden * config.mup_embedding_mult
+    return hidden.float() if config.fp32_residual_connection else hidden
+
+
+def _check(embedding: nn.Module, tp: Collectives) -> None:
+    """Refuses what is not Megatron's own embedding, as it is."""
+    hooks.check_all(embedding, "embedding")
+    refusals.check_methods(embedding, "embedding", LanguageModelEmbedding)
+    refusals.check_config(embedding, "embedding")
+    words = embedding.word_embeddings
+    refusals.check_methods(words, "embedding.word_embeddings", VocabParallelEmbedding)
+    tables = {"tokentype_embeddings": embedding.tokentype_embeddings}
+    if embedding.add_position_embedding:
+        tables["position_embeddings"] = embedding.position_embeddings
+    for name, table in tables.items():
+        if table is not None:
+            refusals.check_table(table, f"embedding.{name}")
+    scattered = getattr(embedding, "scatter_to_sequence_parallel", True)
+    if is_sequence_parallel(embedding.config, tp) and not scattered:
+        raise refusals.refusal(
+            embedding, "embedding", "scatter_embedding_sequence_parallel=False is not supported "
+            "with sequence_parallel: every rank's layers take the whole sequence for their part"
+        )
+
+
+def _compare(
+    embedding: nn.Module, ids: torch.Tensor, position_ids: torch.Tensor,
+    tokentype_ids: torch.Tensor | None, hidden: torch.Tensor, tp: Collectives,
+) -> None:
+    """Raises on every rank if the model's own embedding gives something else.
+
+    Tables of half precision are compared as float32, so that rounding hides nothing.
+    """
+    scattered = is_sequence_parallel(embedding.config, tp)
+    if scattered and ids.shape[1] % tp.size:
+        raise UserError(
+            f"sequence_parallel: {tp.size} ranks cannot share a sequence of {ids.shape[1]}, so the "
+            "model itself cannot run on it: pad it, or switch sequence_parallel off"
+        )
+    modes = dict.fromkeys(embedding.modules(), False)
+    half = any(p.dtype in HALF for p in embedding.parameters())
+    with widened(embedding), torch.no_grad():
+        if half:
+            hidden = _hidden(embedding, ids, position_ids, tokentype_ids, tp)
+        with undisturbed(embedding, modes), agreed_collectives(tp.group):
+            try:
+                live = embedding(ids, position_ids, tokentype_ids)
+            except (SPMDError, UserError):
+                raise
+            except Exception as error:
+                raise LiveModelError(
+                    f"the model's own embedding ends with {type(error).__name__}: {error}"
+                ) from error
+        ours = hidden.detach()
+        if scattered:
+            ours = ours.chunk(tp.size, 1)[tp.rank]
+        live = live.transpose(0, 1)
+        share = max(spmd.gather_objects(difference(live, ours), tp.group))
+        if share > ROUNDING * torch.finfo(ours.dtype).eps:
+            raise LiveModelError(
+                f"embedding: the model itself computes {values(live, ours, 'its tables')}: see "
+                "what changes its output (hooks, replaced methods, a patched class)"
+            )

@@ -16,9 +16,10 @@ from torch import nn
 
 from lirpa_megatron.adapters import refusals, symbols
 from lirpa_megatron.adapters.activations import kind_of
+from lirpa_megatron.adapters.linear_facades import ColumnFacade
 from lirpa_megatron.adapters.refusals import joined
 from lirpa_megatron.adapters.tracing import untraced
-from lirpa_megatron.adapters.transformer import Copy, Rotary
+from lirpa_megatron.adapters.transformer import Copy, Rotary, child
 from lirpa_megatron.errors import UserError
 
 
@@ -35,7 +36,7 @@ class _LanguageModelFacade(nn.Module):
             )
         self.embedding = copy(model.embedding, joined(name, "embedding"))
         self.tied = model.share_embeddings_and_output_weights
-        self.output_layer = copy(model.output_layer, joined(name, "output_layer"))
+        self.output_layer = child(model, "output_layer", name, copy, ColumnFacade)
         self.rotary_pos_emb = None
         if model.position_embedding_type == "rope":
             self.rotary_pos_emb = _checked_rotary(model, name, copy)
@@ -68,7 +69,7 @@ class _LanguageModelFacade(nn.Module):
 
 def _checked_rotary(model: GPTModel | BertModel, name: str, copy: Copy) -> nn.Module:
     rotary, name = model.rotary_pos_emb, joined(name, "rotary_pos_emb")
-    refusals.check_methods(rotary, name, RotaryEmbedding, "get_emb", "get_freqs_non_repeated")
+    refusals.check_methods(rotary, name, RotaryEmbedding)
     if getattr(model.config, "yarn_rotary_scaling_factor", None) is not None:
         raise refusals.refusal(rotary, name, "yarn scaling of rotary embeddings is not supported")
     return copy(rotary, name)
@@ -90,9 +91,16 @@ class GPTFacade(_LanguageModelFacade):
         position: int | None = None,
     ) -> None:
         super().__init__(model, name, copy)
-        refusals.check_methods(model, name, GPTModel, "_preprocess", "_postprocess")
+        refusals.check_methods(model, name, GPTModel)
         if getattr(model, "mtp_process", False):
             raise refusals.refusal(model, name, "multi-token prediction is not supported")
+        mup = getattr(model.config, "use_mup", False)
+        self.logits_factor = model.config.mup_output_mult if mup else 1.0
+        if self.logits_factor != 1 and self.output_layer.bias is not None:
+            raise refusals.refusal(
+                self.output_layer, joined(name, "output_layer"), "muP with a bias of the logits is "
+                "not supported"
+            )
         self.decoder = copy(
             model.decoder, joined(name, "decoder"), start_layer=start_layer, position=position
         )
@@ -104,8 +112,12 @@ class GPTFacade(_LanguageModelFacade):
     def before_output(
         self, hidden: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What enters the output layer: [B, S, h], or [B, h] at one position."""
-        return self.decoder(hidden, mask, self.rotary(hidden))
+        """What enters the output layer: [B, S, h], or [B, h] at one position.
+
+        muP's factor of the logits is here, where it commutes with the output layer's product.
+        """
+        hidden = self.decoder(hidden, mask, self.rotary(hidden))
+        return hidden if self.logits_factor == 1 else hidden * self.logits_factor
 
 
 class BertFacade(_LanguageModelFacade):

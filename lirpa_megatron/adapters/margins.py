@@ -11,6 +11,7 @@ from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import nn
 
+from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.linear_facades import gather_features
 from lirpa_megatron.adapters.views import View
 from lirpa_megatron.errors import UserError
@@ -38,6 +39,7 @@ class TokenMargins(View):
         against: Sequence[int] | None = None, start_layer: int = 0, position: int | None = None,
         head: str | None = None, gather_output: bool = True,
     ) -> None:
+        model = hooks.unwrapped(model)
         if not isinstance(model, (GPTModel, BertModel)) or head == "binary":
             kind = "the binary head" if head == "binary" else type(model).__name__
             raise UserError(f"margins need a GPTModel or the 'lm' head of a BertModel, not {kind}")

@@ -7,10 +7,18 @@ bounds would be of another function.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from typing import Any
 
+import megatron.core
 import torch
 from torch import nn
+
+from lirpa_megatron.adapters import config_fields
+
+RELEASE: str = megatron.core.__version__
 
 _CLASSES = {
     "BaseMoELayer": "MoE layers are not supported, their tokens are routed by values",
@@ -27,19 +35,9 @@ _CLASSES = {
 }
 """Class, or base class, by name: it need not be importable in every release of megatron-core."""
 
-_FLAGS = {
-    "fp8": "fp8 weights and activations are not supported",
-    "fp4": "fp4 weights and activations are not supported",
-    "multi_latent_attention": "multi-latent attention is not supported",
-    "apply_residual_connection_post_layernorm": (
-        "apply_residual_connection_post_layernorm=True is not supported (megatron-core ignores it)"
-    ),
-    "inference_fuse_tp_communication": "inference_fuse_tp_communication=True is not supported",
-    "attention_output_gate": "attention_output_gate=True is not supported",
-    "use_te_activation_func": "use_te_activation_func=True is not supported",
-    "mtp_num_layers": "multi-token prediction (mtp_num_layers) is not supported",
-    "enable_hyper_connections": "hyper connections are not supported",
-}
+_HARMLESS_METHODS = ("__init__", "__repr__", "extra_repr", "set_input_tensor", "backward_dw")
+_HARMLESS_PARTS = ("state_dict", "extra_state", "checkpoint_without")
+"""Methods that a forward does not call, and parts of such methods' names."""
 
 
 def refusal(module: nn.Module, name: str, why: str) -> NotImplementedError:
@@ -64,17 +62,23 @@ def check_class(module: nn.Module, name: str) -> None:
             raise refusal(module, name, _CLASSES[cls.__name__])
 
 
-def check_methods(module: nn.Module, name: str, cls: type, *methods: str) -> None:
+def check_methods(module: nn.Module, name: str, cls: type) -> None:
     """Refuses a subclass of `cls` that computes something else.
 
     Args:
-        module: an instance of `cls`.
+        module: an instance of `cls`, or of anything.
         name: of the module in its model.
-        cls: the class that the facade models.
-        *methods: of `cls`, all that its forward consists of ('forward' is always looked at).
+        cls: the class that the facade models; a subclass may add methods to it, and have others
+            that a forward does not call.
     """
-    for method in ("forward", *methods):
-        if getattr(type(module), method, None) is not getattr(cls, method, None):
+    if not isinstance(module, cls):
+        raise refusal(module, name, f"{type(module).__name__} is not supported, only "
+                      f"{cls.__module__}.{cls.__name__}")
+    own = type(module)
+    for method in () if own is cls else _methods(cls):
+        if inspect.getattr_static(own, method, None) is not inspect.getattr_static(
+            cls, method, None
+        ):
             raise refusal(
                 module, name,
                 f"{type(module).__name__} overrides {cls.__name__}.{method}, and what it computes "
@@ -82,14 +86,59 @@ def check_methods(module: nn.Module, name: str, cls: type, *methods: str) -> Non
             )
 
 
+@functools.lru_cache(maxsize=64)
+def _methods(cls: type) -> tuple[str, ...]:
+    """Names of all methods that an instance's forward may come to."""
+    found = {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"}
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        found |= {name for name, value in vars(base).items() if inspect.isroutine(value)}
+    return tuple(sorted(
+        name for name in found
+        if name not in _HARMLESS_METHODS and not any(part in name for part in _HARMLESS_PARTS)
+    ))
+
+
+def check_table(table: nn.Module, name: str) -> None:
+    """Refuses anything but a plain table of embeddings."""
+    check_methods(table, name, nn.Embedding)
+    if table.max_norm is not None:
+        raise refusal(table, name, f"max_norm={table.max_norm} is not supported")
+
+
 def check_config(module: nn.Module, name: str) -> None:
-    """Refuses flags of the module's TransformerConfig that change what it computes."""
+    """Refuses what the module's TransformerConfig says that no facade computes.
+
+    A field that is on none of the lists (`config_fields`) is refused as soon as it differs from its
+    default, with the release of megatron-core.
+    """
     config: Any = module.config
-    for flag, why in _FLAGS.items():
-        if getattr(config, flag, None):
-            raise refusal(module, name, why)
-    if getattr(config, "context_parallel_size", 1) > 1:
-        raise refusal(module, name, "context parallelism is not supported")
+    for field in dataclasses.fields(config):
+        if field.name in config_fields.KNOWN or not hasattr(config, field.name):
+            continue
+        value = getattr(config, field.name)
+        if _is_default(value, field) or value in config_fields.ALLOWED.get(field.name, ()):
+            continue
+        if field.name in config_fields.REFUSED:
+            why = f"{config_fields.REFUSED[field.name]} not supported"
+        else:
+            why = (
+                f"a field of {type(config).__name__} that is not known to leave the function as it "
+                f"is (megatron-core {RELEASE}): leave it at its default"
+            )
+        raise refusal(module, name, f"{field.name}={_shown(value)}: {why}")
+
+
+def _is_default(value: Any, field: dataclasses.Field) -> bool:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if value is default or (not value and not default):
+        return True
+    return type(value) is type(default) and bool(value == default)
+
+
+def _shown(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or repr(value).split(" at 0x")[0][:80]
 
 
 def check_dropout(module: nn.Module, name: str, **probabilities: float) -> None:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-from lirpa_megatron.adapters import refusals
+from lirpa_megatron.adapters import hooks, refusals
 from lirpa_megatron.adapters.activations import ActivationFacade
 from lirpa_megatron.adapters.language_models import BertFacade, GPTFacade
 from lirpa_megatron.adapters.linear_facades import is_column, is_row, linear_facade
@@ -81,9 +81,10 @@ def traceable(model: nn.Module, collectives: Collectives | None = None) -> nn.Mo
         collectives: what the facades communicate with; `collectives_of(model)` by default.
 
     Raises:
-        NotImplementedError: something that no facade models (see `refusals`), by its name, or
-            layers of different tensor-parallel groups.
+        NotImplementedError: something that no facade models (see `refusals` and `hooks`), by its
+            name, or layers of different tensor-parallel groups.
     """
+    hooks.check_all(model)
     return _Copier(collectives or collectives_of(model))(model, "")
 
 
@@ -109,7 +110,13 @@ class _Copier:
             **part: which part of its function (`View`), for the facades that offer a choice.
         """
         if id(module) not in self.done:
-            self.done[id(module)] = self._facade(module, name, part) or self._copy(module, name)
+            wrapped = hooks.inner(module)
+            if wrapped is not None:
+                made = self(wrapped[0], refusals.joined(name, wrapped[1]), **part)
+            else:
+                plain = hooks.with_computed_weights(module, name)
+                made = self._facade(plain, name, part) or self._copy(module, plain, name)
+            self.done[id(module)] = made
         return self.done[id(module)]
 
     def _facade(self, module: nn.Module, name: str, part: dict[str, Any]) -> nn.Module | None:
@@ -118,8 +125,7 @@ class _Copier:
             chosen = {"start_layer": module.start_layer, "position": module.position}
             if module.head is not None:
                 chosen["head"] = module.head
-            inner = refusals.joined(name, "model")
-            facade = self(module.model, inner, **chosen)
+            facade = self(module.model, refusals.joined(name, "model"), **chosen)
             if isinstance(module, TokenMargins):
                 return TokenMarginsFacade(module, facade, self.tp)
             return ViewFacade(module, facade)
@@ -135,9 +141,10 @@ class _Copier:
             return ActivationFacade(module)
         return linear_facade(module, name, self.tp)
 
-    def _copy(self, module: nn.Module, name: str) -> nn.Module:
-        copied = copy.copy(module)
-        self.done[id(module)] = copied
+    def _copy(self, original: nn.Module, module: nn.Module, name: str) -> nn.Module:
+        """A copy of `module`, which is the original without its parametrizations."""
+        copied = hooks.without_compiling(copy.copy(module))
+        self.done[id(original)] = copied
         copied._modules = {
             child_name: None if child is None else self(child, refusals.joined(name, child_name))
             for child_name, child in module._modules.items()

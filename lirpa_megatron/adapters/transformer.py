@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,6 +25,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import attention_mask_func
 from torch import nn
 
 from lirpa_megatron.adapters import refusals, symbols
@@ -75,10 +77,8 @@ class MLPFacade(nn.Module):
         self.kind = _activation_of(mlp, name)
         self.gated = config.gated_linear_unit
         self.offset = getattr(config, "glu_linear_offset", 0.0)
-        if self.gated and getattr(config, "activation_func_clamp_value", None) is not None:
-            raise refusals.refusal(mlp, name, "activation_func_clamp_value is not supported")
-        self.linear_fc1 = _child(mlp, "linear_fc1", name, copy, ColumnFacade)
-        self.linear_fc2 = _child(mlp, "linear_fc2", name, copy, RowFacade)
+        self.linear_fc1 = child(mlp, "linear_fc1", name, copy, ColumnFacade)
+        self.linear_fc2 = child(mlp, "linear_fc2", name, copy, RowFacade)
         if self.gated:  # each rank's fc1 is [gate; up]
             self.gate_rows, self.up_rows = torch.arange(self.linear_fc1.weight.shape[0]).chunk(2)
         self.train(mlp.training)
@@ -122,20 +122,21 @@ class SelfAttentionFacade(nn.Module):
 
     def __init__(self, attention: SelfAttention, name: str, copy: Copy) -> None:
         super().__init__()
-        refusals.check_methods(attention, name, SelfAttention, "get_query_key_value_tensors")
+        refusals.check_methods(attention, name, SelfAttention)
         refusals.check_config(attention, name)
         config, core = attention.config, attention.core_attention
         self.tp = tp = copy.tp
         self.head_dim = attention.hidden_size_per_attention_head
         self.scale = _softmax_scale(core, joined(name, "core_attention"), config, self.head_dim)
         self.causal = attention.attn_mask_type == AttnMaskType.causal
+        self.mask_ignored = self.causal and _ignores_masks(core)
         self.rotary_interleaved = config.rotary_interleaved
         skips = getattr(config, "no_rope_freq", None)
         self.no_rope = bool(skips[attention.layer_number - 1]) if skips else False
-        self.linear_qkv = _child(attention, "linear_qkv", name, copy, ColumnFacade)
+        self.linear_qkv = child(attention, "linear_qkv", name, copy, ColumnFacade)
         self.q_layernorm = _optional_norm(attention, "q_layernorm", name, copy)
         self.k_layernorm = _optional_norm(attention, "k_layernorm", name, copy)
-        self.linear_proj = _child(attention, "linear_proj", name, copy, RowFacade)
+        self.linear_proj = child(attention, "linear_proj", name, copy, RowFacade)
 
         self.gathered = config.num_query_groups < tp.size
         heads, groups = config.num_attention_heads, config.num_query_groups
@@ -160,6 +161,12 @@ class SelfAttentionFacade(nn.Module):
         self, hidden: torch.Tensor, mask: torch.Tensor | None = None,
         rotary: Rotary | None = None, position: int | None = None,
     ) -> torch.Tensor:
+        if mask is not None and self.mask_ignored:
+            raise UserError(
+                "the attention's kernel (fused softmax in half precision, or TransformerEngine's) "
+                "is causal and takes no other mask into account: give no attention_mask, or build "
+                "the model without masked_softmax_fusion"
+            )
         query = None if position is None else position % int(hidden.shape[1])
         q, k, v = self._query_key_value(hidden, query)
         if self.q_layernorm is not None:
@@ -210,21 +217,35 @@ def _softmax_scale(core: nn.Module, name: str, config: object, head_dim: int) ->
     local = isinstance(core, DotProductAttention)
     if local:
         refusals.check_methods(core, name, DotProductAttention)
+        softmax, inside = core.scale_mask_softmax, joined(name, "scale_mask_softmax")
+        refusals.check_methods(softmax, inside, FusedScaleMaskSoftmax)
+        if softmax.mask_func is not attention_mask_func:
+            raise refusals.refusal(softmax, inside, "its mask_func is not Megatron's own")
+        dropout = joined(name, "attention_dropout")
+        refusals.check_methods(core.attention_dropout, dropout, nn.Dropout)
+        window = getattr(softmax, "window_size", None)
+        if window is not None:
+            raise refusals.refusal(softmax, inside, f"window_size={window} is not supported")
+        if getattr(core, "softmax_offset", None) is not None:
+            raise refusals.refusal(core, name, "softmax_offset is not supported")
     elif type(core).__name__ != "TEDotProductAttention" or refusals.package(core) != "megatron":
         raise refusals.refusal(core, name, f"{type(core).__name__} is not supported")
-    if getattr(config, "softmax_type", "vanilla") != "vanilla":
-        raise refusals.refusal(core, name, f"softmax_type={config.softmax_type} is not supported")
-    window = core.scale_mask_softmax.window_size if local else getattr(config, "window_size", None)
-    if window is not None:
-        raise refusals.refusal(core, name, f"window_size={window} is not supported")
     p = core.attention_dropout.p if local else config.attention_dropout
     refusals.check_dropout(core, name, attention_dropout=p)
     if local:
         # With apply_query_key_layer_scaling the two factors hold the layer number and its inverse.
-        inner = core.scale_mask_softmax.scale
+        inner = softmax.scale
         return core.softmax_scale * (1.0 if inner is None else inner)
     given = getattr(config, "softmax_scale", None)
     return 1.0 / math.sqrt(head_dim) if given is None else given
+
+
+def _ignores_masks(core: nn.Module) -> bool:
+    """Whether a causal core attention looks at no mask that it is given."""
+    if not isinstance(core, DotProductAttention):
+        return True
+    softmax = core.scale_mask_softmax
+    return softmax.scaled_masked_softmax_fusion and softmax.input_in_float16
 
 
 class TransformerLayerFacade(nn.Module):
@@ -236,14 +257,11 @@ class TransformerLayerFacade(nn.Module):
 
     def __init__(self, layer: TransformerLayer, name: str, copy: Copy) -> None:
         super().__init__()
-        refusals.check_methods(
-            layer, name, TransformerLayer, "_forward_attention", "_forward_mlp",
-            "_forward_pre_mlp_layernorm",
-        )
+        refusals.check_methods(layer, name, TransformerLayer)
         refusals.check_config(layer, name)
         refusals.check_dropout(layer, name, hidden_dropout=layer.hidden_dropout)
         for part in ("cross_attention", "pre_cross_attn_layernorm"):
-            if not isinstance(getattr(layer, part), IdentityOp):
+            if type(getattr(layer, part)) is not IdentityOp:
                 why = "cross attention is not supported"
                 raise refusals.refusal(layer, joined(name, part), why)
         for part in ("self_attn_bda", "mlp_bda"):
@@ -251,9 +269,9 @@ class TransformerLayerFacade(nn.Module):
                 why = "only get_bias_dropout_add, a residual connection, is supported"
                 raise refusals.refusal(layer, joined(name, part), why)
         self.input_layernorm = _optional_norm(layer, "input_layernorm", name, copy)
-        self.self_attention = _child(layer, "self_attention", name, copy, SelfAttentionFacade)
+        self.self_attention = child(layer, "self_attention", name, copy, SelfAttentionFacade)
         self.pre_mlp_layernorm = _optional_norm(layer, "pre_mlp_layernorm", name, copy)
-        self.mlp = _child(layer, "mlp", name, copy, MLPFacade)
+        self.mlp = child(layer, "mlp", name, copy, MLPFacade)
         self.train(layer.training)
 
     def forward(
@@ -284,12 +302,12 @@ class TransformerBlockFacade(nn.Module):
         position: int | None = None,
     ) -> None:
         super().__init__()
-        refusals.check_methods(block, name, TransformerBlock, "_get_layer")
+        refusals.check_methods(block, name, TransformerBlock)
         refusals.check_config(block, name)
         if not block.pre_process:
             raise refusals.refusal(block, name, "pipeline stages after the first have no input")
         self.layers = nn.ModuleList(
-            _child(block.layers, str(i), joined(name, "layers"), copy, TransformerLayerFacade)
+            child(block.layers, str(i), joined(name, "layers"), copy, TransformerLayerFacade)
             for i in range(len(block.layers))
         )
         if not 0 <= start_layer < len(self.layers):
@@ -310,19 +328,19 @@ class TransformerBlockFacade(nn.Module):
         return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
 
 
-def _child(parent: nn.Module, attribute: str, name: str, copy: Copy, facade: type) -> nn.Module:
+def child(parent: nn.Module, attribute: str, name: str, copy: Copy, facade: type) -> nn.Module:
     """The facade of a submodule, which must be of the kind that the parent's forward counts on."""
-    child = getattr(parent, attribute)
+    module = getattr(parent, attribute)
     full = joined(name, attribute)
-    copied = copy(child, full)
+    copied = copy(module, full)
     if not isinstance(copied, facade):
-        raise refusals.refusal(child, full, f"{type(child).__name__} is not supported")
+        raise refusals.refusal(module, full, f"{type(module).__name__} is not supported")
     return copied
 
 
 def _optional_norm(parent: nn.Module, attribute: str, name: str, copy: Copy) -> nn.Module | None:
     """The facade of a norm; None where there is none (None or IdentityOp)."""
-    child = getattr(parent, attribute, None)
-    if child is None or isinstance(child, (IdentityOp, nn.Identity)):
+    module = getattr(parent, attribute, None)
+    if module is None or type(module) in (IdentityOp, nn.Identity):
         return None
-    return _child(parent, attribute, name, copy, NormFacade)
+    return child(parent, attribute, name, copy, NormFacade)

@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
+from lirpa_megatron.adapters import hooks
 from lirpa_megatron.errors import UserError
 
 
@@ -21,7 +22,8 @@ class View(nn.Module):
     """Part of a model's function, as a module: hidden [B, S, h], mask -> the part's output.
 
     Args:
-        model: a GPTModel, BertModel or TransformerBlock; its parameters are `model.…` here.
+        model: a GPTModel, BertModel or TransformerBlock, or a wrapper of one (`hooks`); its
+            parameters are `model.…` here.
         start_layer: the layer (from 0) that the hidden states enter; for layer 0 they are the
             embedding's output.
         position: where in the sequence the output is wanted (negative counts from the end); None
@@ -37,6 +39,7 @@ class View(nn.Module):
         head: str | None = None,
     ) -> None:
         super().__init__()
+        model = hooks.unwrapped(model)
         if not isinstance(model, (GPTModel, BertModel, TransformerBlock)):
             raise UserError(
                 f"{type(model).__name__}: from_layer, at_position and bert_head take a GPTModel, "
@@ -72,6 +75,7 @@ def bert_head(model: nn.Module, head: str) -> View:
 
 
 def _view(model: nn.Module, **choice: Any) -> View:
+    model = hooks.unwrapped(model)
     if not isinstance(model, View):
         return View(model, **choice)
     chosen = {name: getattr(model, name) for name in ("start_layer", "position", "head")}
