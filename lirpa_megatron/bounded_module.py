@@ -117,8 +117,7 @@ class BoundedModule(host.HostBoundedModule):
             self._check_parameters_agree()
             object.__setattr__(self, "live", None)
             if own.check_live:
-                every = own.check_live_every
-                live = LiveCheck(model, facade, layout.collectives, every)
+                live = LiveCheck(model, facade, layout.collectives, own.check_live_every)
                 object.__setattr__(self, "live", live)
                 live.at_example(self, global_input)
 

@@ -17,6 +17,7 @@ from torch import nn
 from lirpa_megatron import host
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.embeddings import embed
+from lirpa_megatron.adapters.entering import check_entering
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.adapters.views import View
 from lirpa_megatron.errors import UserError
@@ -39,6 +40,7 @@ def perturb_tokens(
     position_ids: torch.Tensor | None = None,
     tokentype_ids: torch.Tensor | None = None,
     start_layer: int | None = None,
+    check_live: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """The inputs of `BoundedModule(model, inputs)` and `compute_bounds(inputs)` for token ids.
 
@@ -68,6 +70,8 @@ def perturb_tokens(
         start_layer: the layer (from 0) whose input is perturbed; what comes before is computed at
             the clean ids, without gradients. By default that of the view, 0 for a model;
             `from_layer` is the view that fits.
+        check_live: whether the model's own embedding (and the layers before `start_layer`) are run
+            too, and compared.
 
     Returns:
         (hidden,) or, with an attention mask, (hidden, mask): hidden [B, S, h] a BoundedTensor, mask
@@ -76,6 +80,8 @@ def perturb_tokens(
     Raises:
         UserError: shapes that do not fit, ids, positions or layers that there are not, a radius
             below 0 or NaN, no perturbation at all, or two that do not go together.
+        NotImplementedError: an embedding that computes something else than Megatron's, by name.
+        LiveModelError: the model itself makes other hidden states of the ids.
     """
     _check_ids(ids)
     model, first = _opened(model, start_layer)
@@ -95,7 +101,7 @@ def perturb_tokens(
     if substitutes is not None:
         _check_substitutes(substitutes, ids, shape, eps, norm, first)
 
-    hidden = embed(model, ids, **words)
+    hidden = embed(model, ids, **words, check_live=check_live)
     if hidden.dtype in HALF:
         hidden = hidden.float()  # bounds are computed in float32
     if not model.training:
@@ -103,11 +109,11 @@ def perturb_tokens(
     if mask is not None:
         mask = mask.to(hidden)
     if first > 0:
-        hidden = _enter(model, hidden, mask, first)
+        hidden = _enter(model, hidden, mask, first, check_live)
     if substitutes is None:
         perturbation = _around(hidden, eps, norm, positions)
     else:
-        vertices = _vertices(model, ids, substitutes, words)
+        vertices = _vertices(model, ids, substitutes, {**words, "check_live": check_live})
         vertices = vertices if model.training else vertices.detach()
         if shape == "hull":
             perturbation = PerturbationHull(vertices)
@@ -145,15 +151,19 @@ def _opened(model: nn.Module, start_layer: int | None) -> tuple[nn.Module, int]:
 
 
 def _enter(
-    model: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, first: int
+    model: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, first: int,
+    check_live: bool,
 ) -> torch.Tensor:
     """The hidden states that enter layer `first`, as constants."""
     facade: Any = traceable(model)
     block = facade.encoder if isinstance(model, BertModel) else facade.decoder
+    clean = hidden.detach()
     with torch.no_grad():
         rotary = facade.rotary(hidden)
         for layer in block.layers[:first]:
             hidden = layer(hidden, mask, rotary)
+    if check_live:
+        check_entering(model, clean, mask, first, hidden)
     return hidden
 
 
@@ -266,7 +276,8 @@ def _vertices(
             if others:
                 every[1 : 1 + len(others), b, position] = torch.as_tensor(others).to(every)
     repeated = {
-        name: None if value is None else value.repeat(most, 1) for name, value in words.items()
+        name: value.repeat(most, 1) if isinstance(value, torch.Tensor) else value
+        for name, value in words.items()
     }
     found = embed(model, every.flatten(0, 1), **repeated)
     return found.unflatten(0, (most, batch)).movedim(0, 2)

@@ -1,4 +1,4 @@
-"""Hooks, replaced methods, wrappers and parametrizations: unwrapped where exact, refused by name."""
+"""Hooks, replaced methods, wrappers, parametrizations: unwrapped where exact, refused by name."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _KINDS: list[tuple[Any, str]] = [
     (torch.tanh, "tanh"),
     (activations.squared_relu, "squared_relu"),
     (activations.quick_gelu, "quick_gelu"),
-    (fused_bias_geglu.quick_gelu, "quick_gelu"),
+    (getattr(fused_bias_geglu, "quick_gelu", activations.quick_gelu), "quick_gelu"),
     (activations.fast_gelu, "gelu_tanh"),
     (utils.openai_gelu, "gelu_tanh"),
     (utils.gelu_impl, "gelu_tanh"),
