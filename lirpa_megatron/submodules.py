@@ -103,16 +103,18 @@ def first_difference(
     records: Records, theirs: Records, limit: float, tp: Collectives, position: int | None
 ) -> tuple[int, str, str] | None:
     """Place in the order, name and values of the first submodule whose output differs."""
+    longest = max((len(y) for found in records.values() for y in found if y.ndim > 2), default=0)
     for place, (name, outputs) in enumerate(records.items()):
         for y, other in zip(outputs, theirs.get(name, ()), strict=False):
-            pairs = _comparable(y, other, tp, position)
+            here = _place(position, len(y), longest, tp.rank) if y.ndim > 2 else None
+            pairs = _comparable(y, other, tp, here)
             if pairs and min(difference(*pair) for pair in pairs) > limit:
                 return place, name, values(*min(pairs, key=lambda pair: difference(*pair)))
     return None
 
 
 def _comparable(
-    y: torch.Tensor, other: torch.Tensor, tp: Collectives, position: int | None
+    y: torch.Tensor, other: torch.Tensor, tp: Collectives, place: int | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A live output and the facade's in all forms of the same shape.
 
@@ -121,9 +123,18 @@ def _comparable(
     """
     ours, others = [y], [other]
     if y.ndim > 2:
-        ours.append(y.transpose(0, 1))
-        if position is not None:
-            ours += [y.transpose(0, 1)[:, position], y.transpose(0, 1)[:, [position]]]
+        own = y.transpose(0, 1)
+        ours.append(own)
+        if place is not None:
+            ours += [own[:, place], own[:, [place]]]
     if other.ndim > 2 and other.shape[1] % tp.size == 0:
         others.append(other.chunk(tp.size, 1)[tp.rank])
     return [(a, b) for a in ours for b in others if a.shape == b.shape]
+
+
+def _place(position: int | None, length: int, whole: int, rank: int) -> int | None:
+    """Where a position of a sequence is in a rank's part of it; None if it is not there."""
+    if position is None:
+        return None
+    here = position % whole - (rank * length if length < whole else 0)
+    return here if 0 <= here < length else None

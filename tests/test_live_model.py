@@ -88,7 +88,7 @@ class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.factor = nn.Linear(6, 3), 2.0
-        self.register_buffer("shift", torch.tensor(1.0))
+        self.register_buffer("shift", torch.ones(3))
 
     def forward(self, x):
         return self.linear(x) * self.factor + self.shift
@@ -98,17 +98,17 @@ class Scaled(nn.Module):
 def test_a_model_that_was_changed_after_building_is_found(change):
     model = Scaled().eval()
     bounded = BoundedModule(model, _x())
-    bounded.compute_bounds(x=(_ball(),), method="CROWN")
+    bounded.compute_bounds(x=(_ball(),), method="IBP")
     if change == "number":
         model.factor = 3.0
     elif change == "buffer":
-        model.shift = torch.tensor(2.0)
+        model.shift = torch.zeros(3)
     elif change == "parameter":
         model.linear.weight = nn.Parameter(torch.zeros(3, 6))
     else:
         model.__class__ = type("Other", (Scaled,), {"forward": lambda self, x: self.linear(x)})
     with pytest.raises(LiveModelError):
-        bounded.compute_bounds(x=(_ball(),), method="CROWN")
+        bounded.compute_bounds(x=(_ball(),), method="IBP")
 
 
 def test_new_values_of_the_same_parameters_are_not_a_change():
@@ -202,14 +202,14 @@ def test_the_check_is_switched_off_by_name():
 
 
 class Cancelling(nn.Module):
-    """float32 rounding of 1e-3 in an output of about 1: (1e4 a) - (1e4 b), a close to b."""
+    """float32 rounding of 6e-5 in outputs of about 1: (1e3 + a) - (1e3 + b)."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
         with torch.no_grad():
-            self.a.bias.add_(1e4)
-            self.b.bias.add_(1e4)
+            self.a.bias.add_(1e3)
+            self.b.bias.add_(1e3)
 
     def forward(self, x):
         if torch.jit.is_tracing():
@@ -278,12 +278,11 @@ def _patched_classes():
         "norm": (nn.LayerNorm, layers[1].pre_mlp_layernorm),
         "output": (ColumnParallelLinear, model.output_layer),
         "words": (VocabParallelEmbedding, model.embedding.word_embeddings),
-        "positions": (nn.Embedding, model.embedding.position_embeddings),
     }
     for name, (cls, module) in cases.items():
         with _patched(cls, _gained(1.001, module)):
             try:
-                found[name] = _margins(model)
+                found[name] = str(_margins(model)[0].live.difference)
             except LiveModelError as error:
                 found[name] = str(error)
     return found
@@ -295,7 +294,7 @@ def test_a_patched_class_of_megatron_is_found_in_the_first_module_that_differs()
         "mlp": "model.decoder.layers.1.mlp:", "attention": "model.decoder.layers.0.self_attention:",
         "linear": "model.decoder.layers.1.mlp.linear_fc1:",
         "norm": "model.decoder.layers.1.pre_mlp_layernorm:",
-        "output": "TokenMargins: the model itself", "words": "embedding:", "positions": "embedding:",
+        "output": "TokenMargins: the model itself", "words": "embedding:",
     }
     for case, name in names.items():
         assert name in found[case] and "the model itself computes" in found[case], found[case]
@@ -317,10 +316,10 @@ def _changed_later():
         "model.decoder.layers.0.mlp.linear_fc2: weight was replaced": (
             mlp.linear_fc2, "weight", nn.Parameter(mlp.linear_fc2.weight.detach().clone())
         ),
-        "model.decoder.layers.1.self_attention: rotary_interleaved changed": (
+        "model.decoder.layers.0.self_attention: rotary_interleaved changed": (
             model.config, "rotary_interleaved", True
         ),
-        "model.decoder.layers.0.self_attention: the model itself": (
+        "model.rotary_pos_emb: the model itself": (
             model.rotary_pos_emb, "inv_freq", model.rotary_pos_emb.inv_freq * 0.9
         ),
         "softmax_type='learnable'": (model.config, "softmax_type", "learnable"),
@@ -411,15 +410,41 @@ def test_hidden_states_that_enter_a_later_layer_are_compared_with_the_live_model
 # ----------------------------------------------------------------------------- several ranks
 
 
+def _sequence_parallel(model):
+    """What `sequence_parallel` makes of the modules when they are built (without apex)."""
+    model.config.sequence_parallel = True
+    for module in model.modules():
+        if hasattr(module, "sequence_parallel"):
+            module.sequence_parallel = True
+
+
+def _in_sequence():
+    model, found = transformers.gpt(torch.float32), []
+    for sequence in (False, True):
+        if sequence:
+            _sequence_parallel(model)
+        bounded, inputs = _margins(model)
+        found.append(bounded.compute_bounds(inputs, method="CROWN")[0])
+    block = model.decoder
+    hidden = embed(model, transformers.tokens()[0]).detach()
+    for part in (block, block.layers[0], block.layers[0].self_attention, block.layers[0].mlp):
+        BoundedModule(part, hidden).compute_bounds((_ball(x=hidden),), method="IBP")
+    return (found[0] - found[1]).abs().max().item()
+
+
+def test_sequence_parallel_models_are_compared_on_each_ranks_positions():
+    assert max(pool(2).run(_in_sequence)) == 0
+
+
 def _wrong_on_one_rank(what):
     import torch.distributed as dist
     from megatron.core.transformer.mlp import MLP
 
     from lirpa_megatron.parallel import runtime
 
-    model = transformers.gpt(
-        torch.float32, model={"parallel_output": True}, sequence_parallel=what == "sequence"
-    )
+    model = transformers.gpt(torch.float32, model={"parallel_output": True})
+    if what == "sequence":  # torch's norms refuse to be built so, and Megatron's modules share it
+        _sequence_parallel(model)
     bounded, inputs = _margins(model)
     bounded.compute_bounds(inputs, method="IBP")
 

@@ -48,7 +48,7 @@ class _Handshakes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace in _NAMESPACES:
+        if func.namespace in _NAMESPACES and not spmd.is_talking():
             tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
             shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors)
             spmd.handshake(self.group, f"{func} of {shapes} in the model's own forward")

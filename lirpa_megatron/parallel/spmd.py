@@ -57,9 +57,10 @@ class _Control:
         tensor = torch.tensor(values, dtype=torch.int64)
 
         def run() -> Any:
-            return dist.all_reduce(
-                tensor, op=dist.ReduceOp.MAX, group=self._group(), async_op=True
-            )
+            with _talking():
+                return dist.all_reduce(
+                    tensor, op=dist.ReduceOp.MAX, group=self._group(), async_op=True
+                )
 
         work = _or_gone(run)
 
@@ -73,7 +74,8 @@ class _Control:
     def all_gather(self, value: Any) -> list[Any]:
         """Plain data of every rank, in rank order."""
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value, group=self._group())
+        with _talking():
+            dist.all_gather_object(gathered, value, group=self._group())
         return gathered
 
     def handshake(self, step: str) -> None:
@@ -140,6 +142,24 @@ class Announced:
         """Until the collective is done."""
         self.settle()
         self._work.wait()
+
+
+_talks = 0
+
+
+@contextlib.contextmanager
+def _talking() -> Iterator[None]:
+    global _talks
+    _talks += 1
+    try:
+        yield
+    finally:
+        _talks -= 1
+
+
+def is_talking() -> bool:
+    """Whether the collective that begins now is one of this module's own."""
+    return _talks > 0
 
 
 def _said(step: str) -> list[int]:
