@@ -32,6 +32,7 @@ from lirpa_megatron.options import (
     check_compute_bounds,
     check_method,
     check_options,
+    check_output,
     check_set_later,
     text_of,
 )
@@ -301,22 +302,7 @@ class BoundedModule(host.HostBoundedModule):
     def check_output(self, C: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
         """Refuses methods and specifications that the final node does not go with."""
         final = self._final(kwargs)
-        if self.sharded[final.name] and C is None and kwargs["method"] == "CROWN-Optimized":
-            raise NotImplementedError(
-                "CROWN-Optimized of a sharded output needs C (each rank would decide on its own "
-                "features when to stop): pass C, or build the layer with gather_output=True"
-            )
-        dims = len(final.output_shape)
-        if host.IS_03 and C is None and dims > 2 and kwargs["method"] == "CROWN-Optimized":
-            raise NotImplementedError(
-                f"auto_LiRPA 0.3 cannot run CROWN-Optimized on an output of {dims} dimensions: "
-                "flatten it, pass C, or install auto_LiRPA 0.7.1"
-            )
-        features = final.output_shape[-1]
-        if C is not None and C.shape[-1] != features:
-            raise ValueError(
-                f"C has {C.shape[-1]} output features, the output node has {features} on this rank"
-            )
+        check_output(final, self.sharded[final.name], C, kwargs["method"])
 
     def _final(self, kwargs: Mapping[str, Any]) -> host.Bound:
         return self[kwargs.get("final_node_name") or self.final_name]

@@ -200,6 +200,33 @@ def check_compute_bounds(kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def check_output(final: host.Bound, is_sharded: bool, C: Any, method: str) -> None:
+    """Refuses methods and specifications that a final node does not go with.
+
+    Args:
+        final: the node to bound.
+        is_sharded: whether each rank has its own features of it.
+        C: the specification [B, S, features] or None.
+        method: one of `METHODS`.
+    """
+    if is_sharded and C is None and method == "CROWN-Optimized":
+        raise NotImplementedError(
+            "CROWN-Optimized of a sharded output needs C (each rank would decide on its own "
+            "features when to stop): pass C, or build the layer with gather_output=True"
+        )
+    dims = len(final.output_shape)
+    if host.IS_03 and C is None and dims > 2 and method == "CROWN-Optimized":
+        raise NotImplementedError(
+            f"auto_LiRPA 0.3 cannot run CROWN-Optimized on an output of {dims} dimensions: "
+            "flatten it, pass C, or install auto_LiRPA 0.7.1"
+        )
+    features = final.output_shape[-1]
+    if C is not None and C.shape[-1] != features:
+        raise ValueError(
+            f"C has {C.shape[-1]} output features, the output node has {features} on this rank"
+        )
+
+
 def text_of(kwargs: Mapping[str, Any]) -> str:
     """Keyword arguments that must agree between ranks (tensors in them have ranks' own shapes)."""
     plain = {k: v for k, v in kwargs.items() if isinstance(v, (str, bool, int, float))}
