@@ -248,6 +248,11 @@ def _add_effort(add: Any) -> None:
         help="precision of the run (default: the network's)",
     )
     add(
+        "--outward", action="store_true",
+        help="widen bounds by a proven limit on their rounding error, so that unsat holds in real "
+        "arithmetic (in float64; properties of networks, not sentences)",
+    )
+    add(
         "--alpha-iterations", metavar="N", type=_number(int, 1),
         help="gradient steps of alpha-CROWN (default 20)",
     )

@@ -133,6 +133,7 @@ _FIELDS: dict[str, _Field] = {
     "norm": _TEXT,
     "iteration": _TEXT,
     "dtype": _TEXT,
+    "rounding": _TEXT,
     "stored_dtype": _TEXT,
     "words": _TEXT,
     "shape": _TEXT,

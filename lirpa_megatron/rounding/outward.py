@@ -196,6 +196,5 @@ def _check_dtype(what: str, value: torch.Tensor) -> None:
 
 def _refused(node: host.Bound, reason: str) -> UserError:
     return UserError(
-        f'{type(node).__name__} ({node.name}, {getattr(node, "ori_name", "")}): {reason}: use '
-        'rounding="nearest"'
+        f'{type(node).__name__} ({node.name.lstrip("/")}): {reason}; use rounding="nearest"'
     )

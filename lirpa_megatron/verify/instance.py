@@ -161,7 +161,7 @@ def _bound_rows(
         )
     bound = spmd.broadcast_tensor(bound.detach().double(), group).cpu().numpy()
     return [
-        dict(zip(own, rows.values(bound[k]), strict=True))
+        dict(zip(own, rows.values(bound[k], options.outward), strict=True))
         for k, (own, rows) in enumerate(zip(indices, wanted, strict=True))
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.attack import AttackOptions
 
 
@@ -30,6 +31,21 @@ class VerifyOptions:
     max_spec_rows: int | None = None
     # seed of the attack's starting points
     seed: int = 0
+    # bounds that hold in real arithmetic (`lirpa_megatron.rounding`), in float64
+    outward: bool = False
+
+    def __post_init__(self) -> None:
+        if self.outward and self.dtype not in (None, "float64"):
+            raise UserError(
+                f"--outward computes bounds in float64, --dtype says {self.dtype}: leave it out"
+            )
+        if self.outward:
+            object.__setattr__(self, "dtype", "float64")
+
+    @property
+    def rounding(self) -> str:
+        """`OwnOptions.rounding`."""
+        return "outward" if self.outward else "nearest"
 
     def attack(self) -> AttackOptions:
         return AttackOptions(
@@ -40,5 +56,6 @@ class VerifyOptions:
         """Options of `BoundedModule`."""
         return {
             "max_spec_rows": self.max_spec_rows,
+            "rounding": self.rounding,
             "optimize_bound_args": {"iteration": self.alpha_iterations, "lr_alpha": self.lr_alpha},
         }

@@ -46,6 +46,8 @@ class Result:
     # what the weights are stored in, and what bounds were computed in
     stored_dtype: str | None = None
     dtype: str | None = None
+    # "outward" if bounds were widened by their rounding error; else it is left out
+    rounding: str | None = None
     # what a reader must know, if there is such: why a property holds whatever the network does, or
     # why a point that seemed a counterexample is none
     note: str | None = None
@@ -58,7 +60,7 @@ class Result:
         return self.network, self.property, self.method
 
     def to_line(self) -> str:
-        optional = ("error", "note")
+        optional = ("error", "note", "rounding")
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"
 

@@ -5,7 +5,8 @@ lower bound proves that the row cannot happen there (nor can `c . y < d`). A dis
 one of its rows cannot happen, and the property holds if every disjunct of every region is refuted.
 
 The bound of `c . y` is computed in the run's dtype with ordinary rounding (as auto_LiRPA does): in
-float32 a bound within about 1e-6 of the outputs' magnitude of zero is not beyond doubt. What is
+float32 a bound within about 1e-6 of the outputs' magnitude of zero is not beyond doubt; with
+--outward it is widened by what its computation may be off (`lirpa_megatron.rounding`). What is
 rounded here is rounded safely: boxes outwards, `- d` in float64 with d rounded up, and for
 coefficients that the dtype does not have (0.1), see `RowsToBound`.
 """
@@ -91,8 +92,12 @@ class RowsToBound:
         ends = [rounded_up(r.bound * s) for r, s in zip(self.rows, self._scales, strict=True)]
         return ends + [-1e300] * (len(self) - len(ends))
 
-    def values(self, lower: np.ndarray) -> list[float]:
-        """Lower bounds of `c . y - d`, [S], from those of the rows of C (float64)."""
+    def values(self, lower: np.ndarray, outward: bool = False) -> list[float]:
+        """Lower bounds of `c . y - d`, [S], from those of the rows of C (float64).
+
+        With `outward` what is rounded here is rounded down: the sum, the difference (whose sign
+        is exact) and the quotient, each off by half a unit in the last place at most.
+        """
         largest = {
             j: max(abs(lower[len(self.rows) + 2 * i]), abs(lower[len(self.rows) + 2 * i + 1]))
             for i, j in enumerate(self._uncertain)
@@ -101,7 +106,14 @@ class RowsToBound:
         for i, end in enumerate(self.thresholds()[: len(self.rows)]):
             lost = sum(error * largest[j] for j, error in self._errors[i].items())
             lost *= 1 + 1e-9  # its own rounding
-            found.append((float(lower[i]) - lost - end) / float(self._scales[i]))
+            kept = float(lower[i])
+            if not outward:
+                found.append((kept - lost - end) / float(self._scales[i]))
+                continue
+            kept = math.nextafter(kept - lost, -math.inf) if lost else kept
+            value = (kept - end) / float(self._scales[i])
+            # of a value above 0 four units are less than the value itself
+            found.append(value - 4 * math.ulp(value) if value != 0 else value)
         return found
 
 

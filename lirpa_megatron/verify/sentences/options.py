@@ -56,6 +56,8 @@ class SentenceOptions:
     iteration: str | None = None
     # only the first so many lines of the data
     limit: int | None = None
+    # not offered: see `check`
+    outward: bool = False
 
     def check(self) -> None:
         """Raises UserError for options that do not go together."""
@@ -67,6 +69,11 @@ class SentenceOptions:
             raise UserError(f"--question synonyms has boxes and hulls, not norm {self.norm}")
         if self.question == "synonyms" and self.eps is not None and self.shape == "hull":
             raise UserError("--eps around substitutes needs --shape box")
+        if self.outward:
+            raise UserError(
+                "--outward is for properties of networks: of norms and attention no limit on their "
+                "rounding error is known; leave it out"
+            )
         if "{text}" not in self.prompt:
             raise UserError(f"--prompt {self.prompt!r} has no {{text}}, the place of the sentence")
         if self.prompt.count("{text}") > 1:
