@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from lirpa_megatron.adapters.tracing import untraced
 from lirpa_megatron.networks import functions
 from lirpa_megatron.networks.description import (
     DTYPES,
@@ -87,7 +88,7 @@ class Network(nn.Module):
             x = self.layers[layer.name](*(values[name] for name in layer.inputs))
             values[layer.name] = x
         if not self.runs:  # a part without layers, of a network that is arithmetic alone
-            x = functions.select(x, torch.arange(x.shape[-1], device=x.device))
+            x = functions.select(x, _columns(0, self.n_in, x.device))
         return x
 
     def part(self, reads: Sequence[str], output: str) -> Network:
@@ -122,7 +123,11 @@ class Network(nn.Module):
             return [x]
         parts, begin = [], 0
         for width in self._widths():
-            index = torch.arange(begin, begin + width, device=x.device)
-            parts.append(functions.select(x, index))
+            parts.append(functions.select(x, _columns(begin, width, x.device)))
             begin += width
         return parts
+
+
+def _columns(begin: int, count: int, device: torch.device) -> torch.Tensor:
+    with untraced():
+        return torch.arange(begin, begin + count, device=device)

@@ -39,8 +39,6 @@ class Loaded:
     # differentiable forward pass of the sharded layers, x [R, n_in] -> y [R, n_out], replicated:
     # in the number types of the file; those of half precision in what bounds are computed in
     forward: nn.Module
-    # bounds of the same layers, from where `box` is to the outputs
-    bounded: BoundedModule
     # an empty tensor with the dtype that bounds are computed in, and the device
     like: torch.Tensor
     # the network in the number types that it is stored in, for confirming a counterexample:
@@ -90,14 +88,24 @@ class Loaded:
         says the same of what enters the softmax, where bounds are tighter; of the outputs of a
         LogSoftmax also Y_i - Y_j <= d does.
         """
-        last = self.description.layers[-1]
-        compares = all(_compares(row, any_bound=last.op == "logsoftmax") for row in rows)
-        ends = last.op in ("softmax", "logsoftmax") and last.attributes["size"] == last.n_out
-        return self._scores if ends and compares else self.bounded
+        logarithm = self.description.layers[-1].op == "logsoftmax"
+        if self._ends_in_softmax and all(_compares(row, any_bound=logarithm) for row in rows):
+            return self._scores
+        return self.bounded
+
+    @functools.cached_property
+    def bounded(self) -> BoundedModule:
+        """Bounds of the outputs, from where `box` is."""
+        return self.bounded_to(self.description.layers[-1].name)
 
     @functools.cached_property
     def _scores(self) -> BoundedModule:
         return self.bounded_to(self.description.layers[-1].inputs[0])
+
+    @property
+    def _ends_in_softmax(self) -> bool:
+        last = self.description.layers[-1]
+        return last.op in ("softmax", "logsoftmax") and last.attributes["size"] == last.n_out
 
 
 def load(
@@ -148,10 +156,12 @@ def load(
 
     stored_forward = traceable(stored)
     forward = traceable(network) if description.dtype in _HALF else stored_forward
-    return Loaded(
-        description, forward, bounded_to(description.layers[-1].name), like, stored_forward,
-        description.dtype, stored, part, bounded_to, build,
+    loaded = Loaded(
+        description, forward, like, stored_forward, description.dtype, stored, part, bounded_to,
+        build,
     )
+    loaded.bounded_for(())  # what cannot be bounded is said now
+    return loaded
 
 
 def _compares(row: OutputRow, any_bound: bool) -> bool:
