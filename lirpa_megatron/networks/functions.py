@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lirpa_megatron.adapters import symbols
 from lirpa_megatron.adapters.symbols import _op
+from lirpa_megatron.adapters.tracing import untraced
 
 
 def select(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -120,19 +121,57 @@ def on_tokens(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int
 ) -> torch.Tensor:
     """x [B, T n] as T vectors, each times weight [m, n], plus bias [m] or None -> [B, T m]."""
-    return F.linear(x.unflatten(1, (tokens, -1)), weight, bias).flatten(1)
+    return columns(F.linear(parts(x, tokens), weight, bias))
 
 
 def softmax(x: torch.Tensor, size: int) -> torch.Tensor:
     """Softmax of each part of `size` columns."""
-    return torch.softmax(x.unflatten(1, (-1, size)), dim=-1).flatten(1)
+    return columns(torch.softmax(parts(x, x.shape[-1] // size), dim=-1))
 
 
 def log_softmax(x: torch.Tensor, size: int) -> torch.Tensor:
     """Logarithm of the softmax of each part of `size` columns."""
-    return torch.log_softmax(x.unflatten(1, (-1, size)), dim=-1).flatten(1)
+    return columns(torch.log_softmax(parts(x, x.shape[-1] // size), dim=-1))
 
 
 def layer_norm(x: torch.Tensor, size: int, eps: float) -> torch.Tensor:
     """Each part of `size` columns minus its mean, over its standard deviation."""
-    return F.layer_norm(x.unflatten(1, (-1, size)), (size,), eps=eps).flatten(1)
+    x = parts(x, x.shape[-1] // size)
+    if not torch.jit.is_tracing():
+        return columns(F.layer_norm(x, (size,), eps=eps))
+    with untraced():
+        weight = x.new_ones(size)
+    return columns(symbols.norm(x, weight, None, eps))
+
+
+def parts(x: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, T n] -> [B, T, n], T the count."""
+    if torch.jit.is_tracing():
+        return _Parts.apply(int(count), x)
+    return x.unflatten(-1, (count, -1))
+
+
+def columns(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, n] -> [B, T n]."""
+    return _Columns.apply(x) if torch.jit.is_tracing() else x.flatten(1)
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def symbolic(g: Any, count: int, x: Any) -> Any:
+        return _op(g, "PartsOfColumns", x, count_i=count,
+                   sizes=lambda s: [s[0], count, s[1] // count])
+
+    @staticmethod
+    def forward(ctx: Any, count: int, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (count, -1)).clone()
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def symbolic(g: Any, x: Any) -> Any:
+        return _op(g, "ColumnsOfParts", x, sizes=lambda s: [s[0], s[1] * s[2]])
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).clone()

@@ -12,8 +12,10 @@ from lirpa_megatron.operators.activations import (
 from lirpa_megatron.operators.attend import BoundAttend
 from lirpa_megatron.operators.column import BoundColumnParallelLinear
 from lirpa_megatron.operators.columns import (
+    BoundColumnsOfParts,
     BoundDivideColumns,
     BoundJoinColumns,
+    BoundPartsOfColumns,
     BoundScaleColumns,
     BoundSelectColumns,
     BoundShiftColumns,
@@ -35,12 +37,14 @@ from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabula
 __all__ = [
     "BoundAttend",
     "BoundColumnParallelLinear",
+    "BoundColumnsOfParts",
     "BoundDivideColumns",
     "BoundGatherFromRegion",
     "BoundGeluErf",
     "BoundGeluTanh",
     "BoundJoinColumns",
     "BoundNorm",
+    "BoundPartsOfColumns",
     "BoundProduct",
     "BoundQuickGelu",
     "BoundReplicatedLinear",
@@ -83,6 +87,8 @@ CUSTOM_OPS: dict[str, type[host.Bound]] = {
     "lirpa_megatron::Attend": BoundAttend,
     "lirpa_megatron::Rotary": BoundRotary,
     "lirpa_megatron::SelectPosition": BoundSelectPosition,
+    "lirpa_megatron::ColumnsOfParts": BoundColumnsOfParts,
+    "lirpa_megatron::PartsOfColumns": BoundPartsOfColumns,
     "lirpa_megatron::SelectColumns": BoundSelectColumns,
     "lirpa_megatron::SumColumns": BoundSumColumns,
     "lirpa_megatron::JoinColumns": BoundJoinColumns,

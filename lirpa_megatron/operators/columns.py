@@ -138,6 +138,33 @@ class BoundDivideColumns(_Linear):
         return [A_x, (None, None)], 0, 0
 
 
+class BoundPartsOfColumns(_Linear):
+    """Columns as T parts: x [B, T n], y [B, T, n]; A likewise."""
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.count = attr["count"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.count, -1))
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **_: Any) -> tuple:
+        """A [R, B, T, n] -> [R, B, T n]."""
+        return [both_sides(lambda A: dense(A).flatten(2), last_lA, last_uA)], 0, 0
+
+
+class BoundColumnsOfParts(_Linear):
+    """T parts side by side: x [B, T, n], y [B, T n]; A likewise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **_: Any) -> tuple:
+        """A [R, B, T n] -> [R, B, T, n]."""
+        shape = x.output_shape[1:]
+        return [both_sides(lambda A: dense(A).unflatten(2, shape), last_lA, last_uA)], 0, 0
+
+
 def _ends(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower and upper ends of an interval; of the box around a ball straight from the input."""
     norm, eps = host.Interval.get_perturbation(interval)[:2]
