@@ -153,7 +153,9 @@ LINEAR = {
     "Gemm, weight first": graph(
         [node("Gemm", ["w", "x", "b"], ["y"])], {"w": W, "b": numbers(6, 1)}, [4, 1]
     ),
-    "Gemm, transA": graph([node("Gemm", ["x", "w"], ["y"], transA=1)], {"w": numbers(4, 3)}, [4, 1]),
+    "Gemm, transA": graph(
+        [node("Gemm", ["x", "w"], ["y"], transA=1)], {"w": numbers(4, 3)}, [4, 1]
+    ),
     "Gemm, bias from an activation": graph(
         [node("Gemm", ["x", "w"], ["h"]), node("Gemm", ["h", "v", "h"], ["y"], beta=0.5)],
         {"w": numbers(4, 6), "v": numbers(6, 6)}, [1, 4],

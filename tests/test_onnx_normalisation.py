@@ -149,7 +149,8 @@ FRONTS = {
     "normalised, and read as it is": graph(
         [
             node("Sub", ["x", "m"], ["c"]), node("Mul", ["x", "s"], ["d"]),
-            node("Add", ["c", "d"], ["e"]), node("Relu", ["e"], ["r"]), node("Add", ["r", "x"], ["y"]),
+            node("Add", ["c", "d"], ["e"]), node("Relu", ["e"], ["r"]),
+            node("Add", ["r", "x"], ["y"]),
         ],
         {"m": np.float32([3e4, 2e4, 1.0]), "s": np.float32(1e-4)}, [0, 3],
     ),

@@ -11,16 +11,7 @@ from lirpa_megatron.operators.activations import (
 )
 from lirpa_megatron.operators.attend import BoundAttend
 from lirpa_megatron.operators.column import BoundColumnParallelLinear
-from lirpa_megatron.operators.columns import (
-    BoundColumnsOfParts,
-    BoundDivideColumns,
-    BoundJoinColumns,
-    BoundPartsOfColumns,
-    BoundScaleColumns,
-    BoundSelectColumns,
-    BoundShiftColumns,
-    BoundSumColumns,
-)
+from lirpa_megatron.operators.columns import COLUMN_OPS
 from lirpa_megatron.operators.gather import (
     BoundGatherFromRegion,
     BoundScatterToRegion,
@@ -37,29 +28,21 @@ from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabula
 __all__ = [
     "BoundAttend",
     "BoundColumnParallelLinear",
-    "BoundColumnsOfParts",
-    "BoundDivideColumns",
     "BoundGatherFromRegion",
     "BoundGeluErf",
     "BoundGeluTanh",
-    "BoundJoinColumns",
     "BoundNorm",
-    "BoundPartsOfColumns",
     "BoundProduct",
     "BoundQuickGelu",
     "BoundReplicatedLinear",
     "BoundRotary",
     "BoundRowParallelLinear",
-    "BoundScaleColumns",
     "BoundScatterToRegion",
     "BoundScores",
-    "BoundSelectColumns",
     "BoundSelectFromRegion",
     "BoundSelectPosition",
-    "BoundShiftColumns",
     "BoundSilu",
     "BoundSquaredRelu",
-    "BoundSumColumns",
     "BoundTanh",
     "BoundTokenMargins",
     "BoundVocabularyMargins",
@@ -87,13 +70,6 @@ CUSTOM_OPS: dict[str, type[host.Bound]] = {
     "lirpa_megatron::Attend": BoundAttend,
     "lirpa_megatron::Rotary": BoundRotary,
     "lirpa_megatron::SelectPosition": BoundSelectPosition,
-    "lirpa_megatron::ColumnsOfParts": BoundColumnsOfParts,
-    "lirpa_megatron::PartsOfColumns": BoundPartsOfColumns,
-    "lirpa_megatron::SelectColumns": BoundSelectColumns,
-    "lirpa_megatron::SumColumns": BoundSumColumns,
-    "lirpa_megatron::JoinColumns": BoundJoinColumns,
-    "lirpa_megatron::ShiftColumns": BoundShiftColumns,
-    "lirpa_megatron::ScaleColumns": BoundScaleColumns,
-    "lirpa_megatron::DivideColumns": BoundDivideColumns,
+    **COLUMN_OPS,
 }
 """Operators of the traced graph -> Bound classes; handed to each host module, not global."""

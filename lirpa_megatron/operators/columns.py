@@ -170,3 +170,13 @@ def _ends(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
     norm, eps = host.Interval.get_perturbation(interval)[:2]
     wider = 0.0 if norm == float("inf") else eps
     return interval[0] - wider, interval[1] + wider
+
+
+COLUMN_OPS: dict[str, type[host.Bound]] = {
+    f"lirpa_megatron::{cls.__name__.removeprefix('Bound')}": cls
+    for cls in (
+        BoundSelectColumns, BoundSumColumns, BoundJoinColumns, BoundShiftColumns,
+        BoundScaleColumns, BoundDivideColumns, BoundPartsOfColumns, BoundColumnsOfParts,
+    )
+}
+"""Operators of the traced graph -> Bound classes, for `CUSTOM_OPS`."""
