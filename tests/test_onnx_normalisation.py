@@ -96,7 +96,7 @@ def test_no_point_of_the_box_violates_what_is_called_unsat(
         if (y <= threshold).any():
             assert found.result != "unsat", threshold
         if found.result == "sat":
-            x = np.float32(found.counterexample)[None]
+            x = np.float32(found.counterexample.point)[None]
             assert outputs(proto, x)[0, 0] <= threshold
 
 
