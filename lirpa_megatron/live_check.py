@@ -58,8 +58,8 @@ class LiveCheck:
     """Compares a model with its graph of bounds.
 
     Attributes:
-        seconds: that the last check took.
-        total_seconds: of all checks.
+        seconds: that checks took in the last call of `compute_bounds` (or in building).
+        total_seconds: that all checks took.
         runs: forward passes of the live model that checks took.
         difference: the largest found so far, as a share of the largest output.
 
@@ -101,6 +101,8 @@ class LiveCheck:
         """
         if x is not None:
             self.inputs = x
+        if self._once is None:
+            self.seconds = 0.0
         self.due = wanted and (True if self._once is None else self._once)
         if in_training:
             self.due &= self._training_calls % self.every == 0
@@ -109,7 +111,7 @@ class LiveCheck:
     @contextlib.contextmanager
     def once(self) -> Iterator[None]:
         """Calls in the block are about the same inputs: one comparison is enough."""
-        self._once = True
+        self._once, self.seconds = True, 0.0
         try:
             yield
         finally:
@@ -161,8 +163,9 @@ class LiveCheck:
         try:
             yield
         finally:
-            self.seconds = time.perf_counter() - begin
-            self.total_seconds += self.seconds
+            spent = time.perf_counter() - begin
+            self.seconds += spent
+            self.total_seconds += spent
 
     def _where_the_model_is(self, inputs: Sequence[Any]) -> list[Any]:
         like = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
