@@ -277,6 +277,11 @@ def _add_effort(add: Any) -> None:
         help="most rows of bounds carried at once; smaller takes less memory (default: all)",
     )
     add("--seed", metavar="N", type=_number(int, 0), help="of the attack (default 0)")
+    add(
+        "--no-live-check", action="store_true",
+        help="do not run the model itself beside its bounds to see that they are of it (for models "
+        "too large to be run); results then say live_check: false",
+    )
 
 
 def _add_report(commands: Any) -> None:

@@ -132,6 +132,15 @@ def test_dtype_and_rows_at_once_change_rounding_only(folder, tmp_path):
     assert largest_difference(single, chunks) < 1e-5
 
 
+def test_results_say_so_where_the_network_itself_was_not_run_beside_its_bounds(folder, tmp_path):
+    csv = folder / "instances.csv"
+    _, checked = verify("--instances", csv, output=tmp_path / "checked.jsonl")
+    _, alone = verify("--instances", csv, "--no-live-check", output=tmp_path / "alone.jsonl")
+    assert all("live_check" not in result for result in checked)
+    assert all(result["live_check"] is False for result in alone)
+    assert largest_difference(checked, alone) == 0
+
+
 def test_nan_bounds_prove_nothing(tmp_path):
     proto = stack([2, 4, 2])
     for tensor in proto.graph.initializer:  # finite weights whose products overflow

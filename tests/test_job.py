@@ -95,6 +95,14 @@ def test_each_sentence_has_one_result_with_all_fields(folder, tmp_path, capsys):
     assert "certified" in captured.err  # the bar
 
 
+def test_results_say_so_where_the_model_itself_was_not_run_beside_its_bounds(folder, tmp_path):
+    arguments = (*CERTIFY, "--limit", 1)
+    _, (checked,) = verify(folder, *arguments, output=tmp_path / "checked.jsonl")
+    _, (alone,) = verify(folder, *arguments, "--no-live-check", output=tmp_path / "alone.jsonl")
+    assert "live_check" not in checked and alone["live_check"] is False
+    assert checked["margin"] == alone["margin"]
+
+
 def test_bfloat16_weights_are_verified_as_float32_and_that_is_said(folder, tmp_path, capsys):
     save_checkpoint("bert", tmp_path / "bert", dtype=torch.bfloat16)
     arguments = ["--data", folder / "data.jsonl", "--limit", 1, "--output", tmp_path / "r.jsonl"]

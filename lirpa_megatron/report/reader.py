@@ -134,6 +134,7 @@ _FIELDS: dict[str, _Field] = {
     "iteration": _TEXT,
     "dtype": _TEXT,
     "rounding": _TEXT,
+    "live_check": ("true or false", lambda value: isinstance(value, bool)),
     "stored_dtype": _TEXT,
     "words": _TEXT,
     "shape": _TEXT,

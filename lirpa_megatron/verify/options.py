@@ -31,6 +31,8 @@ class VerifyOptions:
     max_spec_rows: int | None = None
     # seed of the attack's starting points
     seed: int = 0
+    # the model's own forward is not compared with its bounds (`OwnOptions.check_live`)
+    no_live_check: bool = False
     # bounds that hold in real arithmetic (`lirpa_megatron.rounding`), in float64
     outward: bool = False
 
@@ -57,5 +59,6 @@ class VerifyOptions:
         return {
             "max_spec_rows": self.max_spec_rows,
             "rounding": self.rounding,
+            "check_live": not self.no_live_check,
             "optimize_bound_args": {"iteration": self.alpha_iterations, "lr_alpha": self.lr_alpha},
         }

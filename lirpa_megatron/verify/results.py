@@ -48,6 +48,8 @@ class Result:
     dtype: str | None = None
     # "outward" if bounds were widened by their rounding error; else it is left out
     rounding: str | None = None
+    # False if the model's own forward was not compared with its bounds; else it is left out
+    live_check: bool | None = None
     # what a reader must know, if there is such: why a property holds whatever the network does, or
     # why a point that seemed a counterexample is none
     note: str | None = None
@@ -60,7 +62,7 @@ class Result:
         return self.network, self.property, self.method
 
     def to_line(self) -> str:
-        optional = ("error", "note", "rounding")
+        optional = ("error", "note", "rounding", "live_check")
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"
 

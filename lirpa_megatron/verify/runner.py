@@ -98,6 +98,8 @@ class Runner:
         details: dict[str, Any] = {
             "network_file": network, "property_file": prop, "note": outcome.note
         }
+        if self.options.no_live_check:
+            details["live_check"] = False
         if self.options.outward:
             details["rounding"] = self.options.rounding
         if self._loaded is not None and self._loaded[0] == instance.network_path:

@@ -52,6 +52,8 @@ class SentenceOptions:
     timeout: float | None = None
     # most rows of A that a rank carries at once
     max_spec_rows: int | None = None
+    # the model's own forward is not compared with its bounds (`OwnOptions.check_live`)
+    no_live_check: bool = False
     # of the checkpoint; None: what its tracker names
     iteration: str | None = None
     # only the first so many lines of the data
@@ -83,6 +85,7 @@ class SentenceOptions:
         """Options of `BoundedModule`."""
         return {
             "max_spec_rows": self.max_spec_rows,
+            "check_live": not self.no_live_check,
             "optimize_bound_args": {"iteration": self.alpha_iterations, "lr_alpha": self.lr_alpha},
         }
 
@@ -92,6 +95,8 @@ class SentenceOptions:
             "method": self.method, "question": self.question, "norm": self.norm, "eps": self.eps,
             "words": self.words,
         }
+        if self.no_live_check:
+            asked["live_check"] = False
         if self.prompt != "{text}":
             asked["prompt"] = self.prompt
         if self.label_tokens is not None:

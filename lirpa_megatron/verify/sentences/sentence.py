@@ -190,10 +190,11 @@ class SentenceVerifier:
         if self._deadline.is_over():
             raise OutOfTime
 
-    def _types(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Token type 0 everywhere, for a model that has token types."""
+    def _types(self, tokens: torch.Tensor) -> dict[str, Any]:
+        """Further arguments of `embed`: token type 0 everywhere, for a model that has types."""
         has = getattr(self.model.embedding, "tokentype_embeddings", None) is not None
-        return {"tokentype_ids": torch.zeros_like(tokens)} if has else {}
+        types = {"tokentype_ids": torch.zeros_like(tokens)} if has else {}
+        return {"check_live": not self.options.no_live_check, **types}
 
     def _margin(self, tokens: torch.Tensor, label: int, **perturbation: Any) -> float:
         """A lower bound of the label's margin over a set; -inf where there is none."""
