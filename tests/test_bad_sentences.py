@@ -1,6 +1,6 @@
 """Bad input to `verify --data`: one clear line, exit status 2, nothing half-written.
 
-62 cases here end the run, 15 of test_job.py are the error of one line of the data. About 40 cases
+66 cases here end the run, 15 of test_job.py are the error of one line of the data. About 40 cases
 of test_checkpoint_arguments.py and 80 of test_hostile_checkpoints.py are checkpoints.
 """
 
@@ -47,6 +47,7 @@ def folder(tmp_path_factory, session):
     words = "".join(f"{word}\n" for word in WORDS)
     files = {
         "empty.jsonl": "\n \n", "empty.txt": "", "twice.txt": f"{words}w7\n",
+        "pieces.txt": "[UNK]\n\u2581w1\n",
         "more.txt": f"{words}w32\n", "unknown.txt": "w1\nw2\n", "tokenizer.json": "{",
         "foreign.jsonl": '{"some": "thing"}\n', "text.jsonl": "a diary\n",
         "nested.jsonl": "[" * 100_000 + "\n", "property.jsonl": property_result() + "\n",
@@ -116,6 +117,9 @@ CASES = {
     "one class": ([*G, "--label-tokens", "w1,w2"], "words of two or more classes"),
     "label word that is unknown": ([*G, "--label-tokens", "w1|good"], "'good' is not one token"),
     "label word of two classes": ([*G, "--label-tokens", "w1|w1"], "same token stands twice"),
+    "too few names": ([*B, "--labels", "good"], "--labels has 1 names, and there are 2 classes"),
+    "the same name twice": ([*B, "--labels", "good", "Good"], "the same name stands twice"),
+    "names of tokens": ([*G, "--labels", "a", "b"], "the task next-token has none"),
     # data and tokenizer
     "missing data": (["verify", "--load", "bert", "--data", "no.jsonl"],
                      "data no.jsonl cannot be read: No such file"),
@@ -123,6 +127,7 @@ CASES = {
     "empty data": (["verify", "--load", "bert", "--data", "empty.jsonl"], "empty.jsonl is empty"),
     "name that occurs twice": (["verify", "--load", "bert", "--data", "twice.jsonl"],
                                "line 2: id 'x' stands in line 1 already"),
+    "pieces of words": ([*B, "--tokenizer", "pieces.txt"], "pieces.txt has pieces of words"),
     "text without tokenizer": (["verify", "--load", "no_words", "--data", "good.jsonl"],
                                "has sentences as text: give the --tokenizer"),
     "missing tokenizer": ([*B, "--tokenizer", "no.txt"], "tokenizer no.txt cannot be read"),

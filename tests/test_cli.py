@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import helper
 from onnx.reference import ReferenceEvaluator
-from small_networks import MNIST_FC, needs_mnist_fc, others_win, property_text, save, stack
+from small_networks import (
+    MNIST_FC,
+    model,
+    needs_mnist_fc,
+    others_win,
+    property_text,
+    save,
+    stack,
+)
 
 from lirpa_megatron import __version__
 from lirpa_megatron.cli import main
@@ -227,6 +237,245 @@ def test_load_with_instances_takes_the_rows_of_its_network(folder, tmp_path, cap
     arguments = ("--load", tmp_path / "ckpt", "--instances", csv)
     _, (result,) = verify(*arguments, output=tmp_path / "r.jsonl")
     assert (result["network"], result["property"]) == ("net", "large")
+
+
+def test_paths_of_a_config_are_relative_to_it(folder, tmp_path, monkeypatch):
+    (folder / "run.yaml").write_text(
+        "onnx: net.onnx\nvnnlib: ./small.vnnlib\noutput: by_config.jsonl\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert verify("--config", os.path.relpath(folder / "run.yaml"))[0] == 0
+    assert [r["result"] for r in read(folder / "by_config.jsonl")] == ["unsat"]
+    (tmp_path / "large.vnnlib").write_bytes((folder / "large.vnnlib").read_bytes())
+    arguments = ("--config", folder / "run.yaml", "--vnnlib", "large.vnnlib")  # of the command line
+    _, (result,) = verify(*arguments, output=Path("r.jsonl"))
+    assert result["property"] == "large"
+
+
+def test_the_directory_of_an_iteration_is_that_iteration(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "ckpt"
+    assert main(["import-onnx", str(folder / "net.onnx"), str(out)]) == 0
+    (out / "release").rename(out / "iter_0000436")
+    (out / "latest_checkpointed_iteration.txt").write_text("999")
+    monkeypatch.chdir(out / "iter_0000436")
+    for path in (out / "iter_0000436", Path("."), out / "iter_0000436/"):
+        arguments = ("--load", path, "--vnnlib", folder / "small.vnnlib")
+        _, (result,) = verify(*arguments, output=tmp_path / "r.jsonl")
+        assert (result["network"], result["result"]) == ("net", "unsat")
+        assert main(["inspect", str(path)]) == 0 and "net" in capsys.readouterr().out
+    assert main(["inspect", str(out / "iter_0000436"), "--iteration", "7"]) == 2
+    assert "iter_0000436 is not iteration 7: give" in capsys.readouterr().err
+    assert main(["inspect", str(out / "iter_0000436"), "--iteration", "436"]) == 0
+    assert main(["inspect", str(out / "iter_0000001")]) == 2
+    assert "iter_0000001 is not a directory" in capsys.readouterr().err
+
+
+# instances.csv.
+
+
+@pytest.fixture(scope="module")
+def two(folder, tmp_path_factory):
+    """a/net.onnx, for which the property holds, and b/net.onnx, for which it does not."""
+    two = tmp_path_factory.mktemp("two")
+    for name, bound in (("a", 10.0), ("b", -10.0)):
+        (two / name).mkdir()
+        proto = stack(SIZES)
+        proto.graph.initializer[-1].raw_data = np.array([0, 0, bound], "float32").tobytes()
+        save(proto, two / name / "net.onnx")
+    box = [v - 0.01 for v in CENTER], [v + 0.01 for v in CENTER]
+    (two / "p.vnnlib").write_text(property_text(*box, 3, "(<= Y_2 0.0)"))
+    (two / "i.csv").write_text("a/net.onnx,p.vnnlib,60\nb/net.onnx,p.vnnlib,60\n")
+    return two
+
+
+def test_rows_are_of_a_file_not_of_a_name(two, tmp_path, capsys):
+    _, results = verify("--instances", two / "i.csv", output=tmp_path / "r.jsonl")
+    assert [(r["network"], r["result"]) for r in results] == [("a/net", "unsat"), ("b/net", "sat")]
+    assert [r["network_file"] for r in results] == ["a/net.onnx", "b/net.onnx"]
+    for name, result in (("a", "unsat"), ("b", "sat")):
+        path = two / "x" / ".." / name / "net.onnx"
+        (two / "x").mkdir(exist_ok=True)
+        arguments = ("--onnx", path, "--instances", two / "i.csv")
+        _, (only,) = verify(*arguments, output=tmp_path / f"{name}.jsonl")
+        assert (only["network"], only["result"]) == ("net", result)
+    save(stack(SIZES), tmp_path / "net.onnx")
+    assert verify("--onnx", tmp_path / "net.onnx", "--instances", two / "i.csv")[0] == 2
+    assert "no rows for network" in (told := capsys.readouterr().err) and "a/net.onnx" in told
+    assert main(["import-onnx", str(two / "a" / "net.onnx"), str(tmp_path / "ckpt")]) == 0
+    capsys.readouterr()
+    assert verify("--load", tmp_path / "ckpt", "--instances", two / "i.csv")[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "several files of that name: a/net.onnx, b/net.onnx" in line
+
+
+def test_resume_tells_files_of_one_name_apart(two, tmp_path):
+    """Also in one folder after the other: the name alone is the same then."""
+    output = tmp_path / "r.jsonl"
+    for name in "ab":
+        (two / f"{name}.csv").write_text(f"{name}/net.onnx,p.vnnlib,60\n")
+        _, results = verify("--instances", two / f"{name}.csv", "--resume", output=output)
+    assert [r["result"] for r in results] == ["unsat", "sat"]
+    before = output.read_bytes()
+    verify("--instances", two / "a.csv", "--resume", output=output)
+    assert output.read_bytes() == before
+
+
+def test_rows_of_instances_are_read_as_they_are_met(folder, tmp_path):
+    csv = tmp_path / "i.csv"
+    net, small = folder / "net.onnx", folder / "small.vnnlib"
+    link = tmp_path / "deep" / "er"
+    link.mkdir(parents=True)
+    (link / "net.onnx").write_bytes(net.read_bytes())
+    csv.write_bytes((
+        "\ufeffnetwork,property,timeout\r\n# a comment\r\n"
+        f" {net} , {small} , inf \r\n./deep/er/net.onnx,{small}\r\n\r\n"
+        f'"[(\'f\', \'{net}\')]",{small},60 # slow\r\n[(f,{net})],{small},\r\n'
+        f"deep/../deep/er/net.onnx,{small},1e3"
+    ).encode())
+    status, results = verify("--instances", csv, output=tmp_path / "r.jsonl")
+    assert status == 0 and [r["result"] for r in results] == ["unsat"] * 5
+    csv.write_bytes(csv.read_bytes().replace(b"\r\n", b"\r"))
+    assert len(verify("--instances", csv, output=tmp_path / "r.jsonl")[1]) == 5
+
+
+WRONG_ROWS = {
+    "property": ("net.onnx,nothing.vnnlib,60", "property file .*nothing.vnnlib does not exist"),
+    "network": ("nothing.onnx,small.vnnlib,60", "network file .*nothing.onnx does not exist"),
+    "folder": ("net.onnx,.,60", "property .* is not a regular file"),
+    "seconds": ("net.onnx,small.vnnlib,soon", "'soon' is not a number of seconds"),
+    "no time": ("net.onnx,small.vnnlib,0", "time limit 0 must be positive"),
+    "NaN": ("net.onnx,small.vnnlib,nan", "time limit nan must be positive"),
+    "one cell": ("net.onnx", "expected network,property,seconds, found 'net.onnx'"),
+    "other separators": ("net.onnx;small.vnnlib;60", "expected network,property,seconds"),
+    "no network": (",small.vnnlib,60", "expected network,property,seconds"),
+    "four cells": ("net.onnx,small.vnnlib,60,1", "expected network,property,seconds"),
+    "two networks": ("\"[('f', 'net.onnx'), ('g', 'net.onnx')]\",small.vnnlib,60",
+                     "it asks about 2 networks"),
+    "two without quotes": ("[(f,net.onnx),(g,net.onnx)],small.vnnlib,60", "about 2 networks"),
+    "no networks": ("[],small.vnnlib,60", "neither a network nor a list"),
+}
+
+
+def test_a_row_that_is_wrong_is_an_error_and_the_others_go_on(folder, tmp_path, capsys):
+    csv = folder / "wrong.csv"
+    rows = ["net.onnx,small.vnnlib,60", *(row for row, _ in WRONG_ROWS.values())]
+    csv.write_text("\n".join([*rows, "net.onnx,small.vnnlib,60"]))
+    status, results = verify("--instances", csv, output=tmp_path / "r.jsonl")
+    assert status == 1
+    words = [r["result"] for r in results]
+    assert words == ["unsat", *["error"] * len(WRONG_ROWS), "unsat"]
+    for line, (result, (_, message)) in enumerate(
+        zip(results[1:-1], WRONG_ROWS.values(), strict=True), start=2
+    ):
+        assert re.search(f"wrong.csv, line {line}: .*{message}", result["error"]), result["error"]
+    capsys.readouterr()
+    csv.write_text("\n".join(rows[1:3]))  # nothing can be done
+    assert verify("--instances", csv)[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "wrong.csv, line 1: " in line and "1 more row" in line
+    # With a named network the rows of others do not matter.
+    csv.write_text("nothing.onnx,nothing.vnnlib,60\nnet.onnx,small.vnnlib,60\n")
+    arguments = ("--onnx", folder / "net.onnx", "--instances", csv)
+    assert verify(*arguments, output=tmp_path / "r.jsonl")[0] == 0
+
+
+# Counterexamples.
+
+
+def linear(weight, bias, dtype="float32"):
+    """A network of one layer, y = weight x + bias."""
+    weight = np.array([[weight]], dtype)
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)
+    return model([node], {"w": weight, "b": np.array([bias], dtype)}, 1, 1, dtype)
+
+
+def verified(tmp_path, proto, text, *arguments):
+    save(proto, tmp_path / "net.onnx")
+    (tmp_path / "p.vnnlib").write_text(text)
+    arguments = ("--onnx", tmp_path / "net.onnx", "--vnnlib", tmp_path / "p.vnnlib", *arguments)
+    _, (result,) = verify(*arguments, output=tmp_path / "r.jsonl")
+    return result
+
+
+def test_a_constant_that_float32_rounds_makes_no_counterexample(tmp_path):
+    """y is at most 1, the property asks for 1 + 1e-9, which float32 rounds to 1."""
+    text = property_text([0.0], [1.0], 1, "(>= Y_0 1.000000001)")
+    result = verified(tmp_path, linear(1.0, 0.0), text)
+    assert result["result"] in ("unknown", "unsat") and result["counterexample"] is None
+    text = property_text([0.0], [1.0], 1, "(>= Y_0 1.0)")
+    result = verified(tmp_path, linear(1.0, 0.0), text)
+    assert result["result"] == "sat" and result["violation"] == 0.0
+    text = property_text([0.0], [1.0], 1, "(> Y_0 1.0)")
+    result = verified(tmp_path, linear(1.0, 0.0), text)
+    assert result["result"] != "sat"  # a strict comparison is checked as one
+
+
+def test_a_violation_within_rounding_is_said_not_sat(tmp_path):
+    """0.1 x + 0.7 in float32 is above its float64 value at x = 1, by 1e-8."""
+    exact = float(np.float32(0.1)) + float(np.float32(0.7))
+    rounded = float(np.float32(0.1) + np.float32(0.7))
+    assert exact < rounded < exact + 3e-8
+    middle = (exact + rounded) / 2
+    text = property_text([1.0], [1.0], 1, f"(>= Y_0 {middle!r})")
+    result = verified(tmp_path, linear(0.1, 0.7), text)
+    assert result["result"] == "unknown" and "not beyond rounding" in result["note"]
+    text = property_text([1.0], [1.0], 1, f"(>= Y_0 {exact - 1e-6!r})")
+    result = verified(tmp_path, linear(0.1, 0.7), text)
+    assert result["result"] == "sat"
+    assert result["float64_violation"] == pytest.approx(1e-6, rel=1e-3)
+    assert result["violation"] == pytest.approx(1e-6 + rounded - exact, rel=1e-3)
+
+
+def test_counterexamples_lie_in_the_box_as_it_is_written(tmp_path):
+    """0.1 is no float32: the network reads the nearest one, and the point is written as 0.1."""
+    text = property_text([0.1], [0.1], 1, "(>= Y_0 0.0)")
+    result = verified(tmp_path, linear(1.0, 0.0), text)
+    assert result["result"] == "sat" and result["counterexample"] == [0.1]
+    text = property_text([0.1], [0.3], 1, "(or (<= Y_0 0.10001) (>= Y_0 0.29999))")
+    text = text.replace("(>= X_0", "(> X_0")  # which leaves 0.1 itself out
+    result = verified(tmp_path, linear(1.0, 0.0), text)
+    (x,) = result["counterexample"]
+    assert result["result"] == "sat" and 0.1 < x <= 0.3 and np.float32(x) == x
+
+
+def test_a_counterexample_is_one_of_the_network_as_it_is_stored(tmp_path):
+    """float16: 0.1 x is 0.2998 at x = 3, and 0.29993 of the same weights in float32."""
+    stored, exact = float(np.float16(0.1) * np.float16(3)), float(np.float16(0.1)) * 3
+    assert stored < exact
+    text = property_text([3.0], [3.0], 1, f"(>= Y_0 {(stored + exact) / 2!r})")
+    result = verified(tmp_path, linear(0.1, 0.0, "float16"), text)
+    assert result["result"] == "unknown" and result["stored_dtype"] == "float16"
+    assert result["dtype"] == "float32"
+    text = property_text([3.0], [3.0], 1, f"(>= Y_0 {stored - 1e-3!r})")
+    result = verified(tmp_path, linear(0.1, 0.0, "float16"), text)
+    assert result["result"] == "sat" and result["violation"] == pytest.approx(1e-3, rel=1e-9)
+
+
+def test_what_holds_whatever_the_network_does_is_said(folder, tmp_path, capsys):
+    for unsafe, why in (("(and (<= X_0 -9.0) (<= Y_0 1))", "no input"),
+                        ("(and (<= Y_0 0.4) (>= Y_0 0.6))", "no outputs")):
+        (tmp_path / "p.vnnlib").write_text(property_text([-1.0] * 4, [1.0] * 4, 3, unsafe))
+        arguments = ("--onnx", folder / "net.onnx", "--vnnlib", tmp_path / "p.vnnlib")
+        _, (result,) = verify(*arguments, output=tmp_path / "r.jsonl")
+        assert result["result"] == "unsat" and result["note"].startswith(why)
+        assert f"net p: unsat, {why}" in capsys.readouterr().out
+
+
+def test_many_boxes_are_bounded_as_each_alone(folder, tmp_path):
+    pieces = [(i / 300 - 0.5, (i + 1) / 300 - 0.5) for i in range(300)]
+    each = [f"(and (>= X_0 {a!r}) (<= X_0 {b!r}) (<= Y_{i % 3} {-1 - i / 900!r}))"
+            for i, (a, b) in enumerate(pieces)]
+    (tmp_path / "p.vnnlib").write_text(
+        property_text([-0.5] * 4, [0.5] * 4, 3, f"(or {' '.join(each)})"))
+    arguments = ("--onnx", folder / "net.onnx", "--attack-steps", 0)
+    _, (every,) = verify(*arguments, "--vnnlib", tmp_path / "p.vnnlib", output=tmp_path / "r.jsonl")
+    for i in (0, 150, 299):
+        (tmp_path / "one.vnnlib").write_text(property_text([-0.5] * 4, [0.5] * 4, 3, each[i]))
+        _, (one,) = verify(*arguments, "--vnnlib", tmp_path / "one.vnnlib",
+                           output=tmp_path / "one.jsonl")
+        # Neurons that one box leaves unstable have rows in the whole batch: a little tighter.
+        assert every["lower_bounds"][i] == pytest.approx(one["lower_bounds"][0], abs=1e-2)
+        assert every["lower_bounds"][i] >= one["lower_bounds"][0] - 1e-5
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"], ["import-onnx", "-h"]])

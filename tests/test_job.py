@@ -280,6 +280,78 @@ def test_labels_decide_what_is_misclassified(folder, tmp_path):
         assert (result["clean_margin"] > 0) == (result["result"] == "unsat")
 
 
+def test_labels_may_be_names_and_numbers_in_any_spelling(folder, tmp_path):
+    labels = ["positive", " Negative", "1", 1.0, 1, "neutral", True]
+    data = write_lines(
+        tmp_path / "d.jsonl",
+        *({"id": str(i), "sentence": "w9", "label": label} for i, label in enumerate(labels)),
+    )
+    arguments = (*CERTIFY, "--labels", "negative", "positive")
+    status, results = verify(folder, *arguments, data=data, output=tmp_path / "r.jsonl")
+    assert status == 1 and [r["label"] for r in results] == [1, 0, 1, 1, 1, None, None]
+    assert results[0]["label_name"] == "positive" and results[1]["label_name"] == "negative"
+    assert "label 'neutral' is no class: the classes are negative, positive" in results[5]["error"]
+    assert "label True is not a whole number" in results[6]["error"]
+    assert results[0]["predicted_name"] in ("negative", "positive")
+    config = tmp_path / "run.yaml"
+    config.write_text("labels: [negative, positive]\n")
+    again = ("--config", config, *CERTIFY, "--resume")
+    assert verify(folder, *again, data=data, output=tmp_path / "r.jsonl")[1] == results
+    status, (first, *_) = verify(folder, *CERTIFY, data=data, output=tmp_path / "other.jsonl")
+    assert "label 'positive' is no class: name the classes with --labels" in first["error"]
+
+
+def test_unknown_tokens_and_fixed_ones_are_in_the_result_the_table_and_the_report(
+    folder, tmp_path, capsys
+):
+    data = write_lines(
+        tmp_path / "d.jsonl", {"sentence": "w3 unheard w7 oh"}, {"sentence": "w1"}, {"ids": [3]},
+    )
+    arguments = (*CERTIFY, "--prompt", "w5 {text} w6")
+    _, results = verify(folder, *arguments, data=data, output=tmp_path / "r.jsonl", model="gpt")
+    assert [r["unknown_tokens"] for r in results] == [2, 0, None]  # ids and a prompt: an error
+    assert results[0]["unknown_text"] == ["unheard", "oh"] and results[0]["fixed"] == [0, 5]
+    row = next(line for line in capsys.readouterr().out.splitlines() if "unknown tokens" in line)
+    assert row.split()[2:] == ["2", "in", "1", "of", "3", "inputs"]
+    page = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "r.jsonl"), "--output", str(page)]) == 0
+    assert "2 in 1 of 3 inputs" in page.read_text() and "unknown: unheard, oh" in page.read_text()
+
+
+def test_words_in_pieces_are_verified_as_pieces_and_trimming_changes_nothing(folder, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="reads pieces: pip install tokenizers")
+    words = ["[UNK]", "w3", "w7", "w", "##9", *(f"other{i}" for i in range(27))]
+    (tmp_path / "pieces.txt").write_text("".join(f"{word}\n" for word in words))
+    data = write_lines(tmp_path / "d.jsonl", {"sentence": "w9x W9 w3"}, {"sentence": "w9w3"})
+    arguments = (*CERTIFY, "--tokenizer", tmp_path / "pieces.txt")
+    _, results = verify(folder, *arguments, data=data, output=tmp_path / "r.jsonl")
+    assert results[0]["tokens"] == ["[UNK]", "w", "##9", "w3"]
+    assert results[0]["unknown_text"] == ["w9x"] and results[0]["unknown_tokens"] == 1
+    assert results[1]["result"] == "error" and "none of the 1 tokens" in results[1]["error"]
+    radii = []
+    for trim in (True, False):
+        ids = {token: index for index, token in enumerate(["\u0120", *"abcdefghij"])}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trim)
+        made.save(str(tmp_path / f"{trim}.json"))
+        data = write_lines(tmp_path / "d.jsonl", {"sentence": "ab cd  e"})
+        arguments = (*QUICK, "--tokenizer", tmp_path / f"{trim}.json")
+        output = tmp_path / f"{trim}.jsonl"
+        _, (result,) = verify(folder, *arguments, data=data, output=output)
+        assert result["fixed"] == [] and len(result["tokens"]) == 8
+        radii.append(result["certified_radius"])
+    assert radii[0] == radii[1] > 0
+
+
+def test_an_iteration_may_be_given_as_its_directory(folder, tmp_path):
+    for path in ("bert/iter_0000010", "bert/iter_0000010/mp_rank_00"):
+        output = tmp_path / "r.jsonl"
+        _, (result,) = verify(folder, *CERTIFY, "--limit", 1, model=path, output=output)
+        assert (result["network"], result["iteration"]) == ("bert", "10")
+        assert result["result"] == "unsat"  # with the vocabulary beside the tracker
+
+
 LINES = {
     "not JSON": ("{not JSON", "line 2: it is not JSON"),
     "nested": ("[" * 100_000, "line 2: it is nested too deeply"),

@@ -63,6 +63,103 @@ def test_a_vocabulary_that_is_none_is_refused(text, message):
         Vocabulary("vocab.txt", text)
 
 
+PIECES = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "act", "##ing", "##s", "good", "!", "caf", "##e"]
+
+
+def test_a_vocabulary_with_pieces_is_one_of_wordpiece(tmp_path):
+    pytest.importorskip("tokenizers", reason=NEEDS_TOKENIZERS)
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(PIECES) + "\n")
+    tokenizer = read_tokenizer(path)
+    encoded = tokenizer.encode("Acting  good! Café zzz [MASK] \u200bacts")
+    assert encoded.tokens == ["[CLS]", "act", "##ing", "good", "!", "caf", "##e", "[UNK]",
+                              "[MASK]", "act", "##s", "[SEP]"]
+    assert encoded.ids == [PIECES.index(token) for token in encoded.tokens]
+    assert encoded.words == [[1, 2], [3, 4], [5, 6], [7], [8], [9, 10]]
+    assert encoded.unknown == [7] and "zzz" in encoded.missing and tokenizer.size == len(PIECES)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert read_tokenizer(path).encode("Good").tokens == ["[CLS]", "[UNK]", "[SEP]"]
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config.json, beside tokenizer .* is not JSON"):
+        read_tokenizer(path)
+
+
+def test_pieces_without_the_package_are_refused_and_never_words(tmp_path, monkeypatch):
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="has pieces of words .##ing.*pip install tokenizers"):
+        read_tokenizer(tmp_path / "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("[UNK]\n#\n##\n###\n")  # words of a text about headings
+    assert read_tokenizer(tmp_path / "vocab.txt").encode("# ##").ids == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "piece", ["\u2581good", "\u0120good", "good</w>", "go@@", "\u2581go\t-3.2"]
+)
+def test_pieces_of_another_kind_need_their_tokenizer_file(piece, tmp_path):
+    (tmp_path / "vocab.txt").write_text(f"[UNK]\nbad\n{piece}\n</s>\n")
+    with pytest.raises(UserError, match="pieces of words .*give the tokenizer.json"):
+        read_tokenizer(tmp_path / "vocab.txt")
+
+
+def test_what_a_vocabulary_lacks_is_named():
+    encoded = vocabulary().encode("a Movie film")
+    assert encoded.unknown == [2] and encoded.missing == ["movie"]
+
+
+def byte_level(path, trim, merges=()):
+    """Byte-level BPE; a blank is a token of its own unless merged with the next letter."""
+    tokenizers = pytest.importorskip("tokenizers", reason=NEEDS_TOKENIZERS)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {letter: index for index, letter in enumerate([*alphabet, "<s>", "</s>"])}
+    for pair in merges:
+        ids["".join(pair)] = len(ids)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, list(merges)))
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = level
+    made.post_processor = tokenizers.processors.RobertaProcessing(
+        ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=trim, add_prefix_space=False
+    )
+    made.save(str(path))
+    return read_tokenizer(path)
+
+
+@pytest.mark.parametrize("merges", [(), (("g", "o"), ("\u0120", "go"))], ids=["letters", "words"])
+def test_blanks_are_tokens_of_the_text_whatever_offsets_are_trimmed(merges, tmp_path):
+    text = "go é  go \U0001f600 x"
+    trimmed, whole = (byte_level(tmp_path / f"{t}.json", t, merges) for t in (True, False))
+    a, b = trimmed.encode(text), whole.encode(text)
+    assert a.ids == b.ids and a.positions == b.positions == list(range(1, len(a.ids) - 1))
+    assert a.words == b.words and a.blanks == b.blanks and a.blanks
+    for first in range(5):  # each word with the blank before it
+        own = a.part(first, 1).positions
+        assert own == list(range(own[0], own[-1] + 1))
+        assert (a.tokens[own[0]][0] == "\u0120") == (first > 0)
+    assert sorted(p for w in range(5) for p in a.part(w, 1).positions) == a.positions
+
+
+def test_blanks_of_unigram_are_tokens_of_the_text(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason=NEEDS_TOKENIZERS)
+    pieces = [("<unk>", -9.0), ("\u2581", -3.0), ("ab", -2.0), ("\u2581c", -2.0)]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    encoded = read_tokenizer(tmp_path / "tokenizer.json").encode("ab c zz ab")
+    assert encoded.tokens[:3] == ["\u2581", "ab", "\u2581c"] and 0 in encoded.ids
+    assert encoded.positions == list(range(len(encoded.ids)))
+    assert len(encoded.unknown) == len(encoded.missing) > 0
+
+
+def test_words_with_letters_that_a_tokenizer_drops_are_named(tmp_path):
+    """BPE without an unknown token leaves out what it does not have."""
+    tokenizers = pytest.importorskip("tokenizers", reason=NEEDS_TOKENIZERS)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    encoded = read_tokenizer(tmp_path / "tokenizer.json").encode("ab axyb zz")
+    assert encoded.ids == [0, 1, 0, 1] and encoded.missing == ["axyb", "zz"]
+
+
 def word_level(path):
     """A tokenizer.json: lower case, words and punctuation apart, [CLS] and [SEP] around."""
     tokenizers = pytest.importorskip("tokenizers", reason=NEEDS_TOKENIZERS)
@@ -187,6 +284,9 @@ BROKEN = {
     "true as id": ('{"ids": [true]}', "ids must be a list of whole numbers"),
     "id beyond 32 bits": ('{"ids": [2147483648]}', "ids must be a list of whole numbers"),
     "label": ('{"sentence": "a", "label": 0.5}', "label 0.5 is not a whole number"),
+    "true as label": ('{"sentence": "a", "label": true}', "label True is not a whole number"),
+    "blank label": ('{"sentence": "a", "label": " "}', "label ' ' is not a whole number"),
+    "list as label": ('{"sentence": "a", "label": [1]}', "nor the name of a class"),
     "name": ('{"id": [1], "sentence": "a"}', "id is neither a name nor a number"),
     "name that UTF-8 lacks": ('{"id": "\\udfff", "sentence": "a"}', "id is neither a name nor"),
     "candidates": ('{"sentence": "a", "candidates": ["b"]}', "must be a list of lists of words"),

@@ -201,7 +201,9 @@ def _cell(name: str, result: dict[str, Any]) -> Markup:
         return element("th", element("bdi", result["property"]), scope="row")
     if name == "sentence":
         sentence = result.get("text") or " ".join(result.get("tokens") or ())
-        return element("td", element("bdi", sentence), class_="long")
+        unknown = result.get("unknown_text")
+        note = [element("br"), element("bdi", f"unknown: {', '.join(unknown)}")] if unknown else []
+        return element("td", element("bdi", sentence), *note, class_="long")
     if name in ("label", "predicted"):
         return element("td", element("bdi", _named(result, name)))
     if name == "result":

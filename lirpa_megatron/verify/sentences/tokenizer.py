@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +34,8 @@ class Encoded:
     # position of a token of the text that belongs to no word -> the word that follows it, or the
     # last one
     blanks: dict[int, int] = field(default_factory=dict)
-    # what in the text has no token of the vocabulary: unknown words, and letters that are left out
+    # what in the text has no token of the vocabulary: words with letters that are left out, and what
+    # unknown tokens stand for
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -273,7 +273,8 @@ class HuggingFaceTokenizer:
                 waiting.append(position)
         blanks |= dict.fromkeys(waiting, last)
         unknown = [p for p, token in enumerate(found.ids) if token == self._unknown]
-        missing = ["".join(found_in) for is_out, found_in in _runs(text, left_out) if is_out]
+        # Words, not letters: where letters are left out, the offsets after them in the word are off.
+        missing = [text[begin:end] for begin, end in spans if any(left_out[begin:end])]
         missing += [text[slice(*found.offsets[p])] for p in unknown]
         return Encoded(list(found.ids), list(found.tokens), words, unknown, blanks, missing)
 
@@ -283,12 +284,6 @@ class HuggingFaceTokenizer:
             if len(ids) == 1 and ids[0] != self._unknown:
                 return ids[0]
         return None
-
-
-def _runs(text: str, flags: Sequence[bool]) -> Iterator[tuple[bool, list[str]]]:
-    """Letters of a text with the same flag beside each other."""
-    for flag, pairs in itertools.groupby(zip(text, flags, strict=True), key=lambda pair: pair[1]):
-        yield flag, [letter for letter, _ in pairs]
 
 
 def _spans(text: str) -> list[tuple[int, int]]:
