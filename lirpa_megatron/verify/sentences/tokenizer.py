@@ -34,7 +34,7 @@ class Encoded:
     # position of a token of the text that belongs to no word -> the word that follows it, or the
     # last one
     blanks: dict[int, int] = field(default_factory=dict)
-    # what in the text has no token of the vocabulary: words with letters that are left out, and what
+    # what in the text has no token of the vocabulary: words with letters left out, and what
     # unknown tokens stand for
     missing: list[str] = field(default_factory=list)
 
@@ -273,7 +273,7 @@ class HuggingFaceTokenizer:
                 waiting.append(position)
         blanks |= dict.fromkeys(waiting, last)
         unknown = [p for p, token in enumerate(found.ids) if token == self._unknown]
-        # Words, not letters: where letters are left out, the offsets after them in the word are off.
+        # Words, not letters: where some are left out, offsets after them in the word are off.
         missing = [text[begin:end] for begin, end in spans if any(left_out[begin:end])]
         missing += [text[slice(*found.offsets[p])] for p in unknown]
         return Encoded(list(found.ids), list(found.tokens), words, unknown, blanks, missing)
