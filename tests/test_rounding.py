@@ -279,12 +279,25 @@ def test_gradients_are_those_of_ordinary_bounds(method):
         assert (a - b).abs().max() <= 1e-9 * a.abs().max()
 
 
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.first(x)) + self.second(y)
+
+
 def test_what_has_no_limit_on_its_error_is_refused_by_name():
     x = drawn(1, 3)
     with pytest.raises(UserError, match=r"parameter '0.weight' is float32.*model.double"):
         BoundedModule(nn.Sequential(nn.Linear(3, 2).float()), x.float(), OUTWARD)
     with pytest.raises(UserError, match='BoundNorm.*no limit.*rounding="nearest"'):
         BoundedModule(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), x, OUTWARD)
+    two = BoundedModule(TwoInputs(), (x, x), OUTWARD)
+    for method in METHODS[:3]:
+        with pytest.raises(UserError, match="BoundLinear.*inputs that are not perturbed.*rounded"):
+            two.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(eps=0.1)), x), method=method)
     with pytest.raises(ValueError, match="choose nearest or outward"):
         BoundedModule(nn.Linear(3, 2), x, {"rounding": "up"})
     module = BoundedModule(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), x, OUTWARD)

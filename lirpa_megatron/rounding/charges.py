@@ -70,6 +70,7 @@ class Charges(NoCharges):
     @torch.no_grad()
     def visited(self, node: Any, entered: tuple, left: Any, bias: tuple) -> None:
         rule = self.known.rule_of(node)
+        self.known.check_constants(node)
         errors: list[Any] = []
         for side, A in enumerate(entered):
             if A is None:

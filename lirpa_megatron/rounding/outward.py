@@ -21,6 +21,7 @@ from lirpa_megatron.rounding.rules import (
     ScaleRule,
     SumRule,
     is_constant,
+    refused,
 )
 
 _MOVES, _LINEAR, _SUM = Rule(), LinearRule(), SumRule()
@@ -80,7 +81,7 @@ class Outward:
         if rule is None and isinstance(node, BoundCurve) and package == "lirpa_megatron":
             rule = rule_of_curve(node)
         if rule is None:
-            raise _refused(node, "no limit on its rounding error is known")
+            raise refused(node, "no limit on its rounding error is known")
         return rule
 
     def begin(self, x: Any, kwargs: dict[str, Any]) -> Any:
@@ -142,10 +143,11 @@ class Outward:
     def _cover(self, node: host.Bound) -> None:
         reason = self.rule_of(node).refusal(node)
         if reason is not None:
-            raise _refused(node, reason)
+            raise refused(node, reason)
         inner, rule = node.interval_propagate, self.rule_of(node)
 
         def interval_propagate(*v: Any, **kwargs: Any) -> Any:
+            self.known.check_constants(node)
             ends = inner(*v, **kwargs)
             with torch.no_grad():
                 error = rule.of_interval(node, v, tuple(ends[:2]), kwargs.get("C"), self.known)
@@ -158,7 +160,7 @@ class Outward:
         if is_constant(node):
             return
         if not self.rule_of(node).moves:
-            raise _refused(node, "the graph computes a constant with it, which is rounded")
+            raise refused(node, "the graph computes a constant with it, which is rounded")
         for x in node.inputs:
             self._check_constant(x)
 
@@ -193,8 +195,3 @@ def _check_dtype(what: str, value: torch.Tensor) -> None:
             "float64 (model.double(), inputs in float64; on the command line --dtype float64)"
         )
 
-
-def _refused(node: host.Bound, reason: str) -> UserError:
-    return UserError(
-        f'{type(node).__name__} ({node.name.lstrip("/")}): {reason}; use rounding="nearest"'
-    )

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron import host
+from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.linear import IdentityRows
 from lirpa_megatron.rounding.arithmetic import TINY, UNIT, dot, gamma
 
@@ -71,6 +72,19 @@ class Known:
     def value(self, x: host.Bound) -> Tensor:
         """The exact value of a parameter or constant (or of an input that is not perturbed)."""
         return self.module.get_forward_value(x).detach()
+
+    def check_constants(self, node: host.Bound) -> None:
+        """Refuses what the operator reads of inputs that are not perturbed, computed with rounding.
+
+        Raises:
+            UserError: naming the operator that computes it.
+        """
+        for x in node.inputs:
+            if x.perturbed or not x.inputs:
+                continue
+            if not self.rule_of(x).moves:
+                raise refused(x, "it is computed of inputs that are not perturbed, and rounded")
+            self.check_constants(x)
 
     def magnitude(self, x: host.Bound) -> Tensor:
         """Most that |x| can be, [B, *shape] (the rank's features); from its bounds, if known."""
@@ -326,6 +340,13 @@ class ReluRule(Rule):
         n = visit.terms + 6
         spill = n * TINY * (1 + below.sum() + above.sum())
         return excess + gamma(n) * total.abs() + 2 * UNIT * abs(visit.bias) + spill
+
+
+def refused(node: host.Bound, reason: str) -> UserError:
+    """The error that an operator without a limit on its rounding error ends in."""
+    return UserError(
+        f'{type(node).__name__} ({node.name.lstrip("/")}): {reason}; use rounding="nearest"'
+    )
 
 
 def is_constant(x: host.Bound) -> bool:
