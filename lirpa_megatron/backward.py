@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron import host
+from lirpa_megatron.conjugates import conjugates_of, conjugates_of_set
 from lirpa_megatron.moving import features_of
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.operators.linear import (
@@ -26,7 +27,6 @@ from lirpa_megatron.operators.linear import (
     dense,
     stack_sides,
 )
-from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.operators.row import BoundRowParallelLinear
 from lirpa_megatron.operators.scores import BoundScores
 from lirpa_megatron.operators.vocabulary import Margins
@@ -118,7 +118,7 @@ class BackwardPass:
         # For this visit alone: other passes go on meanwhile.
         self.layout.entered, self.layout.columns = entered, self._columns
         self.layout.know = self.know
-        with self._conjugates(node), self._alpha_of(node), self._shown_intervals(node):
+        with conjugates_of(self, node), self._alpha_of(node), self._shown_intervals(node):
             As, lbias, ubias = host.bound_backward(node, lA, uA, self.start, self._rows_at(node))
         self._charges.visited(node, (lA, uA), As, (lbias, ubias))
         self._add_bias(node, lbias, ubias)
@@ -139,7 +139,7 @@ class BackwardPass:
         nodes = next(self._regions, ())
         own = []
         for node in nodes:
-            with self._conjugates(node):
+            with conjugates_of(self, node):
                 own.append(features_of(node))
         if own:
             whole = begin_gather_whole(self.tp, own, self.like.dtype)
@@ -294,43 +294,6 @@ class BackwardPass:
     # ------------------------------------------------------- gradients and alpha
 
     @contextlib.contextmanager
-    def _conjugates(self, node: host.Bound) -> Iterator[None]:
-        """Replicated values that each rank uses differently get f (identity / all-reduce).
-
-        At a replicated node of a spec-sharded pass each rank applies them to its own rows, at a
-        sharded node to its own features. Without f their gradient is one rank's part of it.
-        """
-        own_rows = self.plan.spec_sharded and not self.sharded[node.name]
-        if isinstance(node, RowRelaxed):  # they read clean values, and these must get f too
-            for x in node.inputs:
-                self.module.get_forward_value(x)
-        saved: list[tuple] = []
-        forms, known = self.layout.forms, {}
-        directions = self.layout.directions.get(node.name)
-        if torch.is_grad_enabled() and self.tp.size > 1 and (own_rows or self.sharded[node.name]):
-            for x in node.inputs:
-                if self.sharded[x.name]:
-                    continue
-                for name in ("lower", "upper", "forward_value"):
-                    value = getattr(x, name, None)
-                    if isinstance(value, torch.Tensor) and value.requires_grad:
-                        saved.append((x, name, value))
-                        setattr(x, name, self.tp.copy_to(value))
-                if x.name in forms and forms[x.name].requires_grad:
-                    known[x.name] = forms[x.name]
-                    forms[x.name] = forms[x.name].mapped(self.tp.copy_to)
-            if directions is not None and directions.requires_grad and not self.sharded[node.name]:
-                self.layout.directions[node.name] = directions.mapped(self.tp.copy_to)
-        try:
-            yield
-        finally:
-            forms.update(known)
-            if directions is not None:
-                self.layout.directions[node.name] = directions
-            for x, name, value in saved:
-                setattr(x, name, value)
-
-    @contextlib.contextmanager
     def _alpha_of(self, node: host.Bound) -> Iterator[None]:
         """Shows the operator the rows of alpha that this pass carries at the node.
 
@@ -372,7 +335,7 @@ class BackwardPass:
     # ------------------------------------------------------------------- the end
 
     def _concretize(self, leaf: host.Bound, lA: Any, uA: Any, result: RowBounds) -> None:
-        with self._conjugate_box(leaf):
+        with conjugates_of_set(self, leaf):
             self._charges.concretized(leaf, (lA, uA), result)
             if lA is not None:
                 result.lower = result.lower + self._extreme(leaf, lA, -1)
@@ -402,23 +365,6 @@ class BackwardPass:
         A = dense(A).reshape(self.rows, self.batch, -1).transpose(0, 1)
         bound = leaf.perturbation.concretize(leaf.center, A, sign=sign, aux=leaf.aux)
         return bound.reshape(self.batch, self.rows).transpose(0, 1)
-
-    @contextlib.contextmanager
-    def _conjugate_box(self, leaf: host.Bound) -> Iterator[None]:
-        """f for the perturbation set, which each rank uses on its own rows."""
-        saved = []
-        if self.plan.spec_sharded and torch.is_grad_enabled() and self.tp.size > 1:
-            names = ("x_L", "x_U", "eps", "vertices", "radii")
-            for owner, name in ((leaf, "center"), *((leaf.perturbation, n) for n in names)):
-                value = getattr(owner, name, None)
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    saved.append((owner, name, value))
-                    setattr(owner, name, self.tp.copy_to(value))
-        try:
-            yield
-        finally:
-            for owner, name, value in saved:
-                setattr(owner, name, value)
 
 
 def _constant_term(A: Any, value: torch.Tensor, node: host.Bound) -> Any:
