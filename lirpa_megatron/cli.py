@@ -119,7 +119,7 @@ def _import_onnx(arguments: dict[str, Any]) -> int:
         if runtime.is_rank0():
             check_output(out, force)
     with agreed(group, "reading the network"):
-        imported = read_onnx(arguments["net"])
+        imported = read_onnx(arguments["net"], arguments.get("onnx_output"))
         network = Network.from_weights(imported.description, imported.weights)
         model = parallelize(network, tp_group=group)
     with agreed(group, "writing the checkpoint"):

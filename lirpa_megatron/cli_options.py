@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   lirpa-megatron report results.jsonl --output report.html
 """
 # Of each group, one option at most; an option of the command line replaces the configuration's.
+_WHICH_OUTPUT = "which output of the ONNX graph is meant, where it has several"
 _EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"), ("data", "vnnlib"), ("data", "instances"))
 
 
@@ -106,6 +107,7 @@ def _add_import(commands: Any) -> None:
     parser.add_argument("net", metavar="NET", type=Path, help="NET.onnx or NET.onnx.gz")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
+    parser.add_argument("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
 
 
 def _iteration(text: str) -> str:
@@ -161,6 +163,7 @@ def _add_sources(add: Any) -> None:
     what = "with --instances: only the rows of this network"
     add("--load", metavar="DIR", type=Path, help=f"Megatron checkpoint; {what}")
     add("--onnx", metavar="FILE", type=Path, help=f"ONNX file of a network; {what}")
+    add("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
     add(
         "--data", metavar="JSONL", type=Path,
         help="sentences for the language model of --load, one JSON object a line: sentence or "

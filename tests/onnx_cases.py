@@ -79,6 +79,16 @@ ELEMENTWISE = {
     "Clip from below": graph([node("Clip", ["x", "a"], ["y"])], {"a": np.float32(-0.5)}, [1, 6]),
     "Clip from above": graph([node("Clip", ["x", "", "b"], ["y"])], {"b": np.float32(0.5)}, [1, 6]),
     "ThresholdedRelu at 0": unary("ThresholdedRelu", alpha=0.0),
+    "SiLU in two nodes": graph(
+        [node("Sigmoid", ["x"], ["s"]), node("Mul", ["s", "x"], ["y"])], {}, [1, 6]
+    ),
+    "Mish in three nodes": graph(
+        [
+            node("Softplus", ["x"], ["p"]), node("Tanh", ["p"], ["t"]),
+            node("Mul", ["x", "t"], ["y"]),
+        ],
+        {}, [1, 6],
+    ),
     "Log": of_positive([node("Log", ["p"], ["y"])]),
     "Sqrt": of_positive([node("Sqrt", ["p"], ["y"])]),
     "Reciprocal": of_positive([node("Reciprocal", ["p"], ["y"])]),

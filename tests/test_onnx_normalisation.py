@@ -276,3 +276,35 @@ def test_bounds_of_a_normalised_network_are_the_same_on_two_ranks(tmp_path):
     two = pool(2).run(_bounds_of, proto.SerializeToString(), str(tmp_path))
     assert two[0] == two[1] and two[0][1] == ["ColumnLinear", "RowLinear"]
     np.testing.assert_allclose(one[0], two[0][0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpoint_of_a_normalised_network_has_the_file_s_bounds(tmp_path, capsys):
+    from lirpa_megatron.checkpoint.writer import save_network
+
+    path = save(FRONTS["parts normalised each in its way"], tmp_path / "net.onnx")
+    result = read_onnx(path)
+    network = Network.from_weights(result.description, result.weights)
+    save_network(result.description, network, tmp_path / "checkpoint")
+    ends = [3e4, 3.01e4, 2.99e4], [3.001e4, 3.011e4, 2.991e4]
+    (tmp_path / "p.vnnlib").write_text(property_text(*ends, 1, "(<= Y_0 0.0)"))
+    prop = read_vnnlib(tmp_path / "p.vnnlib", 3, 1, "it")
+    options = VerifyOptions(attack_steps=0)
+    found = []
+    for source, is_checkpoint in ((path, False), (tmp_path / "checkpoint", True)):
+        loaded = load(source, is_checkpoint, None, options.bound_opts(), None)
+        found.append(verify_instance(loaded, prop, options, Deadline(None, None), None))
+        assert loaded.normalisation is not None
+    assert found[0].lower_bounds == found[1].lower_bounds
+
+
+def test_half_precision_survives_a_checkpoint(tmp_path):
+    from lirpa_megatron.checkpoint.writer import save_network
+
+    result = read_onnx(save(stack([4, 8, 3], dtype="float16"), tmp_path / "net.onnx"))
+    network = Network.from_weights(result.description, result.weights)
+    save_network(result.description, network, tmp_path / "checkpoint")
+    loaded = load(tmp_path / "checkpoint", True, None, {}, None)
+    assert (loaded.stored_dtype, loaded.dtype) == ("float16", "float32")
+    x = torch.randn(5, 4)
+    # The last layer's bias is added to a rounded product: two units in the last place.
+    torch.testing.assert_close(loaded.stored_forward(x), network(x), atol=2e-3, rtol=2e-3)

@@ -301,3 +301,70 @@ def test_weights_in_a_file_of_their_own_are_read(tmp_path):
               size_threshold=0)
     result = read_onnx(tmp_path / "net.onnx")
     np.testing.assert_array_equal(result.weights["layers.fc1.weight"].numpy(), W)
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(12, 8), torch.nn.BatchNorm1d(8)
+        self.last = torch.nn.Linear(8, 3)
+        self.register_buffer("mean", torch.randn(3, 2, 2))
+
+    def forward(self, x):
+        x = ((x - self.mean) / 0.3).permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+        gate, up = torch.nn.functional.gelu(self.norm(self.first(x))).chunk(2, 1)
+        h = torch.cat([torch.nn.functional.silu(gate) * up, up.abs()], 1)
+        return torch.log_softmax(self.last(h), 1)
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)
+        self.last = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.norm(torch.nn.functional.leaky_relu(self.first(x)) + x)
+        return self.last(h.mean(1))
+
+
+class Choices(torch.nn.Module):
+    def forward(self, x):
+        y = torch.where(x > 0, x, 0.1 * x).clamp(-1, 2) + torch.maximum(x, -x)
+        return y + x[:, [2, 1, 0, 3]].pow(2).sum(1, keepdim=True).sqrt()
+
+
+EXPORTED = {
+    "normalised, gated": (Mixed, [2, 3, 2, 2]),
+    "tokens": (Tokens, [2, 3, 4]),
+    "choices": (Choices, [2, 4]),
+    "softmax": (lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(1)), [32, 4]),
+    "activations": (
+        lambda: torch.nn.Sequential(*(
+            part for name in "ELU Hardswish SELU ReLU6 PReLU Mish Softplus Softsign Tanh".split()
+            for part in (torch.nn.Linear(5, 5), getattr(torch.nn, name)())
+        )),
+        [2, 5],
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", ["fixed", "open"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_torch_exports_is_what_is_imported(name, batch, tmp_path):
+    make, shape = EXPORTED[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(shape)
+    path = str(tmp_path / "net.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, of its age
+        torch.onnx.export(
+            model, (x,), path, dynamo=False, input_names=["x"],
+            dynamic_axes={"x": {0: "batch"}} if batch == "open" else None,
+        )
+    result = read_onnx(path)
+    network = Network.from_weights(result.description, result.weights)
+    assert result.description.input_shape == tuple(shape[1:])
+    ours = network(x.flatten(1))
+    # Two orders of the same arithmetic in float32, at values of order 1.
+    torch.testing.assert_close(ours, model(x).flatten(1), rtol=1e-5, atol=1e-5)

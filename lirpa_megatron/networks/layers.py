@@ -303,6 +303,7 @@ OPERATORS: dict[str, Operator] = {
     "erf": _function(torch.erf),
     "gelu": _function(F.gelu),
     "gelutanh": _function(lambda x: F.gelu(x, approximate="tanh")),
+    "silu": _function(F.silu),
     "elu": _function(F.elu, alpha=_is_number),
     "celu": _function(F.celu, alpha=_is_number),
     "softplus": _function(F.softplus),

@@ -145,7 +145,10 @@ def _output(graph: onnx.GraphProto, wanted: str | None) -> str:
             raise UserError(f"there is no output {wanted!r}; its outputs are {', '.join(names)}")
         return wanted
     if len(names) != 1:
-        raise UserError(f"it has {len(names)} outputs ({', '.join(names)}): say which one is meant")
+        raise UserError(
+            f"it has {len(names)} outputs ({', '.join(names)}): say which one is meant "
+            "(--onnx-output NAME)"
+        )
     return names[0]
 
 

@@ -114,6 +114,7 @@ def load(
     dtype: str | None,
     bound_opts: dict[str, Any],
     group: dist.ProcessGroup | None,
+    output: str | None = None,
 ) -> Loaded:
     """Reads an ONNX file or a checkpoint and shards it over the group.
 
@@ -123,6 +124,7 @@ def load(
         dtype: a key of DTYPES; None: the least that holds what is stored.
         bound_opts: options of `BoundedModule`.
         group: the tensor-parallel group.
+        output: which output of an ONNX graph; None: its only one.
 
     Raises:
         UserError: whatever is wrong with the file.
@@ -134,7 +136,7 @@ def load(
         def build(types: torch.dtype | None) -> Network:
             return load_network(path, group, types, device)[1]
     else:
-        imported = read_onnx(path)
+        imported = read_onnx(path, output)
         description = imported.description
 
         def build(types: torch.dtype | None) -> Network:

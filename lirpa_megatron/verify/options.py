@@ -17,6 +17,8 @@ class VerifyOptions:
     method: str = "CROWN"
     # a key of network.DTYPES; None: what the network is stored in
     dtype: str | None = None
+    # which output of an ONNX graph; None: its only one
+    onnx_output: str | None = None
     # gradient steps of alpha-CROWN
     alpha_iterations: int = 20
     # step size of alpha-CROWN

@@ -45,6 +45,7 @@ class Runner:
                     self.options.dtype,
                     self.options.bound_opts(),
                     self.group,
+                    self.options.onnx_output,
                 )
             self._loaded = instance.network_path, loaded
         return self._loaded[1]

@@ -47,6 +47,9 @@ def mul(node: Node) -> Activation:
     if isinstance(a, Activation) and isinstance(b, Activation):
         if a.is_same(b):
             return node.function("power", a, exponent=2)
+        for x, gate in ((a, b), (b, a)):
+            if (whole := _gated(node, x, gate)) is not None:
+                return node.function(whole, x)
         return node.pair("mul", a, b)
     index = 0 if isinstance(a, np.ndarray) else 1
     x = node.activation(1 - index)
@@ -127,6 +130,23 @@ def batch_normalization(node: Node) -> Activation:
     return node.builder.layer(
         "batchnorm", [x], x.shape, node.where, arrays, eps=eps
     )
+
+
+def _gated(node: Node, x: Activation, gate: Activation) -> str | None:
+    """The name of x gate where the gate is a function of x: x sigmoid(x) is silu(x), and
+    x tanh(softplus(x)) is mish(x)."""
+
+    def read_by(name: str, op: str) -> str:
+        layer = node.builder.layers.get(name)
+        return layer.inputs[0] if layer is not None and layer.op == op else ""
+
+    if x.index is not None or gate.index is not None or x.shape != gate.shape:
+        return None
+    if read_by(gate.layer, "sigmoid") == x.layer:
+        return "silu"
+    if read_by(read_by(gate.layer, "tanh"), "softplus") == x.layer:
+        return "mish"
+    return None
 
 
 def negated(node: Node, x: Activation) -> Activation:
