@@ -99,8 +99,7 @@ def _add_command(commands: Any, name: str, summary: str, epilog: str) -> argpars
 
 def _add_import(commands: Any) -> None:
     parser = _add_command(
-        commands,
-        "import-onnx",
+        commands, "import-onnx",
         "Write a Megatron checkpoint of an ONNX network; any tensor-parallel size can load it.",
         "example:\n  torchrun --nproc-per-node 2 -m lirpa_megatron import-onnx net.onnx checkpoint",
     )
@@ -119,8 +118,7 @@ def _iteration(text: str) -> str:
 
 def _add_inspect(commands: Any) -> None:
     parser = _add_command(
-        commands,
-        "inspect",
+        commands, "inspect",
         "Say what model a Megatron checkpoint holds, what can be verified, and what that needs.",
         "example:\n  lirpa-megatron inspect checkpoint --iteration 1000 --seq-length 16",
     )
@@ -146,8 +144,7 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_verify(commands: Any) -> None:
     parser = _add_command(
-        commands,
-        "verify",
+        commands, "verify",
         "Verify sentences (--data) of a language model, or VNN-LIB properties of a network.",
         "results: unsat (holds for every input of the set), sat (an attack succeeded), unknown, "
         "timeout, error;\nfor sentences also misclassified (wrong without any perturbation)\n"
@@ -289,8 +286,7 @@ def _add_effort(add: Any) -> None:
 
 def _add_report(commands: Any) -> None:
     parser = _add_command(
-        commands,
-        "report",
+        commands, "report",
         "Make a page with plots of a file of results; it opens in any browser, without a network.",
         "example:\n  lirpa-megatron report results.jsonl --output report.html",
     )
