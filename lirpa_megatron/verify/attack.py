@@ -1,10 +1,13 @@
 """Projected-gradient search for counterexamples, on the sharded model itself.
 
-Each restart walks from its own starting point along the sign of the gradient of one disjunct's
-slack, `max over rows (c . y - d)`, which is at most 0 exactly when the disjunct is satisfied.
+Each restart walks from its own starting point towards one disjunct: against the sign of the
+gradient of its excess, the sum of `c . y - d` over the rows that are not satisfied, each divided by
+how much it varies over the box. (The gradient of the slack, the largest of them, goes to and fro
+between rows of conjunctions.) The disjunct is satisfied where the slack is at most 0.
 
     K  targets: a region and its open disjuncts        R  restarts of each, walked as one batch
-    J  disjuncts attacked        S  rows        W = K R  walks, those of the first target first
+    J  disjuncts attacked        S  rows        L  rows of a disjunct        P  samples of a box
+    W = K R  walks, those of the first target first
 
 Every rank takes the same steps: points and decisions are rank 0's (broadcast), because the last
 bits of a reduction may differ between ranks.
@@ -42,8 +45,8 @@ class AttackOptions:
     restarts: int = 20
     # seed of the starting points
     seed: int = 0
-    # first step as a fraction of the box's width; later ones shrink linearly
-    step_size: float = 0.25
+    # first step as a fraction of the box's width; later ones shrink with the cube of what is left
+    step_size: float = 0.5
     # stop once a slack is below minus this fraction of the largest output
     clear_margin: float = 1e-5
     # points among which each starting point is chosen
@@ -64,8 +67,11 @@ class Candidate:
     slack: float
 
 
-class _Slacks:
-    """Slack of each attacked disjunct of each target as a function of the outputs."""
+class _Disjuncts:
+    """The attacked disjuncts of each target as functions of the outputs.
+
+    `scale` [K, J, L] is 1 over how much each row varies over the box, once samples have shown it.
+    """
 
     def __init__(self, prop: Property, targets: Sequence[Target], like: torch.Tensor) -> None:
         rows = [region_rows(region) for region, _ in targets]
@@ -88,14 +94,25 @@ class _Slacks:
             for each in chosen
         ]
         self.index = torch.tensor(padded, device=like.device)
+        self.scale = torch.ones_like(self.index, dtype=like.dtype)
 
-    def __call__(self, y: torch.Tensor) -> torch.Tensor:
-        """y [W, n_out] -> slacks [W, J]."""
+    def measure(self, margins: torch.Tensor) -> None:
+        """Sets `scale` from the margins [K P, J, L] of samples."""
+        spread = margins.unflatten(0, (len(self.index), -1)).std(1, correction=0)
+        self.scale = torch.where(spread > 0, 1 / spread, 1.0).nan_to_num(nan=1.0, posinf=1.0)
+
+    def excess(self, margins: torch.Tensor) -> torch.Tensor:
+        """[W, J, L] -> [W, J], see above; the slack where that is at most 0."""
+        slack = margins.amax(-1)
+        by_target = margins.unflatten(0, (len(self.index), -1)) * self.scale.unsqueeze(1)
+        return torch.where(slack > 0, by_target.relu().sum(-1).flatten(0, 1), slack)
+
+    def margins(self, y: torch.Tensor) -> torch.Tensor:
+        """y [W, n_out] -> `c . y - d` of each row [W, J, L]."""
         by_target = y.to(self.matrix.dtype).view(len(self.matrix), -1, y.shape[-1])
         margins = by_target @ self.matrix.transpose(1, 2) - self.bounds.unsqueeze(1)
         index = self.index.unsqueeze(1).expand(-1, margins.shape[1], -1, -1)
-        wide = margins.gather(2, index.flatten(2)).view(index.shape)
-        return wide.amax(-1).flatten(0, 1)
+        return margins.gather(2, index.flatten(2)).view(index.shape).flatten(0, 1)
 
 
 def find_candidates(
@@ -123,16 +140,16 @@ def find_candidates(
     """
     boxes = [inward_box(region, like.dtype, like.device) for region, _ in targets]
     lower, upper = (torch.stack(ends) for ends in zip(*boxes, strict=True))
-    slacks = _Slacks(prop, targets, like)
-    x, pursued = _starting_points(model, slacks, lower, upper, options, group)
+    disjuncts = _Disjuncts(prop, targets, like)
+    x, pursued = _starting_points(model, disjuncts, lower, upper, options, group)
     lower, upper = (ends.repeat_interleave(options.restarts, 0) for ends in (lower, upper))
     width = upper - lower
     best, best_slack = x, None
     for step in range(options.steps + 1):
         x = x.requires_grad_(True)
         y = model(x)
-        slack = slacks(y)
-        smallest, which = slack.detach().nan_to_num(nan=torch.inf).min(dim=1)
+        margins = disjuncts.margins(y)
+        smallest, which = margins.detach().amax(-1).nan_to_num(nan=torch.inf).min(dim=1)
         if best_slack is None:
             best, best_slack, best_of = x.detach(), smallest, which
         else:
@@ -142,8 +159,9 @@ def find_candidates(
             best_of = torch.where(closer, which, best_of)
         if step == options.steps:
             break
-        (gradient,) = torch.autograd.grad(slack.gather(1, pursued).sum(), x)
-        rate = options.step_size * (1.0 - step / options.steps)
+        excess = disjuncts.excess(margins).gather(1, pursued)
+        (gradient,) = torch.autograd.grad(excess.sum(), x)
+        rate = options.step_size * (1.0 - step / options.steps) ** 3
         x = (x.detach() - rate * width * gradient.sign()).clamp(lower, upper)
         size = y.detach().abs().max().clamp(min=1.0)
         x, clear = _from_rank_zero(x, best_slack.min() < -options.clear_margin * size, group)
@@ -154,8 +172,8 @@ def find_candidates(
     candidates = []
     for w, (slack, which) in enumerate(zip(*found, strict=True)):
         k = w // options.restarts
-        disjuncts = targets[k][1]
-        candidates.append(Candidate(k, disjuncts[which % len(disjuncts)], best[w], slack))
+        of = targets[k][1]
+        candidates.append(Candidate(k, of[which % len(of)], best[w], slack))
     return sorted(candidates, key=lambda candidate: candidate.slack)
 
 
@@ -166,17 +184,17 @@ def _from_rank_zero(x: torch.Tensor, decision: torch.Tensor, group) -> tuple[tor
 
 
 def _starting_points(
-    model: nn.Module, slacks: _Slacks, lower: torch.Tensor, upper: torch.Tensor,
+    model: nn.Module, disjuncts: _Disjuncts, lower: torch.Tensor, upper: torch.Tensor,
     options: AttackOptions, group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Points [W, n_in] and the disjunct [W, 1] that each walk pursues.
 
     Of the centre, random points of the box and random corners of it, each walk takes the one with
-    the smallest slack of its disjunct that no other walk has; every second walk takes a random one,
-    so that walks do not all end in one place. Disjuncts closest at the centre come first.
+    the smallest excess of its disjunct that no other walk has; every second walk takes a random
+    one, so that walks do not all end in one place. Disjuncts closest at the centre come first.
     """
     targets, restarts = len(lower), options.restarts
-    each = max(lower.shape[1], slacks.index[0].numel())
+    each = max(lower.shape[1], disjuncts.index[0].numel())
     affordable = min(_SAMPLES, _ELEMENTS // each) // targets
     count = max(restarts, min(options.samples * restarts, affordable))
     generator = torch.Generator().manual_seed(options.seed)
@@ -187,14 +205,15 @@ def _starting_points(
     points = lower[:, None] + fractions * (upper - lower)[:, None]
     points = points.clamp(lower[:, None], upper[:, None])  # [K, P, n_in]
     with torch.no_grad():
-        slack = slacks(model(points.flatten(0, 1))).view(targets, count, -1)
-    slack = slack.nan_to_num(nan=torch.inf)
-    order = slack[:, 0].argsort(dim=1)  # [K, J]
+        margins = disjuncts.margins(model(points.flatten(0, 1)))
+        disjuncts.measure(margins)
+        excess = disjuncts.excess(margins).view(targets, count, -1).nan_to_num(nan=torch.inf)
+    order = excess[:, 0].argsort(dim=1)  # [K, J]
     walks = torch.arange(restarts, device=lower.device)
     pursued = order[:, walks % order.shape[1]]  # [K, R]
     chosen = walks.repeat(targets, 1)
     for r in range(2, restarts, 2):
-        own = slack.gather(2, pursued[:, r, None, None].expand(-1, count, 1))[..., 0]
+        own = excess.gather(2, pursued[:, r, None, None].expand(-1, count, 1))[..., 0]
         own = own.scatter(1, chosen[:, :r], torch.inf)
         chosen[:, r] = own.argmin(dim=1)
     x = points.gather(1, chosen[..., None].expand(-1, -1, points.shape[2])).flatten(0, 1)

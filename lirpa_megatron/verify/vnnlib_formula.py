@@ -25,6 +25,7 @@ from lirpa_megatron.verify.vnnlib_syntax import (
 _MAX_DISJUNCTS = 200_000
 _MAX_LITERALS = 5_000_000
 _MAX_TRIED = 5_000_000
+_MAX_TERMS = 100_000
 
 # input index -> the values it may have, for the inputs that are constrained
 Box = dict[int, Interval]
@@ -60,6 +61,8 @@ class Formulas:
         """declared: the variables, with the line of each; may grow between formulas."""
         self.rows: list[OutputRow] = []
         self._declared = declared
+        # what was read before: large files repeat a few numbers and variables
+        self._terms: dict[str, _Linear] = {}
 
     def read(self, expression: Expression, negated: bool = False) -> Dnf:
         """Disjunctive normal form of a formula, or of its negation.
@@ -123,7 +126,7 @@ class Formulas:
         if negated:
             operator = _NEGATED[operator]
         is_upper, strict = operator in ("<=", "<"), operator in ("<", ">")
-        if len(left[0]) == 1 and not left[1] and not right[0]:  # nearly always: saves half the time
+        if len(left[0]) == 1 and left[1] is _ZERO and not right[0]:  # nearly always
             terms, bound = left[0], right[1]
         else:
             terms, constant = _sum([left, right], [1, -1], line)
@@ -169,6 +172,14 @@ class Formulas:
         return _sum(parts, [1] + [1 if name == "+" else -1] * (len(parts) - 1), line)
 
     def _term(self, word: str, line: int) -> _Linear:
+        term = self._terms.get(word)
+        if term is None:
+            term = self._read_term(word, line)
+            if len(self._terms) < _MAX_TERMS:
+                self._terms[word] = term
+        return term
+
+    def _read_term(self, word: str, line: int) -> _Linear:
         value = number(word, line)
         if value is not None:
             return {}, value
@@ -232,11 +243,14 @@ def _single(parts: Sequence[Conjunct], within: Box) -> Dnf:
     for other, more in parts:
         rows += more
         for index, interval in other.items():
-            box[index] = interval.meet(box[index]) if index in box else interval
-    for index, interval in box.items():
-        around = within.get(index)
-        if (interval if around is None else interval.meet(around)).is_empty():
-            return []
+            if index in box:
+                interval = interval.meet(box[index])
+                if interval.is_empty():
+                    return []
+            box[index] = interval
+    if any(interval.meet(box[index]).is_empty() for index, interval in within.items()
+           if index in box):
+        return []
     return [(box, tuple(rows))]
 
 

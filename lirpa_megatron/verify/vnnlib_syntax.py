@@ -83,21 +83,8 @@ def variable(word: str) -> Variable | None:
     return (match[1], int(match[2])) if match else None
 
 
-_known_numbers: dict[str, Fraction] = {}
-_MAX_KNOWN = 100_000
-
-
 def number(word: str, line: int) -> Fraction | None:
     """The exact value of a decimal number; None if the word is none."""
-    value = _known_numbers.get(word)
-    if value is None:
-        value = _read_number(word, line)
-        if value is not None and len(_known_numbers) < _MAX_KNOWN:
-            _known_numbers[word] = value  # large files repeat a few numbers: time and memory
-    return value
-
-
-def _read_number(word: str, line: int) -> Fraction | None:
     match = _NUMBER.fullmatch(word)
     if match is None:
         return _no_number(word, line)
