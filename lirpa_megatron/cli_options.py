@@ -9,16 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lirpa_megatron.cli_help import EXAMPLES, RESULTS
 from lirpa_megatron.errors import UserError
 
-_EXAMPLES = """examples:
-  lirpa-megatron import-onnx net.onnx.gz checkpoint
-  lirpa-megatron verify --load checkpoint --vnnlib prop.vnnlib --output results.jsonl
-  lirpa-megatron inspect checkpoint
-  torchrun --nproc-per-node 2 -m lirpa_megatron verify --instances instances.csv --method CROWN
-  torchrun --nproc-per-node 2 -m lirpa_megatron verify --load checkpoint --data reviews.jsonl
-  lirpa-megatron report results.jsonl --output report.html
-"""
 # Of each group, one option at most; an option of the command line replaces the configuration's.
 _WHICH_OUTPUT = "which output of the ONNX graph is meant, where it has several"
 _EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"), ("data", "vnnlib"), ("data", "instances"))
@@ -72,7 +65,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lirpa-megatron",
         description="Certified bounds for tensor-parallel Megatron networks.",
-        epilog=_EXAMPLES,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -146,10 +139,7 @@ def _add_verify(commands: Any) -> None:
     parser = _add_command(
         commands, "verify",
         "Verify sentences (--data) of a language model, or VNN-LIB properties of a network.",
-        "results: unsat (holds for every input of the set), sat (an attack succeeded), unknown, "
-        "timeout, error;\nfor sentences also misclassified (wrong without any perturbation)\n"
-        "exit status: 0 all decided or unknown, 1 an input errored, 2 bad usage, 143 ended by "
-        "SIGTERM\n\n" + _EXAMPLES,
+        RESULTS + EXAMPLES,
     )
     _add_sources(parser.add_argument_group("what is verified").add_argument)
     _add_question(parser.add_argument_group("sentences (with --data)").add_argument)
@@ -169,7 +159,8 @@ def _add_sources(add: Any) -> None:
     add("--vnnlib", metavar="PROP", type=Path, help="property, VNN-LIB 1.0 (.vnnlib or .gz)")
     add(
         "--instances", metavar="CSV", type=Path,
-        help="rows of network,property,seconds; paths relative to the file, .gz may be left out",
+        help="rows of network,property[,seconds]; paths relative to the file, .gz may be left out; "
+        "a row that is wrong is an error of its own",
     )
     add(
         "--output", metavar="JSONL", type=Path,

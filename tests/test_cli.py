@@ -424,6 +424,9 @@ def test_a_violation_within_rounding_is_said_not_sat(tmp_path):
     assert result["result"] == "sat"
     assert result["float64_violation"] == pytest.approx(1e-6, rel=1e-3)
     assert result["violation"] == pytest.approx(1e-6 + rounded - exact, rel=1e-3)
+    page = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "r.jsonl"), "--output", str(page)]) == 0
+    assert "1e-06 in float64" in page.read_text()
 
 
 def test_counterexamples_lie_in_the_box_as_it_is_written(tmp_path):

@@ -219,13 +219,20 @@ def _cell(name: str, result: dict[str, Any]) -> Markup:
 
 
 def _outcome(result: dict[str, Any]) -> list[Markup]:
-    """The result's word, and what explains it: an error, or the words that replaced others."""
+    """The result's word, and what explains it: an error, a note, by how much a counterexample is
+    one, or the words that replaced others."""
     word = result["result"]
     kind = "good" if is_certified(result) else "bad" if word in ("sat", "error") else None
     shown = WORDS[word] if result.get("task") is not None else word
     parts = [element("span", shown, class_=kind)]
     if result.get("error"):
         parts += [Markup(": "), element("bdi", result["error"])]
+    elif result.get("note"):
+        parts += [Markup(": "), element("bdi", result["note"])]
+    elif number(result.get("violation")) is not None:
+        parts.append(Markup(f" by {figure(result['violation'])}"))
+        if number(result.get("float64_violation")) is not None:
+            parts.append(Markup(f" ({figure(result['float64_violation'])} in float64)"))
     elif result.get("question") == "synonyms" and result.get("counterexample"):
         found = result["counterexample"]
         is_words = isinstance(found, list) and all(isinstance(word, str) for word in found)
