@@ -26,6 +26,7 @@ from lirpa_megatron.adapters.live import live
 from lirpa_megatron.adapters.signature import changed, signature
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.clean_values import value_at
+from lirpa_megatron.control_flow import FollowValues, ReadsValues
 from lirpa_megatron.errors import LiveModelError, SPMDError, UserError
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.collectives import Collectives
@@ -89,7 +90,7 @@ class LiveCheck:
         plain = [x.to(bounded.device) for x in _plain(self.inputs)]
         with host.running(plain), full_precision(bounded.device), undisturbed(self.model):
             value = value_at(bounded, plain)
-            self.compare(value)
+            self.compare(value, first=True)
 
     def begin(self, x: Any, in_training: bool, wanted: bool = True) -> None:
         """A call of `compute_bounds` begins; sets `due`.
@@ -132,13 +133,14 @@ class LiveCheck:
         if found is not None:
             raise LiveModelError(f"{found} since the BoundedModule was built: build it again")
 
-    def compare(self, value: torch.Tensor) -> None:
+    def compare(self, value: torch.Tensor, first: bool = False) -> None:
         """Runs the live model on the clean inputs and compares.
 
         Every rank of the group calls it, inside of a `spmd.guard`.
 
         Args:
             value: the graph's output there, the rank's own features where it is sharded.
+            first: whether to look for values of the input that decide what is computed.
 
         Raises:
             LiveModelError: they differ, or the model raises; on every rank.
@@ -147,7 +149,7 @@ class LiveCheck:
             inputs = self._where_the_model_is(self.inputs)
             value = value.detach()
             self._once = None if self._once is None else False
-            y = self._run(inputs)
+            y = self._run(inputs, FollowValues(inputs) if first else contextlib.nullcontext())
             share = max(spmd.gather_objects(difference(y, value), self.tp.group))
         if share <= QUICK * torch.finfo(value.dtype).eps:
             self.difference = max(self.difference, share)
@@ -179,13 +181,19 @@ class LiveCheck:
         with undisturbed(self.model, self.modes), agreed_collectives(self.tp.group):
             yield
 
-    def _run(self, inputs: list[Any]) -> torch.Tensor:
+    def _run(self, inputs: list[Any], follow: Any) -> torch.Tensor:
         self.runs += 1
         try:
-            with widened(self.model), self._running():
+            with widened(self.model), self._running(), follow:
                 return _first_tensor(self.live(*inputs))
         except (SPMDError, UserError):
             raise
+        except ReadsValues as found:
+            raise LiveModelError(
+                f"{type(self.model).__name__}: what the model computes is decided by values of its "
+                f"input ({found}), and a graph of bounds has one of the cases alone: decide by "
+                "torch.where, or bound the cases one by one (check_live=False leaves this out)"
+            ) from None
         except Exception as error:
             raise LiveModelError(
                 f"the model's own forward ends with {type(error).__name__} on the clean input, so "

@@ -108,6 +108,18 @@ def test_what_changes_it_after_building_is_refused_by_the_next_call(case):
     assert str(caught.value).startswith(name) and what in str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["forward", "_call_impl"])
+def test_a_method_of_torchs_classes_that_was_replaced_is_refused(method, monkeypatch):
+    """What is cut here is beyond the clean input: values there do not show it."""
+    cls = nn.Linear if method == "forward" else nn.Module
+    original = getattr(cls, method)
+    monkeypatch.setattr(
+        cls, method, lambda self, *args, **kwargs: original(self, *args, **kwargs).clamp(-9, 9)
+    )
+    with pytest.raises(NotImplementedError, match=f"the method {method} of {cls.__name__} was"):
+        BoundedModule(_net(), _x())
+
+
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
 def test_a_hook_around_every_module_is_refused(kind):
     handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *args: None)

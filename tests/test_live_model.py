@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import types
 
 import pytest
 import torch
@@ -43,9 +44,15 @@ def _net():
 
 @contextlib.contextmanager
 def _patched(cls, change):
-    """A class whose forward is another one for a block."""
+    """A class whose forward is another one for a block, which says that it is the class's own."""
     forward = cls.forward
-    cls.forward = lambda self, *args, **kwargs: change(self, forward(self, *args, **kwargs))
+
+    def other(self, *args, **kwargs):
+        return change(self, forward(self, *args, **kwargs))
+
+    cls.forward = types.FunctionType(
+        other.__code__, {"__name__": forward.__module__}, closure=other.__closure__
+    )
     try:
         yield
     finally:
@@ -77,11 +84,37 @@ class Branches(nn.Module):
         return self.one(x) if bool(x.sum() > -1) else self.other(x)
 
 
-def test_control_flow_that_takes_another_branch_than_when_it_was_traced_is_found():
-    bounded = BoundedModule(Branches().eval(), _x())
-    bounded.compute_bounds(x=(_ball(),), method="IBP")
-    with pytest.raises(LiveModelError, match="Branches: the model itself computes"):
-        bounded.compute_bounds(x=(_ball(x=_x() - 5),), method="IBP")
+class Reading(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(6, 3), how
+        self.register_buffer("limit", torch.tensor(5.0))
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.how == "a number":
+            return y * max(1.0, y.max().item())
+        if self.how == "equality":
+            return y if not torch.equal(y, y + 1) else y * 2
+        return y * 2 if self.limit > 4 and x.shape[0] == 2 else y  # of a constant and a shape
+
+
+@pytest.mark.parametrize("how", ["a branch", "a number", "equality"])
+def test_values_of_the_input_that_decide_what_is_computed_are_refused_with_their_line(how):
+    model = Branches() if how == "a branch" else Reading(how)
+    with pytest.raises(LiveModelError, match=r"values of its input \(\w+ at .*\.py:\d+ \(forward"):
+        BoundedModule(model.eval(), _x())
+
+
+def test_constants_and_shapes_may_decide():
+    model = Reading("a constant").eval()
+    lower, upper = BoundedModule(model, _x()).compute_bounds(x=(_ball(),), method="IBP")
+    assert (lower <= model(_x())).all() and (model(_x()) <= upper).all()
+
+
+def test_a_branch_that_is_not_looked_for_is_found_where_its_values_differ():
+    bounded = BoundedModule(Branches().eval(), _x(), {"check_live": False})
+    bounded.compute_bounds(x=(_ball(x=_x() - 5),), method="IBP")  # nobody looks
 
 
 class Scaled(nn.Module):

@@ -44,6 +44,11 @@ _HARMLESS = {
 }
 """(module, qualified name) of hooks that leave values as they are."""
 
+_TRUSTED = ("torch.", "megatron.", "transformer_engine.", "apex.")
+_DECORATORS = ("contextlib", "functools", "abc", "dataclasses", "typing")
+_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
+"""Of nn.Module itself, the methods that every forward goes through."""
+
 _OLD_NORMS = {
     "WeightNorm": "weight_norm: call torch.nn.utils.remove_weight_norm, or use "
     "torch.nn.utils.parametrizations.weight_norm",
@@ -87,8 +92,12 @@ def check_all(model: nn.Module, prefix: str = "") -> None:
                 "values is not known: remove it (the handle that registering it returned has "
                 "remove())"
             )
+    classes: set[type] = set()
     for name, module in model.named_modules(prefix=prefix):
         check(module, name)
+        if type(module) not in classes:
+            classes.add(type(module))
+            _check_class(module, name)
 
 
 def check(module: nn.Module, name: str) -> None:
@@ -160,6 +169,34 @@ def without_compiling(copied: nn.Module) -> nn.Module:
     for kind in ("_backward_hooks", "_backward_pre_hooks"):
         copied.__dict__[kind] = OrderedDict()
     return copied
+
+
+def _check_class(module: nn.Module, name: str) -> None:
+    """Refuses methods of torch's and Megatron's classes that another package has replaced.
+
+    Where a replacement differs for some values alone, the comparison of outputs would not see it.
+    """
+    for cls in type(module).__mro__[:-1]:
+        if not cls.__module__.startswith(_TRUSTED):
+            continue
+        for method, function in vars(cls).items():
+            if cls is nn.Module and method not in _CALLS:
+                continue
+            made = _made_in(function)
+            if made is not None and not made.startswith((*_TRUSTED, *_DECORATORS)):
+                raise refusal(
+                    module, name, f"the method {method} of {cls.__name__} was replaced by one of "
+                    f"{made}, and what that computes is not known: put torch's or Megatron's back"
+                )
+
+
+def _made_in(function: Any) -> str | None:
+    """The module that a method's code is of, also of what its decorators wrap."""
+    if isinstance(function, (staticmethod, classmethod)):
+        function = function.__func__
+    while not inspect.isfunction(function) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function.__globals__.get("__name__") if inspect.isfunction(function) else None
 
 
 def _class(module: nn.Module) -> tuple[str, str]:
