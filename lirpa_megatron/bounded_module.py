@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lirpa_megatron import host
-from lirpa_megatron.adapters import exported
+from lirpa_megatron import alpha, host
+from lirpa_megatron.adapters.functions import traced_functions
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.alpha_rows import alpha_start_nodes
 from lirpa_megatron.cheaper_first import cheaper_first
@@ -97,14 +97,18 @@ class BoundedModule(host.HostBoundedModule):
                 "layout": layout,
             }
             trainable = {p: p.requires_grad for p in model.parameters()}
-            tracing = host.conversion(global_input), exported.own_operators()
-            with tracing[0], tracing[1], host.running(), widened(model):
+            operators = {**CUSTOM_OPS, **(custom_ops or {})}
+            with host.conversion(global_input), host.running(), widened(model), \
+                    contextlib.ExitStack() as tracing:
                 facade = traceable(model, layout.collectives)
+                tracing.enter_context(
+                    traced_functions(facade, global_input, operators, layout.calls)
+                )
                 super().__init__(
                     facade, global_input, bound_opts=opts,
                     device=_device_of(model, global_input) if device == "auto" else device,
                     verbose=verbose,
-                    custom_ops={**CUSTOM_OPS, **(custom_ops or {})},
+                    custom_ops=operators,
                 )
             self._adopt_parameters(trainable)
             sharded = mark_sharded(self._modules.values(), layout.collectives.size)
@@ -203,6 +207,8 @@ class BoundedModule(host.HostBoundedModule):
             return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
         if isinstance(x, torch.Tensor):
             x = (x,)
+        if not torch.is_grad_enabled() and alpha.is_asked_for(kwargs):
+            return alpha.without_gradients(self, x, aux, C, kwargs)
         group = self.layout.collectives.group
         if self.live is not None:
             self.live.begin(x, self._in_training(), self.own_options.check_live)
@@ -234,6 +240,8 @@ class BoundedModule(host.HostBoundedModule):
             self.check_output(C, kwargs)
             if self.rounding is not None:
                 x = self.rounding.begin(x, kwargs)
+            if not alpha.is_of_use(self, self._final(kwargs), x):
+                kwargs["method"] = alpha.same_without(kwargs["method"])
             object.__setattr__(self, "_depth", 1)
             object.__setattr__(self, "_method", kwargs["method"])
             # What an earlier call found may not hold for these inputs.
@@ -251,6 +259,8 @@ class BoundedModule(host.HostBoundedModule):
                 C = self._identity(x, kwargs) if C is None else C
                 bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
                 lower, upper = without_nan(*bounds[:2])
+                if self._final_is_identity:
+                    lower, upper = alpha.shaped(self._final(kwargs), lower, upper)
                 self._check_contains(C, lower, upper, kwargs)
                 return (lower, upper, *bounds[2:])
             finally:
@@ -310,6 +320,9 @@ class BoundedModule(host.HostBoundedModule):
     def check_prior_bounds(self, node: host.Bound, **kwargs: Any) -> None:
         """The host's recursion over nodes that need bounds; see `enclose_balls`."""
         enclose_balls(host.roots(self), outward=self.rounding is not None)
+        for x in node.inputs:
+            if x.inputs and not x.perturbed and not host.has_bounds(x):
+                self.intermediate.compute(x)  # 0.3's operators read bounds of constants
         super().check_prior_bounds(node, **kwargs)
 
     def compute_intermediate_bounds(self, node: host.Bound, prior_checked: bool = False) -> None:
@@ -368,7 +381,13 @@ class BoundedModule(host.HostBoundedModule):
                 None if b is None else spmd.broadcast_tensor(b, tp.group)
                 for b in (bounds.lower, bounds.upper)
             )
-        lower, upper = bounds.shaped(shape if math.prod(shape) == S else (S,))
+        if self._method == "CROWN-Optimized":
+            bounds.lower, bounds.upper = (
+                alpha.tied(self, b) for b in (bounds.lower, bounds.upper)
+            )
+        # The host's alpha loop is of bounds [B, S]; `compute_bounds` gives them their shape.
+        flat = self._method == "CROWN-Optimized" or math.prod(shape) != S
+        lower, upper = bounds.shaped((S,) if flat else shape)
         return (lower, upper, self.A_dict) if self.return_A else (lower, upper)
 
     def _final_spec_sharded(self, final: host.Bound, identity: bool, S: int) -> bool:

@@ -67,15 +67,16 @@ def check_contains(
     if C is not None:
         parts = torch.stack([_applied(C, y), _applied(C.abs(), scale)])
         y, scale = total(parts)
+    y, scale = y.reshape(len(y), -1), scale.reshape(len(y), -1)
     slack = SLACK * torch.finfo(y.dtype).eps * scale
     for name, sign, bound in (("lower", 1, lower), ("upper", -1, upper)):
         if bound is None:
             continue
-        excess = (sign * (bound.detach().reshape(y.shape) - y)).flatten(1)
-        beyond = excess - slack.flatten(1)
+        excess = sign * (bound.detach().reshape(y.shape) - y)
+        beyond = excess - slack
         if bool((beyond > 0).any()):
             sample, output = divmod(int(beyond.nan_to_num(-1.0).argmax()), beyond.shape[1])
-            value, allowed = y.flatten(1)[sample, output], slack.flatten(1)[sample, output]
+            value, allowed = y[sample, output], slack[sample, output]
             raise BoundsError(
                 f"the {name} bound {value + sign * excess[sample, output]:g} of output {output} of "
                 f"sample {sample} excludes the model's own output {value:g} at the clean input "

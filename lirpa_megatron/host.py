@@ -15,7 +15,7 @@ import logging
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,6 +254,25 @@ def running(inputs: Any = ()) -> Iterator[None]:
             yield
     finally:
         _set_jit_profiling(*profiling)
+
+
+@contextlib.contextmanager
+def graphs_checked(check: Callable[[Any], None]) -> Iterator[None]:
+    """While models are converted `check` sees each graph before the host's operators do.
+
+    Args:
+        check: called with a torch graph of ONNX's operators.
+    """
+    import auto_LiRPA.parse_graph as parse_graph
+
+    parse = parse_graph.parse_graph
+
+    def checked(graph: Any, *args: Any) -> Any:
+        check(graph)
+        return parse(graph, *args)
+
+    with _lent((parse_graph, "parse_graph", checked)):
+        yield
 
 
 def named_members(self: Any, get_members_fn: Any, prefix: str = "", recurse: bool = True,

@@ -214,13 +214,7 @@ def check_output(final: host.Bound, is_sharded: bool, C: Any, method: str) -> No
             "CROWN-Optimized of a sharded output needs C (each rank would decide on its own "
             "features when to stop): pass C, or build the layer with gather_output=True"
         )
-    dims = len(final.output_shape)
-    if host.IS_03 and C is None and dims > 2 and method == "CROWN-Optimized":
-        raise NotImplementedError(
-            f"auto_LiRPA 0.3 cannot run CROWN-Optimized on an output of {dims} dimensions: "
-            "flatten it, pass C, or install auto_LiRPA 0.7.1"
-        )
-    features = final.output_shape[-1]
+    features = final.output_shape[-1] if len(final.output_shape) > 1 else 1
     if C is not None and C.shape[-1] != features:
         raise ValueError(
             f"C has {C.shape[-1]} output features, the output node has {features} on this rank"

@@ -162,6 +162,7 @@ def check_perturbations(module: Any, x: Sequence[Any], method: str) -> None:
         ptb = getattr(value, "ptb", None)
         if not isinstance(ptb, host.PerturbationLpNorm):
             continue
+        _check_shapes(i, value, ptb)
         if ptb.x_L is not None and ptb.x_U is not None:
             # Also catches NaN, which compares false.
             if not bool((ptb.x_L <= ptb.x_U).all()):
@@ -175,6 +176,45 @@ def check_perturbations(module: Any, x: Sequence[Any], method: str) -> None:
             _check_ball_for_ibp(module, i, ptb)
 
 
+def _check_shapes(index: int, x: torch.Tensor, ptb: Any) -> None:
+    """Refuses sets whose shape does not say which number belongs to which.
+
+    A radius [B] would broadcast to the last dimension, which for a batch of that size is another
+    set; balls have one radius for all samples.
+    """
+    shape = tuple(x.shape)
+    if not x.is_floating_point():
+        raise ValueError(
+            f"input {index} is perturbed and of {x.dtype}: only numbers of floating point can be; "
+            "perturb the embeddings of token ids"
+        )
+    for name in ("x_L", "x_U"):
+        bound = getattr(ptb, name, None)
+        if isinstance(bound, torch.Tensor) and tuple(bound.shape) != shape:
+            raise ValueError(
+                f"input {index}: {name} has shape {tuple(bound.shape)}, the input {shape}: give "
+                "one bound for each number (expand it)"
+            )
+    eps = getattr(ptb, "eps", None)
+    if not isinstance(eps, torch.Tensor) or eps.numel() == 1:
+        return
+    if is_ball(ptb):
+        raise ValueError(
+            f"input {index}: eps has shape {tuple(eps.shape)} with norm {ptb.norm:g}: a ball has "
+            "one radius, give a number (and samples of other radii in a call of their own)"
+        )
+    sizes = tuple(eps.shape)
+    fits = len(sizes) == len(shape) and all(
+        n in (1, m) for n, m in zip(sizes, shape, strict=True)
+    )
+    if not fits and getattr(ptb, "x_L", None) is None:
+        raise ValueError(
+            f"input {index}: eps has shape {sizes}, the input {shape}: give a number, or a tensor "
+            f"with {len(shape)} dimensions, each the input's or 1 (eps[:, None] for one radius for "
+            "each sample)"
+        )
+
+
 def _check_ball_for_ibp(module: Any, index: int, ptb: Any) -> None:
     """The host's IBP knows an L1 or L2 ball only in the first linear layer."""
     nodes = module.named_nodes()
@@ -184,6 +224,8 @@ def _check_ball_for_ibp(module: Any, index: int, ptb: Any) -> None:
         node = todo.pop()
         if type(node).__name__ in ("BoundFlatten", "BoundReshape", "BoundIdentity"):
             todo += [nodes[name] for name in node.output_name]
+        elif getattr(node, "boxes_balls", False):
+            continue
         elif not isinstance(node, host.BoundLinear):
             raise NotImplementedError(
                 f"IBP of an L{ptb.norm:g} ball that {type(node).__name__} reads directly: "

@@ -12,6 +12,8 @@ from lirpa_megatron.operators.gather import (
     BoundSelectFromRegion,
 )
 from lirpa_megatron.operators.row import BoundRowParallelLinear
+from lirpa_megatron.operators.structure import BoundConcat, BoundRearrange, BoundSum
+from lirpa_megatron.operators.sums import BoundCombine
 from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabularyMargins, Margins
 
 _SPLITS = (
@@ -63,9 +65,29 @@ def mark_sharded(nodes: Iterable[host.Bound], ranks: int) -> dict[str, bool]:
                 )
             else:
                 value = any(inputs)
+                if value and ranks > 1:
+                    _check_structure(node, inputs)
             sharded[node.name] = value
         return sharded[node.name]
 
     for node in nodes:
         visit(node)
     return sharded
+
+
+def _check_structure(node: host.Bound, sharded: list[bool]) -> None:
+    """Refuses what would need features of other ranks, or has one operand's features alone."""
+    structure = (BoundConcat, BoundRearrange, BoundSum)
+    where = f"{node.name} ({type(node).__name__.removeprefix('Bound')})"
+    if isinstance(node, structure) and not node.keeps_features:
+        raise NotImplementedError(
+            f"{where}: slices, joins or adds up features that are sharded over the ranks: build "
+            "the layer before it with gather_output=True"
+        )
+    if isinstance(node, (BoundConcat, BoundCombine)):
+        of_inputs = [s for x, s in zip(node.inputs, sharded, strict=True) if x.from_input]
+        if len(set(of_inputs)) > 1:
+            raise NotImplementedError(
+                f"{where}: one value is sharded over the ranks, another is not: build the layer "
+                "before the sharded one with gather_output=True"
+            )

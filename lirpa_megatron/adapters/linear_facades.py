@@ -20,6 +20,7 @@ from torch import nn
 
 from lirpa_megatron.adapters import refusals, symbols
 from lirpa_megatron.adapters.parallelize import ColumnLinear, RowLinear
+from lirpa_megatron.adapters.tracing import shape_of, sizes_of
 from lirpa_megatron.parallel.collectives import Collectives
 
 _TE_COLUMNS = {"TEColumnParallelLinear", "TELayerNormColumnParallelLinear"}
@@ -181,9 +182,7 @@ class ReplicatedFacade(nn.Module):
         self.train(layer.training)
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_tracing() and (self.bias is None or input_.ndim > 2):
-            return _traced(_ReplicatedSymbol, input_, self.weight, self.bias)
-        return F.linear(input_, self.weight, self.bias)
+        return replicated_linear(input_, self.weight, self.bias)
 
 
 def linear_facade(module: nn.Module, name: str, tp: Collectives) -> nn.Module | None:
@@ -199,6 +198,31 @@ def linear_facade(module: nn.Module, name: str, tp: Collectives) -> nn.Module | 
 
 
 # ------------------------------------------------------------- on values of any layer
+
+
+def replicated_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """F.linear of replicated values, as one operator.
+
+    Args:
+        x: [B, ..., i].
+        weight: [o, i].
+        bias: [o] or None.
+
+    Raises:
+        NotImplementedError: x without a batch dimension.
+    """
+    if not torch.jit.is_tracing():
+        return F.linear(x, weight, bias)
+    if x.ndim < 2:
+        raise NotImplementedError(
+            f"a linear layer reads {shape_of(x)}, which has no batch dimension: give inputs of "
+            "shape [B, features], for one sample x.unsqueeze(0)"
+        )
+    if bias is None or x.ndim > 2:
+        return _traced(_ReplicatedSymbol, x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def column_rows(
@@ -256,7 +280,7 @@ def _traced(symbol: type, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> t
 
 def _typed(out: Any, x: Any, last: Callable[[int], int]) -> Any:
     """Gives the traced value its shape, which later operators of the export look at."""
-    sizes = x.type().sizes() if x.type().kind() == "TensorType" else None
+    sizes = sizes_of(x)
     if sizes is not None:
         out.setType(x.type().with_sizes([*sizes[:-1], last(sizes[-1])]))
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -17,3 +18,15 @@ def untraced() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(state)
+
+
+def sizes_of(value: Any) -> list[int | None] | None:
+    """The shape of a value of a graph, None for a size that is not known (0.7.1's batch)."""
+    kind = value.type()
+    return kind.varyingSizes() if kind.kind() == "TensorType" else None
+
+
+def shape_of(x: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a traced value, in numbers that are not traced."""
+    with untraced():
+        return tuple(x.shape)

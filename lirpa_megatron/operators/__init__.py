@@ -23,6 +23,8 @@ from lirpa_megatron.operators.positions import BoundRotary, BoundSelectPosition
 from lirpa_megatron.operators.product import BoundProduct
 from lirpa_megatron.operators.row import BoundRowParallelLinear
 from lirpa_megatron.operators.scores import BoundScores
+from lirpa_megatron.operators.structure import STRUCTURE_OPS
+from lirpa_megatron.operators.sums import SUM_OPS
 from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabularyMargins
 
 __all__ = [
@@ -71,5 +73,7 @@ CUSTOM_OPS: dict[str, type[host.Bound]] = {
     "lirpa_megatron::Rotary": BoundRotary,
     "lirpa_megatron::SelectPosition": BoundSelectPosition,
     **COLUMN_OPS,
+    **STRUCTURE_OPS,
+    **SUM_OPS,
 }
 """Operators of the traced graph -> Bound classes; handed to each host module, not global."""

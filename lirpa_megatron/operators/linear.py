@@ -85,7 +85,8 @@ class LocalLinear(host.BoundLinear):
     def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The local weight [o, i] and bias [o] or None."""
         self.check_unperturbed()
-        return x[1].lower, x[2].lower if len(x) > 2 else None
+        weight, *bias = (_constant(node, self.layout) for node in x[1:])
+        return weight, bias[0] if bias else None
 
     @property
     def weight_moves(self) -> bool:
@@ -116,6 +117,12 @@ class LocalLinear(host.BoundLinear):
         lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
         A_x = both_sides(product, last_lA, last_uA)
         return [A_x, *[(None, None)] * (len(x) - 1)], lbias, ubias
+
+
+def _constant(node: host.Bound, layout: Layout) -> torch.Tensor:
+    """A parameter's value; that of what a model computes of parameters, which has no bounds."""
+    value = getattr(node, "lower", None) if not node.inputs else None
+    return layout.value_of(node) if value is None else value
 
 
 class BoundReplicatedLinear(LocalLinear):

@@ -84,6 +84,7 @@ class Layout:
             there is no entry.
         entered: A of both sides as the rows of a sharded input are laid out, where a pass enters
             its features through the node that is visited; and a function that takes it apart.
+        calls: functions of constants that the model calls, by their number in the graph.
     """
 
     def __init__(self, collectives: Collectives) -> None:
@@ -103,6 +104,7 @@ class Layout:
         self.whole: dict[str, Any] = {}
         self.live: dict[str, Any] = {}
         self.columns: dict[str, Any] = {}
+        self.calls: list[Callable[..., Any]] = []
         self.entered: Any = None
 
     def forget(self) -> None:

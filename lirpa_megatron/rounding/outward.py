@@ -23,6 +23,7 @@ from lirpa_megatron.rounding.rules import (
     is_constant,
     refused,
 )
+from lirpa_megatron.rounding.structure import CombineRule, ConcatRule, RearrangeRule
 
 _MOVES, _LINEAR, _SUM = Rule(), LinearRule(), SumRule()
 RULES: dict[str, Rule] = {
@@ -35,6 +36,10 @@ RULES: dict[str, Rule] = {
     "auto_LiRPA.BoundReshape": _MOVES,
     "auto_LiRPA.BoundIdentity": _MOVES,
     "auto_LiRPA.BoundNeg": _MOVES,
+    "lirpa_megatron.BoundCombine": CombineRule(),
+    "lirpa_megatron.BoundScale": ScaleRule(),
+    "lirpa_megatron.BoundRearrange": RearrangeRule(),
+    "lirpa_megatron.BoundConcat": ConcatRule(),
     "lirpa_megatron.BoundReplicatedLinear": _LINEAR,
     "lirpa_megatron.BoundColumnParallelLinear": ColumnRule(),
     "lirpa_megatron.BoundRowParallelLinear": RowRule(),
