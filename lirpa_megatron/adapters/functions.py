@@ -2,8 +2,8 @@
 
 A module that the project re-expresses (`traceable`) calls `symbols`; other modules call torch.
 While the host traces such a module each call of a torch function on a value that depends on the
-inputs goes through `TracedFunctions`: structure (`structure`), linear maps, norms and products of two
-values become this package's operators, the same on both versions of the host; what mixes samples,
+inputs goes through `TracedFunctions`: structure (`structure`), linear maps, norms and products of
+two values become this package's operators, the same on both versions of the host; what mixes samples,
 or cannot be bounded, is refused by the function's name, the submodule and the line that calls it.
 What is left goes to the host's tracer, and `host_operators` decides on it. What is called instead
 of which function is in `handlers` and `layer_handlers`.
@@ -28,6 +28,7 @@ from lirpa_megatron.adapters.tracing import untraced
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parameters import HALF
 
+_RANDOM = {"rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial"}
 _OURS = (__name__, handlers.__name__, layer_handlers.__name__)
 _TRAINED = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
 _IN_PLACE = ("__setitem__", "copy_", "fill_", "zero_", "index_fill_", "index_copy_", "scatter_")
@@ -168,6 +169,8 @@ class TracedFunctions(TorchFunctionMode):
         self, name: str, func: Any, args: tuple, kwargs: dict, tensors: list
     ) -> Any:
         """A function of parameters and constants, which the host may lack."""
+        if name in _RANDOM:
+            raise self.refused(name, "draws numbers, which are others in every call: not supported")
         origins = frozenset().union(*(self.origins(x) for x in tensors))
         of_batch = "batch" in origins and bool(args) and not name.startswith("__")
         with untraced(), torch.no_grad():

@@ -116,6 +116,13 @@ def _pad(mode: Any, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     return mode.moved(x, lambda p: F.pad(p, widths, value=-1), float(value or 0.0))
 
 
+@handles("new_ones new_zeros new_full zeros_like ones_like full_like")
+def _filled(mode: Any, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+    with untraced(), torch.no_grad():
+        filled = func(*plain(args), **plain(kwargs))
+    return mode.for_any_batch(filled)
+
+
 @handles("contiguous")
 def _same(mode: Any, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     return args[0]
