@@ -3,10 +3,10 @@
 A module that the project re-expresses (`traceable`) calls `symbols`; other modules call torch.
 While the host traces such a module each call of a torch function on a value that depends on the
 inputs goes through `TracedFunctions`: structure (`structure`), linear maps, norms and products of
-two values become this package's operators, the same on both versions of the host; what mixes samples,
-or cannot be bounded, is refused by the function's name, the submodule and the line that calls it.
-What is left goes to the host's tracer, and `host_operators` decides on it. What is called instead
-of which function is in `handlers` and `layer_handlers`.
+two values become this package's operators, the same on both versions of the host; what mixes
+samples, or cannot be bounded, is refused by the function's name, the submodule and the line that
+calls it. What is left goes to the host's tracer, and `host_operators` decides on it. What is called
+instead of which function is in `handlers` and `layer_handlers`.
 """
 
 from __future__ import annotations
