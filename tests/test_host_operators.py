@@ -23,7 +23,8 @@ class Facade(nn.Module):
 
 
 # As code of this package, whose calls are not replaced (`adapters.functions`).
-_AS_OURS = {"__name__": "lirpa_megatron.test", "torch": torch}
+_W = torch.linspace(-1, 1, 64, dtype=torch.float64).view(8, 8)
+_AS_OURS = {"__name__": "lirpa_megatron.test", "torch": torch, "W": _W}
 exec(compile("""
 def add(h): return torch.relu(h) + h + 0.5
 def sub(h): return 0.5 - (torch.relu(h) - h)
@@ -33,13 +34,14 @@ def div(h): return torch.relu(h) / 4
 def relu(h): return torch.relu(h)
 def gemm(h): return torch.relu(h)
 def identity(h): return torch.relu(h).clone()
+def matmul(h): return torch.relu(h) @ W
 def tanh(h): return torch.tanh(h)
 def sigmoid(h): return torch.sigmoid(h)
 """, "ours", "exec"), _AS_OURS)
 CASES = {
     "onnx::Add": "add", "onnx::Sub": "sub", "onnx::Neg": "neg", "onnx::Mul": "mul",
     "onnx::Div": "div", "onnx::Relu": "relu", "onnx::Gemm": "gemm", "onnx::Identity": "identity",
-    "onnx::Tanh": "tanh", "onnx::Sigmoid": "sigmoid",
+    "onnx::MatMul": "matmul", "onnx::Tanh": "tanh", "onnx::Sigmoid": "sigmoid",
 }
 
 

@@ -196,7 +196,7 @@ def test_alpha_needs_no_gradients_of_the_caller():
 REFUSED = {
     "softmax over the batch": (lambda s, x, h: F.softmax(h, 0), "softmax .*dimension 0"),
     "transposed batch": (lambda s, x, h: h.t(), "torch function t .*batch must stay"),
-    "sum of everything": (lambda s, x, h: h.sum(), "sum .*all dimensions"),
+    "sum of everything": (lambda s, x, h: h.sum(), "torch.sum .*adds up all dimensions"),
     "samples joined": (lambda s, x, h: torch.cat([h, h]), "cat .*dimension 0"),
     "samples multiplied": (lambda s, x, h: h @ h.t(), "torch function t .*batch"),
     "where by values": (lambda s, x, h: torch.where(h > 0, h, 0.0), "torch function where"),
