@@ -60,12 +60,13 @@ HELD: dict[str, Callable[[Any, list[bool]], str | None]] = {
 """Operators of the host, for all of METHODS and both versions -> what is not held of them: called
 with the graph's node and which of its inputs depend on the model's inputs, returns the reason."""
 
+_REDUCES = "it adds up all dimensions, or the batch, and each sample has bounds of its own"
 _ADVICE = {
     "onnx::Where": "write it with relu, clamp, maximum or minimum",
     "onnx::Greater": "write it with relu, clamp, maximum or minimum",
     "onnx::MaxPool": "use average pooling",
-    "onnx::ReduceSum": "it adds up all dimensions, or the batch, and each sample has bounds of its own",
-    "onnx::ReduceMean": "it adds up all dimensions, or the batch, and each sample has bounds of its own",
+    "onnx::ReduceSum": _REDUCES,
+    "onnx::ReduceMean": _REDUCES,
     "onnx::ConvTranspose": "use nn.Conv2d, or a linear layer",
     "onnx::LSTM": "recurrent layers are not supported, write out the steps",
     "onnx::GRU": "recurrent layers are not supported, write out the steps",

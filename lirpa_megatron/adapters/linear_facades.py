@@ -20,7 +20,7 @@ from torch import nn
 
 from lirpa_megatron.adapters import refusals, symbols
 from lirpa_megatron.adapters.parallelize import ColumnLinear, RowLinear
-from lirpa_megatron.adapters.tracing import shape_of, sizes_of
+from lirpa_megatron.adapters.tracing import shape_of
 from lirpa_megatron.parallel.collectives import Collectives
 
 _TE_COLUMNS = {"TEColumnParallelLinear", "TELayerNormColumnParallelLinear"}
@@ -280,7 +280,7 @@ def _traced(symbol: type, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> t
 
 def _typed(out: Any, x: Any, last: Callable[[int], int]) -> Any:
     """Gives the traced value its shape, which later operators of the export look at."""
-    sizes = sizes_of(x)
+    sizes = x.type().sizes() if x.type().kind() == "TensorType" else None
     if sizes is not None:
         out.setType(x.type().with_sizes([*sizes[:-1], last(sizes[-1])]))
     return out

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.adapters.tracing import sizes_of
 from lirpa_megatron.operators.positions import rotate
 
 ACTIVATIONS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -159,7 +158,8 @@ def _op(
         **attributes: as torch.onnx wants them, with their type as suffix.
     """
     out = g.op(f"lirpa_megatron::{name}", *inputs, **attributes)
-    like, known = inputs[0].type(), sizes_of(inputs[0])
+    like = inputs[0].type()
+    known = like.sizes() if like.kind() == "TensorType" else None
     if known is None:
         return out
     return out.setType(like if sizes is None else like.with_sizes(sizes(known)))
