@@ -53,10 +53,10 @@ def folder(tmp_path_factory):
     gemm.attribute.pop()
     nan = model([gemm], {"w0": weight, "b0": np.zeros(3, "float32")}, 4, 3)
     save(nan, folder / "nan.onnx")
-    softmax = stack([4, 3])
-    softmax.graph.node[0].op_type = "Softmax"
-    del softmax.graph.node[0].input[1:], softmax.graph.node[0].attribute[:]
-    save(softmax, folder / "softmax.onnx")
+    unsupported = stack([4, 3])
+    unsupported.graph.node[0].op_type = "Det"
+    del unsupported.graph.node[0].input[1:], unsupported.graph.node[0].attribute[:]
+    save(unsupported, folder / "unsupported.onnx")
 
     assert main(["import-onnx", str(folder / "net.onnx"), str(folder / "ckpt")]) == 0
     for name in ("tracker", "metadata", "pickle", "nan"):
@@ -101,8 +101,8 @@ CASES = {
                          "property file .*no.vnnlib does not exist"),
     "truncated network": (["verify", "--onnx", "cut.onnx", "--vnnlib", "good.vnnlib"],
                           "cut.onnx is (truncated|not a valid)"),
-    "operator": (["verify", "--onnx", "softmax.onnx", "--vnnlib", "good.vnnlib"],
-                 "operator Softmax .*supported are Add"),
+    "operator": (["verify", "--onnx", "unsupported.onnx", "--vnnlib", "good.vnnlib"],
+                 "operator Det .*supported are A"),
     "NaN weights": (["verify", "--onnx", "nan.onnx", "--vnnlib", "good.vnnlib"],
                     "tensor 'w0' has NaN"),
     "unbounded input": (["verify", "--onnx", "net.onnx", "--vnnlib", "unbounded.vnnlib"],
