@@ -13,6 +13,7 @@ wrong function is as wrong as before: they must agree to `PRECISE` (a share of t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from torch import nn
 from lirpa_megatron import host
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.live import live
-from lirpa_megatron.adapters.signature import changed, signature
+from lirpa_megatron.adapters.signature import changed, objects_of, same_objects, signature
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.clean_values import value_at
 from lirpa_megatron.control_flow import FollowValues, ReadsValues
@@ -79,6 +80,7 @@ class LiveCheck:
         self.live = live(model, tp)
         self.modes = {module: module.training for module in self.model.modules()}
         self.signature = signature(facade, self.model)
+        self._objects: list[Any] = []
         self.seconds = self.total_seconds = self.difference = 0.0
         self.runs = self._training_calls = 0
         self.inputs: tuple[Any, ...] = ()
@@ -127,11 +129,15 @@ class LiveCheck:
             NotImplementedError: what no graph could be built of, by name.
         """
         with self._timed():
+            objects = objects_of(self.model)
+            if same_objects(objects, self._objects):
+                return
             with _in_modes(self.modes):
                 facade = traceable(self.model, self.tp)
             found = changed(self.signature, signature(facade, self.model))
         if found is not None:
             raise LiveModelError(f"{found} since the BoundedModule was built: build it again")
+        self._objects = objects
 
     def compare(self, value: torch.Tensor, first: bool = False) -> None:
         """Runs the live model on the clean inputs and compares.
@@ -170,7 +176,7 @@ class LiveCheck:
             self.total_seconds += spent
 
     def _where_the_model_is(self, inputs: Sequence[Any]) -> list[Any]:
-        like = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
+        like = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
         plain = _plain(inputs)
         if like is None:
             return plain

@@ -102,10 +102,13 @@ def test_what_changes_it_after_building_is_refused_by_the_next_call(case):
     change, name, what = PLAIN[case]
     net = _net()
     bounded = BoundedModule(net, _x())
-    change(net)
-    with pytest.raises(NotImplementedError) as caught:
+    for _ in range(2):  # what was not changed is known quickly from then on
         bounded.compute_bounds(x=(_ball(),), method="IBP")
-    assert str(caught.value).startswith(name) and what in str(caught.value)
+    change(net)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError) as caught:
+            bounded.compute_bounds(x=(_ball(),), method="IBP")
+        assert str(caught.value).startswith(name) and what in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["forward", "_call_impl"])

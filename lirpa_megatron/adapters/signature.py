@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OWN = ("lirpa_megatron.", "torch.nn.")
 
 Signature = dict[str, dict[str, Any]]
@@ -35,6 +38,38 @@ def signature(facade: nn.Module, model: nn.Module) -> Signature:
         }
         found[name] = entry
     return found
+
+
+def objects_of(model: nn.Module) -> list[Any]:
+    """What a model's modules, their classes and configurations hold: the very objects.
+
+    While these are the same nothing was replaced, set or registered: there is no need to make
+    another facade. (A list that was changed in place is left to the comparison of values.)
+    """
+    found: list[Any] = [
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+    ]
+    classes: dict[type, None] = {}
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        own = module.__dict__
+        found += (module, type(module), *own.values())
+        for part in _PARTS:
+            found += own[part].values()
+        classes |= dict.fromkeys(type(module).__mro__[:-1])
+        if (config := own.get("config")) is not None:
+            configs[id(config)] = config
+    for cls in classes:
+        found += vars(cls).values()
+    for config in configs.values():
+        found += getattr(config, "__dict__", {}).values()
+    return found
+
+
+def same_objects(before: list[Any], after: list[Any]) -> bool:
+    """Whether both are the same objects in the same order."""
+    return len(before) == len(after) and all(map(operator.is_, before, after))
 
 
 def changed(before: Signature, after: Signature) -> str | None:

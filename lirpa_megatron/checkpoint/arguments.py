@@ -66,6 +66,7 @@ _REFUSED: dict[str, str] = {
         "layers that differ from each other are not supported",
     "attention_output_gate": "output gates of attention are not supported",
     "enable_hyper_connections": "hyper connections are not supported",
+    "enable_mhc_connections": "hyper connections are not supported",
     "use_mup": "muP's multipliers are not supported",
     "use_te_activation_func": "TransformerEngine's activation functions are not supported",
     "apply_residual_connection_post_layernorm": "post-layernorm residuals are not supported",
