@@ -16,6 +16,7 @@ from lirpa_megatron.adapters.parallelize import parallelize
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.checkpoint.reader import load_network, read_description
+from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.network import (
     DTYPES,
     INPUT,
@@ -154,7 +155,10 @@ def load(
     def bounded_to(layer: str) -> BoundedModule:
         model = network.part(reads, layer)
         example = like.new_zeros(1, model.n_in)
-        return BoundedModule(model, example, bound_opts=bound_opts, device=str(like.device))
+        try:
+            return BoundedModule(model, example, bound_opts=bound_opts, device=str(like.device))
+        except NotImplementedError as error:
+            raise UserError(f"network {description.name} cannot be bounded: {error}") from None
 
     stored_forward = traceable(stored)
     forward = traceable(network) if description.dtype in _HALF else stored_forward
