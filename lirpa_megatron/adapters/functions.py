@@ -253,7 +253,9 @@ class TracedFunctions(TorchFunctionMode):
         found, frame = ("", 0), sys._getframe(1)
         while frame is not None:
             package = frame.f_globals.get("__name__", "")
-            inside = package.startswith((*_OURS, "torch.overrides", "torch.nn.functional"))
+            inside = package.startswith(
+                (*_OURS, "torch.overrides", "torch.nn.functional", "torch._tensor")
+            )
             if not inside and not found[0]:
                 found = frame.f_code.co_filename, frame.f_lineno
             owner = frame.f_locals.get("self")
