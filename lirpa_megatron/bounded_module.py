@@ -25,7 +25,7 @@ from lirpa_megatron.containment import check_contains, clean_is_inside
 from lirpa_megatron.forms import without_nan
 from lirpa_megatron.intermediate import Intermediate
 from lirpa_megatron.live_check import LiveCheck
-from lirpa_megatron.operators import CUSTOM_OPS, BoundColumnParallelLinear
+from lirpa_megatron.operators import BoundColumnParallelLinear, custom_operators
 from lirpa_megatron.operators.gather import BoundGatherFromRegion
 from lirpa_megatron.options import (
     OwnOptions,
@@ -97,7 +97,7 @@ class BoundedModule(host.HostBoundedModule):
                 "layout": layout,
             }
             trainable = {p: p.requires_grad for p in model.parameters()}
-            operators = {**CUSTOM_OPS, **(custom_ops or {})}
+            operators = {**custom_operators(), **(custom_ops or {})}
             with host.conversion(global_input), host.running(), widened(model), \
                     contextlib.ExitStack() as tracing:
                 facade = traceable(model, layout.collectives)

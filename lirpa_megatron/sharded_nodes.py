@@ -12,6 +12,7 @@ from lirpa_megatron.operators.gather import (
     BoundSelectFromRegion,
 )
 from lirpa_megatron.operators.row import BoundRowParallelLinear
+from lirpa_megatron.operators.softmaxes import BoundLogSoftmax, BoundSoftmax
 from lirpa_megatron.operators.structure import BoundConcat, BoundRearrange, BoundSum
 from lirpa_megatron.operators.sums import BoundCombine
 from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabularyMargins, Margins
@@ -67,6 +68,11 @@ def mark_sharded(nodes: Iterable[host.Bound], ranks: int) -> dict[str, bool]:
                 value = any(inputs)
                 if value and ranks > 1:
                     _check_structure(node, inputs)
+                if value and isinstance(node, (BoundSoftmax, BoundLogSoftmax)) and node.dim == -1:
+                    raise NotImplementedError(
+                        f"{node.name}: a softmax over features that are sharded; gather them "
+                        "first (gather_output=True)"
+                    )
             sharded[node.name] = value
         return sharded[node.name]
 

@@ -172,6 +172,12 @@ class Plain(host.HostBoundedModule):
     _named_members = host.named_members
 
 
+HOSTS_OWN: dict[str, Any] = {
+    "lirpa_megatron::Tanh": host.auto_LiRPA.bound_ops.BoundTanh,
+    "lirpa_megatron::Sigmoid": host.auto_LiRPA.bound_ops.BoundSigmoid,
+}
+"""As `custom_ops`: the host's operators in place of ours, where bounds are compared with plain
+auto_LiRPA's, to see sharding alone. (Ours have other lines.)"""
 AS_PLAIN: dict[str, Any] = {"sparse_spec_alpha": False} if host.IS_03 else {}
 """Our options where alpha-CROWN is compared with plain auto_LiRPA: 0.3 has sparse alpha too, and on
 small networks ends in assertions of its own with it."""

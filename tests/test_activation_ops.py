@@ -20,7 +20,8 @@ from torch import nn
 
 from lirpa_megatron import METHODS, host
 from lirpa_megatron.adapters.symbols import ACTIVATIONS
-from lirpa_megatron.operators import CUSTOM_OPS, curves
+from lirpa_megatron.operators import CUSTOM_OPS, gated
+from lirpa_megatron.operators.functions import FUNCTIONS
 from lirpa_megatron.operators.lines import Relaxation
 from lirpa_megatron.parallel.collectives import Collectives
 from lirpa_megatron.parallel.layouts import Layout
@@ -249,7 +250,9 @@ def test_bounds_of_a_sharded_network_are_those_of_the_whole_one(kind):
             assert relative_error(got, want, want[1] - want[0]) <= tolerance
 
 
-@pytest.mark.parametrize("curve", [curves.QUICK_GELU, curves.GELU_ERF, curves.SILU, curves.TANH])
+@pytest.mark.parametrize("curve", [
+    gated.QUICK_GELU, gated.GELU_ERF, gated.SILU, FUNCTIONS["Tanh"].curve(),
+])
 def test_rounding_of_an_interval_moves_its_best_line_by_rounding_alone(curve):
     lo, hi = drawn(5000, seed=11, scale=2.0), drawn(5000, seed=12).abs() * 3
     hi = lo + hi

@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import (
     AS_PLAIN,
+    HOSTS_OWN,
     REGIONS,
     Net,
     Plain,
@@ -127,7 +128,8 @@ def sharded_bounds(net: Net, cases: list[Case], dtype: torch.dtype, inner: bool 
         if key not in modules:
             options = {**AS_PLAIN, **OPTIONS[case.options]}
             options["optimize_bound_args"] = alpha_args(case.optimizer)
-            modules[key] = BoundedModule(model, region(net, batch=BATCH).center.to(dtype), options)
+            x = region(net, batch=BATCH).center.to(dtype)
+            modules[key] = BoundedModule(model, x, options, custom_ops=HOSTS_OWN)
         module = modules[key]
 
         def run(x: Any, C: Any, method: str, module: Any = module, **kwargs: Any) -> Any:
@@ -229,7 +231,7 @@ def test_a_plain_process_without_a_launcher_gives_the_same_bounds():
         where, model = region(net, batch=BATCH), build(net).eval()
         assert parallelize(model) is model
         for options in (OPTIONS["default"], OPTIONS["own rows in chunks"]):
-            module = BoundedModule(model, where.center, options)
+            module = BoundedModule(model, where.center, options, custom_ops=HOSTS_OWN)
             for method in METHODS[:3]:
                 got = module.compute_bounds(x=(where.bounded(),), C=C, method=method)
                 want, _ = plain_bounds(net, Case(method, True), torch.float64)
@@ -379,7 +381,9 @@ def coefficients(net: Net, options: dict[str, Any]) -> tuple:
     """Each rank's A of a final pass, a sharded and a replicated inner node, and their bounds."""
     torch.set_default_dtype(torch.float64)
     where = region(net, batch=BATCH)
-    module = BoundedModule(parallelize(build(net).eval()), where.center, options)
+    module = BoundedModule(
+        parallelize(build(net).eval()), where.center, options, custom_ops=HOSTS_OWN
+    )
     # Known after a first pass: the second layer inside a pair, and the first between two.
     module.compute_bounds(x=(where.bounded(),), method="CROWN")
     inner = [n for n in inner_nodes(module) if isinstance(n, host.BoundLinear)]
@@ -433,7 +437,9 @@ def alphas(net: Net, shared: bool) -> dict:
     torch.set_default_dtype(torch.float64)
     where = region(net, batch=BATCH)
     options = {"optimize_bound_args": {"iteration": 4, "use_shared_alpha": shared}}
-    module = BoundedModule(parallelize(build(net).eval()), where.center, options)
+    module = BoundedModule(
+        parallelize(build(net).eval()), where.center, options, custom_ops=HOSTS_OWN
+    )
     C = specification(BATCH, ROWS, net.outputs)
     module.compute_bounds(x=(where.bounded(),), C=C, method="CROWN-Optimized")
     order = list(module._modules)

@@ -18,7 +18,7 @@ import megatron.core
 import pytest
 import torch
 from megatron.core.tensor_parallel import mappings
-from models import Net, build, plain, plain_compute, rank_part, region, specification
+from models import HOSTS_OWN, Net, build, plain, plain_compute, rank_part, region, specification
 from ranks import pool
 from test_soundness import FEATURES, OPERATORS, Layers, linears, megatron_layer
 
@@ -146,7 +146,8 @@ def gradients(
     torch.set_default_dtype(torch.float64)
     with WRONG[wrong]() if wrong else contextlib.nullcontext():
         model = parallelize(build(net))
-        module = BoundedModule(model, region(net, batch=BATCH).center, OPTIONS[options])
+        x = region(net, batch=BATCH).center
+        module = BoundedModule(model, x, OPTIONS[options], custom_ops=HOSTS_OWN)
         x, leaves = differentiable_box(net, by_eps)
         bounds = module.compute_bounds(
             x=(x,), C=specification(BATCH, ROWS, net.outputs), method=method
@@ -281,7 +282,9 @@ def border_gradients(name: str, method: str, options: str, guarded: bool = True)
     )
     patch = mock.patch.object(collectives, "_FreshGradient", Unguarded)
     with contextlib.nullcontext() if guarded else patch:
-        module = BoundedModule(model, where.center, OPTIONS[options])
+        module = BoundedModule(
+            model, where.center, OPTIONS[options], custom_ops=HOSTS_OWN
+        )
         bounds = module.compute_bounds(x=(where.bounded(),), method=method)
         got = collected(scalar_of(bounds), dict(model.named_parameters()))
     errors = []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from models import (
     ACTIVATIONS,
     AS_PLAIN,
+    HOSTS_OWN,
     REGIONS,
     Net,
     attack,
@@ -89,7 +90,8 @@ def sharded(net: Net, call: Call) -> list:
     torch.set_default_dtype(torch.float64)
     where = region(net, call.where, call.eps, BATCH)
     options = {**dict(call.options), "optimize_bound_args": ALPHA}
-    module = BoundedModule(parallelize(build(net).eval()), where.center, {**AS_PLAIN, **options})
+    model, options = parallelize(build(net).eval()), {**AS_PLAIN, **options}
+    module = BoundedModule(model, where.center, options, custom_ops=HOSTS_OWN)
     C = specification(BATCH, call.rows, net.outputs) if call.rows else None
     bounds = module.compute_bounds(x=(where.bounded(),), C=C, method=call.method)
     return [b.detach().numpy() for b in bounds]

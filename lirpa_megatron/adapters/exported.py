@@ -26,11 +26,12 @@ exporter would take it as a sign to go on without the operator. Use `errors.User
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lirpa_megatron import host
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.operators.functions import FUNCTIONS, Function
 
 SYMBOLS: dict[str, Callable] = {}
 """Name of an operator of the trace -> symbolic function (g, usual, *inputs) -> value."""
@@ -53,7 +54,11 @@ def own_operators(more: dict[str, Callable] | None = None) -> Iterator[None]:
     registry, opset = host.symbolic_registry()
     before: list[tuple[str, Callable | None]] = []
     try:
-        for name, function in {**SYMBOLS, **(more or {})}.items():
+        of_table = {
+            name: _elementwise(function, name)
+            for function in FUNCTIONS.values() for name in function.aten
+        }
+        for name, function in {**of_table, **SYMBOLS, **(more or {})}.items():
             group = registry.get_function_group(name)
             usual = None if group is None else group.get(opset)
             custom = None
@@ -133,10 +138,10 @@ def text(value: Any) -> str:
     return str(_value_of(value.node()))
 
 
-def shape_of(value: Any) -> list[int] | None:
-    """The sizes of a value, as far as the trace knows them."""
+def shape_of(value: Any) -> list[int | None] | None:
+    """The sizes of a value, None for those that vary (the batch) or are not known."""
     kind = value.type()
-    return kind.sizes() if kind.kind() == "TensorType" else None
+    return kind.varyingSizes() if kind.kind() == "TensorType" else None
 
 
 def _value_of(node: Any) -> Any:
@@ -150,6 +155,123 @@ def _gelu(g: Any, usual: Callable, x: Any, approximate: Any) -> Any:
     return own(g, "GeluTanh" if text(approximate) == "tanh" else "GeluErf", x)
 
 
-@symbolic("aten::silu")
-def _silu(g: Any, usual: Callable, x: Any) -> Any:
-    return own(g, "Silu", x)
+@symbolic("aten::pow")
+def _pow(g: Any, usual: Callable, x: Any, exponent: Any) -> Any:
+    if is_constant(x) and not is_constant(exponent):
+        return own(g, "Exponential", exponent, base_f=number(x, "the base of a power"))
+    return own(g, "Power", x, exponent_f=number(exponent, "the exponent of a power"))
+
+
+def _elementwise(function: Function, name: str) -> Callable:
+    """The symbolic function of an entry of the table, for one operator of the trace."""
+    given = function.aten[name]
+
+    def emit(g: Any, usual: Callable, x: Any, *arguments: Any) -> Any:
+        if isinstance(given, Mapping):
+            numbers = given
+        else:
+            numbers = {
+                key: number(value, f"{key} of {name}")
+                for key, value in zip(given, arguments, strict=False) if not is_none(value)
+            }
+        return own(g, function.name, x, **{f"{key}_f": value for key, value in numbers.items()})
+
+    return emit
+
+
+@symbolic("aten::prelu", "aten::_prelu_kernel")
+def _prelu(g: Any, usual: Callable, x: Any, weight: Any) -> Any:
+    return own(g, "PRelu", x, weight)
+
+
+@symbolic("aten::mul")
+def _mul(g: Any, usual: Callable, a: Any, b: Any) -> Any:
+    if _same(a, b):
+        return own(g, "Power", a, exponent_f=2.0)
+    return usual()
+
+
+@symbolic("aten::div")
+def _div(g: Any, usual: Callable, a: Any, b: Any, *rounding: Any) -> Any:
+    """A quotient of two values is a product with a reciprocal; x / (1 + |x|) is softsign."""
+    if is_constant(b) or _is_parameter(b) or not all(is_none(mode) for mode in rounding):
+        return usual()
+    if _is_one_plus_size(b, a):
+        return own(g, "Softsign", a)
+    inverse = own(g, "Power", b, exponent_f=-1.0)
+    if is_constant(a) or _is_parameter(a) or shape_of(a) != shape_of(b):
+        return g.op("Mul", a, inverse)
+    return own(g, "Product", a, inverse)
+
+
+@symbolic("aten::maximum", "aten::fmax")
+def _maximum(g: Any, usual: Callable, a: Any, b: Any) -> Any:
+    return _extreme(g, a, b, "Maximum", "least")
+
+
+@symbolic("aten::minimum", "aten::fmin")
+def _minimum(g: Any, usual: Callable, a: Any, b: Any) -> Any:
+    return _extreme(g, a, b, "Minimum", "most")
+
+
+@symbolic("aten::max")
+def _max(g: Any, usual: Callable, x: Any, other: Any = None, keep: Any = None) -> Any:
+    return usual() if other is None or keep is not None else _maximum(g, usual, x, other)
+
+
+@symbolic("aten::min")
+def _min(g: Any, usual: Callable, x: Any, other: Any = None, keep: Any = None) -> Any:
+    return usual() if other is None or keep is not None else _minimum(g, usual, x, other)
+
+
+@symbolic("aten::softmax")
+def _softmax(g: Any, usual: Callable, x: Any, dim: Any, dtype: Any = None) -> Any:
+    return _along(g, "Softmax", x, dim, dtype)
+
+
+@symbolic("aten::log_softmax")
+def _log_softmax(g: Any, usual: Callable, x: Any, dim: Any, dtype: Any = None) -> Any:
+    return _along(g, "LogSoftmax", x, dim, dtype)
+
+
+def _along(g: Any, name: str, x: Any, dim: Any, dtype: Any) -> Any:
+    shape = shape_of(x)
+    if shape is None or not is_none(dtype):
+        raise UserError(f"{name} with a dtype of its own, or of unknown shape: leave dtype out")
+    at = int(number(dim, f"dim of {name}")) % len(shape)
+    if at == 0:
+        raise UserError(f"{name} over dimension 0 mixes the samples of a batch")
+    return own(g, name, x, dim_i=at - len(shape))
+
+
+def _extreme(g: Any, a: Any, b: Any, name: str, bound: str) -> Any:
+    for x, other in ((a, b), (b, a)):
+        if is_constant(other) and tensor_of(other).numel() == 1:
+            return own(g, "Clamp", x, **{f"{bound}_f": float(tensor_of(other))})
+    difference = g.op("Sub", a, b)
+    if shape_of(a) is None or shape_of(a) != shape_of(b):
+        # Sums of different shapes are the host's: max = b + relu(a - b), min = a - relu(a - b).
+        above = g.op("Relu", difference)
+        return g.op("Add", b, above) if name == "Maximum" else g.op("Sub", a, above)
+    difference.setType(a.type())
+    return own(g, name, difference, a, b)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a.debugName() == b.debugName()
+
+
+def _is_parameter(value: Any) -> bool:
+    """Whether a value is a parameter or buffer of the model (or its input)."""
+    return value.node().kind() == "prim::Param"
+
+
+def _is_one_plus_size(value: Any, x: Any) -> bool:
+    """Whether a value is 1 + |x|."""
+    if value.node().kind() != "onnx::Add":
+        return False
+    terms = list(value.node().inputs())
+    for size, one in (terms, terms[::-1]):
+        if size.node().kind() == "lirpa_megatron::Abs" and is_constant(one):
+            return _same(next(iter(size.node().inputs())), x) and float(tensor_of(one)) == 1
+    return False

@@ -10,9 +10,10 @@ those choices, the one that shards the most weights is taken.
 
 from __future__ import annotations
 
+import builtins
+import functools
 import operator
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +21,27 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-_ELEMENTWISE_MODULES = (
-    nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Softplus,
-    nn.Hardtanh, nn.Identity, nn.Dropout,
-)
-_ELEMENTWISE_FUNCTIONS: set[Callable] = {
-    operator.add, operator.sub, operator.mul, operator.neg, torch.add, torch.sub, torch.mul,
-    torch.relu, torch.tanh, torch.sigmoid, F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.tanh,
-    F.sigmoid, F.softplus, F.dropout,
+from lirpa_megatron.operators.functions import FUNCTIONS
+
+
+def _names() -> set[str]:
+    """Names of torch's functions in the table of elementwise functions."""
+    return {name.split("::")[1] for entry in FUNCTIONS.values() for name in entry.aten}
+
+
+@functools.cache
+def _modules() -> dict[str, type]:
+    """torch.nn's classes by their names without capitals: those of the functions in F."""
+    return {name.lower(): cls for name, cls in vars(nn).items() if isinstance(cls, type)}
+
+
+_OTHER_MODULES = (nn.ReLU, nn.GELU, nn.Softsign, nn.Identity, nn.Dropout)
+_OTHER_NAMES = {
+    "relu", "gelu", "softsign", "dropout", "add", "sub", "mul", "neg", "div", "truediv", "pow",
+    "maximum", "minimum", "clip", "logsigmoid",
 }
+"""Beside those of the table: what the host, `exported` and this package's operators make of it."""
 _MOST_STATES = 4096  # of the search in `_choose`; chains and residual stacks need a handful
-_ELEMENTWISE_METHODS = {"relu", "tanh", "sigmoid", "add", "sub", "mul", "neg"}
 
 
 @dataclass(frozen=True)
@@ -152,11 +163,25 @@ def _streams(
 
 
 def _is_elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether each feature of the result depends on that feature of the inputs alone."""
     if node.op == "call_module":
-        return isinstance(modules[str(node.target)], _ELEMENTWISE_MODULES)
+        return _is_elementwise_module(modules[str(node.target)])
     if node.op == "call_function":
-        return node.target in _ELEMENTWISE_FUNCTIONS
-    return node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
+        name = getattr(node.target, "__name__", "").rstrip("_")
+        if name not in _names() | _OTHER_NAMES:
+            return False
+        homes = (torch, F, operator, torch._C._nn, builtins)
+        return any(getattr(home, name, None) is node.target for home in homes)
+    name = str(node.target).strip("_")
+    return node.op == "call_method" and name in _names() | _OTHER_NAMES
+
+
+def _is_elementwise_module(module: nn.Module) -> bool:
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters == 1  # several slopes would have to be sharded alike
+    known = _modules()
+    classes = (known.get(name.replace("_", "")) for name in _names())
+    return isinstance(module, (*_OTHER_MODULES, *(cls for cls in classes if cls is not None)))
 
 
 def _choose(streams: list[_Stream], linears: dict[str, Any], size: int) -> set[int]:

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lirpa_megatron.operators.functions import FUNCTIONS
 from lirpa_megatron.operators.positions import rotate
 
-ACTIVATIONS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "gelu": ("GeluErf", F.gelu),
-    "gelu_tanh": ("GeluTanh", lambda x: F.gelu(x, approximate="tanh")),
-    "silu": ("Silu", F.silu),
-    "quick_gelu": ("QuickGelu", lambda x: x * torch.sigmoid(1.702 * x)),
-    "squared_relu": ("SquaredRelu", lambda x: F.relu(x).square()),
-    "tanh": ("Tanh", torch.tanh),
+_KINDS = {
+    "gelu": "GeluErf", "gelu_tanh": "GeluTanh", "silu": "Silu", "quick_gelu": "QuickGelu",
+    "squared_relu": "SquaredRelu", "tanh": "Tanh",
 }
-"""Name -> (operator of the graph, the function)."""
+ACTIVATIONS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    kind: (name, FUNCTIONS[name].curve().run) for kind, name in _KINDS.items()
+}
+"""What the configurations of models call a function -> (operator of the graph, the function)."""
 
 
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -1,17 +1,11 @@
 """Bound operators for Megatron's parallel layers, and their registration with the host."""
 
 from lirpa_megatron import host
-from lirpa_megatron.operators.activations import (
-    BoundGeluErf,
-    BoundGeluTanh,
-    BoundQuickGelu,
-    BoundSilu,
-    BoundSquaredRelu,
-    BoundTanh,
-)
+from lirpa_megatron.operators.activations import BoundCurve, elementwise_operators
 from lirpa_megatron.operators.attend import BoundAttend
 from lirpa_megatron.operators.column import BoundColumnParallelLinear
 from lirpa_megatron.operators.columns import COLUMN_OPS
+from lirpa_megatron.operators.extremes import BoundMaximum, BoundMinimum
 from lirpa_megatron.operators.gather import (
     BoundGatherFromRegion,
     BoundScatterToRegion,
@@ -20,9 +14,11 @@ from lirpa_megatron.operators.gather import (
 from lirpa_megatron.operators.linear import BoundReplicatedLinear
 from lirpa_megatron.operators.norm import BoundNorm
 from lirpa_megatron.operators.positions import BoundRotary, BoundSelectPosition
+from lirpa_megatron.operators.prelu import BoundPRelu
 from lirpa_megatron.operators.product import BoundProduct
 from lirpa_megatron.operators.row import BoundRowParallelLinear
 from lirpa_megatron.operators.scores import BoundScores
+from lirpa_megatron.operators.softmaxes import BoundLogSoftmax, BoundSoftmax
 from lirpa_megatron.operators.structure import STRUCTURE_OPS
 from lirpa_megatron.operators.sums import SUM_OPS
 from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabularyMargins
@@ -30,12 +26,14 @@ from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabula
 __all__ = [
     "BoundAttend",
     "BoundColumnParallelLinear",
+    "BoundCurve",
     "BoundGatherFromRegion",
-    "BoundGeluErf",
-    "BoundGeluTanh",
+    "BoundLogSoftmax",
+    "BoundMaximum",
+    "BoundMinimum",
     "BoundNorm",
+    "BoundPRelu",
     "BoundProduct",
-    "BoundQuickGelu",
     "BoundReplicatedLinear",
     "BoundRotary",
     "BoundRowParallelLinear",
@@ -43,12 +41,11 @@ __all__ = [
     "BoundScores",
     "BoundSelectFromRegion",
     "BoundSelectPosition",
-    "BoundSilu",
-    "BoundSquaredRelu",
-    "BoundTanh",
+    "BoundSoftmax",
     "BoundTokenMargins",
     "BoundVocabularyMargins",
     "CUSTOM_OPS",
+    "custom_operators",
 ]
 
 CUSTOM_OPS: dict[str, type[host.Bound]] = {
@@ -58,12 +55,6 @@ CUSTOM_OPS: dict[str, type[host.Bound]] = {
     "lirpa_megatron::GatherFromRegion": BoundGatherFromRegion,
     "lirpa_megatron::ScatterToRegion": BoundScatterToRegion,
     "lirpa_megatron::SelectFromRegion": BoundSelectFromRegion,
-    "lirpa_megatron::GeluErf": BoundGeluErf,
-    "lirpa_megatron::GeluTanh": BoundGeluTanh,
-    "lirpa_megatron::Silu": BoundSilu,
-    "lirpa_megatron::QuickGelu": BoundQuickGelu,
-    "lirpa_megatron::SquaredRelu": BoundSquaredRelu,
-    "lirpa_megatron::Tanh": BoundTanh,
     "lirpa_megatron::Product": BoundProduct,
     "lirpa_megatron::VocabularyMargins": BoundVocabularyMargins,
     "lirpa_megatron::TokenMargins": BoundTokenMargins,
@@ -75,5 +66,16 @@ CUSTOM_OPS: dict[str, type[host.Bound]] = {
     **COLUMN_OPS,
     **STRUCTURE_OPS,
     **SUM_OPS,
+    "lirpa_megatron::Maximum": BoundMaximum,
+    "lirpa_megatron::Minimum": BoundMinimum,
+    "lirpa_megatron::PRelu": BoundPRelu,
+    "lirpa_megatron::Softmax": BoundSoftmax,
+    "lirpa_megatron::LogSoftmax": BoundLogSoftmax,
+    **elementwise_operators(),
 }
 """Operators of the traced graph -> Bound classes; handed to each host module, not global."""
+
+
+def custom_operators() -> dict[str, type[host.Bound]]:
+    """`CUSTOM_OPS`, with the elementwise functions that were entered since."""
+    return {**CUSTOM_OPS, **elementwise_operators()}

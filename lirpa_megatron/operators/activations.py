@@ -1,4 +1,4 @@
-"""Bounds of elementwise activations: GELU (erf, tanh), SiLU, quick GELU, squared ReLU, tanh."""
+"""Bounds of elementwise functions: one operator for each entry of `operators.functions`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lirpa_megatron import host
-from lirpa_megatron.operators import curves
 from lirpa_megatron.operators.curves import Curve
+from lirpa_megatron.operators.functions import FUNCTIONS, Function
 from lirpa_megatron.operators.linear import dense
 from lirpa_megatron.operators.lines import Relaxation
 from lirpa_megatron.operators.optimizable import OptimizableOperator, total
+from lirpa_megatron.operators.ranges import within
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,36 @@ class BoundCurve(OptimizableOperator):
     ends of where it may be.
 
     IBP is the exact image of [l, u]; a zero-width interval gives one.
+
+    Degenerate intervals: see `operators.lines`. Where [l, u] leaves the domain of f, or holds a
+    pole, y is unbounded: -infinity to infinity. The planes of CROWN leave a domain that intervals
+    do not (x^2 + 1 lies above a line that is negative somewhere), so that for such f [l, u] is cut
+    with the range that interval arithmetic gives for the operators in front (`operators.ranges`).
     """
 
+    function: Function
     curve: Curve
+    elementwise = True
     feature_dim = -1
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        numbers = {name: attr[name] for name in self.function.parameters if name in attr}
+        self.curve = self.function.curve(**numbers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.curve.run(x)
 
     def relaxation(self, x: Any) -> _Lines:
         """The curve's lines on [l, u]."""
-        lines = Relaxation(self.curve, x.lower, x.upper)
+        lower, upper = x.lower, x.upper
+        if self.curve.limited:
+            lower, upper = within(x, lower, upper)
+        lines = Relaxation(self.curve, lower, upper)
         return _Lines(lines.line(lines.lower), lines.line(lines.upper), lines)
 
-    def features(self, x: Any) -> _Lines:
-        return replace(self.common(x), movable=None)
+    def features(self, *x: Any) -> _Lines:
+        return replace(self.common(*x), movable=None)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The image of [l, u]; that of the box around it for a ball straight from the input."""
@@ -68,10 +86,20 @@ class BoundCurve(OptimizableOperator):
         return self.curve.image(lower, upper)
 
     def bound_backward(
-        self, last_lA: Any, last_uA: Any, x: Any, start_node: Any = None, **kwargs: Any
+        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
     ) -> tuple:
         """A at x and the bias [R, B]. Shapes: see the class."""
-        shared = self.common(x)
+        return self.through_lines(last_lA, last_uA, x, start_node)
+
+    def through_lines(self, last_lA: Any, last_uA: Any, x: Any, start_node: Any) -> tuple:
+        """A of f(x) -> A of x for both sides, and the biases.
+
+        Args:
+            last_lA, last_uA: [R, B, *shape] or None.
+            x: the operator's inputs.
+            start_node: of the pass.
+        """
+        shared = self.common(*x)
 
         def through(last_A: Any, side: int) -> tuple[Any, Any]:
             if last_A is None:
@@ -95,55 +123,16 @@ class BoundCurve(OptimizableOperator):
         return [(lA, uA)], lbias, ubias
 
 
-class BoundGeluErf(BoundCurve):
-    """x Phi(x)."""
-
-    curve = curves.GELU_ERF
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(x)
+_MADE: dict[str, type[BoundCurve]] = {}
 
 
-class BoundGeluTanh(BoundCurve):
-    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
-
-    curve = curves.GELU_TANH
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(x, approximate="tanh")
-
-
-class BoundSilu(BoundCurve):
-    """x sigmoid(x)."""
-
-    curve = curves.SILU
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.silu(x)
-
-
-class BoundQuickGelu(BoundCurve):
-    """x sigmoid(1.702 x)."""
-
-    curve = curves.QUICK_GELU
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class BoundSquaredRelu(BoundCurve):
-    """max(x, 0)^2."""
-
-    curve = curves.SQUARED_RELU
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(x).square()
-
-
-class BoundTanh(BoundCurve):
-    """tanh(x)."""
-
-    curve = curves.TANH
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x)
+def elementwise_operators() -> dict[str, type[host.Bound]]:
+    """Operator of the graph -> Bound class, for all entries that the table has by now."""
+    for name, function in FUNCTIONS.items():
+        known = _MADE.get(name)
+        if known is None or known.function is not function:
+            body: dict[str, Any] = {"function": function, "__doc__": function.make.__doc__}
+            if not function.parameters:
+                body["curve"] = function.curve()
+            _MADE[name] = type(f"Bound{name}", (BoundCurve,), body)
+    return {f"lirpa_megatron::{name}": made for name, made in _MADE.items() if name in FUNCTIONS}

@@ -1,11 +1,12 @@
-"""The activation functions: values, derivatives, and where they bend which way.
+"""Functions of one number: what the relaxations need to know of them, and what follows from it.
 
-A gated curve is x s(x) with s increasing from 0 to 1 and s(x) + s(-x) = 1 (all GELUs, SiLU). Its
-derivative falls, rises and falls again: it is concave left of -c, convex from -c to c, concave
-right of c, and has one minimum x* in between. tanh is convex left of 0 and concave right of it;
-squared ReLU is convex.
+A function is cut at `breaks` into pieces that bend one way each. Everything else is found from
+that, in float64, when it is first asked for: within a piece the derivative is monotone, so that it
+has at most one zero there (the extrema), and at a break the one-sided derivatives say whether it is
+an inflection point, a kink or a jump.
 
-Constants (c, x*, f(x*)) are found by bisection in float64 when this module is imported.
+A lower line may touch f inside of a convex piece, or at a kink or jump from which f rises to both
+sides against the line; an upper line where -f has these.
 """
 
 from __future__ import annotations
@@ -13,162 +14,322 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 _FAR = 1e3
-"""Beyond +-this every s(x) is 0 or 1 in float64: its argument is clamped, so that nothing
-overflows."""
+"""Pieces that have no end are looked at up to here."""
+_SMALL = 1e-12
+"""How far from a break the one-sided values are taken; also what counts as no kink."""
+
+Both = tuple[torch.Tensor, torch.Tensor]
+
+
+class Corner(NamedTuple):
+    """A kink or jump of a function."""
+
+    x: float
+    below: float
+    """The lesser of the two one-sided values."""
+    above: float
+    left: float
+    """One-sided derivatives."""
+    right: float
+    jump: bool
+
+    def value(self, sign: int) -> float:
+        """What lower (sign 1) or upper (sign -1) lines have to pass."""
+        return self.below if sign > 0 else self.above
 
 
 @dataclass(frozen=True)
 class Curve:
-    """An activation function f.
+    """A function f: its value, its derivative and where it bends."""
 
-    A lower line may touch f where f is convex, an upper line where it is concave. `lower_touch` and
-    `upper_touch` give these stretches: (lo, hi) -> (p, q), tensors like lo, such that on [lo, hi]
-    the curve bends the other way outside of [p, q], or so little that float64 does not see it.
-    Where no line may touch inside, p = q is a point whose tangent crosses the curve before lo or
-    hi.
-    """
+    value: Callable[[torch.Tensor], torch.Tensor]
+    """f, accurate to some units in the last place; as a rule torch's own function."""
+    slope: Callable[[torch.Tensor], torch.Tensor]
+    """f'. At a break it is that of the curved piece (of either, if both are)."""
+    bends: str = "+"
+    """For each piece, from left to right: '+' convex, '-' concave, '0' straight."""
+    breaks: tuple[float, ...] = ()
+    """Where the pieces meet: inflection points, kinks, jumps; one fewer than pieces."""
+    left: tuple[float, float] = (-math.inf, math.nan)
+    """(k, b): f(x) - k x -> b for x -> -infinity. An infinite k: f grows faster than any line; an
+    infinite b: no line is near."""
+    right: tuple[float, float] = (math.inf, math.nan)
+    domain: tuple[float, float] = (-math.inf, math.inf)
+    """Where f is a number (also +-infinity); elsewhere it is NaN."""
+    pole: float | None = None
+    """A break at which f is infinite."""
+    grain: float = 1.0
+    """f is straight on intervals much shorter than this (or than their distance from 0)."""
+    steep: bool = False
+    """f' is infinite at an end of the domain."""
+    unit: float = 10.0
+    """f is accurate to units in the last place of f(x) or of min(|x|, unit), whichever is more."""
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """What a model computes, where `value` is a more accurate formula."""
+    together: Callable[[torch.Tensor], Both] | None = None
+    """(f, f') at once, where they share their work."""
 
-    both: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    """f and its derivative."""
-    lower_touch: Callable[[torch.Tensor, torch.Tensor], tuple]
-    upper_touch: Callable[[torch.Tensor, torch.Tensor], tuple]
-    end_slope: float
-    """Of f at +infinity (at -infinity it is 0)."""
-    minimum: tuple[float, float] | None = None
-    """(x*, f(x*)) in float64; None where f is increasing."""
-    degree: int = 1
-    """f grows like x ** degree."""
+    def __post_init__(self) -> None:
+        if len(self.bends) != len(self.breaks) + 1 or set(self.bends) - set("+-0"):
+            raise ValueError(
+                f"bends {self.bends!r} must have one of '+', '-', '0' for each of the "
+                f"{len(self.breaks) + 1} pieces that the breaks {self.breaks} make"
+            )
 
-    def value(self, x: torch.Tensor) -> torch.Tensor:
-        """f(x), also at infinity."""
-        return self.both(x)[0]
+    def both(self, x: torch.Tensor) -> Both:
+        """(f(x), f'(x))."""
+        return (self.value(x), self.slope(x)) if self.together is None else self.together(x)
 
-    def image(self, lo: torch.Tensor, hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The exact range of f on [lo, hi]; the minimum is rounded down by 4 last places.
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """f as the model computes it."""
+        return (self.forward or self.value)(x)
 
-        f falls left of x* and rises right of it, so the largest value is at an end.
+    # ------------------------------------------------------------ what follows from the pieces
+
+    def _at(self, x: float) -> tuple[float, float]:
+        value, slope = self.both(torch.tensor(x, dtype=torch.float64))
+        return float(value), float(slope)
+
+    @cached_property
+    def _ends(self) -> tuple[float, ...]:
+        """The ends of the pieces, infinite ones cut."""
+        first, last = self.domain
+        low = max(first + _SMALL, -_FAR) if math.isfinite(first) else -_FAR
+        high = min(last - _SMALL, _FAR) if math.isfinite(last) else _FAR
+        inner = [b for b in self.breaks if low < b < high]
+        return (min([low, *(b - _FAR for b in inner)]), *self.breaks,
+                max([high, *(b + _FAR for b in inner)]))
+
+    @cached_property
+    def corners(self) -> tuple[Corner, ...]:
+        """The breaks that are kinks or jumps."""
+        found = []
+        for b in self.breaks:
+            if b == self.pole or not math.isfinite(b):
+                continue
+            step = _SMALL * max(1.0, abs(b))
+            (y0, k0), (y1, k1), (here, _) = self._at(b - step), self._at(b + step), self._at(b)
+            y0, y1 = y0 + k0 * step, y1 - k1 * step
+            rounding = 1e-14 * (abs(y0) + abs(y1) + abs(b) * (abs(k0) + abs(k1)))
+            jump = abs(y1 - y0) > rounding + step * step * 1e3
+            if not jump:
+                y0 = y1 = here
+            if jump or abs(k1 - k0) > 1e-9 * (1 + abs(k0) + abs(k1)):
+                values = (y0, y1, here)
+                found.append(Corner(b, min(values), max(values), k0, k1, jump))
+        return tuple(found)
+
+    def _zeros(self, k: float) -> list[float]:
+        """Where f' passes through k inside of the pieces."""
+        found = []
+        for a, b in zip(self._ends, self._ends[1:], strict=False):
+            step = 2 * _SMALL * max(1.0, abs(a), abs(b))
+            a, b = a + step, b - step
+            ends = self._at(a)[1] - k, self._at(b)[1] - k
+            if not a < b or not ends[0] * ends[1] < 0:
+                continue
+            for _ in range(200):
+                middle = (a + b) / 2
+                beyond = (self._at(middle)[1] - k > 0) == (ends[1] > 0)
+                a, b = (a, middle) if beyond else (middle, b)
+            root = (a + b) / 2
+            near = round(root, 9) + 0.0
+            found.append(near if self._at(near)[1] == k else root)
+        return found
+
+    @cached_property
+    def extrema(self) -> tuple[tuple[float, float], ...]:
+        """(x, f(x)) of the local extrema, and both values where f jumps."""
+        smooth = [(x, self._at(x)[0]) for x in self._zeros(0.0)]
+        turns = [c for c in self.corners if c.jump or c.left * c.right < 0]
+        return tuple(smooth + [(c.x, y) for c in turns for y in {c.below, c.above}])
+
+    @cached_property
+    def minimum(self) -> tuple[float, float] | None:
+        """The lowest extremum (x, f(x)); None if there is none."""
+        return min(self.extrema, key=lambda point: point[1], default=None)
+
+    def stretches(self, sign: int) -> tuple[tuple[float, float], ...]:
+        """Where lower (sign 1) or upper (-1) lines may touch inside: the convex or concave pieces.
+
+        Beyond the point where f' is that of the asymptote in float64 nothing is to be touched.
         """
-        at_lo, at_hi = self.value(lo), self.value(hi)
-        if self.minimum is None:
-            return at_lo, at_hi
-        where, least = self.minimum
-        least -= 4 * torch.finfo(lo.dtype).eps * abs(least)
-        inside = (lo < where) & (hi > where)
-        lower = torch.where(inside, torch.full_like(at_lo, least), torch.minimum(at_lo, at_hi))
-        return lower, torch.maximum(at_lo, at_hi)
+        return self._stretches[0 if sign > 0 else 1]
+
+    @cached_property
+    def _stretches(self) -> tuple[tuple, tuple]:
+        ends = [-self._tail(-1), *self.breaks, self._tail(1)]
+        corners = {c.x for c in self.corners}
+        sides = []
+        for wanted in "+-":
+            found: list[tuple[float, float]] = []
+            for bend, a, b in zip(self.bends, ends, ends[1:], strict=False):
+                if bend != wanted:
+                    continue
+                if found and found[-1][1] == a and a != self.pole and a not in corners:
+                    found[-1] = found[-1][0], b
+                else:
+                    found.append((a, b))
+            sides.append(tuple(found))
+        return sides[0], sides[1]
+
+    def _tail(self, way: int) -> float:
+        """The distance from 0 at which f' is its limit, to float64; infinite if it is far."""
+        limit, x = (self.right if way > 0 else self.left)[0], 1.0
+        furthest = max((abs(b) for b in self.breaks), default=0.0)
+        if not math.isfinite(limit) or math.isfinite(self.domain[0 if way < 0 else 1]):
+            return math.inf
+        while x <= furthest or abs(self._at(way * x)[1] - limit) > 1e-17:
+            x *= 1.25
+            if x > max(_FAR, 4 * furthest):
+                return math.inf
+        return x
+
+    @cached_property
+    def turning(self) -> tuple[float, float]:
+        """For lower and for upper lines: the slope that divides a left stretch from a right one.
+
+        Two stretches between which f bends the other way: if f' on the left one is steeper (as the
+        line's side has it) than on the right one, no line that stays on its side touches both. The
+        chord's slope says which it can be.
+        """
+        return self._turning(1), self._turning(-1)
+
+    def _turning(self, sign: int) -> float:
+        found = self.stretches(sign)
+        if len(found) < 2 or self.pole is not None:
+            return 0.0
+        if len(found) > 2:
+            raise ValueError("a curve may bend one way on two stretches, not on more")
+        slopes = []
+        for a, b in found:
+            at = [self._at(max(min(x, _FAR), -_FAR))[1] for x in (a, b)]
+            slopes.append((min(at), max(at)))
+        (low0, high0), (low1, high1) = slopes
+        first, second = (low0, high1) if sign > 0 else (high0, low1)
+        if sign * (first - second) < 0:
+            raise ValueError(
+                "a curve with two stretches that one line can touch both has no lines here"
+            )
+        return (first + second) / 2
+
+    # --------------------------------------------------------------------------- on intervals
+
+    def lower_touch(self, lo: torch.Tensor, hi: torch.Tensor) -> Both:
+        """(p, q), tensors like lo: a lower line of [lo, hi] may touch f in [p, q], if p < q."""
+        return self.touch(lo, hi, 1)
+
+    def upper_touch(self, lo: torch.Tensor, hi: torch.Tensor) -> Both:
+        """The same for upper lines."""
+        return self.touch(lo, hi, -1)
+
+    def touch(self, lo: torch.Tensor, hi: torch.Tensor, sign: int) -> Both:
+        """The stretch in question for each interval; p > q where there is none."""
+        found = self.stretches(sign)
+        if not found:
+            return torch.full_like(lo, math.inf), torch.full_like(lo, -math.inf)
+        p, q = (torch.full_like(lo, x) for x in found[0])
+        if len(found) == 1:
+            return p, q
+        if self.pole is not None:
+            right = lo > self.pole
+        else:
+            wide = hi > lo
+            chord = (self.value(hi) - self.value(lo)) / torch.where(wide, hi - lo, 1.0)
+            chord = torch.where(wide, chord, self.slope(lo))
+            right = chord <= self.turning[0] if sign > 0 else chord >= self.turning[1]
+        return tuple(
+            torch.where(right, torch.full_like(lo, there), here)
+            for here, there in zip((p, q), found[1], strict=True)
+        )
+
+    def image(self, lo: torch.Tensor, hi: torch.Tensor) -> Both:
+        """The exact range of f on [lo, hi], rounded outwards by 4 last places unless lo = hi.
+
+        -infinity to infinity where the interval leaves the domain or holds a pole.
+        """
+        outside = self.outside(lo, hi)
+        a, b = (torch.where(outside, self.safe, x) for x in (lo, hi))
+        a, b = self.gentle(a), self.gentle(b)
+        at_lo, at_hi = self.value(a), self.value(b)
+        low, high = torch.minimum(at_lo, at_hi), torch.maximum(at_lo, at_hi)
+        for x, y in self.extrema:
+            reach = 4 * torch.finfo(lo.dtype).eps * abs(x)
+            inside = (a <= x + reach) & (b >= x - reach) & (b > a)
+            y = torch.full_like(low, y)
+            low = torch.where(inside & (y < low), y, low)
+            high = torch.where(inside & (y > high), y, high)
+        with torch.no_grad():
+            eps, wide = 4 * torch.finfo(lo.dtype).eps, b > a
+            down, up = (torch.where(wide & x.isfinite(), eps * x.abs(), 0.0) for x in (low, high))
+        largest = torch.finfo(lo.dtype).max  # what overflows is some number beyond it
+        low, high = (low - down).clamp(max=largest), (high + up).clamp(min=-largest)
+        inf = torch.full_like(low, math.inf)
+        wrong = outside | low.isnan() | high.isnan()
+        return torch.where(wrong, -inf, low), torch.where(wrong, inf, high)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there are numbers that f has no value for."""
+        return self.pole is not None or any(math.isfinite(x) for x in self.domain)
+
+    @cached_property
+    def safe(self) -> float:
+        """A point of the domain."""
+        return 0.0 if self.domain[0] < 0 < self.domain[1] and self.pole != 0 else 1.0
+
+    def gentle(self, x: torch.Tensor) -> torch.Tensor:
+        """x, without a gradient where f's is too steep for numbers."""
+        if not (self.steep and x.requires_grad):
+            return x
+        near = (x - self.domain[0]).abs() < torch.finfo(x.dtype).tiny ** 0.25
+        return torch.where(near, x.detach(), x)
+
+    def outside(self, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
+        """Where f is not a number on all of [lo, hi]."""
+        found = ~((lo >= self.domain[0]) & (hi <= self.domain[1]))
+        if self.pole is not None:
+            found = found | ((lo <= self.pole) & (hi >= self.pole))
+        return found
 
     def beyond(self, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
-        """Where lines through lo and hi would overflow: infinite, or too large for the number type.
+        """Where there are no lines through lo and hi: an end is infinite, or f there (or they are
+        too large for the number type), or f is not a number everywhere between.
         """
-        limit = torch.finfo(lo.dtype).max ** (1 / self.degree) / 16
-        return ~((lo >= -limit) & (hi <= limit))
+        limit = torch.finfo(lo.dtype).max / 16
+        with torch.no_grad():
+            a, b = (torch.where(self.outside(lo, hi), self.safe, x) for x in (lo, hi))
+            low, high = self.value(a), self.value(b)
+            fine = (lo >= -limit) & (hi <= limit) & (low.abs() <= limit) & (high.abs() <= limit)
+        return ~fine | self.outside(lo, hi)
 
+    def level(
+        self, lo: torch.Tensor, hi: torch.Tensor, sign: int
+    ) -> tuple[torch.Tensor, float] | None:
+        """Where the best line is a constant, and that; None where that needs no saying."""
+        return None
 
-def _root(function: Callable[[float], float], a: float, b: float) -> float:
-    """The zero of an increasing function in [a, b]."""
-    for _ in range(200):
-        middle = (a + b) / 2
-        a, b = (a, middle) if function(middle) > 0 else (middle, b)
-    return (a + b) / 2
+    def lowest(
+        self, found: torch.Tensor, sign: torch.Tensor, k: torch.Tensor, lo: torch.Tensor,
+        hi: torch.Tensor,
+    ) -> torch.Tensor:
+        """The least of sign (f(x) - k x) on [lo, hi].
 
+        Args:
+            found: the least of it at lo, hi and the touching point, where that is not all.
+            sign, k: [R, B, *shape] or [B, *shape].
+            lo, hi: [B, *shape].
+        """
+        return found
 
-def _constant(lo: torch.Tensor, p: float, q: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full_like(lo, p), torch.full_like(lo, q)
-
-
-def _gated(both: Callable, bend: float, minimum: tuple[float, float], tail: float) -> Curve:
-    """A gated curve.
-
-    Upper lines: on one side of 0 they touch beyond the bend. An interval across 0 has the chord:
-    f(x) - x/2 is even, and |x| (s(|x|) - 1/2) falls to 0 and rises again with a derivative of at
-    least s - 1/2, so the chord from lo < 0 < hi leaves the curve upwards at both ends, and between
-    them the derivative meets the slope of the chord in the convex part only.
-    """
-
-    def upper_touch(lo: torch.Tensor, hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        right, left = lo >= 0, (hi <= 0) & (lo < 0)
-        p = torch.where(right, bend, torch.where(left, -tail, 0.0)).to(lo.dtype)
-        q = torch.where(right, tail, torch.where(left, -bend, 0.0)).to(lo.dtype)
-        return p, q
-
-    return Curve(
-        both, lambda lo, hi: _constant(lo, -bend, bend), upper_touch, end_slope=1.0,
-        minimum=minimum,
-    )
-
-
-def _erf_gelu() -> Curve:
-    """x Phi(x), Phi the normal distribution: f' = Phi + x phi, f'' = (2 - x^2) phi, c = sqrt 2."""
-
-    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        near = x.clamp(-_FAR, _FAR)
-        gate = 0.5 * torch.erfc(near * -math.sqrt(0.5))
-        density = torch.exp(-0.5 * near.square()) / math.sqrt(2 * math.pi)
-        return x.clamp(min=-_FAR) * gate, gate + near * density
-
-    def phi(x: float) -> float:
-        return 0.5 * math.erfc(-x * math.sqrt(0.5))
-
-    least = _root(
-        lambda x: phi(x) + x * math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi), -math.sqrt(2), 0
-    )
-    return _gated(both, math.sqrt(2), (least, least * phi(least)), tail=9.0)
-
-
-def _sigmoid_gated(a: float, b: float, tail: float) -> Curve:
-    """x s(z) with the logistic function s and z = a x + b x^3.
-
-    f' = s + x s(1 - s) z',  f'' = s(1 - s) (2 z' + x ((1 - 2 s) z'^2 + z'')).
-    """
-
-    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        near = x.clamp(-_FAR, _FAR)
-        z, change = near * a, a
-        if b:
-            square = near.square()
-            z, change = z + near * square * b, square * (3 * b) + a
-        gate = torch.sigmoid(z)
-        return x.clamp(min=-_FAR) * gate, gate * (1 + near * torch.sigmoid(-z) * change)
-
-    def at(x: float) -> tuple[float, float, float]:
-        z, dz, ddz = a * x + b * x**3, a + 3 * b * x * x, 6 * b * x
-        gate = 1 / (1 + math.exp(-z))
-        bend = 2 * dz + x * ((1 - 2 * gate) * dz * dz + ddz)
-        return x * gate, 1 + x * (1 - gate) * dz, bend
-
-    bend = _root(lambda x: -at(x)[2], 0.5, 4.0)
-    least = _root(lambda x: at(x)[1], -bend, 0)
-    return _gated(both, bend, (least, at(least)[0]), tail)
-
-
-def _tanh() -> Curve:
-    tail = 20.0
-    return Curve(
-        lambda x: (torch.tanh(x), torch.cosh(x.clamp(-40, 40)).square().reciprocal()),
-        lambda lo, hi: _constant(lo, -tail, 0.0), lambda lo, hi: _constant(lo, 0.0, tail),
-        end_slope=0.0,
-    )
-
-
-def _squared_relu() -> Curve:
-    """Convex: every tangent is a lower line, the chord the upper one (no tangent at 0 is one)."""
-    return Curve(
-        lambda x: (F.relu(x).square(), 2 * F.relu(x)),
-        lambda lo, hi: _constant(lo, -math.inf, math.inf), lambda lo, hi: _constant(lo, 0.0, 0.0),
-        end_slope=math.inf, degree=2,
-    )
-
-
-GELU_ERF = _erf_gelu()
-GELU_TANH = _sigmoid_gated(
-    2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715, tail=9.0
-)
-SILU = _sigmoid_gated(1.0, 0.0, tail=45.0)
-QUICK_GELU = _sigmoid_gated(1.702, 0.0, tail=45.0 / 1.702)
-SQUARED_RELU = _squared_relu()
-TANH = _tanh()
+    def asymptotic(self, k: float, sign: int) -> float:
+        """The least of sign (f(x) - k x) over all stationary points and corners, for one slope."""
+        points = [self._at(x)[0] - k * x for x in self._zeros(k)]
+        points += [c.value(sign) - k * c.x for c in self.corners]
+        return min((sign * y for y in points), default=math.inf)

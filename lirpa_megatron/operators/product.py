@@ -78,6 +78,7 @@ class BoundProduct(OptimizableOperator):
     """
 
     reads_form = frozenset({0, 1})
+    elementwise = True
     feature_dim = -1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
