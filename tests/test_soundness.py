@@ -123,7 +123,7 @@ def operator_bounds(
     module = BoundedModule(model, x, {"optimize_bound_args": {"iteration": 2}})
     if boxes:
         return bounds_of(module, cases, FEATURES, dtype)
-    with mock.patch.object(bounded_module, "enclose_balls", lambda roots: None):
+    with mock.patch.object(bounded_module, "enclose_balls", lambda *_, **__: None):
         return bounds_of(module, cases, FEATURES, dtype)
 
 

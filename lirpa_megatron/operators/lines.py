@@ -97,11 +97,12 @@ class Side:
 
 
 def _moved(move: torch.Tensor, below: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
-    """From -below to above for move in [-1, 1]; where one of them is 0, both halves go to the other
-    (a half with nothing to gain would have no gradient to leave it by).
+    """From -below to above for move in [-1, 1]; where one is next to nothing, both halves go
+    to the other (a half with nothing to gain would have no gradient to leave it by).
     """
-    up = torch.where(above > 0, above, -below)
-    down = torch.where(below > 0, below, -above)
+    little = 1e-3 * (below + above)  # what is 0 but for rounding is 0 on every rank
+    up = torch.where(above > little, above, -below)
+    down = torch.where(below > little, below, -above)
     return torch.where(move > 0, move * up, move * down)
 
 
@@ -149,7 +150,8 @@ class Relaxation:
         t, turn = side.touch, side.turn
         if move is not None:
             t = t + _moved(move, side.left, side.right)
-            t = torch.minimum(torch.maximum(t, self.lo), self.hi)
+            # Not by minimum, which would halve alpha's gradient at an end, or not, by rounding.
+            t = torch.where(t < self.lo, self.lo, torch.where(t > self.hi, self.hi, t))
             turn = turn + _moved(move, side.down, side.up)
         value, slope = self.curve.both(t)
         slope = slope + turn
