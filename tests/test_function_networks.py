@@ -20,7 +20,7 @@ from lirpa_megatron.operators import functions
 from lirpa_megatron.operators.curves import Curve
 
 BY_NAME = pytest.mark.parametrize("name", FUNCTIONS)
-ITERATIONS = {"optimize_bound_args": {"iteration": 5, "lr_alpha": 0.2}}
+ITERATIONS = {"optimize_bound_args": {"iteration": 3, "lr_alpha": 0.2}}
 SHARDED = ["softplus, beta 3", "ELU, alpha 0.4", "sin", "PReLU", "maximum", "softsign"]
 """What the default run looks at on two ranks, one after another in one network."""
 
@@ -67,7 +67,7 @@ def violation(
 def test_no_point_violates_the_bounds_and_alpha_helps(name: str):
     model, where, widths = network(name), inputs(0.3), {}
     module = BoundedModule(model, where.center, ITERATIONS)
-    for method in METHODS:
+    for method in ("IBP", "CROWN", "CROWN-Optimized"):
         lower, upper = (
             b.detach() for b in module.compute_bounds(x=(where.bounded(),), method=method)
         )
@@ -282,8 +282,8 @@ def test_softmax_holds_and_is_tight_at_every_width(name, eps):
 # ---------------------------------------------------------------------- certified training
 
 
-@pytest.mark.parametrize("name", ["softplus", "PReLU of each channel", "sqrt", "maximum",
-                                  "softmax", "log-softmax", "x ** 3"])
+@pytest.mark.parametrize("name", ["PReLU of each channel", "sqrt", "maximum", "softmax",
+                                  "log-softmax"])
 def test_gradients_of_bounds_are_those_of_differences(name):
     model, where = network(name).train(), inputs(0.2)
     module = BoundedModule(model, where.center, ITERATIONS)

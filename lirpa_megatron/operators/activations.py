@@ -70,7 +70,8 @@ class BoundCurve(OptimizableOperator):
         """The curve's lines on [l, u]."""
         lower, upper = x.lower, x.upper
         if self.curve.limited:
-            lower, upper = within(x, lower, upper)
+            one_rank = self.options["layout"].collectives.size == 1
+            lower, upper = within(x, lower, upper, one_rank)
         lines = Relaxation(self.curve, lower, upper)
         return _Lines(lines.line(lines.lower), lines.line(lines.upper), lines)
 

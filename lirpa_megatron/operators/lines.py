@@ -150,8 +150,9 @@ class Relaxation:
         t, turn = side.touch, side.turn
         if move is not None:
             t = t + _moved(move, side.left, side.right)
-            # Not by minimum, which would halve alpha's gradient at an end, or not, by rounding.
-            t = torch.where(t < self.lo, self.lo, torch.where(t > self.hi, self.hi, t))
+            with torch.no_grad():  # alpha has a gradient at an end, whatever rounding does there
+                outside = torch.minimum(torch.maximum(t, self.lo), self.hi) - t
+            t = t + outside
             turn = turn + _moved(move, side.down, side.up)
         value, slope = self.curve.both(t)
         slope = slope + turn

@@ -13,10 +13,11 @@ Range = tuple[torch.Tensor, torch.Tensor]
 _DEEPEST = 8
 
 
-def within(node: Any, lower: torch.Tensor, upper: torch.Tensor) -> Range:
+def within(node: Any, lower: torch.Tensor, upper: torch.Tensor, gradients: bool) -> Range:
     """Bounds of a node, cut with its range by interval arithmetic over the operators before it.
 
-    Both hold, so what they have in common does. Operators that move or mix features (linear layers,
+    Both hold, so what they have in common does. Without `gradients` the range is a constant: on
+    several ranks the bounds farther back are not those that the pass has prepared for this node. Operators that move or mix features (linear layers,
     what communicates) are not gone through: every rank does the same, with what it has.
     """
     inputs = getattr(node, "inputs", ())
@@ -25,6 +26,8 @@ def within(node: Any, lower: torch.Tensor, upper: torch.Tensor) -> Range:
     found = _through(node, _DEEPEST)
     if found is None or found[0].shape != lower.shape:
         return lower, upper
+    if not gradients:
+        found = found[0].detach(), found[1].detach()
     low, high = torch.maximum(lower, found[0]), torch.minimum(upper, found[1])
     crossed = low > high  # by rounding
     return torch.where(crossed, lower, low), torch.where(crossed, upper, high)
