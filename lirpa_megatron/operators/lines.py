@@ -149,7 +149,7 @@ class Relaxation:
         """
         t, turn = side.touch, side.turn
         if move is not None:
-            t = t + _moved(move, side.left, side.right)
+            t = t + torch.where(move > 0, move * side.right, move * side.left)
             with torch.no_grad():  # alpha has a gradient at an end, whatever rounding does there
                 outside = torch.minimum(torch.maximum(t, self.lo), self.hi) - t
             t = t + outside
