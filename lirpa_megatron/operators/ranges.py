@@ -17,8 +17,9 @@ def within(node: Any, lower: torch.Tensor, upper: torch.Tensor, gradients: bool)
     """Bounds of a node, cut with its range by interval arithmetic over the operators before it.
 
     Both hold, so what they have in common does. Without `gradients` the range is a constant: on
-    several ranks the bounds farther back are not those that the pass has prepared for this node. Operators that move or mix features (linear layers,
-    what communicates) are not gone through: every rank does the same, with what it has.
+    several ranks the bounds farther back are not those that the pass has prepared for this node.
+    Operators that move or mix features (linear layers, what communicates) are not gone through:
+    every rank does the same, with what it has.
     """
     inputs = getattr(node, "inputs", ())
     if not inputs:
