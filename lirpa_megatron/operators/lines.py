@@ -250,8 +250,10 @@ class Relaxation:
             return sign * (value + slope * (anchor - t) - at_anchor)
 
         with torch.no_grad():
-            at_once = excess(near) <= 0
-            passed = at_once | (excess(away) <= 0)
+            # A tangent at the anchor passes there, whatever rounding makes of its excess: f in one
+            # vector of numbers and in another may differ by a unit in the last place.
+            at_once = (excess(near) <= 0) | (near == anchor)
+            passed = at_once | (excess(away) <= 0) | (away == anchor)
             if at_once.all():
                 return near, passed
             bad, good = near, away
