@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import zlib
 
 import torch
@@ -135,9 +136,17 @@ def tokens(batch=2):
 
 
 def _stand_in(module, **attributes):
-    """Gives a class the package that it stands for."""
+    """Gives a class, and the code of its methods, the package that they stand for."""
     def decorate(cls):
         cls.__module__ = module
+        for name, f in list(vars(cls).items()):
+            if isinstance(f, types.FunctionType):
+                there = {**f.__globals__, "__name__": module}
+                moved = types.FunctionType(
+                    f.__code__, there, name, f.__defaults__, f.__closure__
+                )
+                moved.__kwdefaults__ = f.__kwdefaults__
+                setattr(cls, name, moved)
         for name, value in attributes.items():
             setattr(cls, name, value)
         return cls
