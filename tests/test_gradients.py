@@ -22,8 +22,14 @@ from models import HOSTS_OWN, Net, build, plain, plain_compute, rank_part, regio
 from ranks import pool
 from test_soundness import FEATURES, OPERATORS, Layers, linears, megatron_layer
 
-from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host, parallelize
-from lirpa_megatron.backward import BackwardPass
+from lirpa_megatron import (
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+    backward,
+    host,
+    parallelize,
+)
 from lirpa_megatron.parallel import collectives, runtime
 from lirpa_megatron.parallel.collectives import Collectives
 
@@ -134,8 +140,8 @@ WRONG = {
         Wrong(Collectives, "gather_results", Collectives.gather_rows),
     "reduce_to_rows without the all-gather":
         Wrong(Collectives, "reduce_to_rows", lambda tp, x: PartialGradient.apply(tp, x)),
-    "replicated values of a pass without f": Wrong(BackwardPass, "_conjugates", untouched),
-    "the box without f": Wrong(BackwardPass, "_conjugate_box", untouched),
+    "replicated values of a pass without f": Wrong(backward, "conjugates_of", untouched),
+    "the box without f": Wrong(backward, "conjugates_of_set", untouched),
 }
 
 

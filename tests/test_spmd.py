@@ -327,7 +327,7 @@ def broken(*args, **kwargs):
     raise MemoryError("rank 1 is out of memory")
 
 if os.environ["RANK"] == "1":
-    instance.find_counterexample = broken
+    instance.find_candidates = broken
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lirpa_megatron.adapters.tracing import untraced
 from lirpa_megatron.networks import functions
@@ -80,7 +80,7 @@ class Network(nn.Module):
         return network
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x if self.input_dtype is None else x.to(self.input_dtype)
+        x = x if self.input_dtype is None else in_type(x, self.input_dtype)
         values = {INPUT: x}
         if self.reads != (INPUT,):
             values = dict(zip(self.reads, self._split(x), strict=True))
@@ -131,3 +131,9 @@ class Network(nn.Module):
 def _columns(begin: int, count: int, device: torch.device) -> torch.Tensor:
     with untraced():
         return torch.arange(begin, begin + count, device=device)
+
+
+@fx.wrap
+def in_type(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a number type; x itself where it has that, so that a trace holds no cast."""
+    return x if x.dtype == dtype else x.to(dtype)

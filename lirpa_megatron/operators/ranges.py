@@ -56,4 +56,6 @@ def _through(node: Any, depth: int) -> Range | None:
     return found[0], found[1]
 
 
-_ELEMENTWISE = frozenset({"BoundAdd", "BoundSub", "BoundMul", "BoundNeg", "BoundRelu"})
+_ELEMENTWISE = frozenset({
+    "BoundAdd", "BoundSub", "BoundMul", "BoundNeg", "BoundRelu", "BoundCombine", "BoundScale",
+})
