@@ -229,8 +229,8 @@ def _two(mode: Any, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
         y = structure.combined(a, b, s, t) if of_inputs[0] else structure.combined(b, a, t, s)
         return _in_place(name, args[0], y)
     if name in _PRODUCTS:
-        if all(of_inputs):
-            return _in_place(name, args[0], symbols.product(a, b))
+        if all(of_inputs):  # x x is never negative, which a product of two values does not know
+            return _in_place(name, args[0], torch.square(a) if a is b else symbols.product(a, b))
         y = structure.scaled(a, b) if of_inputs[0] else structure.scaled(b, a)
         return _in_place(name, args[0], y)
     if name in (*_QUOTIENTS, *_REVERSED_QUOTIENTS):
