@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
-from onnx_cases import CASES, LINEAR, MOVES, W, graph, ints, node, numbers
+from onnx_cases import CASES, W, graph, ints, node, numbers
 from small_networks import save
 
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
@@ -49,7 +49,7 @@ def test_the_operator_is_what_onnx_says(name, tmp_path):
     assert NetworkDescription.from_plain(plain) == description
 
 
-@pytest.mark.parametrize("name", LINEAR | MOVES)
+@pytest.mark.parametrize("name", CASES)
 def test_bounds_of_the_operator_hold(name, tmp_path):
     description, network = imported(CASES[name], tmp_path)
     network = Network.from_weights(

@@ -180,6 +180,8 @@ NETS = {
     "skips": Net(skip_hidden=True, long_skip=True, hidden=(12, 12)),
     "constants": Net(constants=True, bias=False),
     "an activation reads the input": Net(act_first=True),
+    "mixed": Net(acts=("relu", "tanh", "sigmoid"), hidden=(12, 16)),
+    "tanh over skips": Net(skip_hidden=True, acts=("relu", "tanh")),
     "stable neurons": Net(hidden=(16, 12, 16), bias_scale=2.0),
 }
 MOST = 1e-9

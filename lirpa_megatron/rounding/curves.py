@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron import host
+from lirpa_megatron.operators.curves import Curve
 from lirpa_megatron.rounding.arithmetic import TINY, UNIT, dot, gamma
 from lirpa_megatron.rounding.rules import Known, Rule, Visit
 
@@ -51,11 +52,23 @@ def _gated(bend: float, slope: float, absolute: float = 1.0) -> Accuracy:
     )
 
 
-def _rising(size: float, steepest: float, slope: float) -> Accuracy:
+def _rising(size: float, steepest: float, slope: float, curvature: float) -> Accuracy:
     """Convex left of 0, concave right of it, |f| <= size and f' <= steepest."""
     return Accuracy(
-        "+-", (0.0,), 8.0, 1.0, slope, lambda m: steepest, 0.8,
+        "+-", (0.0,), 8.0, 1.0, slope, lambda m: steepest, curvature,
         lambda m: torch.full_like(m, size),
+    )
+
+
+def _straight(curve: Curve) -> Accuracy:
+    """Straight pieces without jumps: |f(x)| <= |f(0)| + steepest |x|, of two operations at most."""
+    steepest = max([abs(k) for k in (curve.left[0], curve.right[0])] + [
+        abs(k) for corner in curve.corners for k in (corner.left, corner.right)
+    ])
+    at_0 = abs(float(curve.value(torch.zeros((), dtype=torch.float64))))
+    return Accuracy(
+        curve.bends, curve.breaks, 2.0, 2.0, 1.0, lambda m: 1.01 * steepest, 0.0,
+        lambda m: at_0 + 1.01 * steepest * m,
     )
 
 
@@ -64,8 +77,11 @@ ACCURACY: dict[str, Accuracy] = {
     "GeluTanh": _gated(1.4185040087908284, 64.0, 3.0),
     "Silu": _gated(2.3993572805154677, 32.0),
     "QuickGelu": _gated(1.4097281319127307, 40.0),
-    "Tanh": _rising(1.0, 1.0, 20.0),
-    "Sigmoid": _rising(1.0, 0.25, 8.0),
+    "Tanh": _rising(1.0, 1.0, 20.0, 0.8),
+    "Sigmoid": _rising(1.0, 0.25, 8.0, 0.1),
+    "Erf": _rising(1.0, 1.13, 16.0, 1.0),
+    "Arctan": _rising(1.58, 1.0, 6.0, 0.66),
+    "Softsign": _rising(1.0, 1.0, 6.0, 2.0),
     "SquaredRelu": Accuracy(
         "+", (), 2.0, 0.0, 1.0, lambda m: 2 * m, 2.0, torch.square
     ),
@@ -83,8 +99,13 @@ most 0.5 k u / z'(0). Derivative s (1 + x s(-z) z'): with w = |x s(-z) z'|, s (1
 s (1 + w) |z| <= 1.9 left of 0, s w <= 1, it is off by 1.9 (8 + k) u + (18 + 2 k) u at most.
 
 tanh: 8 u |f|; derivative 1 / cosh^2: 18 u of itself. Logistic function: 8 u |f|; derivative
-s(x) s(-x) <= 1/4: 17 u of itself. Squared ReLU: one product; 2 x is exact.
+s(x) s(-x) <= 1/4: 17 u of itself. erf: 8 u |f|; derivative (2/sqrt(pi)) exp(-x^2): 12 u + x^2 u of
+itself. atan: 8 u |f|; derivative 1 / (1 + x^2): 3 u of itself. x / (1 + |x|): 2 u; its derivative
+5 u of itself. Squared ReLU: one product; 2 x is exact.
 """
+
+STRAIGHT = ("Abs", "Clamp", "HardSigmoid", "LeakyRelu")
+"""Operators of straight pieces: their breaks and slopes are the curve's, exact."""
 
 
 class CurveRule(Rule):
@@ -118,12 +139,12 @@ class CurveRule(Rule):
     moves = False
 
     def magnitude(self, node: host.Bound, known: Known) -> Tensor:
-        return _of(node).size(known.magnitude(node.inputs[0]))
+        return accuracy_of(node).size(known.magnitude(node.inputs[0]))
 
     def of_interval(
         self, node: host.Bound, v: tuple, ends: tuple, C: Any, known: Known
     ) -> Tensor:
-        return _error(_of(node), torch.maximum(*(end.detach().abs() for end in ends)))
+        return _error(accuracy_of(node), torch.maximum(*(end.detach().abs() for end in ends)))
 
     def of_visit(self, node: host.Bound, visit: Visit, known: Known) -> Tensor:
         of_lines, per_term, spill = self._of_lines(node, known)
@@ -139,7 +160,7 @@ class CurveRule(Rule):
         return made[2]
 
     def _found(self, node: host.Bound) -> tuple[Tensor, Tensor, Tensor]:
-        x, f = node.inputs[0], _of(node)
+        x, f = node.inputs[0], accuracy_of(node)
         l, u = x.lower.detach(), x.upper.detach()
         m = torch.maximum(l.abs(), u.abs())
         steep, size = f.steepest(m) + 0 * m, f.size(m)
@@ -192,14 +213,20 @@ def _least(
 
 def rule_of_curve(node: host.Bound) -> Rule | None:
     """The rule of an elementwise operator of stated accuracy; None for others."""
-    return _RULE if type(node).__name__.removeprefix("Bound") in ACCURACY else None
+    return _RULE if _name(node) in (*ACCURACY, *STRAIGHT) else None
 
 
 _RULE = CurveRule()
 
 
-def _of(node: Any) -> Accuracy:
-    return ACCURACY[type(node).__name__.removeprefix("Bound")]
+def _name(node: Any) -> str:
+    return type(node).__name__.removeprefix("Bound")
+
+
+def accuracy_of(node: Any) -> Accuracy:
+    """What is known of an operator's curve."""
+    name = _name(node)
+    return ACCURACY[name] if name in ACCURACY else _straight(node.curve)
 
 
 def _error(f: Accuracy, size: Tensor) -> Tensor:
