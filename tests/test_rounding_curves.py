@@ -62,7 +62,9 @@ OTHERS: dict[str, tuple[str, Callable, Callable]] = {
     "clamp": (
         "Clamp", lambda x: x.clamp(-0.7, 1.1), lambda x: min(max(x, mp.mpf(-0.7)), mp.mpf(1.1))
     ),
-    "hardsigmoid": ("HardSigmoid", F.hardsigmoid, lambda x: min(max(x / 6 + 0.5, mp.mpf(0)), mp.mpf(1))),
+    "hardsigmoid": (
+        "HardSigmoid", F.hardsigmoid, lambda x: min(max(x / 6 + 0.5, mp.mpf(0)), mp.mpf(1))
+    ),
 }
 """Kind -> operator, torch's function, function."""
 CURVES |= {kind: (name, f) for kind, (name, _, f) in OTHERS.items()}
