@@ -331,3 +331,16 @@ def test_a_radius_for_each_sample_has_a_dimension_for_each_of_the_inputs():
     for i, eps in enumerate((0.1, 0.3)):
         one = module.compute_bounds((boxed(x[i : i + 1], eps),), method="CROWN")
         torch.testing.assert_close([b[i : i + 1] for b in both], list(one), rtol=1e-5, atol=1e-5)
+
+
+def test_a_parameter_that_the_model_does_not_hold_is_refused_by_name():
+    outside = nn.Linear(4, 3)
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return outside(x).relu()
+
+    for trainable in (True, False):
+        outside.requires_grad_(trainable)
+        with pytest.raises(NotImplementedError, match="shape .3, 4. that the model does not hold"):
+            BoundedModule(Model(), torch.zeros(1, 4))

@@ -84,6 +84,7 @@ class TracedFunctions(TorchFunctionMode):
         super().__init__()
         self.calls = calls
         self.names = {id(module): name for name, module in model.named_modules()}
+        self.held = {id(x) for x in [*model.parameters(), *model.buffers()]}
         self.inputs = inputs
         self.called: dict[tuple[str, int], tuple[str, str]] = {}
         """File and line -> the last torch function that was called there, and the submodule."""
@@ -101,6 +102,15 @@ class TracedFunctions(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs)))
         if name in FREE:
             return func(*args, **kwargs)
+        for x in tensors:  # of these the tracer knows nothing, and asked about them it crashes
+            foreign = isinstance(x, nn.Parameter) or (x.requires_grad and x.is_leaf)
+            if foreign and id(x) not in self.held:
+                with untraced():
+                    shape = tuple(x.shape)
+                raise self.refused(
+                    name, f"reads a parameter of shape {shape} that the model does not "
+                    "hold: make it, or the module that has it, an attribute of the model"
+                )
         if not any(self.depends(x) for x in tensors):
             in_place = name.endswith("_") and not name.endswith("__")
             if in_place or name == "__setitem__":
