@@ -48,12 +48,12 @@ def _serve(rank: int, size: int, tp: int, store: str, pipe: Any) -> None:
     cpu_shim.install()
     parallel_state.initialize_model_parallel(tp)
     while True:
+        torch.set_default_dtype(torch.float32)  # also while a task's module is imported
         task = pipe.recv()
         if task is None:
             return
         function, args, kwargs = task
         torch.manual_seed(0)
-        torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         try:
             pipe.send(Outcome(value=function(*args, **kwargs)))

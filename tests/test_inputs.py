@@ -227,10 +227,10 @@ CASES = {
     "hull": {"substitutes": SUBSTITUTES, "shape": "hull"},
     "larger box": {"substitutes": SUBSTITUTES, "eps": 0.002},
     "positions": {"eps": 0.02, "positions": [1]},
-    "each its own": {"eps": torch.tensor([0.004, 0.01, 0.0]).double()},
+    "each its own": {"eps": torch.tensor([0.004, 0.01, 0.0], dtype=torch.float64)},
     "joint ball": {"eps": 0.05, "norm": 2, "positions": [1, 2]},
-    "balls": {"eps": torch.tensor([0.02, 0.05, 0.0]).double(), "norm": 2},
-    "L1 balls": {"eps": torch.tensor([0.02, 0.05, 0.0]).double(), "norm": 1},
+    "balls": {"eps": torch.tensor([0.02, 0.05, 0.0], dtype=torch.float64), "norm": 2},
+    "L1 balls": {"eps": torch.tensor([0.02, 0.05, 0.0], dtype=torch.float64), "norm": 1},
 }
 
 
