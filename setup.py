@@ -32,6 +32,7 @@ setup(
             "hypothesis",  # draws the networks and boxes of the property-based tests
             "ruff",  # make lint
             "scipy",  # linear programs that contradictions between constraints are compared with
+            "mpmath",  # values of 200 bits that rounding errors are compared with
             "tokenizers",  # the tests of tokenizer.json
         ],
         "tokenizers": ["tokenizers"],  # reads the tokenizer.json of verify --data --tokenizer
