@@ -42,5 +42,5 @@ setup(
         ],
         "benchmarks": ["matplotlib"],  # draws the figures of benchmarks/
     },
-    entry_points={"console_scripts": ["lirpa-megatron=lirpa_megatron.cli:main"]},
+    entry_points={"console_scripts": ["lirpa-megatron=lirpa_megatron.cli.commands:main"]},
 )

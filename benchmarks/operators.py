@@ -27,7 +27,7 @@ def _networks():
     from torch import nn
     from transformer_models import Layer
 
-    from lirpa_megatron.adapters import symbols
+    from lirpa_megatron.adapters import traced_ops
 
     activations = {
         "tanh GELU": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
@@ -54,7 +54,7 @@ def _networks():
     def activation(kind, plain):
         class Activation(Between):
             def operator(self, x):
-                return symbols.activation(x, kind) if self.own else plain(x)
+                return traced_ops.activation(x, kind) if self.own else plain(x)
 
         return Activation
 
@@ -65,7 +65,7 @@ def _networks():
 
             def operator(self, a, b):
                 if self.own:
-                    return symbols.product(symbols.activation(a, kind), b)
+                    return traced_ops.product(traced_ops.activation(a, kind), b)
                 return plain(a) * b
 
         return Gate
@@ -76,7 +76,7 @@ def _networks():
         def operator(self, x):
             one, none = torch.ones(HIDDEN), torch.zeros(HIDDEN)
             if self.own:
-                return symbols.norm(x, one, none, 1e-5, self.rms)
+                return traced_ops.norm(x, one, none, 1e-5, self.rms)
             z = x if self.rms else x - x.mean(-1, keepdim=True)
             return z / ((z * z).mean(-1, keepdim=True) + 1e-5).sqrt()
 
@@ -91,7 +91,7 @@ def _networks():
         def operator(self, q, k):
             size = HIDDEN // HEADS
             if self.own:
-                return symbols.scores(q, k, size, size**-0.5)
+                return traced_ops.scores(q, k, size, size**-0.5)
             q, k = (z.view(1, TOKENS, HEADS, size).transpose(1, 2) for z in (q, k))
             return q @ k.transpose(-1, -2) * size**-0.5
 

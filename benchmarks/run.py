@@ -75,18 +75,19 @@ def _one_mode(task: dict) -> dict:
     from memory import PeakMemory
 
     torch.set_num_threads(1)
-    from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host, parallelize
+    from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, parallelize
+    from lirpa_megatron.compat import auto_lirpa
     from lirpa_megatron.parallel import runtime
 
-    class Plain(host.HostBoundedModule):
-        _named_members = host.named_members
+    class Plain(auto_lirpa.HostBoundedModule):
+        _named_members = auto_lirpa.named_members
 
     def build(widths):
         """(bounded module, function that bounds)."""
         x = torch.rand(batch, widths[0], generator=torch.Generator().manual_seed(9))
         net = _network(widths)
         if mode == "plain":
-            with host.conversion():
+            with auto_lirpa.conversion():
                 bounded = Plain(_fill(net, widths), x, bound_opts={"conv_mode": "matrix"})
         else:
             bounded = BoundedModule(_fill(parallelize(net), widths), x, task["opts"])
@@ -129,7 +130,7 @@ def _one_mode(task: dict) -> dict:
 def predicted_bytes(
     widths: tuple[int, ...], p: int, batch: int, moves: str = "auto", itemsize: int = 4
 ) -> int:
-    """Bytes that one rank sends in a CROWN run, from the formulas of `parallel.layouts`.
+    """Bytes that one rank sends in a CROWN run, from the formulas of `crown.placement`.
 
     For an MLP whose Linear layers are Column, Row, Column, Row, ... (the last one replicated when
     their number is odd). S rows, lower and upper together; a pass in which A moves also reduces its

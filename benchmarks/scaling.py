@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-Counts as in `checkpoint.estimates` and `lirpa_megatron.moving`, for all intermediate bounds of a
+Counts as in `checkpoint.estimates` and `crown.communication`, for all intermediate bounds of a
 causal model of which the last position's output is asked for. `scaling.md` has the table and how
 far the counts are from what was measured on small models.
 """

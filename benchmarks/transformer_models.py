@@ -29,7 +29,7 @@ GELU = functools.partial(F.gelu, approximate="tanh")
 
 
 class Layer(nn.Module):
-    """Attention and MLP with residuals; `parts` are made of `adapters.symbols`, the rest of torch.
+    """Attention and MLP with residuals; `parts`: from `adapters.traced_ops`; the rest is torch's.
 
     Args:
         hidden, ffn, heads: sizes.
@@ -49,16 +49,16 @@ class Layer(nn.Module):
         y = self.f1(normalize(x, self.n2, self.parts))
         if "gelu" not in self.parts:
             return x + self.f2(GELU(y))
-        from lirpa_megatron.adapters import symbols
+        from lirpa_megatron.adapters import traced_ops
 
-        return x + self.f2(symbols.activation(y, "gelu_tanh"))
+        return x + self.f2(traced_ops.activation(y, "gelu_tanh"))
 
     def attend(self, q, k, v, mask):
         if "attention" in self.parts:
-            from lirpa_megatron.adapters import symbols
+            from lirpa_megatron.adapters import traced_ops
 
-            scores = symbols.scores(q, k, self.size, self.size**-0.5)
-            return symbols.attend(scores, v, mask, self.size)
+            scores = traced_ops.scores(q, k, self.size, self.size**-0.5)
+            return traced_ops.attend(scores, v, mask, self.size)
         batch, length, hidden = q.shape
         q, k, v = (z.view(batch, length, self.heads, self.size).transpose(1, 2) for z in (q, k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(self.size)
@@ -76,9 +76,9 @@ def normalize(x: torch.Tensor, layer: nn.LayerNorm, parts: tuple[str, ...]) -> t
         z = x - x.mean(-1, keepdim=True)
         deviation = ((z * z).mean(-1, keepdim=True) + layer.eps).sqrt()
         return z / deviation * layer.weight + layer.bias
-    from lirpa_megatron.adapters import symbols
+    from lirpa_megatron.adapters import traced_ops
 
-    return symbols.norm(x, layer.weight, layer.bias, layer.eps)
+    return traced_ops.norm(x, layer.weight, layer.bias, layer.eps)
 
 
 class Plain(nn.Module):
@@ -176,12 +176,12 @@ class Classifier(nn.Module):
 
 def bound_plainly(model: nn.Module, x: torch.Tensor):
     """auto_LiRPA's own BoundedModule, with its defaults."""
-    from lirpa_megatron import host
+    from lirpa_megatron.compat import auto_lirpa
 
-    class Host(host.HostBoundedModule):
-        _named_members = host.named_members
+    class Host(auto_lirpa.HostBoundedModule):
+        _named_members = auto_lirpa.named_members
 
-    with host.conversion(x):
+    with auto_lirpa.conversion(x):
         return Host(model, x, device=x.device)
 
 
@@ -191,7 +191,8 @@ def bound_plainly(model: nn.Module, x: torch.Tensor):
 @contextlib.contextmanager
 def profiled():
     """Yields a dictionary name -> [seconds, calls], filled while the block runs."""
-    from lirpa_megatron import backward, forms, host, intermediate
+    from lirpa_megatron.compat import auto_lirpa
+    from lirpa_megatron.crown import affine_forms, backward_pass, intermediate_bounds
 
     spent: dict[str, list] = collections.defaultdict(lambda: [0.0, 0])
 
@@ -212,11 +213,11 @@ def profiled():
         return f"backward {type(args[0]).__name__}"
 
     wrapped = [
-        (host, "bound_backward", of_class),
-        (backward.BackwardPass, "_concretize", lambda args: "concretization"),
-        (backward.BackwardPass, "_reduce", lambda args: "sums over ranks"),
-        (forms.InputSet, "rows", lambda args: "affine forms"),
-        (intermediate.Intermediate, "ibp", lambda args: "IBP of a node"),
+        (auto_lirpa, "bound_backward", of_class),
+        (backward_pass.BackwardPass, "_concretize", lambda args: "concretization"),
+        (backward_pass.BackwardPass, "_reduce", lambda args: "sums over ranks"),
+        (affine_forms.InputSet, "rows", lambda args: "affine forms"),
+        (intermediate_bounds.Intermediate, "ibp", lambda args: "IBP of a node"),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
     for owner, name, name_of in wrapped:

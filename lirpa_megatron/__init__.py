@@ -13,26 +13,26 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lirpa_megatron import requirements
+from lirpa_megatron.compat import requirements
 
 if TYPE_CHECKING:
     from lirpa_megatron.adapters.embeddings import embed
     from lirpa_megatron.adapters.parallelize import explain, parallelize
     from lirpa_megatron.adapters.views import at_position, bert_head, from_layer
     from lirpa_megatron.bounded_module import BoundedModule
+    from lirpa_megatron.compat.auto_lirpa import BoundedParameter, BoundedTensor, PerturbationLpNorm
+    from lirpa_megatron.crown.options import METHODS
     from lirpa_megatron.errors import RemoteRankError, SPMDError, UserError
-    from lirpa_megatron.host import BoundedParameter, BoundedTensor, PerturbationLpNorm
-    from lirpa_megatron.inputs import perturb_tokens
-    from lirpa_megatron.options import METHODS
     from lirpa_megatron.parallel.spmd import guard
-    from lirpa_megatron.perturbations import PerturbationHull
-    from lirpa_megatron.specifications import (
+    from lirpa_megatron.problem.margins import (
         classification_margins,
         label_token_margins,
         next_token_margins,
         smallest_margin,
         some_label_wins,
     )
+    from lirpa_megatron.problem.perturbations import PerturbationHull
+    from lirpa_megatron.problem.token_perturbations import perturb_tokens
 
 __version__ = "0.1.0"
 
@@ -67,15 +67,15 @@ _MODULES = {
     "adapters.views": ("at_position", "bert_head", "from_layer"),
     "bounded_module": ("BoundedModule",),
     "errors": ("RemoteRankError", "SPMDError", "UserError"),
-    "host": ("BoundedParameter", "BoundedTensor", "PerturbationLpNorm"),
-    "inputs": ("perturb_tokens",),
-    "options": ("METHODS",),
+    "compat.auto_lirpa": ("BoundedParameter", "BoundedTensor", "PerturbationLpNorm"),
+    "crown.options": ("METHODS",),
     "parallel.spmd": ("guard",),
-    "perturbations": ("PerturbationHull",),
-    "specifications": (
+    "problem.margins": (
         "classification_margins", "label_token_margins", "next_token_margins", "smallest_margin",
         "some_label_wins",
     ),
+    "problem.perturbations": ("PerturbationHull",),
+    "problem.token_perturbations": ("perturb_tokens",),
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from lirpa_megatron.cli import main
+from lirpa_megatron.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lirpa_megatron import alpha, host
-from lirpa_megatron.adapters.functions import traced_functions
+from lirpa_megatron.adapters.plain.functions import traced_functions
 from lirpa_megatron.adapters.traceable import collectives_of, traceable
-from lirpa_megatron.alpha_rows import alpha_start_nodes
-from lirpa_megatron.cheaper_first import cheaper_first
-from lirpa_megatron.clean_values import clean_value
-from lirpa_megatron.containment import check_contains, clean_is_inside
-from lirpa_megatron.forms import without_nan
-from lirpa_megatron.intermediate import Intermediate
-from lirpa_megatron.live_check import LiveCheck
-from lirpa_megatron.operators import BoundColumnParallelLinear, custom_operators
-from lirpa_megatron.operators.gather import BoundGatherFromRegion
-from lirpa_megatron.options import (
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.compat.full_precision import full_precision
+from lirpa_megatron.crown import alpha
+from lirpa_megatron.crown.affine_forms import without_nan
+from lirpa_megatron.crown.alpha_rows import alpha_start_nodes
+from lirpa_megatron.crown.auto_method import cheaper_first
+from lirpa_megatron.crown.clean_output_check import check_contains, clean_is_inside
+from lirpa_megatron.crown.clean_values import clean_value
+from lirpa_megatron.crown.intermediate_bounds import Intermediate
+from lirpa_megatron.crown.live_check import LiveCheck
+from lirpa_megatron.crown.options import (
     OwnOptions,
     check_compute_bounds,
     check_method,
@@ -36,17 +36,18 @@ from lirpa_megatron.options import (
     check_set_later,
     text_of,
 )
+from lirpa_megatron.crown.placement import Layout
+from lirpa_megatron.crown.row_schedule import Passes
+from lirpa_megatron.crown.sharded_nodes import mark_sharded
+from lirpa_megatron.operators import BoundColumnParallelLinear, custom_operators
+from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
+from lirpa_megatron.operators.parameters import own_value, widened
 from lirpa_megatron.parallel import spmd
-from lirpa_megatron.parallel.layouts import Layout
-from lirpa_megatron.parameters import own_value, widened
-from lirpa_megatron.passes import Passes
-from lirpa_megatron.perturbations import check_perturbations, described, enclose_balls
-from lirpa_megatron.precision import full_precision
+from lirpa_megatron.problem.perturbations import check_perturbations, described, enclose_balls
 from lirpa_megatron.rounding.outward import Outward
-from lirpa_megatron.sharded_nodes import mark_sharded
 
 
-class BoundedModule(host.HostBoundedModule):
+class BoundedModule(auto_lirpa.HostBoundedModule):
     """Bounds on the outputs of a model over a set of inputs; the model may be sharded.
 
     The constructor and `compute_bounds` are auto_LiRPA's. Every rank of the tensor-parallel group
@@ -88,9 +89,10 @@ class BoundedModule(host.HostBoundedModule):
             object.__setattr__(self, "layout", layout)
             object.__setattr__(self, "_depth", 0)
             object.__setattr__(self, "_method", None)
-            optimize_args = host.translate_optimize_args(host_opts.get("optimize_bound_args", {}))
+            optimize_args = host_opts.get("optimize_bound_args", {})
+            optimize_args = auto_lirpa.translate_optimize_args(optimize_args)
             opts = {
-                **host.PINNED_OPTIONS,
+                **auto_lirpa.PINNED_OPTIONS,
                 **host_opts,
                 **own.for_host(),
                 "optimize_bound_args": optimize_args,
@@ -98,7 +100,7 @@ class BoundedModule(host.HostBoundedModule):
             }
             trainable = {p: p.requires_grad for p in model.parameters()}
             operators = {**custom_operators(), **(custom_ops or {})}
-            with host.conversion(global_input), host.running(), widened(model), \
+            with auto_lirpa.conversion(global_input), auto_lirpa.running(), widened(model), \
                     contextlib.ExitStack() as tracing:
                 facade = traceable(model, layout.collectives)
                 tracing.enter_context(
@@ -133,14 +135,14 @@ class BoundedModule(host.HostBoundedModule):
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)
         for node in self._modules.values():
-            if isinstance(node, host.BoundParams):
+            if isinstance(node, auto_lirpa.BoundParams):
                 object.__setattr__(node, "forward", own_value(node))
 
     def _check_parameters_agree(self) -> None:
         replicated = {
             node.ori_name: node.param
             for node in self._modules.values()
-            if isinstance(node, host.BoundParams) and not self.sharded[node.name]
+            if isinstance(node, auto_lirpa.BoundParams) and not self.sharded[node.name]
         }
         spmd.check_replicated(
             self.layout.collectives.group,
@@ -148,11 +150,11 @@ class BoundedModule(host.HostBoundedModule):
             "the bounds would be of no model at all; broadcast it from rank 0",
         )
 
-    def named_nodes(self) -> dict[str, host.Bound]:
+    def named_nodes(self) -> dict[str, auto_lirpa.Bound]:
         """The bound graph: node name -> operator."""
         return dict(self._modules)
 
-    _named_members = host.named_members
+    _named_members = auto_lirpa.named_members
 
     def train(self, mode: bool = True) -> BoundedModule:
         """Training mode: gradients flow to the parameters."""
@@ -170,7 +172,7 @@ class BoundedModule(host.HostBoundedModule):
         check_options(host_opts)
         object.__setattr__(self, "own_options", own)
         if "optimize_bound_args" in host_opts:
-            translated = host.translate_optimize_args(host_opts["optimize_bound_args"])
+            translated = auto_lirpa.translate_optimize_args(host_opts["optimize_bound_args"])
             host_opts = {**host_opts, "optimize_bound_args": translated}
         super().set_bound_opts({**host_opts, **own.for_host()})
 
@@ -217,8 +219,8 @@ class BoundedModule(host.HostBoundedModule):
             with spmd.guard(group, "compute_bounds"), once:
                 return cheaper_first(self, x, aux, C, kwargs)
         guard = spmd.guard(group, "compute_bounds")
-        with guard, host.running(x or ()), full_precision(self.device):
-            kwargs = host.translate_compute_bounds(kwargs)
+        with guard, auto_lirpa.running(x or ()), full_precision(self.device):
+            kwargs = auto_lirpa.translate_compute_bounds(kwargs)
             check_compute_bounds(kwargs)
             kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
             # For a sharded output C is each rank's own; its shape is common all the same.
@@ -297,8 +299,8 @@ class BoundedModule(host.HostBoundedModule):
             outputs[self.final_name] = clean_value(self, self[self.final_name])
             self.live.compare(outputs[self.final_name])
         in_training = kwargs["method"] == "IBP" and self._in_training()
-        cut = any(kwargs.get(name) for name in host.GIVEN_BOUNDS)
-        if in_training or cut or not clean_is_inside(host.perturbed_inputs(self)):
+        cut = any(kwargs.get(name) for name in auto_lirpa.GIVEN_BOUNDS)
+        if in_training or cut or not clean_is_inside(auto_lirpa.perturbed_inputs(self)):
             return
         y = outputs.get(final.name)
         y = clean_value(self, final) if y is None else y
@@ -314,24 +316,26 @@ class BoundedModule(host.HostBoundedModule):
         final = self._final(kwargs)
         check_output(final, self.sharded[final.name], C, kwargs["method"])
 
-    def _final(self, kwargs: Mapping[str, Any]) -> host.Bound:
+    def _final(self, kwargs: Mapping[str, Any]) -> auto_lirpa.Bound:
         return self[kwargs.get("final_node_name") or self.final_name]
 
-    def check_prior_bounds(self, node: host.Bound, **kwargs: Any) -> None:
+    def check_prior_bounds(self, node: auto_lirpa.Bound, **kwargs: Any) -> None:
         """The host's recursion over nodes that need bounds; see `enclose_balls`."""
-        enclose_balls(host.roots(self), outward=self.rounding is not None)
+        enclose_balls(auto_lirpa.roots(self), outward=self.rounding is not None)
         for x in node.inputs:
-            if x.inputs and not x.perturbed and not host.has_bounds(x):
+            if x.inputs and not x.perturbed and not auto_lirpa.has_bounds(x):
                 self.intermediate.compute(x)  # 0.3's operators read bounds of constants
         super().check_prior_bounds(node, **kwargs)
 
-    def compute_intermediate_bounds(self, node: host.Bound, prior_checked: bool = False) -> None:
+    def compute_intermediate_bounds(
+        self, node: auto_lirpa.Bound, prior_checked: bool = False
+    ) -> None:
         """Bounds of an intermediate node, into `node.lower` and `node.upper`.
 
         Sharded nodes are bounded by the rank that has them, replicated ones row by row on all
         ranks; both exactly, by a backward pass to the input.
         """
-        if host.has_bounds(node):
+        if auto_lirpa.has_bounds(node):
             return
         if not prior_checked and not self.intermediate.knows(node):
             self.check_prior_bounds(node)
@@ -341,13 +345,13 @@ class BoundedModule(host.HostBoundedModule):
         """Whether CROWN-Optimized begins with alpha of its own, not that of an earlier call."""
         return self.bound_opts["optimize_bound_args"].get("init_alpha", True)
 
-    def has_alpha(self, start: host.Bound) -> bool:
+    def has_alpha(self, start: auto_lirpa.Bound) -> bool:
         """Whether the present call's passes from a start node have alpha, or will have."""
         if self._method != "CROWN-Optimized":
             return False
         return start.name == self.final_node_name or self.intermediate.has_alpha
 
-    def IBP_general(self, node: host.Bound, C: Any = None, **kwargs: Any) -> Any:
+    def IBP_general(self, node: auto_lirpa.Bound, C: Any = None, **kwargs: Any) -> Any:
         """The host's IBP, which merges C with the last linear layer, also through a gather.
 
         Args:
@@ -360,13 +364,14 @@ class BoundedModule(host.HostBoundedModule):
         x = node.inputs[0] if isinstance(node, BoundGatherFromRegion) else None
         if C is not None and isinstance(x, BoundColumnParallelLinear):
             return super().IBP_general(x, self.layout.collectives.split_features(C), **kwargs)
-        if C is not None and self.rounding is not None and not isinstance(node, host.BoundLinear):
+        merged = C is not None and isinstance(node, auto_lirpa.BoundLinear)
+        if C is not None and self.rounding is not None and not merged:
             return self.rounding.merged(super().IBP_general(node, **kwargs), C)
         return super().IBP_general(node, C, **kwargs)
 
     def backward_general(self, *args: Any, **kwargs: Any) -> Any:
         """The host's entry for the final node; see `compute_bounds` for shapes."""
-        call = host.backward_call(args, kwargs)
+        call = auto_lirpa.backward_call(args, kwargs)
         final, tp = call.node, self.layout.collectives
         identity = self._final_is_identity and final.name == self.final_node_name
         C = None if identity else call.C.transpose(0, 1).to(self.passes.dtype)
@@ -390,7 +395,7 @@ class BoundedModule(host.HostBoundedModule):
         lower, upper = bounds.shaped((S,) if flat else shape)
         return (lower, upper, self.A_dict) if self.return_A else (lower, upper)
 
-    def _final_spec_sharded(self, final: host.Bound, identity: bool, S: int) -> bool:
+    def _final_spec_sharded(self, final: auto_lirpa.Bound, identity: bool, S: int) -> bool:
         if self.layout.collectives.size == 1:
             return False
         if self.sharded[final.name]:
@@ -399,7 +404,7 @@ class BoundedModule(host.HostBoundedModule):
         return choice == "own" or (choice == "auto" and S > self.own_options.whole_rows_limit)
 
     def get_alpha_crown_start_nodes(
-        self, node: host.Bound, c: Any = None, share_alphas: bool = False,
+        self, node: auto_lirpa.Bound, c: Any = None, share_alphas: bool = False,
         final_node_name: str | None = None, share_slopes: bool = False,
     ) -> list[tuple]:
         """Start nodes whose passes go through `node`, each with the rows of alpha it has there."""

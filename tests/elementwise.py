@@ -10,7 +10,7 @@ from test_soundness import megatron_layer
 from torch import nn
 
 from lirpa_megatron import BoundedModule
-from lirpa_megatron.adapters import symbols
+from lirpa_megatron.adapters import traced_ops
 
 SIZES = Net(inputs=6)
 HIDDEN = 8
@@ -31,9 +31,9 @@ class Mlp(nn.Module):
             return y[0] if isinstance(y, tuple) else y
 
         for _ in range(2):
-            y = symbols.activation(linear(x), self.kind)
+            y = traced_ops.activation(linear(x), self.kind)
             if self.gated:
-                y = symbols.product(y, linear(x))
+                y = traced_ops.product(y, linear(x))
             x = linear(y)
         return x
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lirpa_megatron.operators.curves import Curve
-from lirpa_megatron.operators.functions import FUNCTIONS
+from lirpa_megatron.operators.elementwise.curves import Curve
+from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
 
 INF = math.inf
 

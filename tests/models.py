@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lirpa_megatron import BoundedTensor, PerturbationLpNorm, host
+from lirpa_megatron import BoundedTensor, PerturbationLpNorm
+from lirpa_megatron.compat import auto_lirpa
 
 ACTIVATIONS: dict[str, Callable] = {
     "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
@@ -166,19 +167,19 @@ def specification(batch: int, rows: int, outputs: int, dtype: torch.dtype = torc
     return torch.randn(batch, rows, outputs, generator=generator, dtype=torch.float64).to(dtype)
 
 
-class Plain(host.HostBoundedModule):
+class Plain(auto_lirpa.HostBoundedModule):
     """auto_LiRPA's own BoundedModule, able to run on today's torch."""
 
-    _named_members = host.named_members
+    _named_members = auto_lirpa.named_members
 
 
 HOSTS_OWN: dict[str, Any] = {
-    "lirpa_megatron::Tanh": host.auto_LiRPA.bound_ops.BoundTanh,
-    "lirpa_megatron::Sigmoid": host.auto_LiRPA.bound_ops.BoundSigmoid,
+    "lirpa_megatron::Tanh": auto_lirpa.auto_LiRPA.bound_ops.BoundTanh,
+    "lirpa_megatron::Sigmoid": auto_lirpa.auto_LiRPA.bound_ops.BoundSigmoid,
 }
 """As `custom_ops`: the host's operators in place of ours, where bounds are compared with plain
 auto_LiRPA's, to see sharding alone. (Ours have other lines.)"""
-AS_PLAIN: dict[str, Any] = {"sparse_spec_alpha": False} if host.IS_03 else {}
+AS_PLAIN: dict[str, Any] = {"sparse_spec_alpha": False} if auto_lirpa.IS_03 else {}
 """Our options where alpha-CROWN is compared with plain auto_LiRPA: 0.3 has sparse alpha too, and on
 small networks ends in assertions of its own with it."""
 
@@ -189,13 +190,13 @@ def plain(model: nn.Module, x: torch.Tensor, **options: Any) -> Plain:
     Neurons that are known to be stable get no rows, nor alpha, as is the default of both; but with
     0.3 alpha has all rows (`AS_PLAIN`).
     """
-    args = host.translate_optimize_args(options.pop("optimize_bound_args", {}))
+    args = auto_lirpa.translate_optimize_args(options.pop("optimize_bound_args", {}))
     sparse = options.setdefault("sparse_intermediate_bounds", True)
-    alpha = sparse and not host.IS_03
-    options = {**host.PINNED_OPTIONS, **options, "optimize_bound_args": args,
+    alpha = sparse and not auto_lirpa.IS_03
+    options = {**auto_lirpa.PINNED_OPTIONS, **options, "optimize_bound_args": args,
                "sparse_intermediate_bounds_with_ibp": sparse,
                "sparse_spec_alpha": alpha, "sparse_features_alpha": alpha}
-    with host.conversion(), host.running():
+    with auto_lirpa.conversion(), auto_lirpa.running():
         module = Plain(model, x, bound_opts=options)
     for parameter in model.parameters():  # the host turns gradients off with eval mode
         parameter.requires_grad_(True)
@@ -206,9 +207,9 @@ def plain(model: nn.Module, x: torch.Tensor, **options: Any) -> Plain:
 def plain_compute(module: Plain, x: BoundedTensor, C: torch.Tensor | None, method: str,
                   **kwargs: Any) -> Any:
     """`compute_bounds` of plain auto_LiRPA, under the argument names of 0.7.1."""
-    with host.running():
+    with auto_lirpa.running():
         return module.compute_bounds(
-            x=(x,), C=C, method=method, **host.translate_compute_bounds(kwargs)
+            x=(x,), C=C, method=method, **auto_lirpa.translate_compute_bounds(kwargs)
         )
 
 

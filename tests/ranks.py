@@ -38,14 +38,14 @@ def _serve(rank: int, size: int, tp: int, store: str, pipe: Any) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from lirpa_megatron.parallel import cpu_shim
+    from lirpa_megatron.compat import megatron_cpu
 
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size,
         timeout=timedelta(seconds=TIMEOUT),
     )
-    cpu_shim.install()
+    megatron_cpu.install()
     parallel_state.initialize_model_parallel(tp)
     while True:
         torch.set_default_dtype(torch.float32)  # also while a task's module is imported

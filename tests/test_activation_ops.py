@@ -18,13 +18,15 @@ from models import attack, drawn, plain, plain_compute, relative_error
 from ranks import pool
 from torch import nn
 
-from lirpa_megatron import METHODS, host
-from lirpa_megatron.adapters.symbols import ACTIVATIONS
-from lirpa_megatron.operators import CUSTOM_OPS, gated
-from lirpa_megatron.operators.functions import FUNCTIONS
-from lirpa_megatron.operators.lines import Relaxation
+from lirpa_megatron import METHODS
+from lirpa_megatron.adapters.traced_ops import ACTIVATIONS
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.placement import Layout
+from lirpa_megatron.operators import CUSTOM_OPS
+from lirpa_megatron.operators.elementwise import gated
+from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
+from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation
 from lirpa_megatron.parallel.collectives import Collectives
-from lirpa_megatron.parallel.layouts import Layout
 
 KINDS = list(ACTIVATIONS)
 DTYPES = (torch.float32, torch.float64)
@@ -299,7 +301,7 @@ class _Own(nn.Module):
         return x
 
 
-@pytest.mark.skipif(host.IS_03, reason="0.3 has no GELU and crosses zero with looser lines")
+@pytest.mark.skipif(auto_lirpa.IS_03, reason="0.3 has no GELU and crosses zero with looser lines")
 @pytest.mark.parametrize("eps", [0.1, 0.5])
 @pytest.mark.parametrize("kind", ["gelu_tanh", "silu", "quick_gelu", "tanh"])
 def test_bounds_are_tighter_than_those_of_the_composed_graph(kind, eps):

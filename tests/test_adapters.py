@@ -289,9 +289,9 @@ def _traced():
     from megatron.core.activations import squared_relu
     from torch.onnx.utils import _optimize_graph
 
-    from lirpa_megatron import host
     from lirpa_megatron.adapters.traceable import traceable
     from lirpa_megatron.adapters.views import at_position, bert_head, from_layer
+    from lirpa_megatron.compat import auto_lirpa
 
     torch.set_default_dtype(torch.float64)
     x = torch.randn(2, transformers.LENGTH, transformers.HIDDEN)
@@ -313,7 +313,7 @@ def _traced():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(facade, inputs, check_trace=False)
             errors[name] = _error(traced(other, *inputs[1:]), facade(other, *inputs[1:]))
-        with host.conversion(inputs), host.running():
+        with auto_lirpa.conversion(inputs), auto_lirpa.running():
             graph, _ = torch.jit._get_trace_graph(facade, inputs)
             export = torch.onnx.OperatorExportTypes.ONNX_ATEN_FALLBACK
             graph = _optimize_graph(graph, export, params_dict={})

@@ -15,7 +15,7 @@ import pytest
 import torch
 from small_networks import model, others_win, property_text, save, stack
 
-from lirpa_megatron.cli import main
+from lirpa_megatron.cli.commands import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -179,7 +179,7 @@ UNDER_TORCHRUN = (
 # groups are made once: torchrun's store keeps the keys of groups that are gone.
 RANK_PROGRAM = """
 import contextlib, faulthandler, io, json, os, sys, time
-from lirpa_megatron.cli import main
+from lirpa_megatron.cli.commands import main
 from lirpa_megatron.parallel import runtime
 faulthandler.dump_traceback_later(200, exit=True)
 runtime.initialize()

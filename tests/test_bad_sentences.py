@@ -10,10 +10,10 @@ import re
 import pytest
 from sentences import WORDS, save_checkpoint, write_lines
 
-from lirpa_megatron.cli import main
+from lirpa_megatron.cli.commands import main
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
-from lirpa_megatron.verify.results import read_results
+from lirpa_megatron.verify.properties.results import read_results
 
 
 @pytest.fixture(autouse=True)

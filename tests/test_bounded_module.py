@@ -7,7 +7,8 @@ import torch
 from ranks import pool
 from torch import nn
 
-from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, host
+from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
+from lirpa_megatron.compat import auto_lirpa
 
 
 def _input():
@@ -34,7 +35,8 @@ def test_both_hosts_names_for_renamed_arguments_are_accepted():
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     bounded = BoundedModule(net, x)
     lower, _ = bounded.compute_bounds(x=(_ball(x),), method="CROWN")
-    node = next(n for n in bounded._modules.values() if isinstance(n, host.BoundRelu)).inputs[0]
+    nodes = bounded._modules.values()
+    node = next(n for n in nodes if isinstance(n, auto_lirpa.BoundRelu)).inputs[0]
     given = {node.name: (node.lower.detach(), node.upper.detach())}
     for name in ("interm_bounds", "intermediate_layer_bounds"):
         again, _ = bounded.compute_bounds(x=(_ball(x),), method="CROWN", **{name: given})

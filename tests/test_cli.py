@@ -23,7 +23,7 @@ from small_networks import (
 )
 
 from lirpa_megatron import __version__
-from lirpa_megatron.cli import main
+from lirpa_megatron.cli.commands import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [4, 8, 8, 3]

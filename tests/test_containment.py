@@ -14,14 +14,16 @@ from lirpa_megatron import (
     BoundedModule,
     BoundedTensor,
     PerturbationLpNorm,
-    host,
     parallelize,
 )
-from lirpa_megatron.cli import main
-from lirpa_megatron.containment import check_contains, clean_is_inside
+from lirpa_megatron.cli.commands import main
+from lirpa_megatron.compat import (
+    auto_lirpa,
+)
+from lirpa_megatron.crown.clean_output_check import check_contains, clean_is_inside
+from lirpa_megatron.crown.row_schedule import Passes
 from lirpa_megatron.errors import BoundsError
-from lirpa_megatron.passes import Passes
-from lirpa_megatron.perturbations import PerturbationHull, PerturbationPositions
+from lirpa_megatron.problem.perturbations import PerturbationHull, PerturbationPositions
 
 INF = float("inf")
 Y = torch.tensor([[1.0, -2.0, 0.0], [3.0, 4.0, 500.0]])
@@ -94,7 +96,7 @@ def test_the_check_is_left_out_where_the_clean_input_may_be_outside(kind):
     perturbation, inside = kinds[kind]
     bounded = BoundedModule(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), x)
     bounded.compute_bounds(x=(BoundedTensor(x, perturbation),), method="CROWN")
-    assert clean_is_inside(host.perturbed_inputs(bounded)) == inside
+    assert clean_is_inside(auto_lirpa.perturbed_inputs(bounded)) == inside
 
 
 def _ball():
@@ -164,7 +166,7 @@ def test_bounds_of_a_part_of_the_ball_may_leave_the_clean_input_out():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     bounded = BoundedModule(net, _ball())
     bounded.compute_bounds(x=(_ball(),), method="CROWN")
-    node = next(n for n in bounded.named_nodes().values() if isinstance(n, host.BoundRelu))
+    node = next(n for n in bounded.named_nodes().values() if isinstance(n, auto_lirpa.BoundRelu))
     hidden = net[0](_ball().detach())
     beside = {node.inputs[0].name: (hidden + 3, hidden + 4)}
     lower, upper = bounded.compute_bounds(x=(_ball(),), method="CROWN", interm_bounds=beside)

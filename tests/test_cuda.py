@@ -111,7 +111,7 @@ def _rank(rank, size, folder):
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from lirpa_megatron import passes
+    from lirpa_megatron.crown import row_schedule
 
     torch.cuda.set_device(0)
     dist.init_process_group(
@@ -120,7 +120,7 @@ def _rank(rank, size, folder):
     )
     parallel_state.initialize_model_parallel(size)
     found = {name: _bounds(name, "cuda") for name in NETS}
-    passes._WORTH = {"cuda": 2}  # two chunks take turns
+    row_schedule._WORTH = {"cuda": 2}  # two chunks take turns
     turns = {**OPTIONS, "max_spec_rows": 12, "moves": "A"}
     found |= {f"{name} in turns": _bounds(name, "cuda", turns) for name in ("mlp", "gpt")}
     torch.save(found, f"{folder}/rank{rank}.pt")

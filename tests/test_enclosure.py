@@ -9,14 +9,15 @@ import pytest
 import torch
 from models import drawn
 
-from lirpa_megatron.operators import enclosure, softmax
-from lirpa_megatron.operators.enclosure import (
+from lirpa_megatron.operators.affine import form
+from lirpa_megatron.operators.affine.form import (
     AffineForm,
     Pairs,
     above_largest_eigenvalue,
     elementwise_range,
     product_range,
 )
+from lirpa_megatron.operators.attention import softmax_weights
 
 
 def _form(*shape, n=6, seed=0, slack=0.0, norm=math.inf):
@@ -92,7 +93,7 @@ def test_pairs_of_several_queries_at_once_have_the_same_ranges(queries, monkeypa
         return *product_range(a, b), *(x[..., :3] for x in pairs.reaches(rows)), pairs.size[..., :3]
 
     expected = found()
-    monkeypatch.setattr(enclosure, "_AT_ONCE", {"cpu": queries * b.A.numel()})
+    monkeypatch.setattr(form, "_AT_ONCE", {"cpu": queries * b.A.numel()})
     assert len(Pairs.of(b, p, scores, [5, 3, 4]).Q) < 3
     for one, other in zip(expected, found(), strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
@@ -118,8 +119,8 @@ def test_softmax_weights_stay_in_their_boxes():
         delta = moved - s0 - (p0 * (moved - s0)).sum(-1, keepdim=True)
         none = torch.zeros_like(s0).bool()
         for low, high in (
-            softmax.weight_box(p0, delta.amin(0), delta.amax(0)),
-            softmax.weight_interval(s0 - width, s0 + width, none, -10000.0),
+            softmax_weights.weight_box(p0, delta.amin(0), delta.amax(0)),
+            softmax_weights.weight_interval(s0 - width, s0 + width, none, -10000.0),
         ):
             assert (low <= p.amin(0) + 1e-12).all() and (p.amax(0) <= high + 1e-12).all()
             assert (low >= 0).all() and (high <= 1).all()
@@ -129,5 +130,5 @@ def test_the_quotient_is_the_largest_there_is():
     H, P = drawn(50, 6, seed=60, scale=2.0), drawn(50, 6, seed=61).abs()
     f = torch.rand(4000, 50, 6, dtype=torch.float64).round()
     seen = ((f * P * H).sum(-1) / (1 + (f * P).sum(-1))).amax(0).clamp(min=0)
-    bound = softmax.quotient(H, P)
+    bound = softmax_weights.quotient(H, P)
     assert (seen <= bound + 1e-12).all() and (seen > bound * 0.98 - 1e-9).double().mean() > 0.9

@@ -27,7 +27,9 @@ from models import (
 )
 from ranks import pool
 
-from lirpa_megatron import METHODS, BoundedModule, host, parallelize, passes
+from lirpa_megatron import METHODS, BoundedModule, parallelize
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown import row_schedule
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 BATCH, ROWS = 3, 5
@@ -202,7 +204,7 @@ def compare(net: Net, cases: list[Case], tp: int, dtype: torch.dtype = torch.flo
 
 def is_available(net: Net, case: Case) -> bool:
     """auto_LiRPA 0.3 cannot merge C into a last layer without a bias, in IBP."""
-    return net.bias or not host.IS_03 or not case.C or case.method not in ("IBP", "CROWN-IBP")
+    return net.bias or not auto_lirpa.IS_03 or not case.C or case.method not in ("IBP", "CROWN-IBP")
 
 
 # Four ranks take seconds, and what these add to the others is not in how many there are.
@@ -269,11 +271,11 @@ def test_options_that_spread_the_rows_do_not_change_the_bounds(options, tp):
 
 def bounds_in_turns(*args: Any) -> list:
     """`sharded_bounds` with chunks that take turns, however few their rows are."""
-    before, passes._WORTH = passes._WORTH, {"cpu": 1}
+    before, row_schedule._WORTH = row_schedule._WORTH, {"cpu": 1}
     try:
         return sharded_bounds(*args)
     finally:
-        passes._WORTH = before
+        row_schedule._WORTH = before
 
 
 @pytest.mark.parametrize("turns", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -347,7 +349,7 @@ def test_alpha_of_some_rows_gives_the_bounds_that_0_7_1_gives_by_default(name, t
     assert abs(lower - with_all_rows) > 1e-3  # else nothing was tested
     case = Case("CROWN-Optimized", True, "alpha of some rows")
     for (got,) in pool(tp).run(sharded_bounds, NETS[name], [case], torch.float64):
-        allowed = 1e-5 if host.IS_03 else 1e-12
+        allowed = 1e-5 if auto_lirpa.IS_03 else 1e-12
         assert [b.mean() for b in got] == pytest.approx([lower, upper], abs=allowed)
 
 
@@ -386,7 +388,7 @@ def coefficients(net: Net, options: dict[str, Any]) -> tuple:
     )
     # Known after a first pass: the second layer inside a pair, and the first between two.
     module.compute_bounds(x=(where.bounded(),), method="CROWN")
-    inner = [n for n in inner_nodes(module) if isinstance(n, host.BoundLinear)]
+    inner = [n for n in inner_nodes(module) if isinstance(n, auto_lirpa.BoundLinear)]
     starts = [module[module.final_name], inner[1], inner[2]]
     needed = {start.name: list(module.input_name) for start in starts}
     C = specification(BATCH, ROWS, net.outputs)
@@ -447,7 +449,7 @@ def alphas(net: Net, shared: bool) -> dict:
         (order.index(node.name), order.index(start), start == module.final_name):
             (module.sharded[node.name], node.output_shape[-1], alpha.detach().numpy())
         for node in module._modules.values()
-        if isinstance(node, host.BoundOptimizableActivation)
+        if isinstance(node, auto_lirpa.BoundOptimizableActivation)
         for start, alpha in node.alpha.items()
     }
 

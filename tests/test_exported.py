@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lirpa_megatron import BoundedModule, host
-from lirpa_megatron.adapters import exported
+from lirpa_megatron import BoundedModule
+from lirpa_megatron.adapters.plain import exported
+from lirpa_megatron.compat import auto_lirpa
 
 
 class Calls(nn.Module):
@@ -37,7 +38,7 @@ def test_functions_of_torch_reach_our_operators_through_any_call():
 
 
 def test_the_exporter_is_as_it_was_after_a_conversion_and_after_a_failed_one():
-    registry, opset = host.symbolic_registry()
+    registry, opset = auto_lirpa.symbolic_registry()
 
     def mine(*_):
         raise AssertionError

@@ -17,8 +17,8 @@ from torch_functions import FUNCTIONS, WIDTH, Between
 
 from lirpa_megatron import METHODS, BoundedModule, parallelize
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.operators import functions
-from lirpa_megatron.operators.curves import Curve
+from lirpa_megatron.operators.elementwise import functions
+from lirpa_megatron.operators.elementwise.curves import Curve
 
 BY_NAME = pytest.mark.parametrize("name", FUNCTIONS)
 ITERATIONS = {"optimize_bound_args": {"iteration": 3, "lr_alpha": 0.2}}

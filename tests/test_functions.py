@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_activation_ops import moves
 
-from lirpa_megatron.operators.curves import Curve
-from lirpa_megatron.operators.lines import Relaxation
+from lirpa_megatron.operators.elementwise.curves import Curve
+from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation
 
 DTYPES = (torch.float32, torch.float64)
 SLACK = 2e-15

@@ -26,9 +26,13 @@ from lirpa_megatron import (
     BoundedModule,
     BoundedTensor,
     PerturbationLpNorm,
-    backward,
-    host,
     parallelize,
+)
+from lirpa_megatron.compat import (
+    auto_lirpa,
+)
+from lirpa_megatron.crown import (
+    backward_pass,
 )
 from lirpa_megatron.parallel import collectives, runtime
 from lirpa_megatron.parallel.collectives import Collectives
@@ -140,8 +144,8 @@ WRONG = {
         Wrong(Collectives, "gather_results", Collectives.gather_rows),
     "reduce_to_rows without the all-gather":
         Wrong(Collectives, "reduce_to_rows", lambda tp, x: PartialGradient.apply(tp, x)),
-    "replicated values of a pass without f": Wrong(backward, "conjugates_of", untouched),
-    "the box without f": Wrong(backward, "conjugates_of_set", untouched),
+    "replicated values of a pass without f": Wrong(backward_pass, "conjugates_of", untouched),
+    "the box without f": Wrong(backward_pass, "conjugates_of_set", untouched),
 }
 
 
@@ -317,7 +321,7 @@ def test_gradients_across_gathering_and_scattering_borders_are_those_of_one_devi
 
 
 @pytest.mark.skipif(
-    VERSION > (0, 18) or not host.IS_03,
+    VERSION > (0, 18) or not auto_lirpa.IS_03,
     reason="right from megatron-core 0.19; auto_LiRPA 0.7.1 happens to give contiguous gradients",
 )
 def test_gradients_of_bounds_would_be_wrong_without_the_guard():

@@ -7,7 +7,7 @@ from test_plain_modules import boxed, violation
 from torch import nn
 
 from lirpa_megatron import METHODS, BoundedModule
-from lirpa_megatron.host_operators import HELD
+from lirpa_megatron.compat.host_operators import HELD
 
 
 class Facade(nn.Module):
@@ -22,7 +22,7 @@ class Facade(nn.Module):
         return self.b(self.function(self.a(x)))
 
 
-# As code of this package, whose calls are not replaced (`adapters.functions`).
+# As code of this package, whose calls are not replaced (`adapters.plain.functions`).
 _W = torch.linspace(-1, 1, 64, dtype=torch.float64).view(8, 8)
 _AS_OURS = {"__name__": "lirpa_megatron.test", "torch": torch, "W": _W}
 exec(compile("""

@@ -11,8 +11,9 @@ from models import plain, plain_compute
 from ranks import pool
 from torch import nn
 
-from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationHull, host
-from lirpa_megatron.perturbations import PerturbationPositions
+from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationHull
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.problem.perturbations import PerturbationPositions
 
 SUBSTITUTES = {1: [4, 5, 6], 2: [9]}
 
@@ -44,7 +45,7 @@ def _sets():
     assert isinstance(x, BoundedTensor) and torch.equal(x, hidden)
     assert (x.ptb.norm, x.ptb.eps, x.ptb.x_L) == (math.inf, 0.1, None)
     (x,) = perturb_tokens(gpt, ids, eps=0.1, norm=2)
-    assert type(x.ptb) is host.PerturbationLpNorm and (x.ptb.norm, x.ptb.eps) == (2, 0.1)
+    assert type(x.ptb) is auto_lirpa.PerturbationLpNorm and (x.ptb.norm, x.ptb.eps) == (2, 0.1)
 
     def radii(**arguments):
         ptb = perturb_tokens(gpt, ids, **arguments)[0].ptb
@@ -185,12 +186,12 @@ def test_an_activation_that_reads_a_hull_directly_is_bounded_over_its_box():
     first = nn.Sequential(nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     second = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     x = BoundedTensor(vertices[:, :, 0].clone(), PerturbationHull(vertices))
-    box = host.PerturbationLpNorm(norm=math.inf, x_L=x.ptb.x_L, x_U=x.ptb.x_U)
+    box = auto_lirpa.PerturbationLpNorm(norm=math.inf, x_L=x.ptb.x_L, x_U=x.ptb.x_U)
     points = _mixed(vertices, 4000)
     for net in (first, second):
         bounded = BoundedModule(net, x)
         for method in ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized"):
-            if host.IS_03 and method == "CROWN-Optimized":
+            if auto_lirpa.IS_03 and method == "CROWN-Optimized":
                 continue  # an output of three dimensions
             lower, upper = bounded.compute_bounds(x=(x,), method=method)
             y = net(points)

@@ -20,7 +20,7 @@ from sentences import (
     write_lines,
 )
 
-from lirpa_megatron.cli import main
+from lirpa_megatron.cli.commands import main
 from lirpa_megatron.parallel import runtime
 from lirpa_megatron.report.reader import read_lines
 from lirpa_megatron.report.summary import summarise

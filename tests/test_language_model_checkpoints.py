@@ -12,9 +12,9 @@ from small_networks import save, stack
 from transformers import LENGTH
 
 from lirpa_megatron.checkpoint.arguments import read_model_config
-from lirpa_megatron.checkpoint.inert import read_inert
 from lirpa_megatron.checkpoint.language_model import load_language_model, read_model_description
-from lirpa_megatron.cli import main
+from lirpa_megatron.checkpoint.safe_unpickle import read_inert
+from lirpa_megatron.cli.commands import main
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 @cache
 def _properties(eps):
-    from lirpa_megatron.verify.vnnlib import read_vnnlib
+    from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
     names = [f"prop_{i}_{eps:.2f}.vnnlib" for i in range(15)]
     return [read_vnnlib(DATA / "vnnlib" / f"{name}.gz") for name in names]
@@ -33,7 +33,7 @@ def _properties(eps):
 
 def _batch(eps, dtype):
     """All properties of one radius as one batch: x_L, x_U [15, 784], C [15, 9, 10]."""
-    from lirpa_megatron.verify.specification import outward_box, specification_matrix
+    from lirpa_megatron.verify.properties.specification import outward_box, specification_matrix
 
     boxes, C = [], []
     for prop in _properties(eps):

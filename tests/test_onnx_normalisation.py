@@ -20,10 +20,10 @@ from lirpa_megatron.networks.network import Network
 from lirpa_megatron.networks.normalisation import normalisation, outward, through
 from lirpa_megatron.networks.onnx_import import read_onnx
 from lirpa_megatron.parallel import runtime
-from lirpa_megatron.verify.instance import Deadline, verify_instance
-from lirpa_megatron.verify.models import load
-from lirpa_megatron.verify.options import VerifyOptions
-from lirpa_megatron.verify.vnnlib import read_vnnlib
+from lirpa_megatron.verify.properties.instance import Deadline, verify_instance
+from lirpa_megatron.verify.properties.loading import load
+from lirpa_megatron.verify.properties.options import VerifyOptions
+from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 W1, B1, W2 = numbers(16, 1), numbers(16), numbers(1, 16)
@@ -248,7 +248,7 @@ def test_comparing_outputs_of_a_softmax_is_comparing_what_enters_it(op, tmp_path
 
 def _bounds_of(proto_bytes, folder):
     from lirpa_megatron.parallel import runtime
-    from lirpa_megatron.verify.models import load
+    from lirpa_megatron.verify.properties.loading import load
 
     group = runtime.tp_group()
     path = Path(folder) / f"net{group.rank()}.onnx"

@@ -12,12 +12,13 @@ from models import attack, drawn, plain, plain_compute, relative_error
 from ranks import pool
 from torch import nn
 
-from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm, host
-from lirpa_megatron.adapters import symbols
+from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm
+from lirpa_megatron.adapters import traced_ops
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.placement import Layout
 from lirpa_megatron.operators import BoundProduct
 from lirpa_megatron.operators.optimizable import RANGE
 from lirpa_megatron.parallel.collectives import Collectives
-from lirpa_megatron.parallel.layouts import Layout
 
 INF = math.inf
 DTYPES = (torch.float32, torch.float64)
@@ -126,11 +127,11 @@ def test_infinite_inputs_leave_the_constants_of_the_interval(d):
 def test_with_one_input_perturbed_the_product_is_linear(perturbed):
     class Gate(nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return symbols.product(2 * x - 1, y + 3)
+            return traced_ops.product(2 * x - 1, y + 3)
 
     class TanhOfGate(Gate):  # something for alpha
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return symbols.activation(super().forward(x, y), "tanh")
+            return traced_ops.activation(super().forward(x, y), "tanh")
 
     torch.manual_seed(0)
     x, y = torch.randn(2, 4), torch.randn(2, 4)
@@ -174,7 +175,7 @@ def test_without_forms_the_bounds_of_a_gate_are_auto_lirpas(eps):
     # Else auto_LiRPA has interval bounds of stable neurons, which say less of the gate's range.
     host_module = plain(GatedByRelu(torch.mul), x, sparse_intermediate_bounds=False)
     expected = plain_compute(host_module, ball, None, "CROWN")
-    ours = BoundedModule(GatedByRelu(symbols.product), x, {"form_limit": 0})
+    ours = BoundedModule(GatedByRelu(traced_ops.product), x, {"form_limit": 0})
     found = ours.compute_bounds(x=(ball,), method="CROWN")
     assert relative_error(found, expected, expected[1] - expected[0]) < 1e-10
 
@@ -198,7 +199,7 @@ class GateOfTheInput(nn.Module):
         self.kind = kind
 
     def forward(self, x):
-        return symbols.product(symbols.activation(x, self.kind), 2 * x - 1)
+        return traced_ops.product(traced_ops.activation(x, self.kind), 2 * x - 1)
 
 
 @pytest.mark.parametrize("norm", [INF, 2.0, 1.0])
@@ -266,7 +267,7 @@ def test_gradients_of_weights_are_finite():
             assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.skipif(host.IS_03, reason="0.3 has looser lines for the sigmoid, and no alpha here")
+@pytest.mark.skipif(auto_lirpa.IS_03, reason="0.3's sigmoid is looser, without alpha")
 @pytest.mark.parametrize("method", ["CROWN", "CROWN-Optimized"])
 def test_bounds_of_a_gate_are_tighter_than_those_of_the_composed_graph(method):
     model = mlp("silu", True, torch.float32)

@@ -25,7 +25,8 @@ from models import (
 )
 from ranks import pool
 
-from lirpa_megatron import METHODS, BoundedModule, host, parallelize
+from lirpa_megatron import METHODS, BoundedModule, parallelize
+from lirpa_megatron.compat import auto_lirpa
 
 BATCH = 2
 ALPHA = {"iteration": 3, "optimizer": "sgd"}  # why not Adam: see `ITERATIONS` in test_exactness
@@ -81,7 +82,7 @@ def possible(net: Net, call: Call) -> tuple[Net, Call]:
         net = replace(net, act_first=False)
         if call.method in ("IBP", "CROWN-IBP"):
             net = replace(net, residual=False)
-    if host.IS_03 and not net.bias and call.method in ("IBP", "CROWN-IBP"):
+    if auto_lirpa.IS_03 and not net.bias and call.method in ("IBP", "CROWN-IBP"):
         call = replace(call, rows=0)  # 0.3 cannot merge C into a last layer without a bias
     return net, call
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lirpa_megatron.cli import main
+from lirpa_megatron.cli.commands import main
 from lirpa_megatron.report.summary import (
     accuracy_curve,
     at_least,
@@ -318,7 +318,7 @@ def test_the_command_imports_neither_torch_nor_auto_lirpa(tmp_path):
     code = (
         "import sys\n"
         "for name in ('torch', 'megatron', 'auto_LiRPA', 'numpy'): sys.modules[name] = None\n"
-        "from lirpa_megatron.cli import main\n"
+        "from lirpa_megatron.cli.commands import main\n"
         f"sys.exit(main(['report', {str(path)!r}]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

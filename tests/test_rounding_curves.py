@@ -17,7 +17,7 @@ from models import drawn
 from torch import nn
 
 from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm
-from lirpa_megatron.adapters import symbols
+from lirpa_megatron.adapters import traced_ops
 from lirpa_megatron.rounding.arithmetic import UNIT
 from lirpa_megatron.rounding.curves import accuracy_of
 
@@ -49,7 +49,7 @@ CURVES: dict[str, tuple[str, Callable]] = {
     "squared_relu": ("SquaredRelu", lambda x: max(x, mp.mpf(0)) ** 2),
     "tanh": ("Tanh", mp.tanh),
 }
-"""Kind of `symbols.activation` -> operator, function."""
+"""Kind of `traced_ops.activation` -> operator, function."""
 OTHERS: dict[str, tuple[str, Callable, Callable]] = {
     "sigmoid": ("Sigmoid", torch.sigmoid, logistic),
     "erf": ("Erf", torch.erf, mp.erf),
@@ -71,7 +71,7 @@ CURVES |= {kind: (name, f) for kind, (name, _, f) in OTHERS.items()}
 
 
 def applied(kind: str, x: torch.Tensor) -> torch.Tensor:
-    return OTHERS[kind][1](x) if kind in OTHERS else symbols.activation(x, kind)
+    return OTHERS[kind][1](x) if kind in OTHERS else traced_ops.activation(x, kind)
 
 
 class Curved(nn.Module):

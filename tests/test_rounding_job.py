@@ -16,7 +16,7 @@ from onnx import helper
 from small_networks import model, save
 from test_rounding import Pairs, breaks, random_net
 
-from lirpa_megatron.cli import main
+from lirpa_megatron.cli.commands import main
 from lirpa_megatron.parallel import runtime
 
 EPS = 0.125

@@ -20,7 +20,8 @@ from models import ACTIVATIONS, Net, Region, attack, build, region
 from ranks import pool
 from torch import nn
 
-from lirpa_megatron import METHODS, BoundedModule, bounded_module, host, parallelize
+from lirpa_megatron import METHODS, BoundedModule, bounded_module, parallelize
+from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.parallel import runtime
 
 SLACK = {torch.float64: 1e-13, torch.float32: 1e-5}
@@ -210,7 +211,7 @@ def test_no_point_violates_the_bounds_of_a_model(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_point_violates_the_bounds_of_a_model_of_tokens(dtype):
     net = Net(inputs=6, tokens=2, acts=("relu", "tanh"))
-    methods = METHODS[:3] if host.IS_03 else METHODS  # 0.3 has no alpha for tokens
+    methods = METHODS[:3] if auto_lirpa.IS_03 else METHODS  # 0.3 has no alpha for tokens
     cases = [(m, where) for m in methods for where in ("around zero", "huge", "a point")]
     results = pool(2).run(model_bounds, net, cases, dtype)
     check(build(net, dtype), net, cases, results, dtype)

@@ -276,27 +276,27 @@ def test_a_rank_that_dies_without_a_word_ends_the_others():
 
 
 def test_the_cpu_shim_is_explicit_and_reversible():
-    from lirpa_megatron.parallel import cpu_shim
+    from lirpa_megatron.compat import megatron_cpu
 
     before = torch.cuda.current_device
-    undo = cpu_shim.install()
+    undo = megatron_cpu.install()
     if torch.cuda.is_available():
         assert torch.cuda.current_device is before
     else:
         assert torch.cuda.current_device() == torch.device("cpu")
     undo()
-    assert torch.cuda.current_device is before and not cpu_shim.is_installed()
+    assert torch.cuda.current_device is before and not megatron_cpu.is_installed()
 
 
 def _without_shim():
-    from lirpa_megatron.parallel import cpu_shim
+    from lirpa_megatron.compat import megatron_cpu
 
-    cpu_shim.uninstall()
+    megatron_cpu.uninstall()
     try:
         bounded = BoundedModule(parallelize(_net()), _input())
         bounded.compute_bounds(x=(_ball(_input()),), method="CROWN")
     finally:
-        cpu_shim.install()
+        megatron_cpu.install()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")

@@ -16,8 +16,8 @@ from torch import nn
 
 from lirpa_megatron import BoundedTensor, PerturbationLpNorm, UserError, parallelize
 from lirpa_megatron.adapters.views import bert_head
-from lirpa_megatron.inputs import perturb_tokens
 from lirpa_megatron.parallel import runtime
+from lirpa_megatron.problem.token_perturbations import perturb_tokens
 from lirpa_megatron.training import (
     CertifiedLoss,
     Ramp,

@@ -17,8 +17,8 @@ from models import drawn
 from torch import nn
 
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
-from lirpa_megatron.adapters import symbols
-from lirpa_megatron.directions import Directions
+from lirpa_megatron.adapters import traced_ops
+from lirpa_megatron.crown.auxiliary_rows import Directions
 from lirpa_megatron.errors import BoundsError
 from lirpa_megatron.operators import BoundAttend, BoundNorm, BoundScores
 
@@ -52,10 +52,10 @@ class Norm(nn.Module):
             self.linear.bias.data = drawn(width, seed=8, scale=0.3)
 
     def forward(self, x):
-        y = symbols.norm(x, self.weight, self.bias, self.eps, self.rms, self.groups)
+        y = traced_ops.norm(x, self.weight, self.bias, self.eps, self.rms, self.groups)
         if self.linear is not None:
             y = self.linear(y)
-            y = symbols.norm(y, self.weight, self.bias, self.eps, self.rms, self.groups)
+            y = traced_ops.norm(y, self.weight, self.bias, self.eps, self.rms, self.groups)
         return y
 
 
@@ -81,10 +81,10 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k = self.q(x), self.k(x)
         if self.rotary:
-            q = symbols.rotary(q, self.cos, self.sin, 2)
-            k = symbols.rotary(k, self.cos, self.sin, self.groups)
-        s = symbols.scores(q, k, HEAD, HEAD**-0.5)
-        return symbols.attend(s, self.v(x), self.mask, HEAD, self.fill)
+            q = traced_ops.rotary(q, self.cos, self.sin, 2)
+            k = traced_ops.rotary(k, self.cos, self.sin, self.groups)
+        s = traced_ops.scores(q, k, HEAD, HEAD**-0.5)
+        return traced_ops.attend(s, self.v(x), self.mask, HEAD, self.fill)
 
 
 CAUSAL = torch.triu(torch.ones(T, T).double(), diagonal=1)[None, None]
@@ -199,7 +199,7 @@ class TwoInputs(nn.Module):
         self.map.bias.data.zero_()
 
     def forward(self, x, y):
-        return symbols.scores(self.map(x), self.map(y), HEAD, 1.0)
+        return traced_ops.scores(self.map(x), self.map(y), HEAD, 1.0)
 
 
 def test_forms_of_different_inputs_are_not_taken_for_the_same_input():
@@ -309,14 +309,14 @@ def test_a_query_without_keys_is_never_bounded():
 
 class ScoresOf(nn.Module):
     def forward(self, q, k):
-        return symbols.scores(q, k, HEAD, HEAD**-0.5)
+        return traced_ops.scores(q, k, HEAD, HEAD**-0.5)
 
 
 class AttendTo(nn.Module):
     query = None
 
     def forward(self, s, v):
-        return symbols.attend(s, v, None, HEAD, query=self.query)
+        return traced_ops.attend(s, v, None, HEAD, query=self.query)
 
 
 class AttendToOne(AttendTo):
@@ -415,7 +415,7 @@ def test_ranges_of_rows_bounded_on_the_way_hold_and_are_met_where_the_box_is_sma
 
     def between(x):
         norms = net.norms
-        return norms.linear(symbols.norm(x, norms.weight, norms.bias, norms.eps, False, 1))
+        return norms.linear(traced_ops.norm(x, norms.weight, norms.bias, norms.eps, False, 1))
 
     for vectors, known in seen:
         for r, v in enumerate(vectors):

@@ -25,7 +25,9 @@ from lirpa_megatron import (
     perturb_tokens,
 )
 from lirpa_megatron.adapters.traceable import traceable
-from lirpa_megatron.operators import enclosure, norm, relaxed
+from lirpa_megatron.operators import relaxed
+from lirpa_megatron.operators.affine import form
+from lirpa_megatron.operators.norm import norm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDS = ("IBP", "CROWN-IBP", "CROWN")
@@ -170,7 +172,7 @@ def test_rows_in_chunks_and_whatever_moves_are_the_same_rows(options):
 
 def _bounded_on_the_way(options, of=None):
     """BERT's two rows, and the norms' rows that were bounded by passes of their own."""
-    from lirpa_megatron.directions import Directions
+    from lirpa_megatron.crown.auxiliary_rows import Directions
 
     seen, along = [], Directions.along
 
@@ -227,12 +229,12 @@ def _in_positions(name):
 
 def _position_by_position(name):
     """Bounds with the form of each position and each side by itself, but all queries at once."""
-    before = norm._PART, relaxed._FEW, enclosure._AT_ONCE
-    norm._PART, relaxed._FEW, enclosure._AT_ONCE = {"cpu": 0}, 0, {"cpu": 2**26}
+    before = norm._PART, relaxed._FEW, form._AT_ONCE
+    norm._PART, relaxed._FEW, form._AT_ONCE = {"cpu": 0}, 0, {"cpu": 2**26}
     try:
         return _bounds(*_in_positions(name))
     finally:
-        norm._PART, relaxed._FEW, enclosure._AT_ONCE = before
+        norm._PART, relaxed._FEW, form._AT_ONCE = before
 
 
 @pytest.mark.parametrize("name", ["gpt", pytest.param("bert", marks=_SLOW)])

@@ -15,9 +15,9 @@ from ranks import pool
 from torch import nn
 
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, parallelize
-from lirpa_megatron.backward import BackwardPass
-from lirpa_megatron.operators.linear import LocalLinear
-from lirpa_megatron.unstable import live_columns, unstable_rows
+from lirpa_megatron.crown.backward_pass import BackwardPass
+from lirpa_megatron.crown.relu_sparsity import live_columns, unstable_rows
+from lirpa_megatron.operators.linear.local import LocalLinear
 
 BATCH = 3
 ALPHA = {"iteration": 3, "optimizer": "sgd"}

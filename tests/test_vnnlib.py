@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from small_networks import MNIST_FC, needs_mnist_fc, others_win, property_text
 
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.verify.contradictions import contradict
-from lirpa_megatron.verify.property import OutputRow
-from lirpa_megatron.verify.specification import (
+from lirpa_megatron.verify.properties.contradictions import contradict
+from lirpa_megatron.verify.properties.property import OutputRow
+from lirpa_megatron.verify.properties.specification import (
     RowsToBound,
     inward_box,
     is_impossible,
@@ -25,7 +25,7 @@ from lirpa_megatron.verify.specification import (
     reported_bounds,
     specification_matrix,
 )
-from lirpa_megatron.verify.vnnlib import parse_vnnlib, read_vnnlib
+from lirpa_megatron.verify.properties.vnnlib import parse_vnnlib, read_vnnlib
 
 BOX = property_text([0.0, -1.0], [1.0, 1.0], 2, "(<= Y_0 Y_1)")
 

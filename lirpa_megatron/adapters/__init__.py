@@ -1,5 +1,5 @@
 """Megatron's modules, and plain ones, as modules that can be traced and sharded."""
 
-from lirpa_megatron import requirements
+from lirpa_megatron.compat import requirements
 
 requirements.check()

@@ -12,7 +12,7 @@ from megatron.core.fusions import fused_bias_geglu
 from megatron.core.transformer import utils
 from torch import nn
 
-from lirpa_megatron.adapters import symbols
+from lirpa_megatron.adapters import traced_ops
 
 _KINDS: list[tuple[Any, str]] = [
     (F.gelu, "gelu"),
@@ -32,7 +32,7 @@ _MODULES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 
 def kind_of(function: Any) -> str | None:
-    """The name in `symbols.activation` of a function or activation module; None if not known."""
+    """The name in `traced_ops.activation` of a function or activation module; None if not known."""
     if type(function) is nn.GELU:
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
     if isinstance(function, functools.partial) and function.func is F.gelu and not function.args:
@@ -53,4 +53,4 @@ class ActivationFacade(nn.Module):
         self.train(module.training)
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        return symbols.activation(input_, self.kind)
+        return traced_ops.activation(input_, self.kind)

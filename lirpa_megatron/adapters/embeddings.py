@@ -10,15 +10,15 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import nn
 
 from lirpa_megatron.adapters import hooks, refusals
-from lirpa_megatron.adapters.live import is_sequence_parallel
+from lirpa_megatron.adapters.live.modules import is_sequence_parallel
+from lirpa_megatron.adapters.live.submodules import difference, values
+from lirpa_megatron.adapters.live.undisturbed import undisturbed
 from lirpa_megatron.adapters.traceable import collectives_of
 from lirpa_megatron.errors import LiveModelError, SPMDError, UserError
+from lirpa_megatron.operators.parameters import HALF, widened
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.collectives import Collectives
 from lirpa_megatron.parallel.foreign import agreed_collectives
-from lirpa_megatron.parameters import HALF, widened
-from lirpa_megatron.submodules import difference, values
-from lirpa_megatron.undisturbed import undisturbed
 
 ROUNDING = 64
 """Units in the last place of the largest number by which both may differ: they add the same."""

@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import nn
 
-from lirpa_megatron.adapters import refusals, symbols
+from lirpa_megatron.adapters import refusals, traced_ops
 from lirpa_megatron.adapters.activations import kind_of
 from lirpa_megatron.adapters.linear_facades import ColumnFacade
 from lirpa_megatron.adapters.refusals import joined
@@ -187,7 +187,7 @@ class BertLMHeadFacade(nn.Module):
         self.layer_norm = copy(head.layer_norm, joined(name, "layer_norm"))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.layer_norm(symbols.activation(self.dense(hidden), self.kind))
+        return self.layer_norm(traced_ops.activation(self.dense(hidden), self.kind))
 
 
 class PoolerFacade(nn.Module):
@@ -199,4 +199,4 @@ class PoolerFacade(nn.Module):
         self.dense = copy(pooler.dense, joined(name, "dense"))
 
     def forward(self, first: torch.Tensor) -> torch.Tensor:
-        return symbols.activation(self.dense(first), "tanh")
+        return traced_ops.activation(self.dense(first), "tanh")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from lirpa_megatron.adapters import refusals, symbols
+from lirpa_megatron.adapters import refusals, traced_ops
 from lirpa_megatron.adapters.parallelize import ColumnLinear, RowLinear
 from lirpa_megatron.adapters.tracing import shape_of
 from lirpa_megatron.parallel.collectives import Collectives
@@ -146,7 +146,7 @@ class LayerNormColumnFacade(ColumnFacade):
 
     def normalized(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.layer_norm_weight + 1 if self.zero_centered_gamma else self.layer_norm_weight
-        return symbols.norm(x, weight, self.layer_norm_bias, self.eps, self.rms)
+        return traced_ops.norm(x, weight, self.layer_norm_bias, self.eps, self.rms)
 
 
 class RowFacade(_LinearFacade):

@@ -15,7 +15,7 @@ from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.linear_facades import gather_features
 from lirpa_megatron.adapters.views import View
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.operators.vocabulary import margins
+from lirpa_megatron.operators.linear.vocabulary_margins import margins
 from lirpa_megatron.parallel.collectives import Collectives
 
 
@@ -106,7 +106,8 @@ def token_margins(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
     against: torch.Tensor | None, shared: bool, tp: Collectives, gather_output: bool = True,
 ) -> torch.Tensor:
-    """Margins of targets, from the rank's part of the output layer; see `operators.vocabulary`.
+    """Margins of targets, from the rank's part of the output layer; see
+    `operators.linear.vocabulary_margins`.
 
     Args:
         x: [B, h], replicated.

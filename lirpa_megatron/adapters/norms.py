@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lirpa_megatron.adapters import refusals, symbols
+from lirpa_megatron.adapters import refusals, traced_ops
 from lirpa_megatron.adapters.tracing import untraced
 
 _TORCH = (nn.LayerNorm, nn.RMSNorm)
@@ -56,4 +56,4 @@ class NormFacade(nn.Module):
             weight = weight + 1
         # torch's RMSNorm without an eps takes the smallest one of its input's type.
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return symbols.norm(x, weight, self.bias, eps, self.rms, groups)
+        return traced_ops.norm(x, weight, self.bias, eps, self.rms, groups)

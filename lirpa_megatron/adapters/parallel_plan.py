@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lirpa_megatron.operators.functions import FUNCTIONS
+from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
 
 
 def _names() -> set[str]:

@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import attention_mask_func
 from torch import nn
 
-from lirpa_megatron.adapters import refusals, symbols
+from lirpa_megatron.adapters import refusals, traced_ops
 from lirpa_megatron.adapters.activations import kind_of
 from lirpa_megatron.adapters.linear_facades import (
     ColumnFacade,
@@ -87,10 +87,10 @@ class MLPFacade(nn.Module):
         x = self.linear_fc1.normalized(hidden)
         if self.gated:
             gate, up = self.linear_fc1.selections(x, self.gate_rows, self.up_rows)
-            gate = symbols.activation(gate, self.kind)
-            x = symbols.product(gate, up + self.offset if self.offset else up)
+            gate = traced_ops.activation(gate, self.kind)
+            x = traced_ops.product(gate, up + self.offset if self.offset else up)
         else:
-            x = symbols.activation(self.linear_fc1.rows(x), self.kind)
+            x = traced_ops.activation(self.linear_fc1.rows(x), self.kind)
         return self.linear_fc2.whole(x)
 
 
@@ -175,12 +175,12 @@ class SelfAttentionFacade(nn.Module):
             k = self.k_layernorm(k, self.groups)
         if rotary is not None and not self.no_rope:
             own = rotary if query is None else tuple(x[query : query + 1] for x in rotary)
-            q = symbols.rotary(q, *own, self.heads, self.rotary_interleaved)
-            k = symbols.rotary(k, *rotary, self.groups, self.rotary_interleaved)
+            q = traced_ops.rotary(q, *own, self.heads, self.rotary_interleaved)
+            k = traced_ops.rotary(k, *rotary, self.groups, self.rotary_interleaved)
         if mask is None and self.causal:
             mask = causal_mask(int(hidden.shape[1]), hidden.dtype, hidden.device)
-        s = symbols.scores(q, k, self.head_dim, self.scale)
-        return self.linear_proj.whole(symbols.attend(s, v, mask, self.head_dim, query=query))
+        s = traced_ops.scores(q, k, self.head_dim, self.scale)
+        return self.linear_proj.whole(traced_ops.attend(s, v, mask, self.head_dim, query=query))
 
     def _norms_gathered_keys(self) -> bool:
         """Whether keys are normalised before ranks select theirs: in the graph of bounds.
@@ -192,7 +192,7 @@ class SelfAttentionFacade(nn.Module):
 
     def _query_key_value(self, hidden: torch.Tensor, query: int | None) -> list[torch.Tensor]:
         def at_query(x: torch.Tensor) -> torch.Tensor:
-            return x if query is None else symbols.select_position(x, query, keep=True)
+            return x if query is None else traced_ops.select_position(x, query, keep=True)
 
         qkv = self.linear_qkv
         x, selections = qkv.normalized(hidden), (self.q_rows, self.k_rows, self.v_rows)
@@ -280,7 +280,7 @@ class TransformerLayerFacade(nn.Module):
     ) -> torch.Tensor:
         x = hidden if self.input_layernorm is None else self.input_layernorm(hidden)
         if position is not None:
-            hidden = symbols.select_position(hidden, position, keep=True)
+            hidden = traced_ops.select_position(hidden, position, keep=True)
         hidden = hidden + self.self_attention(x, mask, rotary, position)
         x = hidden if self.pre_mlp_layernorm is None else self.pre_mlp_layernorm(hidden)
         return hidden + self.mlp(x)
@@ -324,7 +324,7 @@ class TransformerBlockFacade(nn.Module):
             hidden = layer(hidden, mask, rotary)
         hidden = layers[-1](hidden, mask, rotary, self.position)
         if self.position is not None:
-            hidden = symbols.select_position(hidden, 0)
+            hidden = traced_ops.select_position(hidden, 0)
         return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
 
 

@@ -11,8 +11,9 @@ through l + 1 layers. What is counted:
 - A matrices: of the largest start node, S * max(qkv, fc1) rows (or `max_spec_rows`), each of
   S * max(h, qkv, fc1) elements, once for the lower and once for the upper bound, of which a rank
   holds 1/p; but no more than passes carry at once on a CPU. Five of these are alive at a time.
-- affine forms (`operators.enclosure`): S * h coefficients for each of the S * (2 h + qkv + heads S)
-  numbers of a layer that have a form, whole on every rank for the 2 h of the norms.
+- affine forms (`operators.affine.form`): S * h coefficients for each of the
+  S * (2 h + qkv + heads S) numbers of a layer that have a form, whole on every rank for the 2 h of
+  the norms.
 - work: 2 bounds * 2 operations * rows * S * (weights of the layers passed), summed over all passes.
   A TP rank does 1/p. The rest (relaxations, attention) takes about as long as these products in
   `benchmarks/transformers.py`, hence a factor of 2.
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from lirpa_megatron.checkpoint.description import ModelDescription
-from lirpa_megatron.limits import CACHE, FORM_LIMIT
+from lirpa_megatron.crown.limits import CACHE, FORM_LIMIT
 
 _ALIVE, _OVERHEAD = 5, 2
 

@@ -18,7 +18,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import nn
 
 from lirpa_megatron.checkpoint import arguments, names
-from lirpa_megatron.checkpoint.building import build
 from lirpa_megatron.checkpoint.description import (
     ModelDescription,
     ParameterDescription,
@@ -26,6 +25,7 @@ from lirpa_megatron.checkpoint.description import (
 )
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.legacy import LegacyWeights, is_legacy
+from lirpa_megatron.checkpoint.model_builder import build
 from lirpa_megatron.checkpoint.reader import NETWORK_KEY
 from lirpa_megatron.checkpoint.torch_dist import TorchDistWeights
 from lirpa_megatron.errors import UserError

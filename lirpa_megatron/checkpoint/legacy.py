@@ -19,7 +19,7 @@ import torch
 
 from lirpa_megatron.checkpoint import names
 from lirpa_megatron.checkpoint.description import ParameterDescription
-from lirpa_megatron.checkpoint.inert import read_inert
+from lirpa_megatron.checkpoint.safe_unpickle import read_inert
 from lirpa_megatron.errors import UserError
 
 FORMAT = "torch"

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from lirpa_megatron.checkpoint.inert import nothing_else_allowed
 from lirpa_megatron.checkpoint.metadata import read_metadata
+from lirpa_megatron.checkpoint.safe_unpickle import nothing_else_allowed
 from lirpa_megatron.errors import UserError
 
 

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lirpa_megatron.checkpoint import names
 from lirpa_megatron.checkpoint.description import ParameterDescription
-from lirpa_megatron.checkpoint.inert import read_inert
 from lirpa_megatron.checkpoint.layout import COMMON
+from lirpa_megatron.checkpoint.safe_unpickle import read_inert
 from lirpa_megatron.checkpoint.tensors import TensorFile
 from lirpa_megatron.errors import UserError
 

@@ -1,7 +1,7 @@
 """What moves, joins, sums and scales the columns of flat activations, as functions.
 
 Plain torch when run; one node of the graph each when the host traces a network, which
-`operators.columns` bounds. x is [B, n] everywhere.
+`operators.linear.local.columns` bounds. x is [B, n] everywhere.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.adapters import symbols
-from lirpa_megatron.adapters.symbols import _op
+from lirpa_megatron.adapters import traced_ops
+from lirpa_megatron.adapters.traced_ops import _op
 from lirpa_megatron.adapters.tracing import untraced
 
 
@@ -114,7 +114,7 @@ class _Divide(torch.autograd.Function):
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b, elementwise."""
-    return symbols.product(a, b)
+    return traced_ops.product(a, b)
 
 
 def on_tokens(
@@ -141,7 +141,7 @@ def layer_norm(x: torch.Tensor, size: int, eps: float) -> torch.Tensor:
         return columns(F.layer_norm(x, (size,), eps=eps))
     with untraced():
         weight = x.new_ones(size)
-    return columns(symbols.norm(x, weight, None, eps))
+    return columns(traced_ops.norm(x, weight, None, eps))
 
 
 def parts(x: torch.Tensor, count: int) -> torch.Tensor:

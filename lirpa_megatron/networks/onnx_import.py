@@ -25,11 +25,11 @@ from onnx import TensorProto
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.description import INPUT, MAX_WIDTH, NetworkDescription
+from lirpa_megatron.networks.files import find_file, read_file, stem
 from lirpa_megatron.networks.onnx_builder import Activation, Builder, as_tensor
 from lirpa_megatron.networks.onnx_constants import array_of, constant_of, evaluate
 from lirpa_megatron.networks.onnx_operators import HANDLERS, Node
 from lirpa_megatron.networks.onnx_operators.node import place
-from lirpa_megatron.verify.files import find_file, read_file, stem
 
 # Before this operator set, element-wise operators broadcast by other rules.
 MIN_OPSET = 7

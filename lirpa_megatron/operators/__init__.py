@@ -1,27 +1,30 @@
 """Bound operators for Megatron's parallel layers, and their registration with the host."""
 
-from lirpa_megatron import host
-from lirpa_megatron.operators.activations import BoundCurve, elementwise_operators
-from lirpa_megatron.operators.attend import BoundAttend
-from lirpa_megatron.operators.column import BoundColumnParallelLinear
-from lirpa_megatron.operators.columns import COLUMN_OPS
-from lirpa_megatron.operators.extremes import BoundMaximum, BoundMinimum
-from lirpa_megatron.operators.gather import (
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.attention.scores import BoundScores
+from lirpa_megatron.operators.attention.softmax import BoundLogSoftmax, BoundSoftmax
+from lirpa_megatron.operators.attention.softmax_values import BoundAttend
+from lirpa_megatron.operators.elementwise.activations import BoundCurve, elementwise_operators
+from lirpa_megatron.operators.elementwise.extremes import BoundMaximum, BoundMinimum
+from lirpa_megatron.operators.elementwise.prelu import BoundPRelu
+from lirpa_megatron.operators.elementwise.product import BoundProduct
+from lirpa_megatron.operators.linear.borders import (
     BoundGatherFromRegion,
     BoundScatterToRegion,
     BoundSelectFromRegion,
 )
-from lirpa_megatron.operators.linear import BoundReplicatedLinear
-from lirpa_megatron.operators.norm import BoundNorm
-from lirpa_megatron.operators.positions import BoundRotary, BoundSelectPosition
-from lirpa_megatron.operators.prelu import BoundPRelu
-from lirpa_megatron.operators.product import BoundProduct
-from lirpa_megatron.operators.row import BoundRowParallelLinear
-from lirpa_megatron.operators.scores import BoundScores
-from lirpa_megatron.operators.softmaxes import BoundLogSoftmax, BoundSoftmax
-from lirpa_megatron.operators.structure import STRUCTURE_OPS
-from lirpa_megatron.operators.sums import SUM_OPS
-from lirpa_megatron.operators.vocabulary import BoundTokenMargins, BoundVocabularyMargins
+from lirpa_megatron.operators.linear.column import BoundColumnParallelLinear
+from lirpa_megatron.operators.linear.columns import COLUMN_OPS
+from lirpa_megatron.operators.linear.local import BoundReplicatedLinear
+from lirpa_megatron.operators.linear.positions import BoundRotary, BoundSelectPosition
+from lirpa_megatron.operators.linear.row import BoundRowParallelLinear
+from lirpa_megatron.operators.linear.structure import STRUCTURE_OPS
+from lirpa_megatron.operators.linear.sums import SUM_OPS
+from lirpa_megatron.operators.linear.vocabulary_margins import (
+    BoundTokenMargins,
+    BoundVocabularyMargins,
+)
+from lirpa_megatron.operators.norm.norm import BoundNorm
 
 __all__ = [
     "BoundAttend",
@@ -48,7 +51,7 @@ __all__ = [
     "custom_operators",
 ]
 
-CUSTOM_OPS: dict[str, type[host.Bound]] = {
+CUSTOM_OPS: dict[str, type[auto_lirpa.Bound]] = {
     "lirpa_megatron::ColumnParallelLinear": BoundColumnParallelLinear,
     "lirpa_megatron::RowParallelLinear": BoundRowParallelLinear,
     "lirpa_megatron::ReplicatedLinear": BoundReplicatedLinear,
@@ -76,6 +79,6 @@ CUSTOM_OPS: dict[str, type[host.Bound]] = {
 """Operators of the traced graph -> Bound classes; handed to each host module, not global."""
 
 
-def custom_operators() -> dict[str, type[host.Bound]]:
+def custom_operators() -> dict[str, type[auto_lirpa.Bound]]:
     """`CUSTOM_OPS`, with the elementwise functions that were entered since."""
     return {**CUSTOM_OPS, **elementwise_operators()}

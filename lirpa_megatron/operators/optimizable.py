@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron import host
+from lirpa_megatron.compat import auto_lirpa
 
 RANGE = 2.0
 """With auto_LiRPA's learning rate of 0.5, Adam takes four steps from the middle to an end (with 1
@@ -22,7 +22,7 @@ it went back and forth between the ends: after 20 steps bounds of GELU networks 
 wider)."""
 
 
-class OptimizableOperator(host.BoundOptimizableActivation):
+class OptimizableOperator(auto_lirpa.BoundOptimizableActivation):
     """An operator whose lines or planes depend on alpha.
 
     A subclass defines `relaxation(*inputs)`, what all rows of A have in common there.
@@ -63,9 +63,9 @@ class OptimizableOperator(host.BoundOptimizableActivation):
     def restore_optimized_params(self, saved: dict[str, Any]) -> None:
         self.alpha = saved["alpha"]
 
-    def move(self, start: host.Bound, side: int) -> torch.Tensor | None:
+    def move(self, start: auto_lirpa.Bound, side: int) -> torch.Tensor | None:
         """Alpha [R or 1, B, *alpha shape] of one side, in [-1, 1]; None where not in use."""
-        if not host.is_optimized(self, start):
+        if not auto_lirpa.is_optimized(self, start):
             return None
         return (self.alpha[start.name][side] / RANGE).clamp(-1, 1)
 

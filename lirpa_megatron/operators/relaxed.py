@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.enclosure import AffineForm
-from lirpa_megatron.operators.linear import dense
+from lirpa_megatron.crown.placement import Layout
+from lirpa_megatron.operators.affine.form import AffineForm
+from lirpa_megatron.operators.linear.local import dense
 from lirpa_megatron.operators.optimizable import OptimizableOperator
-from lirpa_megatron.parallel.layouts import Layout
 
 _FEW = 2**14
 """Numbers of A up to which, on a CPU, both sides are bounded in one call."""
@@ -28,7 +28,7 @@ class RowRelaxed(OptimizableOperator):
     - `lower_plane(A, relaxation, move)`: coefficients for each input that can be perturbed, in
       order, and a bias [R, B], of a plane below <A, y> on the inputs' bounds, for every alpha
       `move` in [-1, 1] (None: no alpha, the same as 0);
-    - `reads_form`: the inputs whose affine form (`enclosure`) it makes use of.
+    - `reads_form`: the inputs whose affine form (`affine.form`) it makes use of.
     """
 
     reads_form: frozenset[int] = frozenset()

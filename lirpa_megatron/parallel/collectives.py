@@ -36,8 +36,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 
+from lirpa_megatron.compat import megatron_cpu
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel import cpu_shim, spmd
+from lirpa_megatron.parallel import spmd
 
 # torch renamed them.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -222,10 +223,11 @@ class Collectives:
         spmd.handshake(self.group, f"{name} of {tuple(x.shape)} {x.dtype}")
 
     def _count(self, name: str, x: torch.Tensor, bytes_per_byte: float) -> None:
-        if x.device.type == "cpu" and not cpu_shim.is_installed() and not torch.cuda.is_available():
+        ready = megatron_cpu.is_installed() or torch.cuda.is_available()
+        if x.device.type == "cpu" and not ready:
             raise UserError(
                 "tensor parallelism on a CPU needs Megatron's CPU shim: call "
-                "lirpa_megatron.parallel.cpu_shim.install() first"
+                "lirpa_megatron.compat.megatron_cpu.install() first"
             )
         self.traffic.add(name, bytes_per_byte * x.numel() * x.element_size())
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from lirpa_megatron.compat import megatron_cpu
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel import cpu_shim
 
 
 def initialize(
@@ -35,7 +35,7 @@ def initialize(
     """
     cuda = torch.cuda.is_available()
     if not cuda:
-        cpu_shim.install()
+        megatron_cpu.install()
     if not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -68,7 +68,7 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    cpu_shim.uninstall()
+    megatron_cpu.uninstall()
 
 
 @contextlib.contextmanager

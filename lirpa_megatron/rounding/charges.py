@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron import host
-from lirpa_megatron.operators.linear import IdentityRows, dense
-from lirpa_megatron.perturbations import is_ball
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.coefficients import RowBounds, Sides
+from lirpa_megatron.operators.linear.local import IdentityRows, dense
+from lirpa_megatron.problem.perturbations import is_ball
 from lirpa_megatron.rounding.arithmetic import UNIT, dot, gamma, margin
 from lirpa_megatron.rounding.rules import Known, Visit
-from lirpa_megatron.sides import RowBounds, Sides
 
 _BOTH = ("lower", "upper")
 
@@ -46,7 +46,7 @@ class NoCharges:
 class Charges(NoCharges):
     """Sums up by how much the bounds of a pass may be off, and widens them.
 
-    Errors lie as biases do (`parallel.layouts`): those of what a rank computes as its part of a sum
+    Errors lie as biases do (`crown.placement`): those of what a rank computes as its part of a sum
     over features are parts of a sum over ranks themselves, [S, B] or [p n, B]; others are complete,
     [rows, B]. Both are sums of numbers above 0. What is charged besides the operators' own rules:
 
@@ -161,7 +161,8 @@ def charges_of(run: Any) -> NoCharges:
 
 def _plain(A: Any) -> Any:
     """A as a tensor, unless its rows are only picked."""
-    return A if isinstance(A, (IdentityRows, host.OneHotC, host.eyeC)) else dense(A).detach()
+    picked = isinstance(A, (IdentityRows, auto_lirpa.OneHotC, auto_lirpa.eyeC))
+    return A if picked else dense(A).detach()
 
 
 def _each(function: Any, lower: Any, upper: Any) -> tuple[Any, Any]:

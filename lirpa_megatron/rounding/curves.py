@@ -1,4 +1,4 @@
-"""What the values and lines of curves may be off (`operators.curves`, `operators.lines`)."""
+"""What values and lines of curves may be off (`elementwise.curves`, `tangent_lines`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron import host
-from lirpa_megatron.operators.curves import Curve
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.elementwise.curves import Curve
 from lirpa_megatron.rounding.arithmetic import TINY, UNIT, dot, gamma
 from lirpa_megatron.rounding.rules import Known, Rule, Visit
 
@@ -109,7 +109,7 @@ STRAIGHT = ("Abs", "Clamp", "HardSigmoid", "LeakyRelu")
 
 
 class CurveRule(Rule):
-    """y = f(x), elementwise, with the lines of `operators.lines`.
+    """y = f(x), elementwise, with the lines of `operators.elementwise.tangent_lines`.
 
     IBP: the ends are values of f, off by E = (relative |f| + absolute) u. (Between ends on both
     sides of a minimum the least value is a constant that is off by less.)
@@ -138,20 +138,20 @@ class CurveRule(Rule):
 
     moves = False
 
-    def magnitude(self, node: host.Bound, known: Known) -> Tensor:
+    def magnitude(self, node: auto_lirpa.Bound, known: Known) -> Tensor:
         return accuracy_of(node).size(known.magnitude(node.inputs[0]))
 
     def of_interval(
-        self, node: host.Bound, v: tuple, ends: tuple, C: Any, known: Known
+        self, node: auto_lirpa.Bound, v: tuple, ends: tuple, C: Any, known: Known
     ) -> Tensor:
         return _error(accuracy_of(node), torch.maximum(*(end.detach().abs() for end in ends)))
 
-    def of_visit(self, node: host.Bound, visit: Visit, known: Known) -> Tensor:
+    def of_visit(self, node: auto_lirpa.Bound, visit: Visit, known: Known) -> Tensor:
         of_lines, per_term, spill = self._of_lines(node, known)
         v = of_lines + gamma(visit.terms + 4) * per_term
         return dot(visit.A, v) + visit.terms * TINY * spill
 
-    def _of_lines(self, node: host.Bound, known: Known) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_lines(self, node: auto_lirpa.Bound, known: Known) -> tuple[Tensor, Tensor, Tensor]:
         """(error for each unit of |A|, that for each u of it, both [B, *shape]; for each TINY)."""
         x, key = node.inputs[0], ("lines", node.name)
         made = known.kept.get(key)
@@ -159,7 +159,7 @@ class CurveRule(Rule):
             made = known.kept[key] = x.lower, x.upper, self._found(node)
         return made[2]
 
-    def _found(self, node: host.Bound) -> tuple[Tensor, Tensor, Tensor]:
+    def _found(self, node: auto_lirpa.Bound) -> tuple[Tensor, Tensor, Tensor]:
         x, f = node.inputs[0], accuracy_of(node)
         l, u = x.lower.detach(), x.upper.detach()
         m = torch.maximum(l.abs(), u.abs())
@@ -211,7 +211,7 @@ def _least(
     return least, off
 
 
-def rule_of_curve(node: host.Bound) -> Rule | None:
+def rule_of_curve(node: auto_lirpa.Bound) -> Rule | None:
     """The rule of an elementwise operator of stated accuracy; None for others."""
     return _RULE if _name(node) in (*ACCURACY, *STRAIGHT) else None
 

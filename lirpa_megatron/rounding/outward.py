@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron import host
+from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.operators.activations import BoundCurve
+from lirpa_megatron.operators.elementwise.activations import BoundCurve
 from lirpa_megatron.rounding.arithmetic import box_around, gamma, widened
 from lirpa_megatron.rounding.curves import rule_of_curve
 from lirpa_megatron.rounding.rules import (
@@ -65,7 +65,7 @@ class Outward:
         self.known = Known(module, self.rule_of)
         nodes = module.named_nodes().values()
         for node in nodes:
-            if isinstance(node, host.BoundParams):
+            if isinstance(node, auto_lirpa.BoundParams):
                 _check_dtype(f"parameter {node.ori_name!r}", node.param)
         reached = _reached(nodes)
         for node in nodes:
@@ -74,7 +74,7 @@ class Outward:
             elif node.inputs and any(name in reached for name in node.output_name):
                 self._check_constant(node)
 
-    def rule_of(self, node: host.Bound) -> Rule:
+    def rule_of(self, node: auto_lirpa.Bound) -> Rule:
         """The rule of an operator.
 
         Raises:
@@ -116,8 +116,9 @@ class Outward:
         ptb = getattr(value, "ptb", None)
         if ptb is None:
             return value
-        if type(ptb) is not host.PerturbationLpNorm or ptb.norm not in (1, 2, float("inf")):
-            kind = f"L{ptb.norm:g}" if type(ptb) is host.PerturbationLpNorm else type(ptb).__name__
+        if type(ptb) is not auto_lirpa.PerturbationLpNorm or ptb.norm not in (1, 2, float("inf")):
+            ball = type(ptb) is auto_lirpa.PerturbationLpNorm
+            kind = f"L{ptb.norm:g}" if ball else type(ptb).__name__
             raise UserError(
                 f'input {index}: a set of inputs ({kind}) without a limit on its rounding error: '
                 'use rounding="nearest"'
@@ -131,21 +132,21 @@ class Outward:
         x_L, x_U = box_around(plain, ptb.eps)
         x_L = x_L if ptb.x_L is None else ptb.x_L
         x_U = x_U if ptb.x_U is None else ptb.x_U
-        box = host.PerturbationLpNorm(norm=float("inf"), x_L=x_L, x_U=x_U)
-        return host.BoundedTensor(plain, box)
+        box = auto_lirpa.PerturbationLpNorm(norm=float("inf"), x_L=x_L, x_U=x_U)
+        return auto_lirpa.BoundedTensor(plain, box)
 
     def merged(self, interval: Any, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The range of C y on an interval of y, widened: [B, S] each.
 
         As a linear layer's (`LinearRule`): gamma_{n+6} |C| m.
         """
-        lower, upper = host.BoundLinear.interval_propagate(None, interval, C=C)
+        lower, upper = auto_lirpa.BoundLinear.interval_propagate(None, interval, C=C)
         with torch.no_grad():
             m = torch.maximum(interval[0].abs(), interval[1].abs())
             error = gamma(m.shape[-1] + 8) * torch.einsum("bsf,bf->bs", C.abs(), m)
         return widened(lower, upper, error)
 
-    def _cover(self, node: host.Bound) -> None:
+    def _cover(self, node: auto_lirpa.Bound) -> None:
         reason = self.rule_of(node).refusal(node)
         if reason is not None:
             raise refused(node, reason)
@@ -164,7 +165,7 @@ class Outward:
 
         object.__setattr__(node, "interval_propagate", interval_propagate)
 
-    def _check_constant(self, node: host.Bound) -> None:
+    def _check_constant(self, node: auto_lirpa.Bound) -> None:
         """Values that the graph computes of constants alone are exact where numbers only move."""
         if is_constant(node):
             return
@@ -176,7 +177,7 @@ class Outward:
 
 def _boxed(interval: Any) -> Any:
     """The box around an L1 or L2 ball straight from the input, its ends rounded outwards."""
-    norm, eps = host.Interval.get_perturbation(interval)[:2]
+    norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
     return interval if norm == float("inf") else box_around(interval[0], eps)
 
 
@@ -184,15 +185,15 @@ def _reached(nodes: Any) -> set[str]:
     """Names of the nodes whose values depend on an input."""
     found: set[str] = set()
     for node in _in_order(nodes):
-        if type(node) is host.BoundInput or any(x.name in found for x in node.inputs):
+        if type(node) is auto_lirpa.BoundInput or any(x.name in found for x in node.inputs):
             found.add(node.name)
     return found
 
 
-def _in_order(nodes: Any) -> list[host.Bound]:
-    order: dict[str, host.Bound] = {}
+def _in_order(nodes: Any) -> list[auto_lirpa.Bound]:
+    order: dict[str, auto_lirpa.Bound] = {}
 
-    def visit(node: host.Bound) -> None:
+    def visit(node: auto_lirpa.Bound) -> None:
         if node.name not in order:
             for x in node.inputs:
                 visit(x)

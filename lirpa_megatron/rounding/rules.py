@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron import host
+from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.operators.linear import IdentityRows
+from lirpa_megatron.operators.linear.local import IdentityRows
 from lirpa_megatron.rounding.arithmetic import TINY, UNIT, dot, gamma
 
 Tensor = torch.Tensor
@@ -64,16 +64,16 @@ class Known:
         rule_of: the rule of a node.
     """
 
-    def __init__(self, module: Any, rule_of: Callable[[host.Bound], Rule]) -> None:
+    def __init__(self, module: Any, rule_of: Callable[[auto_lirpa.Bound], Rule]) -> None:
         self.module, self.rule_of = module, rule_of
         self.tp = module.layout.collectives
         self.kept: dict[tuple[str, str], Any] = {}
 
-    def value(self, x: host.Bound) -> Tensor:
+    def value(self, x: auto_lirpa.Bound) -> Tensor:
         """The exact value of a parameter or constant (or of an input that is not perturbed)."""
         return self.module.get_forward_value(x).detach()
 
-    def check_constants(self, node: host.Bound) -> None:
+    def check_constants(self, node: auto_lirpa.Bound) -> None:
         """Refuses what the operator reads of inputs that are not perturbed, computed with rounding.
 
         Raises:
@@ -86,15 +86,15 @@ class Known:
                 raise refused(x, "it is computed of inputs that are not perturbed, and rounded")
             self.check_constants(x)
 
-    def magnitude(self, x: host.Bound) -> Tensor:
+    def magnitude(self, x: auto_lirpa.Bound) -> Tensor:
         """Most that |x| can be, [B, *shape] (the rank's features); from its bounds, if known."""
         if not x.perturbed:
             return self.value(x).abs()
-        if host.has_bounds(x):
+        if auto_lirpa.has_bounds(x):
             return torch.maximum(x.lower.detach().abs(), x.upper.detach().abs())
         return self.once("magnitude", x, lambda: self.rule_of(x).magnitude(x, self))
 
-    def once(self, what: str, node: host.Bound, compute: Callable[[], Any]) -> Any:
+    def once(self, what: str, node: auto_lirpa.Bound, compute: Callable[[], Any]) -> Any:
         """Something of a node that holds for the whole call."""
         key = what, node.name
         if key not in self.kept:
@@ -110,21 +110,21 @@ class Rule:
     same_sides = True
     """Whether `of_visit` depends on A alone."""
 
-    def refusal(self, node: host.Bound) -> str | None:
+    def refusal(self, node: auto_lirpa.Bound) -> str | None:
         """Why this operator, as it is built, is not covered; None: it is."""
         return None
 
-    def magnitude(self, node: host.Bound, known: Known) -> Tensor:
+    def magnitude(self, node: auto_lirpa.Bound, known: Known) -> Tensor:
         x, *rest = node.inputs
         return node.forward(known.magnitude(x), *map(known.value, rest)).abs()
 
     def of_interval(
-        self, node: host.Bound, v: tuple, ends: tuple[Tensor, Tensor], C: Any, known: Known
+        self, node: auto_lirpa.Bound, v: tuple, ends: tuple[Tensor, Tensor], C: Any, known: Known
     ) -> Tensor | float:
         """Error of the interval's ends; `C` is what they were merged with, or None."""
         return 0.0
 
-    def of_visit(self, node: host.Bound, visit: Visit, known: Known) -> Tensor | None:
+    def of_visit(self, node: auto_lirpa.Bound, visit: Visit, known: Known) -> Tensor | None:
         """Error of the rows' bounds, [R, B]; None: nothing."""
         return None
 
@@ -153,7 +153,7 @@ class LinearRule(Rule):
 
     moves = False
 
-    def refusal(self, node: host.Bound) -> str | None:
+    def refusal(self, node: auto_lirpa.Bound) -> str | None:
         scale = getattr(node, "alpha_linear", None), getattr(node, "beta_linear", None)
         if None in scale:
             scale = node.alpha, node.beta
@@ -162,7 +162,7 @@ class LinearRule(Rule):
         weights = [x for x in node.inputs[1:] if x.inputs]
         return "weights that the graph computes" if weights else None
 
-    def weight(self, node: host.Bound, known: Known) -> tuple[Tensor, Tensor | None]:
+    def weight(self, node: auto_lirpa.Bound, known: Known) -> tuple[Tensor, Tensor | None]:
         """|W| [o, i] and |b| [o] or None."""
         if hasattr(node, "has_rows"):
             w, b = node.features(*node.inputs)
@@ -172,7 +172,9 @@ class LinearRule(Rule):
             w = w if node.transB else w.t()
         return w.detach().abs(), None if b is None else b.detach().abs()
 
-    def reach(self, node: host.Bound, m: Tensor, known: Known) -> tuple[Tensor, Tensor | float]:
+    def reach(
+        self, node: auto_lirpa.Bound, m: Tensor, known: Known
+    ) -> tuple[Tensor, Tensor | float]:
         """|W| m + |b| [B, ..., o], and what underflow is off for one term, [B].
 
         Args:
@@ -189,18 +191,18 @@ class LinearRule(Rule):
         """The sum over ranks, where the input is sharded."""
         return part
 
-    def magnitude(self, node: host.Bound, known: Known) -> Tensor:
+    def magnitude(self, node: auto_lirpa.Bound, known: Known) -> Tensor:
         return self._reach_of_input(node, known)[0]
 
-    def _reach_of_input(self, node: host.Bound, known: Known) -> tuple:
+    def _reach_of_input(self, node: auto_lirpa.Bound, known: Known) -> tuple:
         m = known.magnitude(node.inputs[0])
         return known.once("reach", node, lambda: self.reach(node, m, known))
 
     def of_interval(
-        self, node: host.Bound, v: tuple, ends: tuple, C: Any, known: Known
+        self, node: auto_lirpa.Bound, v: tuple, ends: tuple, C: Any, known: Known
     ) -> Tensor:
         lower, upper = (end.detach() for end in v[0])
-        norm, eps = host.Interval.get_perturbation(v[0])[:2]
+        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
         ball = norm != float("inf")
         m = lower.abs() + eps if ball else torch.maximum(lower.abs(), upper.abs())
         reach, spill = self.reach(node, m, known)
@@ -219,8 +221,8 @@ class LinearRule(Rule):
         """|C| reach over all features of y, where they are sharded."""
         return part
 
-    def of_visit(self, node: host.Bound, visit: Visit, known: Known) -> Tensor | None:
-        if isinstance(visit.A, (IdentityRows, host.OneHotC, host.eyeC)):
+    def of_visit(self, node: auto_lirpa.Bound, visit: Visit, known: Known) -> Tensor | None:
+        if isinstance(visit.A, (IdentityRows, auto_lirpa.OneHotC, auto_lirpa.eyeC)):
             return None
         reach, spill = self._reach_of_input(node, known)
         n = visit.terms + 2
@@ -250,19 +252,19 @@ class SumRule(Rule):
 
     moves = False
 
-    def refusal(self, node: host.Bound) -> str | None:
+    def refusal(self, node: auto_lirpa.Bound) -> str | None:
         return _of_one_shape(node)
 
-    def magnitude(self, node: host.Bound, known: Known) -> Tensor:
+    def magnitude(self, node: auto_lirpa.Bound, known: Known) -> Tensor:
         x, y = (known.magnitude(part) for part in node.inputs)
         return x + y
 
     def of_interval(
-        self, node: host.Bound, v: tuple, ends: tuple, C: Any, known: Known
+        self, node: auto_lirpa.Bound, v: tuple, ends: tuple, C: Any, known: Known
     ) -> Tensor:
         return UNIT * torch.maximum(*(end.detach().abs() for end in ends))
 
-    def of_visit(self, node: host.Bound, visit: Visit, known: Known) -> Tensor | None:
+    def of_visit(self, node: auto_lirpa.Bound, visit: Visit, known: Known) -> Tensor | None:
         constants = [x for x in node.inputs if not x.perturbed]
         if not constants:
             return None
@@ -279,21 +281,21 @@ class ScaleRule(Rule):
 
     moves = False
 
-    def refusal(self, node: host.Bound) -> str | None:
+    def refusal(self, node: auto_lirpa.Bound) -> str | None:
         if not any(is_constant(x) for x in node.inputs):
             return "a product of two values that depend on the input"
         return _of_one_shape(node)
 
-    def magnitude(self, node: host.Bound, known: Known) -> Tensor:
+    def magnitude(self, node: auto_lirpa.Bound, known: Known) -> Tensor:
         x, y = (known.magnitude(part) for part in node.inputs)
         return x * y
 
     def of_interval(
-        self, node: host.Bound, v: tuple, ends: tuple, C: Any, known: Known
+        self, node: auto_lirpa.Bound, v: tuple, ends: tuple, C: Any, known: Known
     ) -> Tensor:
         return UNIT * torch.maximum(*(end.detach().abs() for end in ends)) + TINY
 
-    def of_visit(self, node: host.Bound, visit: Visit, known: Known) -> Tensor:
+    def of_visit(self, node: auto_lirpa.Bound, visit: Visit, known: Known) -> Tensor:
         product = known.once("product", node, lambda: self.magnitude(node, known))
         product = visit.shown(_as_batch(product, node, visit))
         x = next(x for x in node.inputs if x.perturbed)
@@ -315,16 +317,16 @@ class ReluRule(Rule):
     moves = False
     same_sides = False
 
-    def refusal(self, node: host.Bound) -> str | None:
+    def refusal(self, node: auto_lirpa.Bound) -> str | None:
         return "a slope for negative values" if getattr(node, "leaky_alpha", 0) else None
 
-    def magnitude(self, node: host.Bound, known: Known) -> Tensor:
+    def magnitude(self, node: auto_lirpa.Bound, known: Known) -> Tensor:
         x = node.inputs[0]
-        if host.has_bounds(x):
+        if auto_lirpa.has_bounds(x):
             return x.upper.detach().clamp(min=0)
         return known.magnitude(x)
 
-    def of_visit(self, node: host.Bound, visit: Visit, known: Known) -> Tensor:
+    def of_visit(self, node: auto_lirpa.Bound, visit: Visit, known: Known) -> Tensor:
         x = node.inputs[0]
         l, u = (visit.shown(end.detach()) for end in (x.lower, x.upper))
         below, above = (-l).clamp(min=0), u.clamp(min=0)
@@ -342,25 +344,25 @@ class ReluRule(Rule):
         return excess + gamma(n) * total.abs() + 2 * UNIT * abs(visit.bias) + spill
 
 
-def refused(node: host.Bound, reason: str) -> UserError:
+def refused(node: auto_lirpa.Bound, reason: str) -> UserError:
     """The error that an operator without a limit on its rounding error ends in."""
     return UserError(
         f'{type(node).__name__} ({node.name.lstrip("/")}): {reason}; use rounding="nearest"'
     )
 
 
-def is_constant(x: host.Bound) -> bool:
+def is_constant(x: auto_lirpa.Bound) -> bool:
     """Whether a node is a parameter, a buffer or a constant of the graph."""
-    return not x.inputs and type(x) is not host.BoundInput
+    return not x.inputs and type(x) is not auto_lirpa.BoundInput
 
 
-def _of_one_shape(node: host.Bound) -> str | None:
+def _of_one_shape(node: auto_lirpa.Bound) -> str | None:
     for x in node.inputs:
         if not is_constant(x) and tuple(x.output_shape) != tuple(node.output_shape):
             return f"values of shape {tuple(x.output_shape)} repeated to {tuple(node.output_shape)}"
     return None
 
 
-def _as_batch(c: Tensor, node: host.Bound, visit: Visit) -> Tensor:
+def _as_batch(c: Tensor, node: auto_lirpa.Bound, visit: Visit) -> Tensor:
     """c repeated to [B, *shape of the node]."""
     return c.expand(visit.A.shape[1], *node.output_shape[1:])

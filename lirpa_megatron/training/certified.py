@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lirpa_megatron import host
 from lirpa_megatron.adapters.margins import TokenMargins
 from lirpa_megatron.bounded_module import BoundedModule
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.options import check_method
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.options import check_method
 from lirpa_megatron.parallel import spmd
-from lirpa_megatron.specifications import classification_margins, next_token_margins
+from lirpa_megatron.problem.margins import classification_margins, next_token_margins
 from lirpa_megatron.training.losses import margin_cross_entropy
 from lirpa_megatron.training.reductions import leave_sums_to_megatron
 
@@ -163,9 +163,9 @@ class CertifiedLoss:
         nodes = self.bounded.named_nodes().values()
         for index, node in enumerate(nodes):
             for x in node.inputs:
-                if isinstance(x, host.BoundParams):
+                if isinstance(x, auto_lirpa.BoundParams):
                     layer = f"layer {x.ori_name.rpartition('.')[0]}"
-            known = host.known_bounds(node) if node.perturbed else None
+            known = auto_lirpa.known_bounds(node) if node.perturbed else None
             if known is not None and not all(b.isfinite().all() for b in known):
                 return index, layer
         return len(nodes), "the output"

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from lirpa_megatron import host
 from lirpa_megatron.bounded_module import BoundedModule
-from lirpa_megatron.parameters import own_value
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.parameters import own_value
 
 
 def leave_sums_to_megatron(bounded: BoundedModule, model: nn.Module) -> None:
@@ -23,7 +23,8 @@ def leave_sums_to_megatron(bounded: BoundedModule, model: nn.Module) -> None:
     if size == 1:
         return
     for node in bounded.named_nodes().values():
-        if isinstance(node, host.BoundParams) and _is_summed(node.ori_name, node.param, model):
+        parameter = isinstance(node, auto_lirpa.BoundParams)
+        if parameter and _is_summed(node.ori_name, node.param, model):
             object.__setattr__(node, "forward", own_value(node, 1 / size))
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lirpa_megatron import host
 from lirpa_megatron.adapters.linear_facades import is_column, is_row
 from lirpa_megatron.bounded_module import BoundedModule
+from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.parallel import runtime
 
 
@@ -74,10 +74,11 @@ def bound_regularizer(bounded: BoundedModule, tolerance: float = 0.5) -> torch.T
     tp, total, count = bounded.layout.collectives, None, 0
     first = torch.stack([D.mean() for D in _input_widths(bounded)]).mean()
     for node in bounded.named_nodes().values():
-        if not isinstance(node, (host.BoundActivation, host.BoundOptimizableActivation)):
+        activations = (auto_lirpa.BoundActivation, auto_lirpa.BoundOptimizableActivation)
+        if not isinstance(node, activations):
             continue
         x = node.inputs[0]
-        known = host.known_bounds(x)
+        known = auto_lirpa.known_bounds(x)
         if known is None or not x.perturbed:
             continue
         lower, upper = known
@@ -91,7 +92,7 @@ def bound_regularizer(bounded: BoundedModule, tolerance: float = 0.5) -> torch.T
         width, mean = (summed(torch.stack([(upper - lower).sum() / 2, center.sum()])) / size)
         # Means over batch and features alike: every rank has the whole batch of its replica.
         terms = F.relu(tolerance - first / width.clamp(min=1e-12))
-        if isinstance(node, host.BoundRelu):
+        if isinstance(node, auto_lirpa.BoundRelu):
             on, off = lower > 0, upper < 0
             spread = (center - mean) ** 2
             sums = summed(torch.stack(
@@ -114,5 +115,5 @@ def _unbalance(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> torch.Tens
 
 def _input_widths(bounded: BoundedModule) -> list[torch.Tensor]:
     """Half the widths of the perturbed inputs."""
-    known = [host.known_bounds(node) for node in host.perturbed_inputs(bounded)]
+    known = [auto_lirpa.known_bounds(node) for node in auto_lirpa.perturbed_inputs(bounded)]
     return [(pair[1] - pair[0]) / 2 for pair in known if pair is not None]

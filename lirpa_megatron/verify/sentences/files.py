@@ -14,7 +14,7 @@ from typing import Any
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.report.summary import summarise
-from lirpa_megatron.verify.plan import check_writable
+from lirpa_megatron.verify.properties.job_plan import check_writable
 from lirpa_megatron.verify.sentences.results import read_results
 
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from lirpa_megatron.adapters.embeddings import embed
 from lirpa_megatron.bounded_module import BoundedModule
-from lirpa_megatron.inputs import perturb_tokens
 from lirpa_megatron.parallel import spmd
-from lirpa_megatron.verify.instance import Deadline
+from lirpa_megatron.problem.token_perturbations import perturb_tokens
+from lirpa_megatron.verify.properties.instance import Deadline
 from lirpa_megatron.verify.sentences.attack import find_words, smallest_success
 from lirpa_megatron.verify.sentences.options import NORMS, SentenceOptions
 from lirpa_megatron.verify.sentences.search import largest_certified, smallest_attacked

@@ -13,7 +13,7 @@ from torch import nn
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.adapters.views import at_position, bert_head
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.specifications import (
+from lirpa_megatron.problem.margins import (
     classification_margins,
     next_token_margins,
     smallest_margin,

@@ -1,0 +1,243 @@
+"""The command line: `lirpa-megatron`, `python -m lirpa_megatron`, or either under torchrun.
+
+Every process runs the same program; rank 0 alone checks the arguments, writes files and prints.
+Heavy imports happen inside functions, after their warnings have been silenced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from lirpa_megatron.cli.options import launched_as_rank0, parse_arguments, print_error
+from lirpa_megatron.compat import requirements
+from lirpa_megatron.errors import SPMDError, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        exit status: 0 done, 1 an instance errored, 2 bad usage.
+    """
+    _silence_libraries()
+    from lirpa_megatron import __version__
+
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv, __version__)
+        if arguments["command"] == "report":
+            return _report(arguments)
+        _load_libraries()
+    except (ImportError, UserError) as error:
+        print_error(str(error))
+        _meet_other_ranks()
+        return 2
+    return _run(arguments)
+
+
+def _run(arguments: dict[str, Any]) -> int:
+    """Runs the command in its process groups; what this sets up is taken down at the end.
+
+    Errors are printed before that: torchrun ends the other processes soon after the first one.
+    """
+    import torch.distributed as dist
+
+    from lirpa_megatron.parallel import runtime
+
+    is_ours = not dist.is_initialized()
+    try:
+        runtime.initialize(arguments.get("tensor_parallel_size"))
+        if runtime.tp_size() != dist.get_world_size() and "data" not in arguments:
+            raise UserError(
+                f"--tensor-parallel-size {runtime.tp_size()} is not the number of processes "
+                f"{dist.get_world_size()}: start {runtime.tp_size()} (torchrun --nproc-per-node)"
+            )
+        return _COMMANDS[arguments.pop("command")](arguments)
+    except UserError as error:
+        print_error(str(error))
+        return 2
+    except SPMDError as error:
+        print_error(str(error))
+        return 1
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return 130
+    finally:
+        if is_ours:
+            runtime.shutdown()
+
+
+def _load_libraries() -> None:
+    """Imports what every command needs, so that what is missing is said before any work."""
+    requirements.check()
+    from lirpa_megatron.compat import auto_lirpa  # noqa: F401
+
+
+def _meet_other_ranks() -> None:
+    """Waits for rank 0 to have printed: it may start more slowly, and torchrun ends it with us."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or importlib.util.find_spec("torch") is None:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError, ValueError):  # there is nothing left to lose
+        dist.init_process_group("gloo", timeout=timedelta(minutes=1))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _silence_libraries() -> None:
+    """Keeps deprecation warnings and logs of torch, Megatron and auto_LiRPA from the user."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        os.environ["PYTHONWARNINGS"] = "ignore"  # for the processes of Megatron's writer
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in ("megatron", "torch", "auto_LiRPA"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _import_onnx(arguments: dict[str, Any]) -> int:
+    from lirpa_megatron.adapters.parallelize import parallelize
+    from lirpa_megatron.checkpoint.writer import check_output, save_network
+    from lirpa_megatron.networks.network import Network
+    from lirpa_megatron.networks.onnx_import import read_onnx
+    from lirpa_megatron.parallel import runtime
+    from lirpa_megatron.verify.agreement import agreed
+
+    group, out, force = runtime.tp_group(), arguments["out"], arguments.get("force", False)
+    with agreed(group, "checking the arguments"):
+        if runtime.is_rank0():
+            check_output(out, force)
+    with agreed(group, "reading the network"):
+        imported = read_onnx(arguments["net"], arguments.get("onnx_output"))
+        network = Network.from_weights(imported.description, imported.weights)
+        model = parallelize(network, tp_group=group)
+    with agreed(group, "writing the checkpoint"):
+        save_network(imported.description, model, out, force)
+    if runtime.is_rank0():
+        print(f"wrote {out} (tensor-parallel size {runtime.tp_size()})")
+    return 0
+
+
+def _inspect(arguments: dict[str, Any]) -> int:
+    from lirpa_megatron.checkpoint.arguments import read_model_config
+    from lirpa_megatron.checkpoint.inspection import inspect
+    from lirpa_megatron.parallel import runtime
+    from lirpa_megatron.verify.agreement import agreed
+
+    with agreed(runtime.tp_group(), "inspecting the checkpoint"):
+        if runtime.is_rank0():
+            config = arguments.get("model_config")
+            print(inspect(
+                arguments["checkpoint"], arguments.get("iteration"),
+                None if config is None else read_model_config(config),
+                arguments.get("seq_length"), arguments.get("max_spec_rows"),
+            ), flush=True)
+    return 0
+
+
+def _verify_sentences(arguments: dict[str, Any]) -> int:
+    from lirpa_megatron.verify.sentences.job import Files, run
+    from lirpa_megatron.verify.sentences.options import SentenceOptions
+
+    def chosen(kind: Any) -> Any:
+        names = {field.name for field in fields(kind)}
+        return kind(**{name: value for name, value in arguments.items() if name in names})
+
+    return run(chosen(Files), chosen(SentenceOptions))
+
+
+def _verify(arguments: dict[str, Any]) -> int:
+    if "data" in arguments:
+        return _verify_sentences(arguments)
+    from lirpa_megatron.parallel import runtime, spmd
+    from lirpa_megatron.verify.agreement import agreed
+    from lirpa_megatron.verify.properties.job import Runner, with_progress
+    from lirpa_megatron.verify.properties.job_plan import make_plan
+    from lirpa_megatron.verify.properties.options import VerifyOptions
+    from lirpa_megatron.verify.properties.results import summary_table
+
+    names = {field.name for field in fields(VerifyOptions)}
+    options = replace(VerifyOptions(), **{k: v for k, v in arguments.items() if k in names})
+    group = runtime.tp_group()
+    with agreed(group, "checking the arguments"):
+        plan = make_plan(arguments, options) if runtime.is_rank0() else None
+        plan = spmd.broadcast_object(plan, group)
+
+    runner = Runner(options, group)
+    if plan.instances and plan.one_network:  # nothing of the run makes sense without it
+        loaded = runner.load(plan.instances[0])
+        if plan.one_property:
+            runner.read_property(plan.instances[0], loaded)
+    with _results_stream(plan, group) as stream:
+
+        def write(result: Any) -> None:
+            if stream is not None:
+                stream.write(result.to_line())
+                stream.flush()
+
+        results = plan.done + runner.run(with_progress(plan.instances), write)
+    if runtime.is_rank0():
+        print(summary_table(results), file=sys.stdout if plan.output else sys.stderr, flush=True)
+    return 1 if any(result.result == "error" for result in results) else 0
+
+
+def _report(arguments: dict[str, Any]) -> int:
+    """Needs one process, and none of the libraries that bounds need."""
+    from lirpa_megatron.report.page import write_report
+    from lirpa_megatron.report.reader import read_lines
+    from lirpa_megatron.report.summary import summary_table
+
+    if not launched_as_rank0():
+        return 0
+    path, output = arguments["results"], arguments.get("output", Path("report.html"))
+    results = read_lines(path)
+    if output.exists() and output.samefile(path):
+        raise UserError(f"output {output} is the file of results: choose another name")
+    summary = write_report(results, output, source=path.name)
+    print(summary_table(summary))
+    print(f"wrote {output}")
+    return 0
+
+
+@contextlib.contextmanager
+def _results_stream(plan: Any, group: Any) -> Iterator[TextIO | None]:
+    """Where rank 0 writes results; None on the other ranks."""
+    from lirpa_megatron.verify.agreement import agreed
+
+    stream = None
+    with agreed(group, "opening the output"):
+        if launched_as_rank0():
+            stream = _open_output(plan.output, plan.keep_bytes) if plan.output else sys.stdout
+    try:
+        yield stream
+    finally:
+        if stream not in (None, sys.stdout):
+            stream.close()
+
+
+def _open_output(path: Path, keep_bytes: int) -> TextIO:
+    """The results file, cut after the part that is kept."""
+    try:
+        stream = path.open("a", encoding="utf-8")
+        stream.truncate(keep_bytes)
+    except OSError as error:
+        raise UserError(f"output {path} cannot be written: {error.strerror}") from None
+    return stream
+
+
+_COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "import-onnx": _import_onnx,
+    "inspect": _inspect,
+    "verify": _verify,
+}

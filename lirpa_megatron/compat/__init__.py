@@ -1,0 +1,1 @@
+"""What differs between releases of auto_LiRPA, megatron-core and torch."""

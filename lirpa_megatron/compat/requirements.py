@@ -1,0 +1,43 @@
+"""What must be installed, and in which versions; one line that says what to run if it is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+from packaging.version import Version
+
+_NEEDED = {"torch": ("2.4", None), "megatron-core": ("0.14", "0.20")}
+"""Project -> first version that works, first version that is not known to."""
+
+
+def check() -> None:
+    """Checks torch, megatron-core and apex without importing them (auto_LiRPA: see `auto_lirpa`).
+
+    Raises:
+        ImportError: missing or unsupported, with both versions and what to run.
+    """
+    for project, (first, limit) in _NEEDED.items():
+        wanted = f"{project}>={first}" + (f",<{limit}" if limit else "")
+        how = f"run `make setup`, or `pip install '{wanted}'`"
+        if importlib.util.find_spec(project.split("-")[0]) is None:
+            raise ImportError(f"{project} is not installed: {how}")
+        try:
+            version = Version(importlib.metadata.version(project))
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a source checkout on the path: its version is its owner's business
+        if version < Version(first) or (limit and version >= Version(limit)):
+            raise ImportError(f"{project} {version} is not supported ({wanted} is): {how}")
+    _check_apex()
+
+
+def _check_apex() -> None:
+    """PyPI's apex is an unrelated package with which Megatron takes NVIDIA's to be there."""
+    spec = importlib.util.find_spec("apex")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if spec and not any((Path(folder) / "normalization").exists() for folder in folders):
+        raise ImportError(
+            "the package apex is not NVIDIA's (it has no apex.normalization), and megatron-core "
+            "fails with it: run `pip uninstall apex`"
+        )

@@ -1,0 +1,1 @@
+"""The backward engine: row schedule, passes, intermediate bounds, affine forms, communication."""

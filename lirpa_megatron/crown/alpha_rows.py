@@ -1,0 +1,50 @@
+"""How many rows of alpha an operator has, for each start node whose passes go through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lirpa_megatron.compat import auto_lirpa
+
+
+def alpha_start_nodes(
+    module: Any, node: auto_lirpa.Bound, c: Any, share_alphas: bool, final_name: str
+) -> list[tuple]:
+    """Start nodes whose passes go through `node`, each with the rows of alpha it has there.
+
+    Args:
+        module: a BoundedModule.
+        node: the operator that relaxes with alpha.
+        c: the specification [B, S, ...] of the final pass.
+        share_alphas: the rows of an intermediate start node share theirs.
+        final_name: of the final node.
+
+    Returns:
+        Entries as the host keeps them (`auto_lirpa.alpha_start_node`).
+    """
+    entries = []
+    for start in dict.fromkeys(module.backward_from[node.name]):
+        is_final = start.name == final_name
+        if not is_final and not module.intermediate.has_alpha:
+            continue
+        if not is_final and share_alphas:
+            rows = 1
+        else:
+            identity = not is_final or module._final_is_identity
+            if not identity:
+                S = c.size(1)
+            elif is_final:
+                S = module.passes.rows_of(start)
+            else:
+                S = module.intermediate.rows_with_alpha(start)
+            if S == 0:
+                continue
+            spec_sharded = module.layout.collectives.size > 1
+            if is_final:
+                spec_sharded = module._final_spec_sharded(start, identity, S)
+            origin, spec_sharded = module.passes.begin(start, identity, spec_sharded)
+            if origin is not start:
+                S = module.passes.rows_of(origin)
+            rows = module.passes.rows_at(node, origin, S, spec_sharded)
+        entries.append(auto_lirpa.alpha_start_node(start.name, rows, is_final))
+    return entries

@@ -1,0 +1,69 @@
+"""Method 'auto': IBP, CROWN-IBP, CROWN and CROWN-Optimized, until one of them has proved it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lirpa_megatron.crown.options import METHODS
+from lirpa_megatron.parallel.collectives import Collectives
+from lirpa_megatron.problem.perturbations import check_perturbations
+
+
+def cheaper_first(
+    module: Any, x: Any, aux: Any, C: torch.Tensor | None, kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The best bounds of the methods tried, cheapest first, until all lower ones are positive.
+
+    A method that is not available for this output or set is passed over. Whether all is proved is
+    agreed between the ranks.
+
+    Args:
+        module: a BoundedModule.
+        x, aux, C, kwargs: of its `compute_bounds`; with `decision_thresh` [B, S] or a number, what
+            lower bounds have to exceed instead of 0.
+
+    Returns:
+        (lower, upper), shaped and sharded as `compute_bounds` gives them; upper None if not asked.
+
+    Raises:
+        ValueError: lower bounds are not asked for, or A is, which is one method's.
+        NotImplementedError: what cannot be bounded, by name.
+    """
+    if kwargs.get("return_A") or not kwargs.get("bound_lower", True):
+        raise ValueError("method 'auto' asks whether lower bounds are positive: choose a method "
+                         "for return_A or bound_lower=False")
+    kwargs = dict(kwargs)
+    threshold = kwargs.pop("decision_thresh", 0.0)
+    best: list[torch.Tensor | None] = [None, None]
+    available = [m for m in METHODS if _is_available(module, x, C, {**kwargs, "method": m})]
+    for method in available or METHODS[-1:]:
+        # alpha needs gradients even where the caller wants none.
+        with torch.enable_grad() if method == METHODS[-1] else contextlib.nullcontext():
+            found = module.compute_bounds(x=x, aux=aux, C=C, **{**kwargs, "method": method})
+        for side, (bound, tighter) in enumerate(zip(found, (torch.maximum, torch.minimum),
+                                                    strict=True)):
+            known = best[side]
+            best[side] = bound if known is None or bound is None else tighter(known, bound)
+        if _all_proved(best[0] - threshold, module.layout.collectives):
+            break
+    return best[0], best[1]
+
+
+def _is_available(module: Any, x: Any, C: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Follows from the graph and the kind of set; if ranks differed, `compute_bounds` would say."""
+    try:
+        check_perturbations(module, x or (), kwargs["method"])
+        module.check_output(C, kwargs)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _all_proved(lower: Any, tp: Collectives) -> bool:
+    """Whether all numbers are positive and finite, those of features on other ranks too."""
+    here = bool(((lower > 0) & lower.isfinite()).all())
+    return not tp.largest(torch.tensor(0.0 if here else 1.0, device=lower.device)).item()

@@ -1,0 +1,89 @@
+"""A last look at bounds before they are handed out: the model's own output lies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.errors import BoundsError
+from lirpa_megatron.problem.perturbations import PerturbationInBox
+
+SLACK = 1e3
+"""How many roundings (of the numbers' own type) of what is added up pass for rounding: the most
+that was seen, in all calls of the tests, is 57."""
+
+
+def clean_is_inside(inputs: Sequence[auto_lirpa.Bound]) -> bool:
+    """Whether the clean values of the perturbed inputs are known to be among those bounded.
+
+    They are the centre of balls and of boxes given by a radius; a box given by its corners can lie
+    anywhere, and other sets (`PerturbationInBox`) say themselves.
+
+    Args:
+        inputs: the graph's perturbed inputs; their values and sets are the same on every rank.
+    """
+    return all(_is_inside(node.value, node.perturbation) for node in inputs)
+
+
+def _is_inside(x: torch.Tensor, ptb: Any) -> bool:
+    if isinstance(ptb, PerturbationInBox):
+        return ptb.holds(x)
+    if not isinstance(ptb, auto_lirpa.PerturbationLpNorm):
+        return False
+    if ptb.x_L is None or ptb.x_U is None:
+        return True
+    return bool(((ptb.x_L <= x) & (x <= ptb.x_U)).all())
+
+
+def check_contains(
+    y: torch.Tensor,
+    C: torch.Tensor | None,
+    lower: torch.Tensor | None,
+    upper: torch.Tensor | None,
+    total: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Raises where bounds exclude the model's own output by more than rounding explains.
+
+    Sound bounds cannot: l <= C y <= u holds for every input bounded, the clean one among them. What
+    is allowed for rounding is SLACK eps (|C| (1 + |y|)), eps the numbers' own (2^-23, 2^-52): 1 is
+    there because hidden values, which the roundings are relative to, can be larger than outputs.
+    NaN and infinite outputs say nothing.
+
+    Args:
+        y: outputs at the clean input, [B, *output shape]; the rank's own features where the output
+            is sharded.
+        C: [B, S, *output shape], or None for the outputs themselves.
+        lower, upper: [B, S], or [B, *output shape] without C; None where not asked for.
+        total: sums over ranks what C makes of sharded outputs; else the identity.
+
+    Raises:
+        BoundsError: with the output, the bound and the model's value.
+    """
+    y = y.detach()
+    scale = 1 + y.abs()
+    if C is not None:
+        parts = torch.stack([_applied(C, y), _applied(C.abs(), scale)])
+        y, scale = total(parts)
+    y, scale = y.reshape(len(y), -1), scale.reshape(len(y), -1)
+    slack = SLACK * torch.finfo(y.dtype).eps * scale
+    for name, sign, bound in (("lower", 1, lower), ("upper", -1, upper)):
+        if bound is None:
+            continue
+        excess = sign * (bound.detach().reshape(y.shape) - y)
+        beyond = excess - slack
+        if bool((beyond > 0).any()):
+            sample, output = divmod(int(beyond.nan_to_num(-1.0).argmax()), beyond.shape[1])
+            value, allowed = y[sample, output], slack[sample, output]
+            raise BoundsError(
+                f"the {name} bound {value + sign * excess[sample, output]:g} of output {output} of "
+                f"sample {sample} excludes the model's own output {value:g} at the clean input "
+                f"(rounding explains {allowed:.1g}): do not use these bounds; compute in float64, "
+                "and report it if it happens there too"
+            )
+
+
+def _applied(C: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("bsf,bf->bs", C.detach().to(y).flatten(2), y.flatten(1))

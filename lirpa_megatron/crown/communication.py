@@ -1,0 +1,146 @@
+"""What a spec-sharded pass brings to the other ranks: rows of A, or weights and relaxations.
+
+A region is a set of sharded nodes that hang together: between ColumnParallelLinear layers and the
+RowParallelLinear that reads them. A pass whose ranks carry n rows each of p ranks goes through it
+in one of two ways (`crown.placement`), with the same bounds:
+
+- A moves: gathered where the pass enters it, (p-1) |A| bytes for A [n, B, h], and reduce-scattered
+  where it leaves it, the same again;
+- weights move: each rank keeps its own rows with all features, and for each chunk of them the
+  region's weights, and what its operators know of their inputs (`features`), are gathered:
+  (p-1) |shards| bytes.
+
+Which is less is counted before each pass, from shapes alone, and so alike on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.placement import Plan, Region, Rows
+from lirpa_megatron.parallel.packed_gather import packed_bytes
+
+
+def find_regions(nodes: Iterable[auto_lirpa.Bound], sharded: dict[str, bool]) -> tuple[Region, ...]:
+    """The regions of a bound graph.
+
+    Args:
+        nodes: of the graph.
+        sharded: node name -> whether its value is feature-sharded.
+    """
+    computed = [node for node in nodes if node.inputs]
+    region_of: dict[str, set[str]] = {}
+    readers: dict[str, set[str]] = {}
+    for node in computed:
+        if sharded[node.name]:
+            region_of[node.name] = {node.name}
+    for node in computed:
+        for x in node.inputs:
+            if x.name not in region_of:
+                continue
+            if node.name not in region_of:
+                readers.setdefault(x.name, set()).add(node.name)
+            elif region_of[x.name] is not region_of[node.name]:
+                region_of[x.name] |= region_of[node.name]
+                for name in region_of[node.name]:
+                    region_of[name] = region_of[x.name]
+    regions = {id(names): names for names in region_of.values()}
+    return tuple(
+        Region(frozenset(names), frozenset().union(*(readers.get(n, ()) for n in names)))
+        for names in regions.values()
+    )
+
+
+def features_of(node: auto_lirpa.Bound) -> tuple[Any, int]:
+    """What other ranks need of this one's features there: a tree, and its tensors' feature dim."""
+    if type(node) is auto_lirpa.BoundRelu:
+        return (node.inputs[0].lower, node.inputs[0].upper), -1
+    return node.features(*node.inputs), node.feature_dim
+
+
+def _can_be_gathered(node: auto_lirpa.Bound) -> bool:
+    if type(node) is auto_lirpa.BoundRelu:
+        return True
+    bounded = getattr(node, "requires_input_bounds", ())
+    return getattr(node, "feature_dim", None) is not None and all(
+        node.inputs[i].perturbed for i in bounded
+    )
+
+
+class Movement:
+    """Chooses for each pass what moves, and counts.
+
+    Args:
+        module: the BoundedModule.
+
+    Attributes:
+        counted: bytes that a rank sends into, within and out of regions, over all passes since
+            it was cleared: with everything moved as 'A', as 'weights' (where they can move), and
+            as 'chosen'.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.tp = module, module.layout.collectives
+        self.regions = find_regions(module.named_nodes().values(), module.sharded)
+        self.counted: Counter[str] = Counter()
+
+    def choose(
+        self, plan: Plan, rows: int, chunks: int, sides: int, dtype: torch.dtype, identity: bool
+    ) -> list[Region]:
+        """The regions to which weights move in a spec-sharded pass.
+
+        Args:
+            plan: of the pass, in which A moves.
+            rows: of A that a rank carries, all chunks together.
+            chunks: how often weights would be gathered.
+            sides: 2 where lower and upper bounds are asked for.
+            dtype: of A.
+            identity: whether the start node's rows are the identity's, which nobody has to ask for.
+        """
+        wanted, chosen = self.module.own_options.moves, []
+        for region in self.regions:
+            inside = [x for x in plan.order if x.name in region.names]
+            if not inside or any(plan.rows[x.name] is not Rows.ALL for x in inside):
+                continue
+            readers = [x for x in plan.order if x.name in region.readers]
+            cost = {"A": rows * sides * self._row_bytes(plan, inside, readers, dtype, identity)}
+            members = (*inside, *readers)
+            if all(_can_be_gathered(node) for node in members):
+                cost["weights"] = chunks * sum(self._size(node, dtype) for node in members)
+            weights = "weights" in cost and (
+                wanted == "weights" or (wanted == "auto" and cost["weights"] < cost["A"])
+            )
+            if weights:
+                chosen.append(region)
+            cost["chosen"] = cost["weights" if weights else "A"]
+            for name in ("A", "weights", "chosen"):
+                self.counted[name] += (self.tp.size - 1) * cost.get(name, cost["A"])
+        return chosen
+
+    def _row_bytes(
+        self, plan: Plan, inside: list, readers: list, dtype: torch.dtype, identity: bool
+    ) -> int:
+        """Bytes of one row of A, where the pass enters and where it leaves a region."""
+        entered = [x for x in readers if not (identity and x is plan.start)]
+        left = {
+            x.name: x for node in inside for x in node.inputs
+            if x.name in plan.rows and not self.module.sharded[x.name]
+        }
+        numbers = sum(math.prod(x.output_shape[1:]) for x in (*entered, *left.values()))
+        return self.module.batch_size * numbers * dtype.itemsize
+
+    def _size(self, node: auto_lirpa.Bound, dtype: torch.dtype) -> int:
+        """Bytes of a rank's features at a node."""
+        sizes = self.module.layout.sizes
+        if node.name not in sizes:
+            for x in node.inputs:  # clean values are kept, and later uses may need their gradient
+                self.module.get_forward_value(x)
+            with torch.no_grad():
+                sizes[node.name] = packed_bytes(features_of(node)[0], dtype)
+        return sizes[node.name]

@@ -1,0 +1,398 @@
+"""All rows of a start node: which of them each rank carries, in chunks, and how they come together.
+
+Shapes: S rows in all (the neurons of an intermediate node, the rows of a specification), n =
+ceil(S/p) per rank in a spec-sharded pass, B batch. The last rows are filled up with repetitions of
+the last one, so that all ranks do the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.affine_forms import FormRows, InputSet
+from lirpa_megatron.crown.auxiliary_rows import Directions
+from lirpa_megatron.crown.backward_pass import BackwardPass
+from lirpa_megatron.crown.communication import Movement
+from lirpa_megatron.crown.limits import CACHE
+from lirpa_megatron.crown.placement import Plan, Region, Rows, make_plan
+from lirpa_megatron.operators.affine.form import AffineForm
+from lirpa_megatron.operators.attention.softmax_values import BoundAttend
+from lirpa_megatron.operators.coefficients import RowBounds
+from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
+from lirpa_megatron.operators.linear.local import IdentityRows
+from lirpa_megatron.operators.norm.norm import BoundNorm
+
+_WORTH = {"cuda": 128}
+"""Rows of A that are worth a chunk of their own, by the type of device; never where there is none:
+on a CPU transfers compete for the cores that compute (benchmarks/RESULTS.md)."""
+
+
+@dataclass
+class Bounds:
+    """Concrete bounds of a start node's rows.
+
+    Attributes:
+        lower, upper: [S, B], the same on every rank; for a sharded node without a specification
+            the rank's own neurons [S/p, B]. None where not asked for.
+    """
+
+    lower: torch.Tensor | None
+    upper: torch.Tensor | None
+    form: AffineForm | None = None
+
+    def shaped(self, shape: Sequence[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(lower, upper), each [B, *shape]."""
+        lower, upper = (
+            None if b is None else b.t().reshape(b.shape[1], *shape)
+            for b in (self.lower, self.upper)
+        )
+        return lower, upper
+
+
+class Passes:
+    """Runs backward passes of one BoundedModule.
+
+    Args:
+        module: the BoundedModule (its graph, options, `layout` and `sharded` marks).
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.tp = module, module.layout.collectives
+        self.movement, self.directions = Movement(module), Directions(module)
+        self._rows_run: dict[str, int] = {}
+        self._free: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs, and so of A."""
+        return next(
+            node.value.dtype for node in auto_lirpa.roots(self.module)
+            if type(node) is auto_lirpa.BoundInput and node.value.is_floating_point()
+        )
+
+    def plan(
+        self, start: auto_lirpa.Bound, spec_sharded: bool, regions: Sequence[Region] = ()
+    ) -> Plan:
+        """The course of a pass from `start`; weights move to `regions`."""
+        return make_plan(start, self.module.sharded, spec_sharded, self.tp.size, regions)
+
+    def begin(
+        self, start: auto_lirpa.Bound, identity: bool, spec_sharded: bool
+    ) -> tuple[auto_lirpa.Bound, bool]:
+        """Where the pass of a start node begins, and whether it is spec-sharded from there.
+
+        All rows of gathered features are those of the sharded node that is gathered: there each
+        rank has its own, and the identity is neither built nor communicated.
+
+        Args:
+            start: the start node.
+            identity: whether its rows are those of the identity.
+            spec_sharded: whether ranks carry their own rows, for other start nodes.
+        """
+        if identity and isinstance(start, BoundGatherFromRegion):
+            if self.module.sharded[start.inputs[0].name]:
+                return start.inputs[0], self.tp.size > 1
+        return start, spec_sharded
+
+    def rows_run(self, start: auto_lirpa.Bound) -> int:
+        """Rows of the last run from an intermediate node (of scores: not one for each number)."""
+        return self._rows_run.get(start.name, self.rows_of(start))
+
+    def rows_of(self, start: auto_lirpa.Bound, C: torch.Tensor | None = None) -> int:
+        """Rows in all: of C [S, B, ...], or of the identity at the start node (on this rank)."""
+        return math.prod(start.output_shape[1:]) if C is None else C.shape[0]
+
+    def _numel(self, start: auto_lirpa.Bound, C: Any) -> int:
+        """Rows of a start node on all ranks together, and so the same at every size."""
+        rows = self.rows_of(start, C)
+        return rows * self.tp.size if self.module.sharded[start.name] else rows
+
+    def _limit(self) -> int:
+        return self.module.own_options.form_limit // self.module.batch_size
+
+    def _rows_at_once(self, plan: Plan) -> int:
+        """Most rows that the rank carries at once, the same on every rank."""
+        options = self.module.own_options
+        if options.max_spec_rows is not None:
+            return options.max_spec_rows
+        widest = max(
+            math.prod(node.output_shape[1:]) * (
+                self.tp.size if plan.rows[node.name] is Rows.ALL else 1
+            )
+            for node in (*plan.order, *plan.leaves)
+        )
+        if torch.device(self.module.device).type != "cpu":  # rows go through whole forms at once
+            inputs = InputSet(auto_lirpa.perturbed_inputs(self.module))
+            for node in plan.order:
+                if isinstance(node, BoundNorm):
+                    if inputs.offers_form(self._numel(node.inputs[0], None), self._limit()):
+                        vectors = self.rows_of(node) // (node.output_shape[-1] // node.groups)
+                        widest = max(widest, vectors * inputs.columns())
+                elif isinstance(node, BoundAttend):
+                    numel = math.prod(node.inputs[0].output_shape[1:]) * node.head_dim
+                    if node.affords(self.module.batch_size * numel * node.head_dim):
+                        widest = max(widest, numel)
+        per_row = 2 * self.module.batch_size * widest * self.dtype.itemsize
+        return max(1, int(self._memory() // per_row))
+
+    def _turns(self, limit: int, plan: Plan) -> tuple[int, int]:
+        """(rows of a chunk, chunks that go on in turns), for `limit` rows at once in all.
+
+        Where only A moves two chunks do, so that one is computed while the other's rows are under
+        way. Weights would be fetched twice as often; they are fetched ahead instead.
+        """
+        worth = _WORTH.get(torch.device(self.module.device).type, math.inf)
+        half = -(-limit // 2)
+        moves = Rows.ALL in plan.rows.values() and not plan.moved
+        turns = moves and half >= worth and not torch.is_grad_enabled()
+        return (half, 2) if turns else (limit, 1)
+
+    def _memory(self) -> float:
+        """Bytes for the rows of A that are carried at once."""
+        given, free = self.module.own_options.pass_memory, self._free_on_a_gpu()
+        if given is not None:
+            return given * 2**20
+        return CACHE / self.tp.size if free is None else free / 128
+
+    def form_memory(self) -> float:
+        """Bytes for the forms of replicated nodes that every rank keeps whole, the same on all."""
+        given, free = self.module.own_options.form_memory, self._free_on_a_gpu()
+        if given is not None:
+            return given * 2**20
+        return CACHE if free is None else free / 16
+
+    def _free_on_a_gpu(self) -> float | None:
+        """Bytes on the rank that had least when bounds began; None on other devices."""
+        device = torch.device(self.module.device)
+        if device.type != "cuda":
+            return None
+        if self._free is None:
+            free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
+            self._free = -float(self.tp.largest(-free))
+        return self._free
+
+    def rows_at(
+        self, node: auto_lirpa.Bound, start: auto_lirpa.Bound, S: int, spec_sharded: bool
+    ) -> int:
+        """Rows of A that this rank has at `node` when a pass from `start` is not chunked."""
+        plan = self.plan(start, spec_sharded)
+        split = spec_sharded and plan.rows[start.name] is not Rows.BLOCK
+        rows = -(-S // self.tp.size) if split else S
+        return rows * self.tp.size if plan.rows[node.name] is Rows.ALL else rows
+
+    def run(
+        self, start: auto_lirpa.Bound, C: torch.Tensor | None, spec_sharded: bool,
+        lower: bool = True, upper: bool = True, form: bool = False,
+        rows: torch.Tensor | None = None, aside: bool = False, directions: bool = False,
+    ) -> Bounds:
+        """Bounds of all rows of a start node, by backward passes to the inputs.
+
+        Args:
+            start: the start node.
+            C: [S, B, *start shape] in the layout of the start node; None for the identity.
+            spec_sharded: whether each rank carries its own rows.
+            lower, upper: which bounds.
+            form: whether to make the start node's affine form too, where it is not too large.
+            rows: indices of S rows of the identity that are to be bounded, the others not: the same
+                on every rank; the rank's own neurons, as many on every rank, at a sharded node.
+                Not of gathered features. Alpha, where it is in use, is that of these rows.
+            aside: whether these rows are beside the node's own, of which alone notes are kept.
+            directions: whether operators may have rows of theirs bounded on the way (`Directions`).
+        """
+        module = self.module
+        origin, spec_sharded = self.begin(start, C is None, spec_sharded)
+        plan = self.plan(origin, spec_sharded)
+        S = self.rows_of(origin, C) if rows is None else len(rows)
+        if not aside:
+            self._rows_run[origin.name] = S
+            for node in plan.order:
+                module.backward_from[node.name].append(start)
+        split = spec_sharded and plan.rows[origin.name] is not Rows.BLOCK
+        n = -(-S // self.tp.size) if split else S
+        limit = min(n, self._rows_at_once(plan))
+        in_use = any(auto_lirpa.is_optimized(node, start) for node in plan.order)
+        moves = not in_use and not module.has_alpha(start) and module.rounding is None
+        if spec_sharded and moves:
+            regions = self.movement.choose(
+                plan, n, -(-n // limit), lower + upper, self.dtype, C is None
+            )
+            plan = self.plan(origin, spec_sharded, regions)
+        limit, at_once = self._turns(limit, plan)
+        keep_A = bool(module.return_A and start.name in module.needed_A_dict) and not aside
+        asks = directions and not module.sharded[start.name]
+        know = self.directions.know(S, split) if asks else None
+        inputs = InputSet(auto_lirpa.perturbed_inputs(module)) if form else None
+        if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
+            inputs = None
+        # A that is given to the caller as the rank's own is one block of rows.
+        blocks = keep_A and module.own_options.return_A_rows == "own"
+        gather = split or (spec_sharded and origin is not start)
+        form_rows = FormRows(n)
+
+        def chunk(first: int) -> Generator[None, None, RowBounds]:
+            """Bounds of the rank's rows from `first` on, and their rows of the form."""
+            local = torch.arange(first, min(first + limit, n), device=module.device)
+            run = BackwardPass(
+                module, module.layout, module.sharded, plan, start,
+                alpha_rows=(local, n) if limit < n else None, know=know,
+            )
+            every = self._every_row(local, n if blocks else None, first, S) if split else None
+            own = local if every is None else every[self.tp.rank]
+            if rows is not None:
+                own, every = rows[own], None if every is None else rows[every]
+            A = self._start_rows(origin, C, own, every)
+            found = yield from run.steps(A, lower, upper, keep_A or inputs is not None)
+            if inputs is not None:
+                form_rows.add(inputs.rows(found, self.tp.copy_to))
+                if not keep_A:
+                    found.lA, found.uA = {}, {}
+            return found
+
+        chunks = (chunk(first) for first in range(0, n, limit))
+        whole = _concatenate(_in_turns(chunks, at_once))
+
+        def in_order(found: torch.Tensor) -> torch.Tensor:
+            """The rows of all ranks, one rank's after the other's, as the start node has them."""
+            if origin is start:
+                if split and limit < n and not blocks:
+                    found = found.index_select(0, self._places(n, limit))
+                return found[:S] if split else found
+            parts = found.unflatten(0, (self.tp.size, -1, origin.output_shape[-1]))
+            return parts.transpose(0, 1).flatten(0, 2)
+
+        if keep_A:
+            self._record_A(start, whole, spec_sharded, in_order)
+        bounds = Bounds(whole.lower, whole.upper)
+        if gather:
+            bounds = self._gathered(bounds, in_order)
+        if inputs is not None:
+            forms = form_rows.all()
+            if gather and (forms.requires_grad or limit == n or blocks or origin is not start):
+                forms = in_order(self.tp.gather_results(forms))
+            elif gather:
+                forms = self._gathered_in_chunks(forms, S, limit)
+            bounds.form = inputs.form(forms, start.output_shape[1:] if C is None else (S,))
+        return bounds
+
+    def _gathered_in_chunks(self, own: torch.Tensor, S: int, limit: int) -> torch.Tensor:
+        """The rows of all ranks in the start node's order, [S, ...], in one copy."""
+        whole, filled = own.new_empty(S, *own.shape[1:]), 0
+        for chunk in own.split(limit):
+            found = self.tp.gather_results(chunk)[: S - filled]
+            whole[filled : filled + len(found)] = found
+            filled += len(found)
+        return whole
+
+    def _every_row(
+        self, local: torch.Tensor, block: int | None, first: int, S: int
+    ) -> torch.Tensor:
+        """Which rows of S the ranks have as their rows `local`, from `first` on: [p, rows].
+
+        With a `block` of n rows rank r has [r n, (r + 1) n). Without, the ranks share each chunk,
+        so that all do the same: under a causal mask late rows are more work than early ones.
+        """
+        ranks = torch.arange(self.tp.size, device=local.device).unsqueeze(1)
+        step, before = (len(local), (self.tp.size - 1) * first) if block is None else (block, 0)
+        return (before + local + ranks * step).clamp(max=S - 1)
+
+    def _places(self, n: int, limit: int) -> torch.Tensor:
+        """Where each row is among the n rows of rank 0, those of rank 1, ...: [p n]."""
+        places = torch.arange(self.tp.size * n, device=self.module.device).view(self.tp.size, n)
+        return torch.cat([chunk.flatten() for chunk in places.split(limit, 1)])
+
+    def _start_rows(
+        self, start: auto_lirpa.Bound, C: torch.Tensor | None, own: torch.Tensor,
+        every: torch.Tensor | None,
+    ) -> Any:
+        """The rank's rows of C, or of the identity.
+
+        Args:
+            start: the start node.
+            C: [S, B, *start shape]; None for the identity.
+            own: which rows.
+            every: each rank's, [p, rows], where ranks have their own.
+        """
+        if C is not None:
+            some = every is not None or len(own) < C.shape[0] or not isinstance(C, torch.Tensor)
+            return C.index_select(0, own) if some else C
+        return IdentityRows(
+            own=own,
+            all=None if every is None else every.flatten(),
+            shape=(len(own), self.module.batch_size, *start.output_shape[1:]),
+            dtype=self.dtype,
+            device=torch.device(self.module.device),
+        )
+
+    def _gathered(self, own: Bounds, in_order: Callable) -> Bounds:
+        """Every rank's rows, both sides in one collective: [n, B] -> [S, B]."""
+        present = [b for b in (own.lower, own.upper) if b is not None]
+        gathered = in_order(self.tp.gather_results(torch.stack(present, dim=1)))
+        sides = iter(gathered.unbind(1))
+        return Bounds(*(None if b is None else next(sides) for b in (own.lower, own.upper)))
+
+    def _record_A(
+        self, start: auto_lirpa.Bound, bounds: RowBounds, spec_sharded: bool, in_order: Callable
+    ) -> None:
+        """A and biases of the pass into the host's dictionary, batch first.
+
+        Args:
+            start: the start node.
+            bounds: the rank's rows.
+            spec_sharded: whether ranks carried their own rows.
+            in_order: puts the rows of all ranks in the start node's order.
+        """
+        gather = spec_sharded and self.module.own_options.return_A_rows == "whole"
+
+        def shown(A: torch.Tensor | None) -> torch.Tensor | None:
+            if A is None:
+                return None
+            A = A.detach()
+            return (in_order(self.tp.gather_results(A)) if gather else A).transpose(0, 1)
+
+        lbias, ubias = shown(bounds.lbias), shown(bounds.ubias)
+        self.module.A_dict[start.name] = {
+            name: {"lA": shown(bounds.lA[name]), "uA": shown(bounds.uA[name]),
+                   "lbias": lbias, "ubias": ubias, "unstable_idx": None}
+            for name in bounds.lA
+        }
+
+
+def _in_turns(steps: Iterable[Generator[None, None, Any]], at_once: int) -> list[Any]:
+    """What the generators return, some of them going on in turns: all ranks do the same."""
+    waiting, found = enumerate(steps), {}
+    active: deque = deque()
+    while True:
+        while len(active) < at_once and (following := next(waiting, None)) is not None:
+            active.append(following)
+        if not active:
+            return [found[i] for i in range(len(found))]
+        i, generator = active.popleft()
+        try:
+            next(generator)
+            active.append((i, generator))
+        except StopIteration as end:
+            found[i] = end.value
+
+
+def _concatenate(chunks: list[RowBounds]) -> RowBounds:
+    """Chunks of rows, one after the other (dim 0)."""
+    if len(chunks) == 1:
+        return chunks[0]
+
+    def joined(parts: list[Any]) -> Any:
+        return None if parts[0] is None else torch.cat(parts)
+
+    names = chunks[0].lA
+    return RowBounds(
+        *(joined([getattr(c, side) for c in chunks])
+          for side in ("lower", "upper", "lbias", "ubias")),
+        lA={name: joined([c.lA[name] for c in chunks]) for name in names},
+        uA={name: joined([c.uA[name] for c in chunks]) for name in names},
+    )

@@ -1,0 +1,124 @@
+"""Ranges of linear forms of vectors that lie in a box and, if it is known, in an affine form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lirpa_megatron.operators.affine.form import ROUNDING, AffineForm, Known, dual_norm
+
+
+@dataclass
+class Deviations:
+    """Where dx = x - c of some vectors may lie, the same for all rows.
+
+    Shapes: [*lead, d]; v [R, *lead, d].
+    """
+
+    middle: torch.Tensor
+    """Of the box of dx."""
+    half: torch.Tensor
+    """Half of its width, rounded up."""
+    form: AffineForm | None
+    off: torch.Tensor | None
+    """The form's center less c."""
+
+    @classmethod
+    def of(
+        cls, dl: torch.Tensor, du: torch.Tensor, c: torch.Tensor, form: AffineForm | None
+    ) -> Deviations:
+        """Of the box [dl, du] and a form of c + dx."""
+        noise = torch.finfo(dl.dtype).eps * (dl.abs() + du.abs())
+        off = None if form is None else form.center - c
+        return cls((dl + du) / 2, (du - dl) / 2 + noise, form, off)
+
+    def box(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(least, most) <v, dx> over the box, [R, *lead]."""
+        middle, half = dot(v, self.middle), dot(v.abs(), self.half)
+        return middle - half, middle + half
+
+    def line(self, v: torch.Tensor) -> Line | None:
+        """<v, dx> for rows v [R, *lead, d], from the form; None without one."""
+        if self.form is None:
+            return None
+        slack = dot(v.abs(), self.form.slack)
+        return Line(self.form.through(v), dot(v, self.off), slack, self.form.norm)
+
+    def range(
+        self, v: torch.Tensor, line: Line | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(least, most) <v, dx> over the box and within `line`, that of v or of more than v.
+
+        Args:
+            v: [R, *lead, d].
+            line: [R, *lead].
+        """
+        box = self.box(v)
+        return box if line is None else meet(box, line.range())
+
+
+@dataclass
+class Line:
+    """Numbers within center + through u +- slack, u of the unit ball of `norm`; [R, *lead]."""
+
+    through: torch.Tensor
+    """[R, *lead, N]."""
+    center: torch.Tensor
+    slack: torch.Tensor
+    norm: float
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(least, most)."""
+        rounding = 1 + ROUNDING[self.through.dtype]
+        radius = (dual_norm(self.through, self.norm) + self.slack) * rounding
+        return self.center - radius, self.center + radius
+
+    def plus(self, times: torch.Tensor, other: Line) -> Line:
+        """These numbers plus others `times` [R, *lead] as large."""
+        short, long = sorted((self.through, other.through), key=lambda x: x.shape[-1])
+        if short.shape[-1] < long.shape[-1]:  # columns of zeros at the end had been left out
+            short = F.pad(short, (0, long.shape[-1] - short.shape[-1]))
+        own, added = (short, long) if long is other.through else (long, short)
+        return Line(
+            torch.addcmul(own, added, times.unsqueeze(-1)), self.center + times * other.center,
+            self.slack + times.abs() * other.slack, self.norm,
+        )
+
+    def times(self, factor: torch.Tensor) -> Line:
+        """These numbers `factor` [R, *lead] as large."""
+        return Line(
+            self.through * factor.unsqueeze(-1), self.center * factor, self.slack * factor.abs(),
+            self.norm,
+        )
+
+
+def off_clean(known: Known, v: torch.Tensor, c: torch.Tensor) -> tuple[tuple, Line | None]:
+    """What is known of <v, x>, as what it says of <v, x - c>, both [R, *lead].
+
+    Args:
+        known: [R, *lead].
+        v: [R, *lead, d].
+        c: [*lead, d].
+
+    Returns:
+        ((least, most), line).
+    """
+    at_c, noise = dot(v, c), 4 * torch.finfo(c.dtype).eps * dot(v.abs(), c.abs())
+    form = known.form
+    line = None
+    if form is not None:
+        line = Line(form.A, form.center - at_c, form.slack + noise, form.norm)
+    return (known.lower - at_c - noise, known.upper - at_c + noise), line
+
+
+def meet(a: tuple, b: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """The intersection of two ranges (least, most) that have a point in common."""
+    least = torch.maximum(a[0], b[0])
+    return least, torch.maximum(least, torch.minimum(a[1], b[1]))
+
+
+def dot(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """<v, x>: [R, *lead, d] and [*lead, d] -> [R, *lead]."""
+    return (v * x).sum(-1)

@@ -1,0 +1,1 @@
+"""Scores, softmax and weighted values."""

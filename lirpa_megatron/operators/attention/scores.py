@@ -1,0 +1,138 @@
+"""Attention scores: the product of queries and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron.operators.affine.form import product_range
+from lirpa_megatron.operators.relaxed import RowRelaxed, tame, times
+
+_LARGEST = 1e15
+
+
+class BoundScores(RowRelaxed):
+    """s = scale * q k^T, head by head.
+
+    ======  ====================  ================================================
+    tensor  shape                 on the ranks
+    ======  ====================  ================================================
+    q       [B, T, n d]           sharded: the rank's n query heads
+    k       [B, T, g d]           sharded: their g key groups, n a multiple of g
+    s       [B, n, T, T]          sharded
+    A_s     [R, B, n, T, T]       WHOLE, ALL or BLOCK (`crown.placement`)
+    ======  ====================  ================================================
+
+    **CROWN.** With q = q0 + dq, k = k0 + dk, exactly
+
+        <q, k> = <q0, k> + <q, k0> - <q0, k0> + <dq, dk>.
+
+    The first three are linear. <dq, dk> lies in [low, high] for each pair of positions: from the
+    boxes, -+ sum_d |dq_d| |dk_d|, and from the affine forms of q and k, whose deviations come from
+    one input (`enclosure.product_range`); both hold, so their intersection does. q0 and k0 are the
+    forms' centers, else the boxes' midpoints. (The planes through the midpoints are the mean of
+    McCormick's, 1976.)
+
+    **Alpha** [B, n, T, T], a number m in [-1, 1] for each row and pair, mixes this plane with
+    McCormick's two of the boxes |dq| <= rq, |dk| <= rk, each below <dq, dk>:
+
+        (1 - |m|) low - |m| <rq, rk> - m (<rq, dk> + <rk, dq>)
+
+    and above it (1 - |m|) high + |m| <rq, rk> + m (<rk, dq> - <rq, dk>).
+
+    **IBP.** The same with boxes. Zero-width boxes give the exact plane. Bounds beyond 1e15 or NaN
+    give s its plane through 0 and an infinite remainder where A is not 0.
+    """
+
+    reads_form = frozenset({0, 1})
+    feature_dim = 1
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.head_dim, self.scale = attr["head_dim"], attr["scale"]
+        self.requires_input_bounds = [0, 1]
+
+    # q [..., T, n d] -> [..., g, n/g, T, d] and k [..., T, g d] -> [..., g, 1, T, d].
+
+    def _queries(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        return x.unflatten(-1, (groups, -1, self.head_dim)).movedim(-4, -2)
+
+    def _keys(self, x: torch.Tensor) -> torch.Tensor:
+        return self._queries(x, x.shape[-1] // self.head_dim)
+
+    def _split(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._queries(q, k.shape[-1] // self.head_dim), self._keys(k)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        q, k = self._split(q, k)
+        return (q @ k.transpose(-1, -2)).flatten(-4, -3) * self.scale
+
+    def relaxation(self, q: Any, k: Any) -> tuple[torch.Tensor, ...]:
+        """(q0, k0, rq, rk) split into heads, (low, high, <rq, rk>), each [B, g, n/g, T, T]."""
+        boxes = [tame(x.lower, x.upper, _LARGEST) for x in (q, k)]
+        forms = [self.form_of(0), self.form_of(1)]
+        if None in forms:
+            centers = [(l + u) / 2 for l, u, _ in boxes]
+        else:
+            centers = [torch.where(b[2], 0.0, f.center) for f, b in zip(forms, boxes, strict=True)]
+        deviations = [
+            torch.where(wild, float("inf"), torch.maximum(u - c, c - l))
+            for (l, u, wild), c in zip(boxes, centers, strict=True)
+        ]
+        q0, k0 = self._split(*centers)
+        dq, dk = self._split(*deviations)
+        high = torch.nan_to_num(dq @ dk.transpose(-1, -2), nan=float("inf"), posinf=float("inf"))
+        box, low = high, -high
+        if None not in forms and self.affords(high.numel() * self.head_dim**2):
+            groups = k0.shape[-4]
+            a = forms[0].view(lambda x: self._queries(x, groups))
+            b = forms[1].view(lambda x: self._keys(x).expand(*x.shape[:-2], *dq.shape[-4:-2],
+                                                             *dk.shape[-2:]))
+            least, most = product_range(a, b)
+            low = torch.where(least > low, least, low)  # also where `least` is NaN
+            high = torch.where(most < high, most, high)
+        return q0, k0, dq, dk, low, high, box
+
+    def features(self, q: Any, k: Any) -> tuple:
+        q0, k0, _, _, low, high, _ = self.common(q, k)
+        return q0, k0, None, None, low, high, None
+
+    def alpha_shape(self) -> tuple[int, ...]:
+        return self.inputs[0].lower.shape[0], *self.output_shape[1:]
+
+    def lower_plane(
+        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None
+    ) -> tuple[tuple, torch.Tensor]:
+        """A_s -> (A_q [R, B, T, n d], A_k [R, B, T, g d]), bias [R, B]."""
+        q0, k0, rq, rk, low, high, box = shared
+        A = A.unflatten(-3, (k0.shape[-4], -1)) * self.scale  # [R, B, g, n/g, T, T]
+        A_q, A_k = A @ k0, A.transpose(-1, -2) @ q0
+        rest = -A * (q0 @ k0.transpose(-1, -2))
+        bias = 0
+        if move is not None:
+            m = torch.where(box.isfinite(), move.unflatten(-3, (k0.shape[-4], -1)), 0.0)
+            rq, rk, box = (torch.where(r.isfinite(), r, 0.0) for r in (rq, rk, box))
+            turned_q, turned_k = (m * A.abs()) @ rk, (m * A).transpose(-1, -2) @ rq
+            A_q, A_k = A_q - turned_q, A_k - turned_k
+            # Each by itself: there may be fewer queries than keys.
+            bias = (turned_q * q0).flatten(2).sum(-1) + (turned_k * k0).flatten(2).sum(-1)
+            plain = 1 - m.abs()
+            low = torch.where(plain == 1, low, plain * low - (1 - plain) * box)
+            high = torch.where(plain == 1, high, plain * high + (1 - plain) * box)
+        bias = bias + (rest + times(A, low, high)).flatten(2).sum(-1)
+        A_q = A_q.movedim(-2, -4).flatten(-3)
+        A_k = A_k.sum(-3).movedim(-2, -3).flatten(-2)
+        return (A_q, A_k), bias
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interval bounds of s, [B, n, T, T]."""
+        (ql, kl), (qu, ku) = (self._split(v[0][i], v[1][i]) for i in (0, 1))
+        q0, dq, k0, dk = (ql + qu) / 2, (qu - ql) / 2, (kl + ku) / 2, (ku - kl) / 2
+        center = q0 @ k0.transpose(-1, -2) * self.scale
+        around = q0.abs() @ dk.transpose(-1, -2) + dq @ (k0.abs() + dk).transpose(-1, -2)
+        around = around * abs(self.scale)
+        unknown = ~(torch.isfinite(center) & torch.isfinite(around))
+        lower = torch.where(unknown, -float("inf"), center - around)
+        upper = torch.where(unknown, float("inf"), center + around)
+        return lower.flatten(-4, -3), upper.flatten(-4, -3)

@@ -1,0 +1,1 @@
+"""Functions of one number, or of two, number by number."""

@@ -1,0 +1,139 @@
+"""Bounds of elementwise functions: one operator for each entry of `elementwise.functions`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.elementwise.curves import Curve
+from lirpa_megatron.operators.elementwise.functions import FUNCTIONS, Function
+from lirpa_megatron.operators.elementwise.intervals import within
+from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation
+from lirpa_megatron.operators.linear.local import dense
+from lirpa_megatron.operators.optimizable import OptimizableOperator, total
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Of a curve on [l, u]."""
+
+    lower: tuple[torch.Tensor, torch.Tensor]
+    """(slope, intercept) of the lower line without alpha, [B, *shape]."""
+    upper: tuple[torch.Tensor, torch.Tensor]
+    movable: Relaxation | None
+    """All lines, for alpha."""
+
+
+class BoundCurve(OptimizableOperator):
+    """y = f(x) for each element.
+
+    ========  ===================  =================================
+    tensor    shape                on the ranks
+    ========  ===================  =================================
+    x, y      [B, *shape]          replicated or sharded, alike
+    A_y, A_x  [R, B, *shape]       in the layout of the node
+    ========  ===================  =================================
+
+    With the lines kl x + bl <= f(x) <= ku x + bu on [l, u] (`tangent_lines`), for lower bounds
+
+        A_x = A+ kl + A- ku          bias = sum A+ bl + A- bu,   A+ = max(A, 0), A- = min(A, 0)
+
+    and for upper bounds with the lines exchanged. With alpha (`operators.optimizable`) each entry
+    of A has its own line: alpha moves its touch point from the best place without alpha towards the
+    ends of where it may be.
+
+    IBP is the exact image of [l, u]; a zero-width interval gives one.
+
+    Degenerate intervals: see `tangent_lines`. Where [l, u] leaves the domain of f, or holds a
+    pole, y is unbounded: -infinity to infinity. The planes of CROWN leave a domain that intervals
+    do not (x^2 + 1 lies above a line that is negative somewhere), so that for such f [l, u] is cut
+    with the range that interval arithmetic gives for the operators in front (`intervals`).
+    """
+
+    function: Function
+    curve: Curve
+    elementwise = True
+    feature_dim = -1
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        numbers = {name: attr[name] for name in self.function.parameters if name in attr}
+        self.curve = self.function.curve(**numbers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.curve.run(x)
+
+    def relaxation(self, x: Any) -> _Lines:
+        """The curve's lines on [l, u]."""
+        lower, upper = x.lower, x.upper
+        if self.curve.limited:
+            one_rank = self.options["layout"].collectives.size == 1
+            lower, upper = within(x, lower, upper, one_rank)
+        lines = Relaxation(self.curve, lower, upper)
+        return _Lines(lines.line(lines.lower), lines.line(lines.upper), lines)
+
+    def features(self, *x: Any) -> _Lines:
+        return replace(self.common(*x), movable=None)
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image of [l, u]; that of the box around it for a ball straight from the input."""
+        lower, upper = v[0][0], v[0][1]
+        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
+        if norm != float("inf"):
+            lower, upper = lower - eps, upper + eps
+        return self.curve.image(lower, upper)
+
+    def bound_backward(
+        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
+    ) -> tuple:
+        """A at x and the bias [R, B]. Shapes: see the class."""
+        return self.through_lines(last_lA, last_uA, x, start_node)
+
+    def through_lines(self, last_lA: Any, last_uA: Any, x: Any, start_node: Any) -> tuple:
+        """A of f(x) -> A of x for both sides, and the biases.
+
+        Args:
+            last_lA, last_uA: [R, B, *shape] or None.
+            x: the operator's inputs.
+            start_node: of the pass.
+        """
+        shared = self.common(*x)
+
+        def through(last_A: Any, side: int) -> tuple[Any, Any]:
+            if last_A is None:
+                return None, 0
+            A = dense(last_A)
+            move = self.move(start_node, side)
+            if move is not None:
+                lines = shared.movable
+                positive, negative = (lines.lower, lines.upper)[:: 1 if side == 0 else -1]
+                k, b = lines.line(positive.where(A > 0, negative), move)
+                return A * k, total(A, b)
+            above = A.clamp(min=0)
+            below = A - above
+            positive, negative = (shared.lower, shared.upper)[:: 1 if side == 0 else -1]
+            (k_above, b_above), (k_below, b_below) = positive, negative
+            return (above * k_above).addcmul(below, k_below), (
+                total(above, b_above) + total(below, b_below)
+            )
+
+        (lA, lbias), (uA, ubias) = through(last_lA, 0), through(last_uA, 1)
+        return [(lA, uA)], lbias, ubias
+
+
+_MADE: dict[str, type[BoundCurve]] = {}
+
+
+def elementwise_operators() -> dict[str, type[auto_lirpa.Bound]]:
+    """Operator of the graph -> Bound class, for all entries that the table has by now."""
+    for name, function in FUNCTIONS.items():
+        known = _MADE.get(name)
+        if known is None or known.function is not function:
+            body: dict[str, Any] = {"function": function, "__doc__": function.make.__doc__}
+            if not function.parameters:
+                body["curve"] = function.curve()
+            _MADE[name] = type(f"Bound{name}", (BoundCurve,), body)
+    return {f"lirpa_megatron::{name}": made for name, made in _MADE.items() if name in FUNCTIONS}

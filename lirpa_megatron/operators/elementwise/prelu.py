@@ -1,0 +1,81 @@
+"""Bounds of a leaky ReLU whose slope is a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.elementwise.activations import BoundCurve
+from lirpa_megatron.operators.elementwise.functions import Function, bent
+from lirpa_megatron.operators.linear.local import dense
+
+
+class BoundPRelu(BoundCurve):
+    """y = x for x > 0, w x for x < 0; w one number, or one for each channel (dimension 1).
+
+    ========  ===================  =============================================================
+    tensor    shape                on the ranks
+    ========  ===================  =============================================================
+    x, y      [B, C, ...]          replicated or sharded, alike
+    w         [1] or [C]           replicated; [C] with x [B, C] sharded: sharded alike
+    A_y, A_x  [R, B, C, ...]       in the layout of the node
+    ========  ===================  =============================================================
+
+    y = w x + (1 - w) relu(x), exactly. With the lines kl x + bl <= relu(x) <= ku x + bu
+    (`tangent_lines`) and A' = (1 - w) A, for lower bounds A_x = w A + A'+ kl + A'- ku: the hull
+    of f, whatever w is. With alpha each entry of A has its own line below relu. Gradients flow to
+    w.
+
+    IBP is exact: the values at both ends, and 0 where the interval holds it. Degenerate intervals:
+    see `tangent_lines`.
+    """
+
+    function = Function("PRelu", lambda: bent(0.0, 1.0, F.relu))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.requires_input_bounds = [0]
+
+    @property
+    def feature_dim(self) -> int | None:  # type: ignore[override]
+        """Slopes of several channels are not gathered with the lines."""
+        return -1 if self.inputs[1].output_shape.numel() == 1 else None
+
+    @staticmethod
+    def _slopes(w: torch.Tensor, dims: int) -> torch.Tensor:
+        """w for a tensor [B, C, ...] of `dims` dimensions (without those of rows)."""
+        return w.reshape(-1, *[1] * (dims - 2)) if dims > 1 else w
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.prelu(x, w)
+
+    def relaxation(self, *x: Any) -> Any:
+        return super().relaxation(x[0])
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image of [l, u]; that of the box around it for a ball straight from the input."""
+        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
+        wider = 0.0 if norm == float("inf") else eps
+        lower, upper, w = v[0][0] - wider, v[0][1] + wider, v[1][0]
+        ends = [self.forward(x, w) for x in (lower, upper)]
+        zero = torch.where((lower < 0) & (upper > 0), 0.0, ends[0])
+        return (
+            torch.minimum(torch.minimum(*ends), zero), torch.maximum(torch.maximum(*ends), zero)
+        )
+
+    def bound_backward(
+        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
+    ) -> tuple:
+        """A at x and the bias [R, B]. Shapes: see the class."""
+        w = self._slopes(x[1].lower, x[0].lower.ndim)
+        own = [None if A is None else dense(A) for A in (last_lA, last_uA)]
+        [through], lbias, ubias = self.through_lines(
+            *(None if A is None else A * (1 - w) for A in own), x, start_node
+        )
+        sides = tuple(
+            None if A is None else k + A * w for A, k in zip(own, through, strict=True)
+        )
+        return [sides, (None, None)], lbias, ubias

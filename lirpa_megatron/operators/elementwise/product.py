@@ -1,0 +1,214 @@
+"""Bounds of a gate: y = a b, elementwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.affine.form import AffineForm, elementwise_range
+from lirpa_megatron.operators.linear.local import dense
+from lirpa_megatron.operators.optimizable import OptimizableOperator, total
+
+
+@dataclass(frozen=True)
+class _Box:
+    """The boxes [a0 - ra, a0 + ra] x [b0 - rb, b0 + rb], and what bounds a b there.
+
+    Attributes:
+        a0, ra, b0, rb: [B, *shape]; all 0 where `infinite`.
+        gap: ra rb, rounded up.
+        low, high: bounds of (a - a0)(b - b0), at least as tight as -+ gap.
+        infinite: where no plane exists; there `least` <= a b <= `most`.
+        corner: whether d is 1 without alpha.
+    """
+
+    a0: torch.Tensor
+    ra: torch.Tensor
+    b0: torch.Tensor
+    rb: torch.Tensor
+    gap: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    infinite: torch.Tensor
+    least: torch.Tensor
+    most: torch.Tensor
+    corner: bool
+
+
+class BoundProduct(OptimizableOperator):
+    """y = a b for each element, a and b of equal shapes.
+
+    ==============  ===================  =================================
+    tensor          shape                on the ranks
+    ==============  ===================  =================================
+    a, b, y         [B, *shape]          replicated or sharded, alike
+    A_y, A_a, A_b   [R, B, *shape]       in the layout of the node
+    ==============  ===================  =================================
+
+    One input perturbed: linear, A_a = A b.
+
+    Both: with midpoints a0, b0 and half-widths ra, rb, McCormick's two lower planes are
+
+        (b0 - d rb) a + (a0 - d ra) b - (a0 b0 + ra rb) + d (a0 rb + b0 ra),     d = 1 and -1
+
+    (at a0 + da, b0 + db their distance to a b is (ra + da)(rb + db) and (ra - da)(rb - db)), and
+    its upper ones (b0 + d rb) a + (a0 - d ra) b - (a0 b0 - ra rb) - d (a0 rb - b0 ra). Any d in
+    [-1, 1] is a mixture of the two and sound.
+
+    At the midpoint, and so on average over the box, all planes are ra rb away. Without alpha d = 1,
+    auto_LiRPA's, which leaves a gate that falls to 0 only the plane in a. Alpha m in [-1, 1] gives
+    each entry of A its own d = 1 + 2 m, at most 1.
+
+    With s = +1 for lower and -1 for upper bounds both planes are one formula:
+
+        A_a = A b0 - s |A| d rb        A_b = A (a0 - d ra)
+        bias = sum - A a0 b0 - s |A| ra rb + d (s |A| a0 rb + A b0 ra)
+
+    Where the affine forms of a and b in the model's input are known (`enclosure`), a0 and b0 are
+    their centers, d = 0 without alpha, the linear part of a b, and its remainder is da db in
+    [low, high] instead of -+ ra rb: both deviations come from one input. Alpha is d; it mixes this
+    plane with McCormick's: -+ ra rb becomes (1 - |d|) low - |d| ra rb, (1 - |d|) high + |d| ra rb.
+
+    IBP: least and largest of the four corners. Infinite ends (or such as overflow) leave only the
+    constants of IBP; 0 times an infinite end is 0. Zero width: exact up to the rounding margin of
+    4 units in the last place.
+    """
+
+    reads_form = frozenset({0, 1})
+    elementwise = True
+    feature_dim = -1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.requires_input_bounds = [0, 1]
+
+    def update_requires_input_bounds(self) -> None:
+        """0.7.1 asks when it knows which inputs are perturbed; 0.3 always bounds both."""
+        self.is_linear_op = not self._both_perturbed
+        self.requires_input_bounds = [] if self.is_linear_op else [0, 1]
+
+    @property
+    def _both_perturbed(self) -> bool:
+        return all(x.perturbed for x in self.inputs)
+
+    def infer_batch_dim(self, batch_size: int, *x: int) -> int:
+        return max(x)
+
+    def init_opt_parameters(self, start_nodes: list[tuple]) -> None:
+        super().init_opt_parameters(start_nodes if self._both_perturbed else [])
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * b
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The range of a b; that of the box around it for a ball straight from the input."""
+        ends = []
+        for interval in v:
+            norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
+            wider = 0.0 if norm == float("inf") else eps
+            ends.append((interval[0] - wider, interval[1] + wider) if wider else interval[:2])
+        return _corners(*ends[0], *ends[1])
+
+    def bound_backward(
+        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
+    ) -> tuple:
+        """A at a and b and the bias [R, B]. Shapes: see the class."""
+        if not self._both_perturbed:
+            return self._linear(last_lA, last_uA, *x)
+        box = self.common(*x)
+        any_infinite = bool(box.infinite.any())
+
+        def through(last_A: Any, side: int) -> tuple[Any, Any, Any]:
+            if last_A is None:
+                return None, None, 0
+            A = dense(last_A)
+            size = A.abs() if side == 0 else -A.abs()
+            d = _mixture(self.move(start_node, side), box)
+            bias = _remainder(A, box, d, side) - total(A, box.a0 * box.b0)
+            A_a, A_b = A * box.b0, A * box.a0
+            if d is not None:
+                turned, straight = d * size, d * A
+                A_a, A_b = A_a - turned * box.rb, A_b - straight * box.ra
+                bias = bias + total(turned, box.a0 * box.rb) + total(straight, box.b0 * box.ra)
+            if any_infinite:
+                up, down = (box.least, box.most) if side == 0 else (box.most, box.least)
+                bias = bias + total(A.clamp(min=0), up) + total(A.clamp(max=0), down)
+            return A_a, A_b, bias
+
+        (lA_a, lA_b, lbias), (uA_a, uA_b, ubias) = through(last_lA, 0), through(last_uA, 1)
+        return [(lA_a, uA_a), (lA_b, uA_b)], lbias, ubias
+
+    def relaxation(self, a: Any, b: Any) -> _Box:
+        """The box of two nodes' bounds, within their forms if they are known."""
+        known = self.options["layout"].forms
+        forms = [known.get(node.name) for node in self.inputs]
+        return _box(a, b, None if None in forms else forms)
+
+    def _linear(self, last_lA: Any, last_uA: Any, *x: Any) -> tuple:
+        As = []
+        for node, other in ((x[0], x[1]), (x[1], x[0])):
+            As.append(tuple(
+                None if A is None or not node.perturbed else dense(A) * other.lower
+                for A in (last_lA, last_uA)
+            ))
+        return As, 0, 0
+
+
+def _corners(
+    al: torch.Tensor, au: torch.Tensor, bl: torch.Tensor, bu: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and largest of the four products; 0 times infinity is 0."""
+    products = []
+    for a in (al, au):
+        for b in (bl, bu):
+            zero = (a == 0) | (b == 0)
+            products.append(torch.where(zero, 0.0, a) * torch.where(zero, 0.0, b))
+    least = torch.minimum(torch.minimum(*products[:2]), torch.minimum(*products[2:]))
+    return least, torch.maximum(torch.maximum(*products[:2]), torch.maximum(*products[2:]))
+
+
+def _mixture(move: torch.Tensor | None, box: _Box) -> torch.Tensor | None:
+    """d from alpha; None for 0."""
+    if not box.corner:
+        return move
+    if move is None:
+        return box.a0.new_ones(())
+    moved = 1 + 2 * move
+    return moved + (moved.clamp(-1, 1) - moved).detach()  # a gradient at the end too
+
+
+def _remainder(A: torch.Tensor, box: _Box, d: torch.Tensor | None, side: int) -> torch.Tensor:
+    """The least (side 0) or largest sum of A times what lies beside the plane, [R, B]."""
+    low, high = box.low, box.high
+    if d is not None:
+        share = d.abs()
+        low, high = low - share * (low + box.gap), high + share * (box.gap - high)
+    up, down = (low, high) if side == 0 else (high, low)
+    return total(A.clamp(min=0), up) + total(A.clamp(max=0), down)
+
+
+def _box(a: Any, b: Any, forms: list[AffineForm] | None) -> _Box:
+    """The box of two nodes' bounds, and their forms if they are known."""
+    al, au, bl, bu = a.lower, a.upper, b.lower, b.upper
+    info = torch.finfo(al.dtype)
+    limit = info.max**0.5 / 16
+    infinite = ~((al >= -limit) & (au <= limit) & (bl >= -limit) & (bu <= limit))
+    least, most = _corners(*(torch.where(infinite, x, 0.0) for x in (al, au, bl, bu)))
+    al, au, bl, bu = (torch.where(infinite, 0.0, x) for x in (al, au, bl, bu))
+    if forms is None:
+        a0, b0 = al / 2 + au / 2, bl / 2 + bu / 2
+    else:
+        a0, b0 = (torch.where(infinite, 0.0, form.center) for form in forms)
+    ra, rb = torch.maximum(au - a0, a0 - al), torch.maximum(bu - b0, b0 - bl)
+    noise = 4 * info.eps * ((a0.abs() + ra) * (b0.abs() + rb)).detach()
+    gap = ra * rb + noise
+    low, high = -gap, gap
+    if forms is not None:
+        inside = elementwise_range(*forms)
+        low, high = (torch.where(infinite, 0.0, x) for x in inside)
+        low = torch.where(low - noise > -gap, low - noise, -gap)  # also where low is NaN
+        high = torch.where(high + noise < gap, high + noise, gap)
+    return _Box(a0, ra, b0, rb, gap, low, high, infinite, least, most, forms is None)

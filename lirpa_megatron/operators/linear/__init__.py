@@ -1,0 +1,1 @@
+"""Linear layers, and everything else that is linear and thus exact."""

@@ -1,0 +1,115 @@
+"""The borders of a sharded region without a product: gathered, split and selected features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.placement import Layout
+from lirpa_megatron.operators.linear.local import both_sides, dense
+
+
+class _Border(auto_lirpa.Bound):
+    """Base: the operators only move features, so every bound is exact."""
+
+    feature_dim = 0
+
+    def features(self, *x: Any) -> tuple:
+        """What other ranks need of this one's; nothing, unless a subclass says so."""
+        return ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layout: Layout = self.options["layout"]
+
+    def interval_propagate(self, *v: Any) -> tuple:
+        """Interval bounds, features moved as in `forward`. A ball straight from the input (L2, L1)
+        becomes the box around it."""
+        lower, upper = v[0]
+        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
+        if norm != float("inf"):
+            lower, upper = lower - eps, upper + eps
+        rest = [constant[0] for constant in v[1:]]
+        return self.forward(lower, *rest), self.forward(upper, *rest)
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
+
+
+class BoundGatherFromRegion(_Border):
+    """y = [x_1 ... x_p] on the last dimension (ColumnParallelLinear's gather_output=True).
+
+    x_r [B, ..., n/p] sharded, y [B, ..., n] replicated. A_x[..., r] = A_y[..., features of r]:
+    a slice in a whole pass (no communication); in a spec-sharded pass the rows are gathered first
+    ((p-1) |A_y| bytes), because each rank needs all rows for its features. Where weights move A
+    stays as it is.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layout.collectives.gather_features(x)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
+        """A [R, B, ..., n] -> [R', B, ..., n/p], R' as in `crown.placement`."""
+        tp = self.layout.collectives
+        last_lA, last_uA = both_sides(dense, last_lA, last_uA)
+        if tp.size == 1 or self.name in self.layout.whole:
+            return [(last_lA, last_uA)], 0, 0
+        A, unstack = self.layout.entered
+        width = A.shape[-1] // tp.size
+        return [unstack(A.narrow(-1, tp.rank * width, width))], 0, 0
+
+
+class BoundScatterToRegion(_Border):
+    """y_r = the rank's slice of x's last dimension (RowParallelLinear's input_is_parallel=False).
+
+    x [B, ..., n] replicated, y_r [B, ..., n/p] sharded. A_x is A_y placed at the rank's features,
+    zero elsewhere: this rank's term of the sum that the pass takes. Where weights move A_x is A_y.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layout.collectives.split_features(x)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
+        """A [R, B, ..., n/p] -> partial sums [R, B, ..., n]."""
+        tp = self.layout.collectives
+        last_lA, last_uA = both_sides(dense, last_lA, last_uA)
+        if self.name in self.layout.whole:
+            return [(last_lA, last_uA)], 0, 0
+
+        def place(A: torch.Tensor) -> torch.Tensor:
+            width = A.shape[-1]
+            return torch.nn.functional.pad(
+                A, (tp.rank * width, (tp.size - 1 - tp.rank) * width)
+            )
+
+        return [both_sides(place, last_lA, last_uA)], 0, 0
+
+
+class BoundSelectFromRegion(_Border):
+    """y_r = the rank's own choice of x's features (its query heads and their key/value group).
+
+    x [B, ..., n] replicated, idx [m] int64, y_r [B, ..., m] sharded; ranks may choose the same
+    feature. A_x is A_y added up at idx, zero elsewhere: this rank's term of the sum that the pass
+    takes. Where weights move idx is that of all ranks.
+    """
+
+    def features(self, x: Any, idx: Any) -> tuple[torch.Tensor]:
+        return (idx.lower,)
+
+    def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+        return self.layout.collectives.copy_to(x).index_select(-1, idx)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, idx: Any, **kwargs: Any) -> tuple:
+        """A [R, B, ..., m] -> partial sums [R, B, ..., n]."""
+        chosen, n = idx.lower, x.output_shape[-1]
+        if self.name in self.layout.whole:
+            chosen, = self.layout.whole[self.name]
+
+        def place(A: torch.Tensor) -> torch.Tensor:
+            A_x = A.new_zeros(*A.shape[:-1], n)
+            return A_x.index_add(-1, chosen, A)
+
+        lA, uA = both_sides(place, *both_sides(dense, last_lA, last_uA))
+        return [(lA, uA), (None, None)], 0, 0

@@ -1,0 +1,91 @@
+"""ColumnParallelLinear: y_r = x W_r^T + b_r, x replicated, y sharded on the last dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.linear.local import LocalLinear
+
+
+class BoundColumnParallelLinear(LocalLinear):
+    """Bounds of megatron-core's ColumnParallelLinear (gather_output=False).
+
+    ======  ========================  ==========================================
+    tensor  shape                     on the ranks
+    ======  ========================  ==========================================
+    x       [B, ..., h]               replicated
+    W_r     [n/p, h]                  rank r's rows of W [n, h]
+    b_r     [n/p]                     rank r's part of b
+    y_r     [B, ..., n/p]             rank r's features of y
+    A_y     [R, B, ..., n/p]          WHOLE, ALL or BLOCK (`crown.placement`)
+    A_x     [R, B, ..., h]            partial sums over ranks (complete for BLOCK)
+    ======  ========================  ==========================================
+
+    The layer is linear, so there is no relaxation:
+
+        A_x = sum_r A_y[..., r] W_r          bias = sum_r <A_y[..., r], b_r>
+
+    This operator computes its rank's term of both sums. Taking the sum (once per consumer group,
+    all-reduce or reduce-scatter over rows) is the business of the pass that runs it. A start node
+    here has its own rows of W as A_x: nothing is multiplied. Where weights move (OWN rows with all
+    features) W and b are whole, and so are A_x and the bias.
+
+    IBP: [l, u] -> W_r m -+ |W_r| d + b_r with midpoint m and half-width d (for an L2 or L1 ball
+    straight from the input: the dual norm of each row times eps). Exact for each neuron;
+    a zero-width interval gives a zero-width one.
+
+    With `rows` the layer is taken for some of the rank's output features only (the queries, keys or
+    values of a packed projection; the gate of a gated MLP): W_r and b_r are then those rows.
+    """
+
+    feature_dim = 0
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.has_rows = bool(attr.get("has_rows", 0))
+
+    def _own(self, w: Any, rest: Any) -> tuple[Any, Any]:
+        """(weight, bias or None) of the chosen rows; `rest` is [bias], [rows]."""
+        *bias, rows = rest if self.has_rows else (*rest, None)
+        b = bias[0] if bias else None
+        if rows is None:
+            return w, b
+        return w[rows], None if b is None else b[rows]
+
+    def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.check_unperturbed()
+        return self.layout.whole[self.name] if self.weight_moves else self.features(*x)
+
+    def features(self, *x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rank's weight and bias."""
+        w, *rest = (self.layout.value_of(node) for node in x[1:])
+        return self._own(w, rest)
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        w, b = self._own(w, rest)
+        self.input_shape = self.x_shape = x.shape
+        self.y_shape = w.t().shape
+        return F.linear(self.layout.collectives.copy_to(x), w, b)
+
+    def interval_propagate(self, *v: Any, C: Any = None, w: Any = None) -> tuple:
+        """Interval bounds of y_r, or of C y when `C` [B, S, n/p] (own features) is given."""
+        tp = self.layout.collectives
+        lower, upper = tp.copy_to(v[0][0]), tp.copy_to(v[0][1])
+        if isinstance(v[0], auto_lirpa.Interval):
+            x = auto_lirpa.Interval(lower, upper if v[0].ptb is not None else lower, v[0].ptb)
+        else:
+            x = (lower, upper)
+        w, b = self._own(v[1][0], [y[0] for y in v[2:]])
+        if C is None:
+            merged, bias = w, b
+        else:
+            # |sum_r C_r W_r| is needed, not sum_r |C_r W_r|: the product is reduced first.
+            merged = tp.reduce_from(C.matmul(w))
+            bias = None if b is None else tp.reduce_from(C.matmul(b))
+            x = v[0]
+        rest = [(merged, merged)] if bias is None else [(merged, merged), (bias, bias)]
+        return super().interval_propagate(x, *rest)

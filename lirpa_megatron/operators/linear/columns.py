@@ -1,0 +1,182 @@
+"""Operators on flat activations [B, n] that are linear: moved, joined, summed and scaled columns.
+
+All are exact for IBP and CROWN, replicated on every rank, and built of constants that are inputs
+of the graph: `index` and `group` are int64 vectors, `c` a vector of numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.linear.local import both_sides, dense
+
+
+class _Linear(auto_lirpa.Bound):
+    """Base: y = M x (+ c), M with one row a column of y."""
+
+    feature_dim = 0
+
+    def features(self, *x: Any) -> tuple:
+        """Nothing: these operators are not sharded."""
+        return ()
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
+
+    def constant(self, x: Any) -> torch.Tensor:
+        """The value of an input that is a constant."""
+        return self.options["layout"].value_of(x)
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images of the ends, in order; of the box around an L1 or L2 ball."""
+        lower, upper = _ends(v[0])
+        rest = [constant[0] for constant in v[1:]]
+        ends = self.forward(lower, *rest), self.forward(upper, *rest)
+        return torch.minimum(*ends), torch.maximum(*ends)
+
+
+class BoundSelectColumns(_Linear):
+    """y = x[:, index]: x [B, n], index [m], y [B, m]; a column may be chosen often, or never.
+
+    A_x is A_y added up at the columns chosen, zero elsewhere.
+    """
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return x.index_select(-1, index)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, index: Any, **_: Any) -> tuple:
+        """A [R, B, m] -> [R, B, n]."""
+        chosen, n = self.constant(index), x.output_shape[-1]
+
+        def place(A: Any) -> torch.Tensor:
+            A = dense(A)
+            return A.new_zeros(*A.shape[:-1], n).index_add(-1, chosen, A)
+
+        return [both_sides(place, last_lA, last_uA), (None, None)], 0, 0
+
+
+class BoundSumColumns(_Linear):
+    """y_j = sum of the x_i with group_i = j: x [B, n], group [n], y [B, m].
+
+    The transpose of a selection: A_x = A_y[..., group].
+    """
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.width = attr["width"]
+
+    def forward(self, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(x.shape[0], self.width).index_add(-1, group, x)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, group: Any, **_: Any) -> tuple:
+        """A [R, B, m] -> [R, B, n]."""
+        of = self.constant(group)
+        A_x = both_sides(lambda A: dense(A).index_select(-1, of), last_lA, last_uA)
+        return [A_x, (None, None)], 0, 0
+
+
+class BoundJoinColumns(_Linear):
+    """y = [x_1 ... x_k] side by side: x_i [B, n_i], y [B, sum n_i]; A_x_i is its part of A_y."""
+
+    def forward(self, *x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(x, dim=-1)
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ends = [_ends(interval) for interval in v]
+        return torch.cat([e[0] for e in ends], -1), torch.cat([e[1] for e in ends], -1)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **_: Any) -> tuple:
+        """A [R, B, sum n_i] -> [R, B, n_i] each."""
+        widths = [node.output_shape[-1] for node in x]
+        none = [None] * len(x)
+        sides = both_sides(lambda A: dense(A).split(widths, dim=-1), last_lA, last_uA)
+        lower, upper = (none if side is None else side for side in sides)
+        return list(zip(lower, upper, strict=True)), 0, 0
+
+
+class BoundShiftColumns(_Linear):
+    """y = x + c: A_x = A_y, bias <A_y, c>."""
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x + c
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, c: Any, **_: Any) -> tuple:
+        """A [R, B, n] -> the same, and biases [R, B]."""
+        value = self.constant(c)
+        lA, uA = both_sides(dense, last_lA, last_uA)
+        lbias, ubias = both_sides(lambda A: A.matmul(value), lA, uA)
+        zero = (0 if bias is None else bias for bias in (lbias, ubias))
+        return [(lA, uA), (None, None)], *zero
+
+
+class BoundScaleColumns(_Linear):
+    """y = c x: A_x = c A_y."""
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x * c
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, c: Any, **_: Any) -> tuple:
+        """A [R, B, n] -> the same shape."""
+        value = self.constant(c)
+        A_x = both_sides(lambda A: dense(A) * value, last_lA, last_uA)
+        return [A_x, (None, None)], 0, 0
+
+
+class BoundDivideColumns(_Linear):
+    """y = x / c, c without zeros: A_x = A_y / c."""
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x / c
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, c: Any, **_: Any) -> tuple:
+        """A [R, B, n] -> the same shape."""
+        value = self.constant(c)
+        A_x = both_sides(lambda A: dense(A) / value, last_lA, last_uA)
+        return [A_x, (None, None)], 0, 0
+
+
+class BoundPartsOfColumns(_Linear):
+    """Columns as T parts: x [B, T n], y [B, T, n]; A likewise."""
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.count = attr["count"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.count, -1))
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **_: Any) -> tuple:
+        """A [R, B, T, n] -> [R, B, T n]."""
+        return [both_sides(lambda A: dense(A).flatten(2), last_lA, last_uA)], 0, 0
+
+
+class BoundColumnsOfParts(_Linear):
+    """T parts side by side: x [B, T, n], y [B, T n]; A likewise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **_: Any) -> tuple:
+        """A [R, B, T n] -> [R, B, T, n]."""
+        shape = x.output_shape[1:]
+        return [both_sides(lambda A: dense(A).unflatten(2, shape), last_lA, last_uA)], 0, 0
+
+
+def _ends(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower and upper ends of an interval; of the box around a ball straight from the input."""
+    norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
+    wider = 0.0 if norm == float("inf") else eps
+    return interval[0] - wider, interval[1] + wider
+
+
+COLUMN_OPS: dict[str, type[auto_lirpa.Bound]] = {
+    f"lirpa_megatron::{cls.__name__.removeprefix('Bound')}": cls
+    for cls in (
+        BoundSelectColumns, BoundSumColumns, BoundJoinColumns, BoundShiftColumns,
+        BoundScaleColumns, BoundDivideColumns, BoundPartsOfColumns, BoundColumnsOfParts,
+    )
+}
+"""Operators of the traced graph -> Bound classes, for `CUSTOM_OPS`."""

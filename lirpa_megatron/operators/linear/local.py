@@ -1,0 +1,195 @@
+"""What Column and Row share: products of A with the local weight shard.
+
+Shapes: rows of A R (as the layout of A has it), B batch, ... token dimensions, o out, i in features
+of the local shard. Weight [o, i], bias [o], as in torch.nn.Linear.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.placement import Layout
+
+
+@dataclass(frozen=True)
+class IdentityRows:
+    """Rows of the identity at a start node, not materialised.
+
+    Attributes:
+        own: this rank's rows, indices into the node's flattened output, [n].
+        all: every rank's rows in rank order, [p n] (for a replicated start node whose operator
+            needs them all: no rank has to be asked), or None.
+        shape: shape of A, [n, B, *node shape].
+        dtype, device: of the A that they stand for.
+    """
+
+    own: torch.Tensor
+    all: torch.Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def dense(self) -> torch.Tensor:
+        """The rows as a tensor [n, B, *node shape] (expanded over the batch)."""
+        n, batch, *node_shape = self.shape
+        rows = torch.zeros(n, math.prod(node_shape), dtype=self.dtype, device=self.device)
+        rows.scatter_(1, self.own.unsqueeze(1), 1.0)
+        return rows.view(n, 1, *node_shape).expand(n, batch, *node_shape)
+
+
+class LocalLinear(auto_lirpa.BoundLinear):
+    """Base of the parallel linear operators: the host's BoundLinear on the local shard.
+
+    Inherits nothing silently that would take the shard for the whole matrix: forward mode, the
+    solver, Jacobians and perturbed weights are refused by name.
+    """
+
+    feature_dim: int | None = None
+    """Dimension of `features` that is sharded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.transB = 1  # [out, in]: the host leaves the weight as it is
+        self.layout: Layout = self.options["layout"]
+
+    def _refused(self, what: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__} does not offer {what} on a sharded layer"
+        )
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("forward mode (use IBP, CROWN-IBP, CROWN or CROWN-Optimized)")
+
+    def bound_dynamic_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("dynamic forward mode")
+
+    def build_solver(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("a solver model")
+
+    def build_gradient_node(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("Jacobian bounds")
+
+    def interval_propagate_with_weight(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refused("perturbed weights")
+
+    def check_unperturbed(self) -> None:
+        """Refuses perturbed weights."""
+        if any(self.is_input_perturbed(i) for i in range(1, len(self.inputs))):
+            raise self._refused("perturbed weights")
+
+    def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The local weight [o, i] and bias [o] or None."""
+        self.check_unperturbed()
+        weight, *bias = (_constant(node, self.layout) for node in x[1:])
+        return weight, bias[0] if bias else None
+
+    @property
+    def weight_moves(self) -> bool:
+        """Whether the pass that is running brought the whole weight here."""
+        return self.name in self.layout.whole
+
+    def of_columns(
+        self, w: torch.Tensor, b: torch.Tensor | None, x: auto_lirpa.Bound
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias between the columns that A has here and those it has at input `x`.
+
+        w [o, i] and b [o] -> [o', i'] and [o'], where a pass left out columns (`unstable`).
+        """
+        out, into = (self.layout.columns.get(name) for name in (self.name, x.name))
+        if out is not None:
+            w, b = w.index_select(0, out), None if b is None else b.index_select(0, out)
+        return w if into is None else w.index_select(1, into), b
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+        """A [R, B, ..., o] W and <A, b> with the local weight and bias; no communication."""
+        w, b = self.of_columns(*self.weight_and_bias(x), x[0])
+
+        def product(A: Any) -> torch.Tensor:
+            if isinstance(A, IdentityRows):
+                return rows_of_weight(w, A.own, A)
+            return dense(A).matmul(w)
+
+        lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
+        A_x = both_sides(product, last_lA, last_uA)
+        return [A_x, *[(None, None)] * (len(x) - 1)], lbias, ubias
+
+
+def _constant(node: auto_lirpa.Bound, layout: Layout) -> torch.Tensor:
+    """A parameter's value; that of what a model computes of parameters, which has no bounds."""
+    value = getattr(node, "lower", None) if not node.inputs else None
+    return layout.value_of(node) if value is None else value
+
+
+class BoundReplicatedLinear(LocalLinear):
+    """nn.Linear, y = x W^T + b, everything replicated; x [B, ..., i], y [B, ..., o].
+
+    The host traces one without a bias, or one on tokens, as a matrix product (and a sum). That
+    product's IBP cannot take a specification on 0.3, and its backward pass bounds both factors and
+    builds the identity. As its BoundLinear it has none of these.
+    """
+
+
+def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
+    """lA and uA as one tensor [R, sides, ...], and a function that takes them apart again."""
+    if lA is None or uA is None:
+        one = lA if lA is not None else uA
+        if lA is not None:
+            return one.unsqueeze(1), lambda A: (A[:, 0], None)
+        return one.unsqueeze(1), lambda A: (None, A[:, 0])
+    return torch.stack((lA, uA), dim=1), lambda A: (A[:, 0], A[:, 1])
+
+
+def both_sides(function: Any, lA: Any, uA: Any) -> tuple[Any, Any]:
+    """`function` of lA and of uA, once where they are one object (and None of None)."""
+    lower = function(lA) if lA is not None else None
+    if uA is lA:
+        return lower, lower
+    return lower, function(uA) if uA is not None else None
+
+
+def dense(A: Any) -> torch.Tensor:
+    """A as a tensor."""
+    return A.dense() if isinstance(A, IdentityRows) else A
+
+
+def rows_of_weight(w: torch.Tensor, rows: torch.Tensor, A: IdentityRows) -> torch.Tensor:
+    """Rows of the identity at a linear layer's output, times its weight: nothing is multiplied.
+
+    Args:
+        w: [o, i].
+        rows: indices into the flattened output [*tokens, o], [R].
+        A: the identity rows; their shape says how many tokens there are.
+
+    Returns:
+        [R, B, *tokens, i]: row (t, f) has w[f] at token t and zero elsewhere.
+    """
+    _, batch, *tokens, width = A.shape
+    chosen = w.index_select(0, rows % width)
+    if tokens:
+        places = torch.arange(len(rows), device=rows.device), rows // width
+        zeros = w.new_zeros(len(rows), math.prod(tokens), w.shape[1])
+        chosen = zeros.index_put(places, chosen).unflatten(1, tuple(tokens))
+    return chosen.unsqueeze(1).expand(-1, batch, *chosen.shape[1:])
+
+
+def rows_of_bias(A: Any, b: torch.Tensor | None) -> torch.Tensor | int:
+    """The bias term of each row, summed over tokens and features.
+
+    Args:
+        A: [R, B, ..., o], or IdentityRows.
+        b: [o], or None.
+
+    Returns:
+        [R, B], or 0 without a bias.
+    """
+    if b is None:
+        return 0
+    if isinstance(A, IdentityRows):
+        return b.index_select(0, A.own % A.shape[-1]).unsqueeze(1).expand(-1, A.shape[1])
+    product = dense(A).matmul(b)
+    return product.flatten(2).sum(-1) if product.ndim > 2 else product

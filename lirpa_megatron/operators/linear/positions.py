@@ -1,0 +1,121 @@
+"""Operators that only move or turn coordinates: rotary embedding, the choice of one position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.linear.local import both_sides, dense
+
+
+class _Exact(auto_lirpa.Bound):
+    """Base: linear in its first input, so CROWN is exact."""
+
+    feature_dim = 0
+
+    def features(self, *x: Any) -> tuple:
+        """Nothing: what is done to one rank's features is done to those of all."""
+        return ()
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
+
+
+class BoundSelectPosition(_Exact):
+    """y = x[:, position]: x [B, S, h] -> y [B, h], or [B, 1, h]; replicated or sharded alike.
+
+    A_x is A_y at that position and zero elsewhere. Exact for every bound.
+    """
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.position, self.keep = attr["position"], bool(attr["keep"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x[:, self.position]
+        return y.unsqueeze(1) if self.keep else y
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interval bounds of y; an L1 or L2 ball becomes the box around it."""
+        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
+        around = 0 if norm == float("inf") else eps
+        return self.forward(v[0][0]) - around, self.forward(v[0][1]) + around
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
+        """A [R, B, (1,) h] -> [R, B, S, h]."""
+        length = self.inputs[0].output_shape[1]
+        before = self.position % length
+
+        def place(A: Any) -> torch.Tensor:
+            A = dense(A) if self.keep else dense(A).unsqueeze(2)
+            return torch.nn.functional.pad(A, (0, 0, before, length - 1 - before))
+
+        return [both_sides(place, last_lA, last_uA)], 0, 0
+
+
+class BoundRotary(_Exact):
+    """y = x cos + J x sin for each head (Su et al., 2021): x, y [B, S, heads * d], sharded.
+
+    cos and sin [S, r] turn the first r coordinates of each head in r/2 planes: coordinates
+    (i, i + r/2), or (2i, 2i + 1) with `interleaved`. J takes (a, b) to (-b, a); its transpose is
+    -J, so A_x = A_y cos - J (A_y sin): with sin the same for both coordinates of a plane, the
+    rotation by the opposite angle.
+
+    IBP: |cos| and |sin| times the half-width, around the turned midpoint.
+    """
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.heads, self.interleaved = attr["heads"], bool(attr["interleaved"])
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotate(x, cos, sin, self.heads, self.interleaved)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, *tables: Any, **_: Any) -> tuple:
+        """A [R, B, S, heads * d] -> the same shape."""
+        cos, sin = (self.options["layout"].value_of(node) for node in tables)
+        head_dim = self.inputs[0].output_shape[-1] // self.heads
+
+        def turn(A: Any) -> torch.Tensor:
+            A = dense(A)
+            return rotate(A, cos, -sin, A.shape[-1] // head_dim, self.interleaved)
+
+        return [both_sides(turn, last_lA, last_uA), (None, None), (None, None)], 0, 0
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interval bounds of y."""
+        lower, upper, cos, sin = v[0][0], v[0][1], v[1][0], v[2][0]
+        middle, half = (lower + upper) / 2, (upper - lower) / 2
+        turned = self.forward(middle, cos, sin)
+        # J only swaps coordinates and signs: with |sin| and a sign that makes both terms add up.
+        swapped = self.forward(half, torch.zeros_like(cos), torch.ones_like(sin)).abs()
+        kept = half.unflatten(-1, (self.heads, -1)).clone()
+        r = cos.shape[-1]
+        other = swapped.unflatten(-1, (self.heads, -1))[..., :r]
+        spread = kept[..., :r] * cos.abs().unsqueeze(-2) + other * sin.abs().unsqueeze(-2)
+        around = torch.cat((spread, kept[..., r:]), dim=-1).flatten(-2)
+        return turned - around, turned + around
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, interleaved: bool
+) -> torch.Tensor:
+    """Rotary positions as torch computes them.
+
+    Args:
+        x: [..., S, heads * d].
+        cos, sin: [S, r], r <= d even: the first r coordinates of each head are rotated.
+        heads: on this rank.
+        interleaved: whether neighbours are rotated together, not halves.
+    """
+    x = x.unflatten(-1, (heads, -1))
+    r = cos.shape[-1]
+    turned, kept = x[..., :r], x[..., r:]
+    if interleaved:
+        half = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    else:
+        half = torch.cat((-turned[..., r // 2 :], turned[..., : r // 2]), dim=-1)
+    turned = turned * cos.unsqueeze(-2) + half * sin.unsqueeze(-2)
+    return torch.cat((turned, kept), dim=-1).flatten(-2)

@@ -1,0 +1,99 @@
+"""RowParallelLinear: y = sum_r x_r W_r^T + b, x sharded on the last dimension, y replicated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.linear.local import (
+    IdentityRows,
+    LocalLinear,
+    both_sides,
+    dense,
+    rows_of_bias,
+    rows_of_weight,
+)
+
+
+class BoundRowParallelLinear(LocalLinear):
+    """Bounds of megatron-core's RowParallelLinear (input_is_parallel=True).
+
+    ======  ========================  ==========================================
+    tensor  shape                     on the ranks
+    ======  ========================  ==========================================
+    x_r     [B, ..., n/p]             rank r's features of x
+    W_r     [h, n/p]                  rank r's columns of W [h, n]
+    b       [h]                       replicated
+    y       [B, ..., h]               replicated (summed over ranks)
+    A_y     [S, ...] or [n, B, ... h] WHOLE, or OWN rows
+    A_x     [S, ...] or [p n, ...]    WHOLE, or ALL rows; rank r's features
+    ======  ========================  ==========================================
+
+    The layer is linear, so there is no relaxation:
+
+        A_x[..., r] = A_y W_r (for every row of A)          bias = <A_y, b>
+
+    In a spec-sharded pass the rows of all ranks are gathered first, because each rank has other
+    features for all of them; the lower and upper sides go as one. The bias is complete at each rank
+    for the rows it carries and is counted once. A start node here needs no gathering: every rank
+    knows which rows of the identity the others carry, and takes them from its W_r. Where weights
+    move (OWN rows with all features of x) W is whole and nothing is gathered.
+
+    IBP: midpoint and deviation are sums over features, so the sum over ranks of W_r m_r -+ |W_r|
+    d_r is the bound of the whole layer; b is added once. A zero-width interval stays one.
+    """
+
+    feature_dim = 1
+
+    def features(self, *x: Any) -> tuple[torch.Tensor]:
+        """The rank's weight."""
+        return (x[1].lower,)
+
+    def forward(
+        self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.input_shape = self.x_shape = x.shape
+        self.y_shape = w.t().shape
+        y = self.layout.collectives.reduce_from(F.linear(x, w))
+        return y if b is None else y + b
+
+    def interval_propagate(self, *v: Any, C: Any = None, w: Any = None) -> tuple:
+        """Interval bounds of y, or of C y when `C` [B, S, h] is given."""
+        norm = auto_lirpa.Interval.get_perturbation(v[0])[0]
+        if norm != float("inf"):
+            raise self._refused(f"IBP straight from an L{norm} ball on its sharded input")
+        tp = self.layout.collectives
+        weight = v[1][0]
+        bias = v[2][0] if len(v) > 2 else None
+        if C is not None:  # the host merges the last linear layer with the specification
+            weight = tp.copy_to(C).matmul(weight)
+            bias = C.matmul(bias) if bias is not None else None
+        center, deviation = tp.reduce_from(
+            torch.stack(auto_lirpa.BoundLinear._propagate_Linf(v[0], weight))
+        )
+        if bias is not None:
+            center = center + bias
+        return center - deviation, center + deviation
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+        """A at this rank's features of x, and the bias. Shapes: see the class."""
+        w, b = self.weight_and_bias(x)
+        if self.weight_moves:
+            w, = self.layout.whole[self.name]
+        w, b = self.of_columns(w, b, x[0])
+        rest = [(None, None)] * (len(x) - 1)
+        lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
+        given = last_lA if last_lA is not None else last_uA
+        if isinstance(given, IdentityRows):
+            start = given.own if given.all is None or self.weight_moves else given.all
+            A_x = rows_of_weight(w, start, given)
+            return [(None if last_lA is None else A_x, None if last_uA is None else A_x),
+                    *rest], lbias, ubias
+        last_lA, last_uA = both_sides(dense, last_lA, last_uA)
+        if self.layout.collectives.size == 1 or self.weight_moves:
+            return [both_sides(lambda A: A.matmul(w), last_lA, last_uA), *rest], lbias, ubias
+        A, unstack = self.layout.entered
+        return [unstack(A.matmul(w)), *rest], lbias, ubias

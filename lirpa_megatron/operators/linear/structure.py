@@ -1,0 +1,241 @@
+"""Operators that move, repeat, join or add up the numbers of each sample: linear, so exact.
+
+    Rearrange   y[b, i] = x[b, index[i]]          reshape, slice, gather, transpose, pad, ...
+    Sum         y[b, i] = scale * sum_k x[b, ...]  sum and mean over dimensions other than the batch
+    Concat      y[b] = [x_1[b] ... x_n[b]]         along a dimension other than the batch
+
+All coefficients are at least 0, so IBP takes lower bounds of lower bounds, upper of upper ones,
+and is exact for each number by itself. CROWN's A_x is the transposed map of A_y. Degenerate and
+infinite intervals pass through unchanged; nothing is added to what the arithmetic of a sum rounds.
+
+A perturbation set that reaches the operator directly (an L1 or L2 ball) becomes the box around it
+in IBP.
+
+Sharded values (the rank's own features on the last dimension) go through where the last dimension
+stays what it is; `sharded_nodes` refuses the others.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.placement import Layout
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.operators.linear.local import both_sides, dense
+
+
+def boxed(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lower, upper) of an interval; of the box around a ball straight from the input."""
+    norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
+    wider = 0.0 if norm == float("inf") else eps
+    return interval[0] - wider, interval[1] + wider
+
+
+class _Structure(auto_lirpa.Bound):
+    """Base: what is done to one rank's features is done to those of all.
+
+    Attributes:
+        boxes_balls: IBP takes a ball straight from the input for the box around it.
+        keeps_features: whether the last dimension is the same before and after, number by number.
+    """
+
+    feature_dim = -1
+    keeps_features = False
+    boxes_balls = True
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.layout: Layout = self.options["layout"]
+
+    def features(self, *x: Any) -> tuple:
+        """Nothing that other ranks need."""
+        return ()
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
+
+
+class BoundRearrange(_Structure):
+    """y[b].flatten()[i] = x[b].flatten()[index[i]], y [B, *shape].
+
+    Attributes of the graph's node: `shape` of y without the batch; `features`: 1 where the last
+    dimension of x and y is the same, and index is one of the dimensions before it; `batched`: 0 for
+    a constant, which has no batch, so that the map is of all its dimensions.
+
+    Inputs: x; index [prod(shape)] int64 where numbers change places, without which it is a reshape;
+    an index one past the last number stands for `fill` (padding).
+
+    Backward: A_x adds up A_y at index. Padded places add fill times their A_y to the bias.
+    """
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.shape = [int(n) for n in attr["shape"]]
+        self.keeps_features = bool(attr["features"])
+        self.batched, self.fill = bool(attr["batched"]), float(attr["fill"])
+        self.pads = bool(attr["pads"])
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        first = 1 if self.batched else 0
+        return self._moved(x, index, first)
+
+    def _moved(self, x: torch.Tensor, index: torch.Tensor | None, first: int) -> torch.Tensor:
+        """The map on the dimensions from `first` on (but the last, where features stay)."""
+        last = (x.shape[-1],) if self.keeps_features else ()
+        shape = self.shape[:-1] if self.keeps_features else self.shape
+        x = x.reshape(*x.shape[:first], -1, *last)
+        if self.pads:
+            edge = x.new_full((*x.shape[:first], 1, *last), self.fill)
+            x = torch.cat((x, edge), dim=first)
+        if index is not None:
+            x = x.index_select(first, index)
+        return x.reshape(*x.shape[:first], *shape, *last)
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of y."""
+        index = [v[1][0]] if len(v) > 1 else []
+        lower, upper = boxed(v[0])
+        return self.forward(lower, *index), self.forward(upper, *index)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, *rest: Any, **_: Any) -> tuple:
+        """A [R, B, *shape] -> [R, B, *x shape], and the bias [R, B] of padding."""
+        index = self.layout.value_of(rest[0]) if rest else None
+        into = list(x.output_shape[1:])
+        width = math.prod(into[:-1] if self.keeps_features else into)
+
+        def flat(A: torch.Tensor) -> torch.Tensor:
+            last = (A.shape[-1],) if self.keeps_features else ()
+            return A.reshape(*A.shape[:2], -1, *last)
+
+        def back(A: torch.Tensor) -> torch.Tensor:
+            A_y = flat(A)
+            last = A_y.shape[3:]
+            if index is not None:
+                zeros = A_y.new_zeros(*A_y.shape[:2], width + self.pads, *last)
+                A_y = zeros.index_add(2, index, A_y)[:, :, :width]
+            return A_y.reshape(*A.shape[:2], *(into[:-1] if last else into), *last)
+
+        def padding(A: torch.Tensor) -> torch.Tensor:
+            return self.fill * flat(A)[:, :, index == width].flatten(2).sum(-1)
+
+        A = both_sides(dense, last_lA, last_uA)
+        bias = both_sides(padding, *A) if self.pads and self.fill else (0, 0)
+        return [both_sides(back, *A), *[(None, None)] * len(rest)], *bias
+
+
+class BoundSum(_Structure):
+    """y = scale * sum of x over `dims`: x [B, ...]; kept as 1, or dropped without `keepdim`.
+
+    Backward: A_x is scale A_y, the same at all places that were added up.
+    """
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.dims = sorted(int(d) for d in attr["dims"])
+        self.keepdim, self.scale = bool(attr["keepdim"]), float(attr["scale"])
+        self.keeps_features = not attr["last"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(self.dims, keepdim=self.keepdim) * self.scale
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of y."""
+        lower, upper = boxed(v[0])
+        return self.forward(lower), self.forward(upper)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **_: Any) -> tuple:
+        """A [R, B, ...] -> [R, B, *x shape]."""
+        into = list(x.output_shape[1:])
+
+        def back(A: torch.Tensor) -> torch.Tensor:
+            A = dense(A) * self.scale
+            if not self.keepdim:
+                for dim in self.dims:
+                    A = A.unsqueeze(dim + 1)
+            sizes = [*into[:-1], A.shape[-1] if self.keeps_features else into[-1]]
+            return A.expand(*A.shape[:2], *sizes)
+
+        return [both_sides(back, last_lA, last_uA)], 0, 0
+
+
+class BoundConcat(_Structure):
+    """y = the inputs side by side along `dim` (not the batch); constants may have a batch of 1.
+
+    Backward: each input gets its slice of A_y; a constant's goes into the bias.
+    """
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.dim = int(attr["dim"])
+        self.keeps_features = not attr["last"]
+
+    def forward(self, *x: torch.Tensor) -> torch.Tensor:
+        batch = max(part.shape[0] for part in x)
+        for part in x:
+            self._check_batch(part, batch)
+        return torch.cat([part.expand(batch, *part.shape[1:]) for part in x], self.dim)
+
+    @staticmethod
+    def _check_batch(part: torch.Tensor, batch: int) -> None:
+        if part.shape[0] not in (1, batch):
+            raise UserError(
+                f"the model joins constants made for a batch of {part.shape[0]} with values of a "
+                f"batch of {batch}: build the BoundedModule with an example of the batch to bound"
+            )
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of y."""
+        lower, upper = zip(*(boxed(part) for part in v), strict=True)
+        return self.forward(*lower), self.forward(*upper)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **_: Any) -> tuple:
+        """A [R, B, ...] -> one for each input, and the constants' bias [R, B]."""
+        widths = [part.output_shape[self.dim] for part in x]
+        A = both_sides(lambda A: dense(A).split(widths, self.dim + 1), last_lA, last_uA)
+        As, biases = [], []
+        for i, part in enumerate(x):
+            own = both_sides(lambda parts, i=i: parts[i], *A)
+            if part.perturbed:
+                As.append(own)
+                continue
+            As.append((None, None))
+            value = self.layout.value_of(part)
+            self._check_batch(value, part.output_shape[0] if A[0] is None else A[0][0].shape[1])
+            biases.append(both_sides(lambda A, v=value: (A * v.to(A)).flatten(2).sum(-1), *own))
+        lbias, ubias = (
+            sum((b[side] for b in biases if b[side] is not None), start=0) for side in (0, 1)
+        )
+        return As, lbias, ubias
+
+
+class BoundOfConstants(_Structure):
+    """What a model computes of its parameters, buffers and constants: a value without bounds.
+
+    Attribute of the graph's node: `call`, the place of the function in `Layout.calls`.
+    """
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.call = self.layout.calls[int(attr["call"])]
+        self.never_perturbed = True
+
+    def forward(self, *x: torch.Tensor) -> torch.Tensor:
+        return self.call(*x)
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The value, twice."""
+        value = self.forward(*(x[0] for x in v))
+        return value, value
+
+
+STRUCTURE_OPS: dict[str, type[auto_lirpa.Bound]] = {
+    "lirpa_megatron::Rearrange": BoundRearrange,
+    "lirpa_megatron::Sum": BoundSum,
+    "lirpa_megatron::Concat": BoundConcat,
+    "lirpa_megatron::OfConstants": BoundOfConstants,
+}
+"""Operators of the traced graph -> Bound classes."""

@@ -1,0 +1,110 @@
+"""Sums of two values and products with constants, number by number: linear, so exact.
+
+    Combine   y = s a + t b     s and t numbers; b of the inputs or a constant
+    Scale     y = c a           c a constant
+
+The host has operators for these too, but tells the batch of a constant by its shape. Here values of
+the inputs have the same shape [B, *shape], and constants whatever shape broadcasts to it, as in
+torch.
+
+==========  ==================================  ==============================================
+tensor      shape                               on the ranks
+==========  ==================================  ==============================================
+a, y        [B, *shape]                         replicated or sharded, alike
+b           [B, *shape], constants broadcast    as a; constants of sharded values: own features
+A           [R, B, *shape]                      in the layout of the node
+==========  ==================================  ==============================================
+
+IBP: s a + t b with the end of a and b that the sign of s and t calls for; likewise c a. Rounding
+apart they are exact, infinite ends included (0 times an infinite end is 0).
+CROWN: A_a = s A and A_b = t A, the bias t <A, b> of a constant; A_a = c A.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.placement import Layout
+from lirpa_megatron.operators.linear.local import both_sides, dense
+from lirpa_megatron.operators.linear.structure import boxed
+
+
+class _Linear(auto_lirpa.Bound):
+    boxes_balls = True
+    """IBP takes an L1 or L2 ball straight from the input for the box around it."""
+
+    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(attr, *args, **kwargs)
+        self.attributes = attr
+        self.layout: Layout = self.options["layout"]
+
+    def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
+
+
+class BoundCombine(_Linear):
+    """y = s a + t b, attributes `s` and `t` of the graph's node. Shapes: see the module."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.factors = float(self.attributes["s"]), float(self.attributes["t"])
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        s, t = self.factors
+        return _times(s, a) + _times(t, b)
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of y."""
+        ends = [boxed(x)[:: 1 if f > 0 else -1] for x, f in zip(v, self.factors, strict=True)]
+        return self.forward(ends[0][0], ends[1][0]), self.forward(ends[0][1], ends[1][1])
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **_: Any) -> tuple:
+        """A at a and b, and the bias [R, B]."""
+        A = both_sides(dense, last_lA, last_uA)
+        As, biases = [], [(0, 0)]
+        for node, factor in zip(x, self.factors, strict=True):
+            own = both_sides(lambda A, f=factor: _times(f, A), *A)
+            As.append(own if node.perturbed else (None, None))
+            if not node.perturbed:
+                value = self.layout.value_of(node)
+                biases.append(both_sides(lambda A, v=value: _summed(A * v.to(A)), *own))
+        return As, *(biases[-1] if len(biases) > 1 else biases[0])
+
+
+class BoundScale(_Linear):
+    """y = c a: inputs a and c, c a constant. Shapes: see the module."""
+
+    def forward(self, a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return a * c
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of y."""
+        (lower, upper), c = boxed(v[0]), v[1][0]
+        low, high = torch.where(c < 0, upper, lower), torch.where(c < 0, lower, upper)
+        zero = c == 0
+        return low.masked_fill(zero, 0.0) * c, high.masked_fill(zero, 0.0) * c
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, a: Any, c: Any, **_: Any) -> tuple:
+        """A at a; nothing at c."""
+        value = self.layout.value_of(c)
+        return [both_sides(lambda A: dense(A) * value.to(dense(A)), last_lA, last_uA),
+                (None, None)], 0, 0
+
+
+def _times(factor: float, x: torch.Tensor) -> torch.Tensor:
+    return x if factor == 1 else -x if factor == -1 else factor * x
+
+
+def _summed(A: torch.Tensor) -> torch.Tensor:
+    """[R, B, ...] -> [R, B]."""
+    return A.reshape(*A.shape[:2], -1).sum(-1)
+
+
+SUM_OPS: dict[str, type[auto_lirpa.Bound]] = {
+    "lirpa_megatron::Combine": BoundCombine,
+    "lirpa_megatron::Scale": BoundScale,
+}
+"""Operators of the traced graph -> Bound classes."""

@@ -1,0 +1,61 @@
+"""Values of parameters in the bound graph: shared with the model, float32 at least."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def own_value(node: auto_lirpa.BoundParams, share: float = 1.0) -> Callable[[], torch.Tensor]:
+    """What a parameter's node computes: the very parameter, detached in evaluation mode.
+
+    A parameter of half precision is given as float32, in which bounds are computed.
+
+    Args:
+        node: of the parameter.
+        share: of the gradient, that reaches the parameter.
+    """
+
+    def forward() -> torch.Tensor:
+        value = node.param if node.training else node.param.detach()
+        if value.dtype in HALF:
+            value = value.float()
+        return value if share == 1 or not value.requires_grad else _Share.apply(value, share)
+
+    return forward
+
+
+class _Share(torch.autograd.Function):
+    """Identity whose gradient is a share of what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, share: float) -> torch.Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad * ctx.share, None
+
+
+@contextlib.contextmanager
+def widened(model: torch.nn.Module) -> Iterator[None]:
+    """Parameters of half precision hold float32 for a block: the host traces with float32 inputs.
+
+    Buffers of half precision stay as they are.
+    """
+    kept = {p: p.data for p in model.parameters() if p.dtype in HALF}
+    try:
+        for parameter, data in kept.items():
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data

@@ -1,0 +1,212 @@
+"""One instance: bounds first, then an attack on what they leave open."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lirpa_megatron.bounded_module import BoundedModule
+from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
+from lirpa_megatron.parallel import spmd
+from lirpa_megatron.verify.properties.attack import Target, find_candidates
+from lirpa_megatron.verify.properties.counterexamples import Counterexample, confirm
+from lirpa_megatron.verify.properties.loading import Loaded
+from lirpa_megatron.verify.properties.options import VerifyOptions
+from lirpa_megatron.verify.properties.property import Property, Region
+from lirpa_megatron.verify.properties.specification import (
+    RowsToBound,
+    open_disjuncts,
+    region_rows,
+    reported_bounds,
+)
+
+# Boxes bounded at once, and numbers that a square of the network's widest layer may have for each.
+_MOST_BOXES, _BOX_ELEMENTS = 256, 2**23
+# Walks of the attack at once, and how many of the closest points are tried on the stored network.
+_MOST_WALKS, _CONFIRMED = 4096, 8
+# Disjuncts that a point is checked against; beyond it the one that the attack had in mind.
+_MOST_DISJUNCTS = 200
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found out."""
+
+    # unsat, sat, unknown or timeout
+    result: str
+    # for each row in file order
+    lower_bounds: list[float | None]
+    # a violating input, if result is "sat"
+    counterexample: Counterexample | None = None
+    # what a reader must know of the result, one line
+    note: str | None = None
+
+
+class Deadline:
+    """A time limit that all ranks agree on: rank 0's clock decides."""
+
+    def __init__(self, seconds: float | None, group: dist.ProcessGroup | None):
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._group = group
+
+    def is_over(self) -> bool:
+        """Collective, unless there is no limit."""
+        if self._end is None:
+            return False
+        return spmd.broadcast_object(time.monotonic() > self._end, self._group)
+
+
+def verify_instance(
+    loaded: Loaded,
+    prop: Property,
+    options: VerifyOptions,
+    deadline: Deadline,
+    group: dist.ProcessGroup | None,
+) -> Outcome:
+    """Decides a property as far as bounds and attack can; the same outcome on every rank.
+
+    Args:
+        loaded: the network.
+        prop: the property; its sizes are the network's.
+        options: method and effort.
+        deadline: looked at between stages; a stage that has begun is finished.
+        group: the tensor-parallel group.
+    """
+    if prop.vacuous is not None:
+        return Outcome("unsat", reported_bounds(prop, []), note=prop.vacuous)
+    bounds: list[dict[int, float]] = []
+    still_open: list[Target] = []
+    for bounded, regions in _batches(loaded, prop):
+        if deadline.is_over():
+            return Outcome("timeout", reported_bounds(prop, bounds))
+        for region, found in zip(
+            regions, _bound_rows(loaded, bounded, prop, regions, options, group), strict=True
+        ):
+            bounds.append(found)
+            disjuncts = open_disjuncts(region, found)
+            if disjuncts:
+                still_open.append((region, disjuncts))
+    reported = reported_bounds(prop, bounds)
+    if not still_open:
+        return Outcome("unsat", reported)
+    if options.attack_steps < 1:
+        return Outcome("unknown", reported)
+    near = None
+    each = max(1, _MOST_WALKS // options.attack_restarts)
+    for begin in range(0, len(still_open), each):
+        if deadline.is_over():
+            return Outcome("timeout", reported, note=near)
+        holds, found = _attack(loaded, prop, still_open[begin : begin + each], options, group)
+        if holds:
+            return Outcome("sat", reported, found)
+        near = near or _near_miss(found)
+    return Outcome("unknown", reported, note=near)
+
+
+def _batches(
+    loaded: Loaded, prop: Property
+) -> Iterator[tuple[BoundedModule, list[Region]]]:
+    """Regions bounded together: neighbours in the file, of the same module."""
+    widest = max(layer.n_out for layer in loaded.description.layers)
+    most = max(1, min(_MOST_BOXES, _BOX_ELEMENTS // widest**2))
+    batch: list[Region] = []
+    bounded = None
+    for region in prop.regions:
+        own = loaded.bounded_for([prop.rows[row] for row in region_rows(region)])
+        if batch and (own is not bounded or len(batch) == most):
+            yield bounded, batch
+            batch = []
+        bounded = own
+        batch.append(region)
+    if batch:
+        yield bounded, batch
+
+
+def _bound_rows(
+    loaded: Loaded,
+    bounded: BoundedModule,
+    prop: Property,
+    regions: Sequence[Region],
+    options: VerifyOptions,
+    group: dist.ProcessGroup | None,
+) -> list[dict[int, float]]:
+    """Of each region: row index -> lower bound of `c . y - d` over its box (rank 0's numbers)."""
+    indices = [region_rows(region) for region in regions]
+    like = loaded.like
+    wanted = [RowsToBound([prop.rows[row] for row in own], like.dtype) for own in indices]
+    most = max(map(len, wanted))
+    if most == 0:
+        return [{} for _ in regions]
+    C = torch.zeros(len(regions), most, prop.n_out, dtype=like.dtype)
+    thresholds = torch.full((len(regions), most), -1e300, dtype=torch.float64)
+    for k, rows in enumerate(wanted):
+        rows.fill(C[k])
+        thresholds[k, : len(rows)] = torch.tensor(rows.thresholds(), dtype=torch.float64)
+    lower, upper = (torch.cat(ends) for ends in zip(*map(loaded.box, regions), strict=True))
+    box = PerturbationLpNorm(norm=float("inf"), x_L=lower, x_U=upper)
+    x = BoundedTensor((lower + upper) / 2, box)
+    # Only alpha needs gradients; recording them otherwise costs memory.
+    optimized = options.method == "CROWN-Optimized"
+    enough = {}
+    if options.method == "auto":
+        enough["decision_thresh"] = thresholds.to(like.device)
+    with contextlib.nullcontext() if optimized else torch.no_grad():
+        bound, _ = bounded.compute_bounds(
+            x=(x,), C=C.to(like.device), method=options.method, bound_upper=False, **enough
+        )
+    bound = spmd.broadcast_tensor(bound.detach().double(), group).cpu().numpy()
+    return [
+        dict(zip(own, rows.values(bound[k], options.outward), strict=True))
+        for k, (own, rows) in enumerate(zip(indices, wanted, strict=True))
+    ]
+
+
+def _attack(
+    loaded: Loaded, prop: Property, targets: Sequence[Target], options: VerifyOptions,
+    group: dist.ProcessGroup | None,
+) -> tuple[bool, Counterexample | None]:
+    """Whether a counterexample was found, and the point that is one or comes closest to one."""
+    for region, disjuncts in targets:
+        free = [d for d in disjuncts if not region.disjuncts[d]]
+        if free:  # the outputs are not constrained: every point of the box will do
+            middle = torch.from_numpy((region.lower + region.upper) / 2).to(loaded.like)
+            return confirm(loaded, prop, region, free, middle, group)
+    closest = None
+    found = find_candidates(
+        loaded.forward, prop, targets, options.attack(), group, loaded.like
+    )
+    # The network as stored may round otherwise than the one that was attacked.
+    eps = torch.finfo(getattr(torch, loaded.stored_dtype)).eps
+    close = 16 * eps * max(1.0, *(abs(float(row.bound)) for row in prop.rows))
+    for candidate in found[:_CONFIRMED]:
+        if candidate.slack > close:
+            break
+        region, disjuncts = targets[candidate.target]
+        if len(disjuncts) > _MOST_DISJUNCTS:
+            disjuncts = [candidate.disjunct]
+        holds, point = confirm(loaded, prop, region, disjuncts, candidate.point, group)
+        if holds:
+            return True, point
+        if candidate.slack <= 0 and closest is None:
+            closest = point
+    return False, closest
+
+
+def _near_miss(found: Counterexample | None) -> str | None:
+    """Why a point that the attack took for a counterexample is none."""
+    if found is None:
+        return None
+    if found.outside > 0:
+        return f"a point {found.outside:.3g} outside of the box violates the property"
+    stored, double = found.violation, found.float64_violation
+    if stored is None or double is None:
+        return "the network's outputs at the closest point are not finite"
+    return (
+        f"at the closest point the network as stored violates the property by {stored:.3g}, its "
+        f"weights in float64 by {double:.3g} (below 0: it does not): not beyond rounding"
+    )

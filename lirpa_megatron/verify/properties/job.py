@@ -1,0 +1,129 @@
+"""A run over instances: each is verified, its result written and flushed, and the run goes on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel import runtime, spmd
+from lirpa_megatron.verify.agreement import agreed
+from lirpa_megatron.verify.properties.instance import Deadline, Outcome, verify_instance
+from lirpa_megatron.verify.properties.instance_list import Instance
+from lirpa_megatron.verify.properties.loading import Loaded, load
+from lirpa_megatron.verify.properties.options import VerifyOptions
+from lirpa_megatron.verify.properties.results import Result
+from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
+
+
+class Runner:
+    """Verifies instances one after the other; networks are loaded once for consecutive ones."""
+
+    def __init__(self, options: VerifyOptions, group: dist.ProcessGroup | None):
+        self.options = options
+        self.group = group
+        self._loaded: tuple[Path, Loaded] | None = None
+
+    def load(self, instance: Instance) -> Loaded:
+        """The instance's network.
+
+        Raises:
+            UserError: whatever is wrong with the file, on every rank.
+        """
+        if self._loaded is None or self._loaded[0] != instance.network_path:
+            self._loaded = None  # free the old one first
+            with agreed(self.group, f"loading network {instance.network}"):
+                loaded = load(
+                    instance.network_path,
+                    instance.is_checkpoint,
+                    self.options.dtype,
+                    self.options.bound_opts(),
+                    self.group,
+                    self.options.onnx_output,
+                )
+            self._loaded = instance.network_path, loaded
+        return self._loaded[1]
+
+    def read_property(self, instance: Instance, loaded: Loaded):
+        """The instance's property, checked against the network's sizes.
+
+        Raises:
+            UserError: whatever is wrong with the file, on every rank.
+        """
+        sizes = loaded.description.n_in, loaded.description.n_out
+        with agreed(self.group, f"reading property {instance.property}"):
+            return read_vnnlib(instance.property_path, *sizes, f"network {instance.network}")
+
+    def run(self, instances: Iterable[Instance], write: Callable[[Result], None]) -> list[Result]:
+        """Verifies all instances; one that raises gets the result "error".
+
+        Args:
+            instances: what to verify, the same on every rank.
+            write: called on every rank with each result as it is there.
+        """
+        results = []
+        for instance in instances:
+            begin = time.monotonic()
+            error = None
+            try:
+                if instance.error is not None:
+                    raise UserError(instance.error)
+                outcome = self._verify(instance)
+            except Exception as exception:  # recorded; a run of days must not end for one instance
+                kind = "" if isinstance(exception, UserError) else f"{type(exception).__name__}: "
+                error = f"{kind}{exception}".replace("\n", " ")
+                outcome = Outcome("error", [])
+            result = Result(
+                network=instance.network,
+                property=instance.property,
+                result=outcome.result,
+                method=self.options.method,
+                lower_bounds=outcome.lower_bounds,
+                tensor_parallel=1 if self.group is None else self.group.size(),
+                seconds=round(time.monotonic() - begin, 4),
+                **self._details(instance, outcome),
+                error=error,
+            )
+            write(result)
+            results.append(result)
+        return results
+
+    def _details(self, instance: Instance, outcome: Outcome) -> dict[str, Any]:
+        network, prop = instance.files
+        details: dict[str, Any] = {
+            "network_file": network, "property_file": prop, "note": outcome.note
+        }
+        if self.options.no_live_check:
+            details["live_check"] = False
+        if self.options.outward:
+            details["rounding"] = self.options.rounding
+        if self._loaded is not None and self._loaded[0] == instance.network_path:
+            details["stored_dtype"] = self._loaded[1].stored_dtype
+            details["dtype"] = self._loaded[1].dtype
+        found = outcome.counterexample
+        if found is not None:
+            details |= {
+                "counterexample": found.point, "violation": found.violation,
+                "float64_violation": found.float64_violation,
+            }
+        return details
+
+    def _verify(self, instance: Instance) -> Outcome:
+        deadline = Deadline(instance.timeout, self.group)
+        loaded = self.load(instance)
+        prop = self.read_property(instance, loaded)
+        with spmd.guard(self.group, f"instance {instance.network} {instance.property}"):
+            return verify_instance(loaded, prop, self.options, deadline, self.group)
+
+
+def with_progress(instances: list[Instance]) -> Iterator[Instance]:
+    """The instances, with a progress bar on rank 0's standard error."""
+    yield from tqdm(
+        instances, desc="verify", unit="instance", file=sys.stderr, disable=not runtime.is_rank0()
+    )

@@ -1,0 +1,161 @@
+"""All checks of a run's arguments in one place, before any work, and what then is to be done."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lirpa_megatron.checkpoint.reader import read_description
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.networks.files import find_file, stem
+from lirpa_megatron.verify.properties.instance_list import (
+    Instance,
+    Row,
+    looked_up,
+    names_of,
+    read_rows,
+    same_file,
+)
+from lirpa_megatron.verify.properties.options import VerifyOptions
+from lirpa_megatron.verify.properties.results import Result, read_results
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does."""
+
+    # to be verified, in order
+    instances: list[Instance]
+    # whether the network was named, so that its errors end the run
+    one_network: bool
+    # whether the property was named, so that its errors end the run
+    one_property: bool
+    # file of results; None: standard output
+    output: Path | None = None
+    # how much of the file stays (--resume)
+    keep_bytes: int = 0
+    # results already there (--resume)
+    done: list[Result] = field(default_factory=list)
+
+
+def make_plan(arguments: dict[str, Any], options: VerifyOptions) -> Plan:
+    """Checks the arguments of `verify` (rank 0 does this for all).
+
+    Args:
+        arguments: the options that were given, by name.
+        options: those of them that say what to compute.
+
+    Raises:
+        UserError: the first thing that is wrong. A row of instances.csv that is wrong is an
+            instance with an error, unless all are.
+    """
+    instances = _instances(arguments, options)
+    output, keep_bytes, done = arguments.get("output"), 0, []
+    if output is not None:
+        check_writable(output)
+    if arguments.get("resume"):
+        if output is None:
+            raise UserError("--resume needs --output: it goes on with that file")
+        if output.exists():
+            earlier, keep_bytes = read_results(output)
+            done = [r for r in earlier if any(_is_of(r, i, options) for i in instances)]
+    return Plan(
+        [i for i in instances if not any(_is_of(r, i, options) for r in done)],
+        one_network="load" in arguments or "onnx" in arguments,
+        one_property="vnnlib" in arguments,
+        output=output,
+        keep_bytes=keep_bytes,
+        done=done,
+    )
+
+
+def _is_of(result: Result, instance: Instance, options: VerifyOptions) -> bool:
+    """Whether an earlier result is this instance's; files of one name in two folders are two."""
+    if result.key != (instance.network, instance.property, options.method):
+        return False
+    if (result.rounding or "nearest") != options.rounding:
+        return False
+    known = result.network_file, result.property_file
+    return all(a in (None, b) for a, b in zip(known, instance.files, strict=True))
+
+
+def _instances(arguments: dict[str, Any], options: VerifyOptions) -> list[Instance]:
+    named = _named_network(arguments)
+    if "vnnlib" in arguments:
+        if named is None:
+            raise UserError("--vnnlib needs the network: give --load DIR or --onnx FILE")
+        prop = find_file(arguments["vnnlib"], "property")
+        return [Instance(*named, stem(prop), prop, options.timeout)]
+    if "instances" not in arguments:
+        raise UserError("nothing to verify: give --vnnlib PROP or --instances CSV")
+    path = arguments["instances"]
+    rows = read_rows(path)
+    if named is not None:
+        rows = _rows_of(named, rows, path)
+    rows = [looked_up(path, row, needs_network=named is None) for row in rows]
+    wrong = [row.error for row in rows if row.error is not None]
+    if len(wrong) == len(rows):
+        others = f" (and so are {len(wrong) - 1} more rows, which are all)" * (len(wrong) > 1)
+        raise UserError(f"{wrong[0]}{others}")
+    networks = names_of(row.network_path for row in rows)
+    properties = names_of(row.property_path for row in rows)
+    return [
+        Instance(
+            *(named or (networks[row.network_path], row.network_path, False)),
+            properties[row.property_path], row.property_path, options.timeout or row.timeout,
+            row.error,
+        )
+        for row in rows
+    ]
+
+
+def _rows_of(named: tuple[str, Path, bool], rows: list[Row], path: Path) -> list[Row]:
+    """The rows of a network: of that file, or for a checkpoint of a file of its network's name; and
+    those that are too wrong to say whose they are."""
+    name, file, is_checkpoint = named
+    alike = [row for row in rows if row.error is None and stem(row.network_path) == name]
+    if is_checkpoint:
+        chosen, of = alike, f"network {name}"
+        files = {same_file(row.network_path): row.network for row in alike}
+        if len(files) > 1:
+            raise UserError(
+                f"checkpoint {file} holds network {name}, and rows of instances file {path} are of "
+                f"several files of that name: {', '.join(sorted(files.values())[:5])}; keep the "
+                "rows of one of them in a file of its own"
+            )
+    else:
+        own = same_file(file)
+        chosen, of = [row for row in rows if same_file(row.network_path) == own], f"network {name}"
+        chosen = [row for row in chosen if row.error is None]
+        if alike and not chosen:
+            others = ", ".join(sorted({str(row.network_path) for row in alike})[:5])
+            of = f"network {file} (those of {name} are of {others})"
+    if not chosen:
+        networks = sorted({stem(row.network_path) for row in rows if row.error is None})
+        raise UserError(
+            f"instances file {path} has no rows for {of}; its networks are {', '.join(networks)}"
+        )
+    keep = {row.line for row in chosen} | {row.line for row in rows if row.error is not None}
+    return [row for row in rows if row.line in keep]
+
+
+def _named_network(arguments: dict[str, Any]) -> tuple[str, Path, bool] | None:
+    """Name, path and whether it is a checkpoint, of --load or --onnx."""
+    if "load" in arguments:
+        return read_description(arguments["load"]).name, arguments["load"], True
+    if "onnx" in arguments:
+        path = find_file(arguments["onnx"], "network")
+        return stem(path), path, False
+    return None
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError unless a file of results can be written there."""
+    if path.is_dir():
+        raise UserError(f"output {path} is a directory")
+    if not path.parent.is_dir():
+        raise UserError(f"output {path} cannot be written: folder {path.parent} does not exist")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"output {path} cannot be written: permission denied")
