@@ -123,7 +123,7 @@ def _one_mode(task: dict) -> dict:
             spent.clear()
             if task["mode"] != "plain":
                 traffic = bounded.layout.collectives.traffic
-                counted = bounded.passes.movement.counted
+                counted = bounded.schedule.communication.counted
                 traffic.clear()
                 counted.clear()
             start, processor = time.perf_counter(), time.process_time()

@@ -20,7 +20,6 @@ from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.crown import alpha
-from lirpa_megatron.crown.affine_forms import without_nan
 from lirpa_megatron.crown.alpha_rows import alpha_start_nodes
 from lirpa_megatron.crown.auto_method import cheaper_first
 from lirpa_megatron.crown.clean_output_check import check_contains, clean_is_inside
@@ -36,11 +35,12 @@ from lirpa_megatron.crown.options import (
     check_set_later,
     text_of,
 )
-from lirpa_megatron.crown.placement import Layout
-from lirpa_megatron.crown.row_schedule import Passes
+from lirpa_megatron.crown.row_schedule import RowSchedule
 from lirpa_megatron.crown.sharded_nodes import mark_sharded
 from lirpa_megatron.operators import BoundColumnParallelLinear, custom_operators
+from lirpa_megatron.operators.context import Layout
 from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
+from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.parameters import own_value, widened
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.problem.perturbations import check_perturbations, described, enclose_balls
@@ -115,7 +115,7 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
             self._adopt_parameters(trainable)
             sharded = mark_sharded(self._modules.values(), layout.collectives.size)
             object.__setattr__(self, "sharded", sharded)
-            object.__setattr__(self, "passes", Passes(self))
+            object.__setattr__(self, "schedule", RowSchedule(self))
             object.__setattr__(self, "intermediate", Intermediate(self))
             layout.sharded, layout.value_of = self.sharded, self.get_forward_value
             outward = own.rounding == "outward"
@@ -249,7 +249,7 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
             # What an earlier call found may not hold for these inputs.
             keeps = kwargs["method"] == "CROWN-Optimized" and not self.intermediate.has_alpha
             self.layout.form_limit = self.own_options.form_limit
-            self.layout.form_room = self.passes.form_memory()
+            self.layout.form_room = self.schedule.form_memory()
             self.layout.forget()
             if kwargs["method"] != "CROWN-Optimized" and not torch.is_grad_enabled():
                 self.layout.unread = {}
@@ -374,10 +374,10 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
         call = auto_lirpa.backward_call(args, kwargs)
         final, tp = call.node, self.layout.collectives
         identity = self._final_is_identity and final.name == self.final_node_name
-        C = None if identity else call.C.transpose(0, 1).to(self.passes.dtype)
-        shape, S = final.output_shape[1:], self.passes.rows_of(final, C)
+        C = None if identity else call.C.transpose(0, 1).to(self.schedule.dtype)
+        shape, S = final.output_shape[1:], self.schedule.rows_of(final, C)
         spec_sharded = self._final_spec_sharded(final, identity, S)
-        bounds = self.passes.run(
+        bounds = self.schedule.run(
             final, C, spec_sharded, call.lower, call.upper, directions=True
         )
         if not (self.sharded[final.name] and identity):

@@ -21,8 +21,8 @@ from torch import nn
 from lirpa_megatron import METHODS
 from lirpa_megatron.adapters.traced_ops import ACTIVATIONS
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.placement import Layout
 from lirpa_megatron.operators import CUSTOM_OPS
+from lirpa_megatron.operators.context import Layout
 from lirpa_megatron.operators.elementwise import gated
 from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
 from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation

@@ -21,7 +21,7 @@ from lirpa_megatron.compat import (
     auto_lirpa,
 )
 from lirpa_megatron.crown.clean_output_check import check_contains, clean_is_inside
-from lirpa_megatron.crown.row_schedule import Passes
+from lirpa_megatron.crown.row_schedule import RowSchedule
 from lirpa_megatron.errors import BoundsError
 from lirpa_megatron.problem.perturbations import PerturbationHull, PerturbationPositions
 
@@ -129,7 +129,7 @@ class Hidden(nn.Module):
 
 def _with_a_fault(sharded, with_C, rank):
     """Bounds of a model whose passes end with lower bounds that are 1 too high on one rank."""
-    bounded, run = BoundedModule(Hidden(sharded), _ball()), Passes.run
+    bounded, run = BoundedModule(Hidden(sharded), _ball()), RowSchedule.run
     C = torch.eye(2 if sharded else 4).expand(2, -1, -1) if with_C else None
 
     def faulty(self, node, *args, **kwargs):
@@ -138,11 +138,11 @@ def _with_a_fault(sharded, with_C, rank):
             bounds.lower = bounds.lower + 1
         return bounds
 
-    Passes.run = faulty
+    RowSchedule.run = faulty
     try:
         bounded.compute_bounds(x=(_ball(),), C=C, method="CROWN", bound_upper=False)
     finally:
-        Passes.run = run
+        RowSchedule.run = run
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_the_command_line_calls_it_an_error_and_proves_nothing(tmp_path, monkeyp
     # Whatever the property is: a bound of +1e6 would prove it.
     text = property_text(*box, 3, "(<= Y_0 Y_1)")
     (tmp_path / "one.vnnlib").write_text(text)
-    run = Passes.run
+    run = RowSchedule.run
 
     def faulty(self, *args, **kwargs):
         bounds = run(self, *args, **kwargs)
         bounds.lower = None if bounds.lower is None else bounds.lower + 1e6
         return bounds
 
-    monkeypatch.setattr(Passes, "run", faulty)
+    monkeypatch.setattr(RowSchedule, "run", faulty)
     files = ("--onnx", "net.onnx"), ("--vnnlib", "one.vnnlib"), ("--output", "r.jsonl")
     status = main(["verify", *(w for o, name in files for w in (o, str(tmp_path / name)))])
     assert status == 1

@@ -9,9 +9,9 @@ import pytest
 import torch
 from models import drawn
 
-from lirpa_megatron.operators.affine import form
-from lirpa_megatron.operators.affine.form import (
-    AffineForm,
+from lirpa_megatron.operators.affine import products
+from lirpa_megatron.operators.affine.form import AffineForm
+from lirpa_megatron.operators.affine.products import (
     Pairs,
     above_largest_eigenvalue,
     elementwise_range,
@@ -93,7 +93,7 @@ def test_pairs_of_several_queries_at_once_have_the_same_ranges(queries, monkeypa
         return *product_range(a, b), *(x[..., :3] for x in pairs.reaches(rows)), pairs.size[..., :3]
 
     expected = found()
-    monkeypatch.setattr(form, "_AT_ONCE", {"cpu": queries * b.A.numel()})
+    monkeypatch.setattr(products, "_AT_ONCE", {"cpu": queries * b.A.numel()})
     assert len(Pairs.of(b, p, scores, [5, 3, 4]).Q) < 3
     for one, other in zip(expected, found(), strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)

@@ -15,8 +15,8 @@ from torch import nn
 from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.adapters import traced_ops
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.placement import Layout
 from lirpa_megatron.operators import BoundProduct
+from lirpa_megatron.operators.context import Layout
 from lirpa_megatron.operators.optimizable import RANGE
 from lirpa_megatron.parallel.collectives import Collectives
 

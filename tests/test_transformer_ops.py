@@ -20,7 +20,7 @@ from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.adapters import traced_ops
 from lirpa_megatron.crown.auxiliary_rows import Directions
 from lirpa_megatron.errors import BoundsError
-from lirpa_megatron.operators import BoundAttend, BoundNorm, BoundScores
+from lirpa_megatron.operators import BoundNorm, BoundScores, BoundSoftmaxValues
 
 SLACK = {torch.float64: 1e-11, torch.float32: 2e-5}
 WIDTHS = (0.0, 1e-5, 0.05, 0.4, 3.0, 1e3)
@@ -327,8 +327,8 @@ SINGLE = {
     "norm": (BoundNorm, Norm, [(1, 3, 8)]),
     "scores": (BoundScores, ScoresOf, [(1, 3, 2 * HEAD), (1, 3, HEAD)]),
     "scores of one query": (BoundScores, ScoresOf, [(1, 1, 2 * HEAD), (1, 3, HEAD)]),
-    "attend": (BoundAttend, AttendTo, [(1, 2, 3, 3), (1, 3, HEAD)]),
-    "attend from one query": (BoundAttend, AttendToOne, [(1, 2, 1, 3), (1, 3, HEAD)]),
+    "attend": (BoundSoftmaxValues, AttendTo, [(1, 2, 3, 3), (1, 3, HEAD)]),
+    "attend from one query": (BoundSoftmaxValues, AttendToOne, [(1, 2, 1, 3), (1, 3, HEAD)]),
 }
 
 

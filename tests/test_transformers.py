@@ -90,7 +90,7 @@ def _bounds(name, dtype, methods=ROUNDS, eps=0.01, options=None, eager=False):
             pair = [bounded.layout.collectives.gather_features(b) for b in pair]
         found[method] = tuple(pair)
     if runtime.tp_size() > 1 and (options or {}).get("moves") == "weights":
-        counted = bounded.passes.movement.counted
+        counted = bounded.schedule.communication.counted
         assert counted["chosen"] == counted["weights"] != counted["A"]  # they did move
     if not eager:
         return found if runtime.is_rank0() else None
@@ -248,17 +248,17 @@ def _dealt(name):
     """Bounds with norms' forms dealt out to the ranks, and how many norms' were."""
     dealt = []
 
-    class Counted(norm.Dealt):
+    class Counted(norm.RoundRobinTensors):
         def __init__(self, *args):
             super().__init__(*args)
             dealt.append(self)
 
-    before = norm._PART, norm.Dealt
-    norm._PART, norm.Dealt = {"cpu": 0}, Counted
+    before = norm._PART, norm.RoundRobinTensors
+    norm._PART, norm.RoundRobinTensors = {"cpu": 0}, Counted
     try:
         found = _bounds(name, torch.float64, ("CROWN",), 0.01, {"form_memory": 0})
     finally:
-        norm._PART, norm.Dealt = before
+        norm._PART, norm.RoundRobinTensors = before
     return found, len(dealt)
 
 

@@ -15,7 +15,7 @@ from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.linear_facades import gather_features
 from lirpa_megatron.adapters.views import View
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.operators.linear.vocabulary_margins import margins
+from lirpa_megatron.operators.functional import margins
 from lirpa_megatron.parallel.collectives import Collectives
 
 

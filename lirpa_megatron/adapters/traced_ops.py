@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
-from lirpa_megatron.operators.linear.positions import rotate
+from lirpa_megatron.operators.functional import _norm, heads_first, heads_last, rotate
 
 _KINDS = {
     "gelu": "GeluErf", "gelu_tanh": "GeluTanh", "silu": "Silu", "quick_gelu": "QuickGelu",
@@ -117,28 +117,6 @@ def select_position(x: torch.Tensor, position: int, keep: bool = False) -> torch
 
 
 # ------------------------------------------------------------------------- shapes
-
-
-def heads_first(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[..., S, n d] -> [..., n, S, d]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(-2, -3)
-
-
-def heads_last(x: torch.Tensor) -> torch.Tensor:
-    """[..., n, S, d] -> [..., S, n d]."""
-    return x.transpose(-2, -3).flatten(-2)
-
-
-def _norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool,
-    groups: int,
-) -> torch.Tensor:
-    shape = x.shape
-    x = x.unflatten(-1, (groups, -1)) if groups > 1 else x
-    if not rms:
-        x = x - x.mean(-1, keepdim=True)
-    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-    return (y if bias is None else y + bias).reshape(shape)
 
 
 # ------------------------------------------------------------------ the graph's nodes

@@ -163,7 +163,7 @@ def _verify(arguments: dict[str, Any]) -> int:
     from lirpa_megatron.parallel import runtime, spmd
     from lirpa_megatron.verify.agreement import agreed
     from lirpa_megatron.verify.properties.job import Runner, with_progress
-    from lirpa_megatron.verify.properties.job_plan import make_plan
+    from lirpa_megatron.verify.properties.job_plan import plan_job
     from lirpa_megatron.verify.properties.options import VerifyOptions
     from lirpa_megatron.verify.properties.results import summary_table
 
@@ -171,7 +171,7 @@ def _verify(arguments: dict[str, Any]) -> int:
     options = replace(VerifyOptions(), **{k: v for k, v in arguments.items() if k in names})
     group = runtime.tp_group()
     with agreed(group, "checking the arguments"):
-        plan = make_plan(arguments, options) if runtime.is_rank0() else None
+        plan = plan_job(arguments, options) if runtime.is_rank0() else None
         plan = spmd.broadcast_object(plan, group)
 
     runner = Runner(options, group)

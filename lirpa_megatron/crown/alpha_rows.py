@@ -34,7 +34,7 @@ def alpha_start_nodes(
             if not identity:
                 S = c.size(1)
             elif is_final:
-                S = module.passes.rows_of(start)
+                S = module.schedule.rows_of(start)
             else:
                 S = module.intermediate.rows_with_alpha(start)
             if S == 0:
@@ -42,9 +42,9 @@ def alpha_start_nodes(
             spec_sharded = module.layout.collectives.size > 1
             if is_final:
                 spec_sharded = module._final_spec_sharded(start, identity, S)
-            origin, spec_sharded = module.passes.begin(start, identity, spec_sharded)
+            origin, spec_sharded = module.schedule.begin(start, identity, spec_sharded)
             if origin is not start:
-                S = module.passes.rows_of(origin)
-            rows = module.passes.rows_at(node, origin, S, spec_sharded)
+                S = module.schedule.rows_of(origin)
+            rows = module.schedule.rows_at(node, origin, S, spec_sharded)
         entries.append(auto_lirpa.alpha_start_node(start.name, rows, is_final))
     return entries

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.affine_forms import without_nan
 from lirpa_megatron.operators.affine.form import Known
+from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
+from lirpa_megatron.operators.numerics import without_nan
 
 
 class DirectionRows:
@@ -48,7 +49,7 @@ class Directions:
     """Bounds such rows by passes of one BoundedModule.
 
     Args:
-        module: the BoundedModule (its `passes`, `layout`, `intermediate` and `sharded` marks).
+        module: the BoundedModule (its `schedule`, `layout`, `intermediate` and `sharded` marks).
     """
 
     def __init__(self, module: Any) -> None:
@@ -69,7 +70,7 @@ class Directions:
             vectors = self.tp.copy_to(vectors)
         rows = DirectionRows(vectors, node.output_shape[1:])
         with self.module.intermediate.without_alpha(), self.module.layout.set_aside():
-            found = self.module.passes.run(node, rows, self.tp.size > 1, form=True, aside=True)
+            found = self.module.schedule.run(node, rows, self.tp.size > 1, form=True, aside=True)
         lower, upper = without_nan(found.lower.t(), found.upper.t())
         return Known(lower, upper, found.form).mapped(rows.place)
 
@@ -92,3 +93,57 @@ class Directions:
             return found.mapped(lambda x: self.tp.copy_to(x)[first : first + n])
 
         return know
+
+
+class CenteredRows:
+    """The rows e_ij - sum_k p_ik e_ik of an attention's scores, built when they are asked for.
+
+    Args:
+        weights: p [B, n, T, T], clean softmax weights.
+        keep: [n, T, T], the pairs that some sample of the batch does not mask.
+    """
+
+    def __init__(self, weights: torch.Tensor, keep: torch.Tensor) -> None:
+        self.weights = weights
+        self.pairs = keep.nonzero(as_tuple=True)
+        self.shape = (len(self.pairs[0]), *weights.shape)
+
+    def index_select(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
+        """Some of the rows, [R, B, n, T, T]."""
+        h, i, j = (index[rows] for index in self.pairs)
+        C = self.weights.new_zeros(len(rows), *self.shape[1:])
+        each = torch.arange(len(rows), device=C.device)
+        C[each, :, h, i] = -self.weights[:, h, i].transpose(0, 1)
+        C[each, :, h, i, j] += 1
+        return C
+
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the rows, [..., R] -> [..., n, T, T], 0 elsewhere."""
+        placed = values.new_zeros(*values.shape[:-1], *self.weights.shape[1:])
+        placed[(..., *self.pairs)] = values
+        return placed
+
+
+def bound_centered(passes: Any, node: auto_lirpa.Bound, attend: Any) -> Known:
+    """Bounds the scores as an attention reads them: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
+
+    Softmax does not see what all scores of a query have in common, which is most of their range.
+    The rows are those of the rank's heads; a head's masked pairs are left out.
+
+    Args:
+        passes: of the bound module.
+        node: the scores.
+        attend: the operator that reads them.
+    """
+    p = attend.clean_weights()
+    rows = CenteredRows(p, (~attend.masked()).any(0))
+    found = passes.run(node, rows, passes.tp.size > 1, form=True)
+    lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
+    form = None if found.form is None else found.form.view(rows.place)
+    return Known(lower, upper, form)
+
+
+def reader_of_scores(node: auto_lirpa.Bound, readers: Sequence[Any]) -> Any:
+    """The attention that reads the node as its scores; None if anything else reads it too."""
+    alone = len(readers) == 1 and isinstance(readers[0], BoundSoftmaxValues)
+    return readers[0] if alone and readers[0].inputs[0] is node else None

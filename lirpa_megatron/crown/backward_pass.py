@@ -19,18 +19,20 @@ import torch.nn.functional as F
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.communication import features_of
 from lirpa_megatron.crown.conjugates import conjugates_of, conjugates_of_set
-from lirpa_megatron.crown.placement import Layout, Plan, Rows
+from lirpa_megatron.crown.placement import PassPlan, RowPlacement
 from lirpa_megatron.crown.relu_sparsity import live_columns
 from lirpa_megatron.operators.attention.scores import BoundScores
-from lirpa_megatron.operators.coefficients import RowBounds, Sides
-from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
-from lirpa_megatron.operators.linear.local import (
+from lirpa_megatron.operators.coefficients import (
     IdentityRows,
-    LocalLinear,
+    LowerUpper,
+    RowBounds,
     both_sides,
     dense,
     stack_sides,
 )
+from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
+from lirpa_megatron.operators.linear.local import LocalLinear
 from lirpa_megatron.operators.linear.row import BoundRowParallelLinear
 from lirpa_megatron.operators.linear.vocabulary_margins import Margins
 from lirpa_megatron.parallel.packed_gather import begin_gather_whole
@@ -47,8 +49,8 @@ class BackwardPass:
         plan: the course of the pass.
         start: the start node, by whose name operators know their alpha (`plan.start` may be what
             it gathers).
-        alpha_rows: which rows of alpha this pass carries at WHOLE, OWN and BLOCK nodes, and how
-            many rows the rank has in all; None when it carries all of them.
+        alpha_rows: which rows of alpha this pass carries at REPLICATED, SPEC_SHARDED and BLOCK
+            nodes, and how many rows the rank has in all; None when it carries all of them.
         know: the layout's `know` at each node.
     """
 
@@ -57,7 +59,7 @@ class BackwardPass:
         module: Any,
         layout: Layout,
         sharded: dict[str, bool],
-        plan: Plan,
+        plan: PassPlan,
         start: auto_lirpa.Bound,
         alpha_rows: tuple[torch.Tensor, int] | None = None,
         know: Callable[..., Any] | None = None,
@@ -65,9 +67,9 @@ class BackwardPass:
         self.module, self.layout, self.sharded = module, layout, sharded
         self.plan, self.start, self.alpha_rows, self.know = plan, start, alpha_rows, know
         self.tp = layout.collectives
-        self._A: dict[str, Sides] = {}
-        self._partial_A: dict[str, Sides] = {}
-        self._bias, self._partial_bias = Sides(), Sides()
+        self._A: dict[str, LowerUpper] = {}
+        self._partial_A: dict[str, LowerUpper] = {}
+        self._bias, self._partial_bias = LowerUpper(), LowerUpper()
         self._columns: dict[str, torch.Tensor] = {}
         self._moved = {node.name for nodes in plan.moved for node in nodes}
         self._regions = iter(plan.moved)
@@ -88,7 +90,7 @@ class BackwardPass:
         """
         self.rows, self.batch, self.like = C.shape[0], C.shape[1], C
         self.sides = lower, upper
-        self._A[self.plan.start.name] = Sides(C if lower else None, C if upper else None)
+        self._A[self.plan.start.name] = LowerUpper(C if lower else None, C if upper else None)
         self.layout.spec_sharded = self.plan.spec_sharded
         self._leave_out_columns()
         self._bring_next()
@@ -160,7 +162,7 @@ class BackwardPass:
             if not in_use or getattr(relu, "opt_stage", None) == "init":
                 continue
             if brought is None:
-                live = None if name in self._moved else self.layout.live.get(linear)
+                live = None if name in self._moved else self.layout.active_columns.get(linear)
             else:
                 live = live_columns(brought[name][1]) if name in brought else None
             if live is not None:
@@ -205,7 +207,7 @@ class BackwardPass:
 
     def _take(self, node: auto_lirpa.Bound) -> Generator[None, None, tuple[Any, Any]]:
         """A at the node, the partial sums of its sharded consumers included."""
-        total = self._A.pop(node.name, None) or Sides()
+        total = self._A.pop(node.name, None) or LowerUpper()
         partial = self._partial_A.pop(node.name, None)
         if partial is not None:
             self._charges.reducing(node, partial)
@@ -223,27 +225,27 @@ class BackwardPass:
         return dense(A)
 
     def _rows_at(self, node: auto_lirpa.Bound) -> int:
-        gathered = self.plan.rows[node.name] is Rows.ALL
+        gathered = self.plan.rows[node.name] is RowPlacement.GATHERED
         return self.rows * self.tp.size if gathered else self.rows
 
     def is_partial(self, node: auto_lirpa.Bound) -> bool:
         """Whether what arises at the node is one rank's term of a sum over features."""
-        sums = self.plan.rows[node.name] in (Rows.WHOLE, Rows.ALL)
+        sums = self.plan.rows[node.name] in (RowPlacement.REPLICATED, RowPlacement.GATHERED)
         return self.tp.size > 1 and sums and self.sharded[node.name]
 
     def _send(self, node: auto_lirpa.Bound, x: auto_lirpa.Bound, lA: Any, uA: Any) -> None:
         """Adds the node's A to that of its input, in the input's layout."""
         lA, uA = self._zeros_for_none(node, x, lA, uA)
         if self.is_partial(node) and not self.sharded[x.name]:
-            self._add(x, self._partial_A.setdefault(x.name, Sides()), lA, uA, partial=True)
+            self._add(x, self._partial_A.setdefault(x.name, LowerUpper()), lA, uA, partial=True)
             return
-        block_to_all = (Rows.BLOCK, Rows.ALL)
+        block_to_all = (RowPlacement.BLOCK, RowPlacement.GATHERED)
         if (self.plan.rows[node.name], self.plan.rows[x.name]) == block_to_all:
             lA, uA = (None if A is None else self._among_all_rows(A) for A in (lA, uA))
-        self._add(x, self._A.setdefault(x.name, Sides()), lA, uA)
+        self._add(x, self._A.setdefault(x.name, LowerUpper()), lA, uA)
 
     def _add(
-        self, x: auto_lirpa.Bound, total: Sides, lA: Any, uA: Any, partial: bool = False
+        self, x: auto_lirpa.Bound, total: LowerUpper, lA: Any, uA: Any, partial: bool = False
     ) -> None:
         known = total.lower is not None or total.upper is not None
         total.add(lA, uA)
@@ -333,7 +335,7 @@ class BackwardPass:
 
     def _alpha_index(self, node: auto_lirpa.Bound) -> torch.Tensor:
         rows, in_all = self.alpha_rows
-        if self.plan.rows[node.name] is not Rows.ALL:
+        if self.plan.rows[node.name] is not RowPlacement.GATHERED:
             return rows
         return torch.cat([rows + rank * in_all for rank in range(self.tp.size)])
 
@@ -357,13 +359,13 @@ class BackwardPass:
             total.add(*(yield from self.reduce(partial.lower, partial.upper)))
         return total.lower, total.upper
 
-    def zeros_of_partial(self) -> Sides:
+    def zeros_of_partial(self) -> LowerUpper:
         """A sum of the ranks' parts of biases (or of their errors) to begin with."""
         return self._zeros(self.rows * (self.tp.size if self.plan.spec_sharded else 1))
 
-    def _zeros(self, rows: int) -> Sides:
+    def _zeros(self, rows: int) -> LowerUpper:
         zeros = torch.zeros(rows, self.batch, dtype=self.like.dtype, device=self.like.device)
-        return Sides(*(zeros if wanted else None for wanted in self.sides))
+        return LowerUpper(*(zeros if wanted else None for wanted in self.sides))
 
     def _extreme(self, leaf: auto_lirpa.Bound, A: torch.Tensor, sign: int) -> torch.Tensor:
         """min (sign -1) or max (+1) of <A, x> over the perturbation set: [rows, B]."""

@@ -7,8 +7,7 @@ in one of two ways (`crown.placement`), with the same bounds:
 - A moves: gathered where the pass enters it, (p-1) |A| bytes for A [n, B, h], and reduce-scattered
   where it leaves it, the same again;
 - weights move: each rank keeps its own rows with all features, and for each chunk of them the
-  region's weights, and what its operators know of their inputs (`features`), are gathered:
-  (p-1) |shards| bytes.
+  region's weights and relaxations (`sharded_relaxation`) are gathered: (p-1) |shards| bytes.
 
 Which is less is counted before each pass, from shapes alone, and so alike on every rank.
 """
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.placement import Plan, Region, Rows
+from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement
 from lirpa_megatron.parallel.packed_gather import packed_bytes
 
 
@@ -61,7 +60,7 @@ def features_of(node: auto_lirpa.Bound) -> tuple[Any, int]:
     """What other ranks need of this one's features there: a tree, and its tensors' feature dim."""
     if type(node) is auto_lirpa.BoundRelu:
         return (node.inputs[0].lower, node.inputs[0].upper), -1
-    return node.features(*node.inputs), node.feature_dim
+    return node.sharded_relaxation(*node.inputs), node.feature_dim
 
 
 def _can_be_gathered(node: auto_lirpa.Bound) -> bool:
@@ -73,7 +72,7 @@ def _can_be_gathered(node: auto_lirpa.Bound) -> bool:
     )
 
 
-class Movement:
+class CommunicationPlan:
     """Chooses for each pass what moves, and counts.
 
     Args:
@@ -91,7 +90,7 @@ class Movement:
         self.counted: Counter[str] = Counter()
 
     def choose(
-        self, plan: Plan, rows: int, chunks: int, sides: int, dtype: torch.dtype, identity: bool
+        self, plan: PassPlan, rows: int, chunks: int, sides: int, dtype: torch.dtype, identity: bool
     ) -> list[Region]:
         """The regions to which weights move in a spec-sharded pass.
 
@@ -106,7 +105,7 @@ class Movement:
         wanted, chosen = self.module.own_options.moves, []
         for region in self.regions:
             inside = [x for x in plan.order if x.name in region.names]
-            if not inside or any(plan.rows[x.name] is not Rows.ALL for x in inside):
+            if not inside or any(plan.rows[x.name] is not RowPlacement.GATHERED for x in inside):
                 continue
             readers = [x for x in plan.order if x.name in region.readers]
             cost = {"A": rows * sides * self._row_bytes(plan, inside, readers, dtype, identity)}
@@ -124,7 +123,7 @@ class Movement:
         return chosen
 
     def _row_bytes(
-        self, plan: Plan, inside: list, readers: list, dtype: torch.dtype, identity: bool
+        self, plan: PassPlan, inside: list, readers: list, dtype: torch.dtype, identity: bool
     ) -> int:
         """Bytes of one row of A, where the pass enters and where it leaves a region."""
         entered = [x for x in readers if not (identity and x is plan.start)]

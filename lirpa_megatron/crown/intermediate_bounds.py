@@ -9,12 +9,8 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.affine_forms import (
-    bound_centered,
-    reader_of_scores,
-    readers_of_form,
-    without_nan,
-)
+from lirpa_megatron.crown.affine_forms import readers_of_form
+from lirpa_megatron.crown.auxiliary_rows import bound_centered, reader_of_scores
 from lirpa_megatron.crown.relu_sparsity import (
     UnstableRows,
     between_linears,
@@ -27,6 +23,7 @@ from lirpa_megatron.operators import BoundColumnParallelLinear
 from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
 from lirpa_megatron.operators.linear.local import BoundReplicatedLinear
 from lirpa_megatron.operators.norm.norm import BoundNorm
+from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.problem.perturbations import is_box
 
@@ -37,7 +34,7 @@ class Intermediate:
     """Bounds the intermediate nodes of one BoundedModule.
 
     Args:
-        module: the BoundedModule (its graph, options, `passes`, `layout` and `sharded` marks).
+        module: the BoundedModule (its graph, options, `schedule`, `layout` and `sharded` marks).
 
     Attributes:
         kept: node name -> bounds that hold for the whole of the present call; None where its alpha
@@ -94,7 +91,7 @@ class Intermediate:
         attend, use = reader_of_scores(node, readers), readers_of_form(node, readers)
         if attend is not None:
             node.lower, node.upper = self.ibp(node)
-            module.layout.centered[node.name] = bound_centered(module.passes, node, attend)
+            module.layout.centered[node.name] = bound_centered(module.schedule, node, attend)
             module.layout.to_be_read(node.name, {attend.name})
         elif not use and self._bounded_by_ibp(node):
             pass
@@ -103,11 +100,11 @@ class Intermediate:
         else:
             for reader in readers:
                 if use and isinstance(reader, BoundNorm):
-                    found = module.passes.directions.along(node, reader.directions())
+                    found = module.schedule.directions.along(node, reader.directions())
                     module.layout.directions[reader.name] = found.mapped(reader.of_vectors)
             others = self.with_alpha.get(node.name) is not None  # rows of alpha, these are all
             with self.without_alpha() if others else contextlib.nullcontext():
-                bounds = module.passes.run(node, None, self.tp.size > 1, form=bool(use))
+                bounds = module.schedule.run(node, None, self.tp.size > 1, form=bool(use))
             node.lower, node.upper = bounds.shaped(node.output_shape[1:])
             if bounds.form is not None:
                 module.layout.forms[node.name] = bounds.form
@@ -195,10 +192,10 @@ class Intermediate:
         lower, upper = (bound.flatten(1).t()[unstable.own] for bound in found)
         return with_rows(tuple(best), unstable.own, lower, upper)
 
-    def _by_crown(self, node: auto_lirpa.Bound, but: torch.Tensor | None) -> Pair:
-        """CROWN's bounds of the neurons that IBP leaves unstable, IBP's of others and of `but`."""
+    def _by_crown(self, node: auto_lirpa.Bound, skip: torch.Tensor | None) -> Pair:
+        """CROWN's bounds of neurons that IBP leaves unstable, IBP's of the rest and of `skip`."""
         known = without_nan(*self.ibp(node))
-        rows = unstable_rows(self.tp, known, self.module.sharded[node.name], but)
+        rows = unstable_rows(self.tp, known, self.module.sharded[node.name], skip)
         return self._of_rows(node, known, None if self._too_many(rows) else rows)
 
     @contextlib.contextmanager
@@ -217,17 +214,17 @@ class Intermediate:
     ) -> Pair:
         """`known` with rows bounded by a pass; None: all of them are."""
         if rows is None:
-            bounds = self.module.passes.run(node, None, self.tp.size > 1)
+            bounds = self.module.schedule.run(node, None, self.tp.size > 1)
             return bounds.shaped(node.output_shape[1:])
         if rows.share == 0:
             return known
-        found = self.module.passes.run(node, None, self.tp.size > 1, rows=rows.filled)
+        found = self.module.schedule.run(node, None, self.tp.size > 1, rows=rows.filled)
         return with_rows(known, rows.own, found.lower, found.upper)
 
     def rows_with_alpha(self, start: auto_lirpa.Bound) -> int:
         """How many rows of alpha the passes from an intermediate node have, on this rank."""
         rows = self.with_alpha.get(start.name)
-        return self.module.passes.rows_run(start) if rows is None else len(rows.filled)
+        return self.module.schedule.rows_run(start) if rows is None else len(rows.filled)
 
     def _note_live_columns(self, node: auto_lirpa.Bound) -> None:
         """Which of the node's features passes from later nodes leave out."""
@@ -235,9 +232,9 @@ class Intermediate:
         if node.name not in self.relus or not module.own_options.sparse_intermediate_bounds:
             return
         columns = live_columns(node.upper, None if module.sharded[node.name] else self.tp)
-        module.layout.live.pop(node.name, None)
+        module.layout.active_columns.pop(node.name, None)
         if columns is not None:
-            module.layout.live[node.name] = columns
+            module.layout.active_columns[node.name] = columns
 
     # ------------------------------------------------------------------------- IBP
 

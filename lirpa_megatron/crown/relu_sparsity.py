@@ -97,7 +97,7 @@ def live_columns(upper: torch.Tensor, shared_by: Collectives | None = None) -> t
 
 def unstable_rows(
     tp: Collectives, known: tuple[torch.Tensor, torch.Tensor], sharded: bool,
-    but: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> UnstableRows:
     """The neurons that bounds leave unstable, for some sample of the batch.
 
@@ -105,12 +105,12 @@ def unstable_rows(
         tp: the ranks that are to agree.
         known: bounds (lower, upper) of a node, each [B, *node shape].
         sharded: whether they are of the rank's own features.
-        but: neurons that do not count, [k], as `UnstableRows.own`.
+        skip: neurons that do not count, [k], as `UnstableRows.own`.
     """
     lower, upper = (bound.detach().flatten(1) for bound in known)
     some = (~((lower >= 0) | (upper <= 0))).any(0)  # of NaN nothing is known
-    if but is not None:
-        some[but] = False
+    if skip is not None:
+        some[skip] = False
     if not sharded:
         some = _on_any_rank(tp, some)
     own = some.nonzero().flatten()

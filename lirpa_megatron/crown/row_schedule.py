@@ -19,14 +19,13 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.affine_forms import FormRows, InputSet
 from lirpa_megatron.crown.auxiliary_rows import Directions
 from lirpa_megatron.crown.backward_pass import BackwardPass
-from lirpa_megatron.crown.communication import Movement
+from lirpa_megatron.crown.communication import CommunicationPlan
 from lirpa_megatron.crown.limits import CACHE
-from lirpa_megatron.crown.placement import Plan, Region, Rows, make_plan
+from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement, plan_pass
 from lirpa_megatron.operators.affine.form import AffineForm
-from lirpa_megatron.operators.attention.softmax_values import BoundAttend
-from lirpa_megatron.operators.coefficients import RowBounds
+from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
+from lirpa_megatron.operators.coefficients import IdentityRows, RowBounds
 from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
-from lirpa_megatron.operators.linear.local import IdentityRows
 from lirpa_megatron.operators.norm.norm import BoundNorm
 
 _WORTH = {"cuda": 128}
@@ -56,7 +55,7 @@ class Bounds:
         return lower, upper
 
 
-class Passes:
+class RowSchedule:
     """Runs backward passes of one BoundedModule.
 
     Args:
@@ -65,7 +64,7 @@ class Passes:
 
     def __init__(self, module: Any) -> None:
         self.module, self.tp = module, module.layout.collectives
-        self.movement, self.directions = Movement(module), Directions(module)
+        self.communication, self.directions = CommunicationPlan(module), Directions(module)
         self._rows_run: dict[str, int] = {}
         self._free: float | None = None
 
@@ -79,9 +78,9 @@ class Passes:
 
     def plan(
         self, start: auto_lirpa.Bound, spec_sharded: bool, regions: Sequence[Region] = ()
-    ) -> Plan:
+    ) -> PassPlan:
         """The course of a pass from `start`; weights move to `regions`."""
-        return make_plan(start, self.module.sharded, spec_sharded, self.tp.size, regions)
+        return plan_pass(start, self.module.sharded, spec_sharded, self.tp.size, regions)
 
     def begin(
         self, start: auto_lirpa.Bound, identity: bool, spec_sharded: bool
@@ -117,14 +116,14 @@ class Passes:
     def _limit(self) -> int:
         return self.module.own_options.form_limit // self.module.batch_size
 
-    def _rows_at_once(self, plan: Plan) -> int:
+    def _rows_at_once(self, plan: PassPlan) -> int:
         """Most rows that the rank carries at once, the same on every rank."""
         options = self.module.own_options
         if options.max_spec_rows is not None:
             return options.max_spec_rows
         widest = max(
             math.prod(node.output_shape[1:]) * (
-                self.tp.size if plan.rows[node.name] is Rows.ALL else 1
+                self.tp.size if plan.rows[node.name] is RowPlacement.GATHERED else 1
             )
             for node in (*plan.order, *plan.leaves)
         )
@@ -135,14 +134,14 @@ class Passes:
                     if inputs.offers_form(self._numel(node.inputs[0], None), self._limit()):
                         vectors = self.rows_of(node) // (node.output_shape[-1] // node.groups)
                         widest = max(widest, vectors * inputs.columns())
-                elif isinstance(node, BoundAttend):
+                elif isinstance(node, BoundSoftmaxValues):
                     numel = math.prod(node.inputs[0].output_shape[1:]) * node.head_dim
                     if node.affords(self.module.batch_size * numel * node.head_dim):
                         widest = max(widest, numel)
         per_row = 2 * self.module.batch_size * widest * self.dtype.itemsize
         return max(1, int(self._memory() // per_row))
 
-    def _turns(self, limit: int, plan: Plan) -> tuple[int, int]:
+    def _turns(self, limit: int, plan: PassPlan) -> tuple[int, int]:
         """(rows of a chunk, chunks that go on in turns), for `limit` rows at once in all.
 
         Where only A moves two chunks do, so that one is computed while the other's rows are under
@@ -150,7 +149,7 @@ class Passes:
         """
         worth = _WORTH.get(torch.device(self.module.device).type, math.inf)
         half = -(-limit // 2)
-        moves = Rows.ALL in plan.rows.values() and not plan.moved
+        moves = RowPlacement.GATHERED in plan.rows.values() and not plan.moved
         turns = moves and half >= worth and not torch.is_grad_enabled()
         return (half, 2) if turns else (limit, 1)
 
@@ -183,9 +182,9 @@ class Passes:
     ) -> int:
         """Rows of A that this rank has at `node` when a pass from `start` is not chunked."""
         plan = self.plan(start, spec_sharded)
-        split = spec_sharded and plan.rows[start.name] is not Rows.BLOCK
+        split = spec_sharded and plan.rows[start.name] is not RowPlacement.BLOCK
         rows = -(-S // self.tp.size) if split else S
-        return rows * self.tp.size if plan.rows[node.name] is Rows.ALL else rows
+        return rows * self.tp.size if plan.rows[node.name] is RowPlacement.GATHERED else rows
 
     def run(
         self, start: auto_lirpa.Bound, C: torch.Tensor | None, spec_sharded: bool,
@@ -214,13 +213,13 @@ class Passes:
             self._rows_run[origin.name] = S
             for node in plan.order:
                 module.backward_from[node.name].append(start)
-        split = spec_sharded and plan.rows[origin.name] is not Rows.BLOCK
+        split = spec_sharded and plan.rows[origin.name] is not RowPlacement.BLOCK
         n = -(-S // self.tp.size) if split else S
         limit = min(n, self._rows_at_once(plan))
         in_use = any(auto_lirpa.is_optimized(node, start) for node in plan.order)
         moves = not in_use and not module.has_alpha(start) and module.rounding is None
         if spec_sharded and moves:
-            regions = self.movement.choose(
+            regions = self.communication.choose(
                 plan, n, -(-n // limit), lower + upper, self.dtype, C is None
             )
             plan = self.plan(origin, spec_sharded, regions)

@@ -1,7 +1,7 @@
 """What moves, joins, sums and scales the columns of flat activations, as functions.
 
 Plain torch when run; one node of the graph each when the host traces a network, which
-`operators.linear.local.columns` bounds. x is [B, n] everywhere.
+`operators.linear.columns` bounds. x is [B, n] everywhere.
 """
 
 from __future__ import annotations

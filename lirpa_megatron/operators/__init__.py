@@ -3,7 +3,7 @@
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax import BoundLogSoftmax, BoundSoftmax
-from lirpa_megatron.operators.attention.softmax_values import BoundAttend
+from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.elementwise.activations import BoundCurve, elementwise_operators
 from lirpa_megatron.operators.elementwise.extremes import BoundMaximum, BoundMinimum
 from lirpa_megatron.operators.elementwise.prelu import BoundPRelu
@@ -27,7 +27,7 @@ from lirpa_megatron.operators.linear.vocabulary_margins import (
 from lirpa_megatron.operators.norm.norm import BoundNorm
 
 __all__ = [
-    "BoundAttend",
+    "BoundSoftmaxValues",
     "BoundColumnParallelLinear",
     "BoundCurve",
     "BoundGatherFromRegion",
@@ -63,7 +63,7 @@ CUSTOM_OPS: dict[str, type[auto_lirpa.Bound]] = {
     "lirpa_megatron::TokenMargins": BoundTokenMargins,
     "lirpa_megatron::Norm": BoundNorm,
     "lirpa_megatron::Scores": BoundScores,
-    "lirpa_megatron::Attend": BoundAttend,
+    "lirpa_megatron::Attend": BoundSoftmaxValues,
     "lirpa_megatron::Rotary": BoundRotary,
     "lirpa_megatron::SelectPosition": BoundSelectPosition,
     **COLUMN_OPS,

@@ -1,13 +1,12 @@
-"""What a backward pass carries and finds, for its lower and its upper side."""
+"""Coefficients A of a backward pass and the bounds that it finds, for the lower and upper side."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from lirpa_megatron.operators.linear.local import dense
 
 
 @dataclass
@@ -29,7 +28,7 @@ class RowBounds:
 
 
 @dataclass
-class Sides:
+class LowerUpper:
     """A running sum for the lower and the upper side; None where there is nothing yet.
 
     The two sides stay one object for as long as nothing made them differ.
@@ -48,3 +47,52 @@ def _plus(total: Any, term: Any) -> Any:
     if total is None or term is None:
         return term if total is None else total
     return dense(total) + dense(term)
+
+
+@dataclass(frozen=True)
+class IdentityRows:
+    """Rows of the identity at a start node, not materialised.
+
+    Attributes:
+        own: this rank's rows, indices into the node's flattened output, [n].
+        all: every rank's rows in rank order, [p n] (for a replicated start node whose operator
+            needs them all: no rank has to be asked), or None.
+        shape: shape of A, [n, B, *node shape].
+        dtype, device: of the A that they stand for.
+    """
+
+    own: torch.Tensor
+    all: torch.Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def dense(self) -> torch.Tensor:
+        """The rows as a tensor [n, B, *node shape] (expanded over the batch)."""
+        n, batch, *node_shape = self.shape
+        rows = torch.zeros(n, math.prod(node_shape), dtype=self.dtype, device=self.device)
+        rows.scatter_(1, self.own.unsqueeze(1), 1.0)
+        return rows.view(n, 1, *node_shape).expand(n, batch, *node_shape)
+
+
+def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
+    """lA and uA as one tensor [R, sides, ...], and a function that takes them apart again."""
+    if lA is None or uA is None:
+        one = lA if lA is not None else uA
+        if lA is not None:
+            return one.unsqueeze(1), lambda A: (A[:, 0], None)
+        return one.unsqueeze(1), lambda A: (None, A[:, 0])
+    return torch.stack((lA, uA), dim=1), lambda A: (A[:, 0], A[:, 1])
+
+
+def both_sides(function: Any, lA: Any, uA: Any) -> tuple[Any, Any]:
+    """`function` of lA and of uA, once where they are one object (and None of None)."""
+    lower = function(lA) if lA is not None else None
+    if uA is lA:
+        return lower, lower
+    return lower, function(uA) if uA is not None else None
+
+
+def dense(A: Any) -> torch.Tensor:
+    """A as a tensor."""
+    return A.dense() if isinstance(A, IdentityRows) else A

@@ -29,7 +29,7 @@ class OptimizableOperator(auto_lirpa.BoundOptimizableActivation):
     """
 
     feature_dim: int | None = None
-    """Dimension of `features` that runs over the rank's features; None: not to be gathered."""
+    """Dimension of `sharded_relaxation` with the rank's features; None: not to be gathered."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,16 +73,16 @@ class OptimizableOperator(auto_lirpa.BoundOptimizableActivation):
         """What all rows have in common, for the bounds that the inputs have."""
         raise NotImplementedError
 
-    def features(self, *inputs: Any) -> Any:
+    def sharded_relaxation(self, *inputs: Any) -> Any:
         """What rows without alpha need of `relaxation`, of the rank's features."""
-        return self.common(*inputs)
+        return self.shared_relaxation(*inputs)
 
-    def common(self, *inputs: Any) -> Any:
+    def shared_relaxation(self, *inputs: Any) -> Any:
         """`relaxation(*inputs)`, once for the bounds that it is made of.
 
         Every pass through the operator needs it, every chunk of rows, and with the same bounds.
         What gradients flow to is made each time: its graph belongs to the pass. Where a pass moves
-        weights it is `features` of all ranks.
+        weights it is `sharded_relaxation` of all ranks.
         """
         layout = self.options["layout"]
         if self.name in layout.whole:
@@ -92,12 +92,12 @@ class OptimizableOperator(auto_lirpa.BoundOptimizableActivation):
             name = getattr(x, "name", None)
             reads += [getattr(x, "lower", None), getattr(x, "upper", None)]
             reads += [layout.forms.get(name), layout.centered.get(name)]
-        known = layout.common.get(self.name)
+        known = layout.shared_relaxations.get(self.name)
         if known is not None and all(a is b for a, b in zip(known[0], reads, strict=True)):
             return known[1]
         found = self.relaxation(*inputs)
         if not _requires_grad(found):
-            layout.common[self.name] = reads, found
+            layout.shared_relaxations[self.name] = reads, found
             layout.has_read(self.name, [x.name for x in inputs if hasattr(x, "name")])
         return found
 
@@ -121,21 +121,3 @@ def _requires_grad(value: Any) -> bool:
     parts = value if isinstance(value, (tuple, list)) else getattr(value, "__dict__", {}).values()
     return any(_requires_grad(part) for part in parts)
 
-
-def total(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sum A b for each row; where A is 0 nothing even of an infinite b, which has no gradient.
-
-    Args:
-        A: [R, B, *shape].
-        b: [B, *shape] or [R, B, *shape].
-
-    Returns:
-        [R, B].
-    """
-    pattern = "rb...,rb...->rb" if b.ndim == A.ndim else "rb...,b...->rb"
-    finite = b.isfinite()
-    if finite.all():
-        return torch.einsum(pattern, A, b)
-    with torch.no_grad():
-        infinite = torch.where(finite | (A == 0), 0.0, A * b).flatten(2).sum(-1)
-    return torch.einsum(pattern, A, torch.where(finite, b, 0.0)) + infinite

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.crown.placement import Layout
 from lirpa_megatron.operators.affine.form import AffineForm
-from lirpa_megatron.operators.linear.local import dense
+from lirpa_megatron.operators.coefficients import dense
+from lirpa_megatron.operators.context import Layout
 from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 _FEW = 2**14
@@ -65,7 +65,7 @@ class RowRelaxed(OptimizableOperator):
         self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
     ) -> tuple:
         """A and bias of both sides. Shapes: see the class; a bias is [R, B]."""
-        shared = self.common(*x)
+        shared = self.shared_relaxation(*x)
         lower: tuple = ()
         upper: tuple = ()
         lbias = ubias = 0
@@ -95,23 +95,3 @@ def _are_few(A: torch.Tensor) -> bool:
     """Whether rows of both sides are bounded together: where starting an operator is its cost."""
     return A.device.type != "cpu" or A.numel() <= _FEW
 
-
-def times(A: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Least A z for z in [low, high], elementwise; 0 where A is 0, whatever the bounds."""
-    value = torch.where(A > 0, A * low, A * high)
-    return torch.where(A == 0, 0.0, value)
-
-
-def tame(l: torch.Tensor, u: torch.Tensor, limit: float) -> tuple:
-    """Bounds for arithmetic that must not overflow.
-
-    Args:
-        l, u: bounds, possibly infinite.
-        limit: of their magnitude.
-
-    Returns:
-        (l, u, wild): `wild` says where a bound exceeds the limit or is NaN; there l and u are 0,
-        and what is computed from them must not be used.
-    """
-    wild = ~((l.abs() <= limit) & (u.abs() <= limit))
-    return torch.where(wild, 0.0, l), torch.where(wild, 0.0, u), wild

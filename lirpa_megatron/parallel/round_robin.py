@@ -9,7 +9,7 @@ import torch
 from lirpa_megatron.parallel.collectives import Collectives
 
 
-class Dealt:
+class RoundRobinTensors:
     """Tensors of which rank r keeps those with index r, r + p, ..., until all are asked for.
 
     Args:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import RowBounds, Sides
-from lirpa_megatron.operators.linear.local import IdentityRows, dense
+from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds, dense
 from lirpa_megatron.problem.perturbations import is_ball
 from lirpa_megatron.rounding.arithmetic import UNIT, dot, gamma, margin
 from lirpa_megatron.rounding.rules import Known, Visit
@@ -23,16 +22,16 @@ class NoCharges:
     def visited(self, node: Any, entered: tuple, left: Any, bias: tuple) -> None:
         """After an operator's turn: A that entered, A that leaves to each input, the bias."""
 
-    def added(self, x: Any, sums: Sides, partial: bool) -> None:
+    def added(self, x: Any, sums: LowerUpper, partial: bool) -> None:
         """After A was added to what node x had already."""
 
-    def reducing(self, x: Any, parts: Sides) -> None:
+    def reducing(self, x: Any, parts: LowerUpper) -> None:
         """Before the ranks' A at x are summed."""
 
-    def grew(self, biases: Sides, partial: bool) -> None:
+    def grew(self, biases: LowerUpper, partial: bool) -> None:
         """After a term was added to a running bias."""
 
-    def summed(self, parts: Sides) -> None:
+    def summed(self, parts: LowerUpper) -> None:
         """Before the ranks' parts of the biases are summed."""
 
     def concretized(self, leaf: Any, sides: tuple, result: RowBounds) -> None:
@@ -65,7 +64,7 @@ class Charges(NoCharges):
 
     def __init__(self, run: Any, known: Known) -> None:
         self.run, self.known = run, known
-        self.whole, self.partial = Sides(), Sides()
+        self.whole, self.partial = LowerUpper(), LowerUpper()
 
     @torch.no_grad()
     def visited(self, node: Any, entered: tuple, left: Any, bias: tuple) -> None:
@@ -87,25 +86,25 @@ class Charges(NoCharges):
         self._charge(self.run.is_partial(node), *errors)
 
     @torch.no_grad()
-    def added(self, x: Any, sums: Sides, partial: bool) -> None:
+    def added(self, x: Any, sums: LowerUpper, partial: bool) -> None:
         def error(A: Any) -> Any:
             return UNIT * self._largest(x, A)
 
         self._charge(partial, *_each(error, sums.lower, sums.upper))
 
     @torch.no_grad()
-    def reducing(self, x: Any, parts: Sides) -> None:
+    def reducing(self, x: Any, parts: LowerUpper) -> None:
         def error(A: Any) -> Any:
             return gamma(self.run.tp.size) * self._largest(x, A)
 
         self._charge(True, *_each(error, parts.lower, parts.upper))
 
     @torch.no_grad()
-    def grew(self, biases: Sides, partial: bool) -> None:
+    def grew(self, biases: LowerUpper, partial: bool) -> None:
         self._charge(partial, *_each(lambda b: UNIT * b.abs(), biases.lower, biases.upper))
 
     @torch.no_grad()
-    def summed(self, parts: Sides) -> None:
+    def summed(self, parts: LowerUpper) -> None:
         p = self.run.tp.size
 
         def error(b: Any) -> Any:
@@ -115,7 +114,7 @@ class Charges(NoCharges):
 
     @torch.no_grad()
     def concretized(self, leaf: Any, sides: tuple, result: RowBounds) -> None:
-        self.grew(Sides(result.lower, result.upper), False)
+        self.grew(LowerUpper(result.lower, result.upper), False)
         ptb = leaf.perturbation
         if is_ball(ptb):
             eps = torch.as_tensor(ptb.eps, dtype=leaf.center.dtype).abs().max().item()

@@ -169,7 +169,7 @@ class CurveRule(Rule):
         defect = defect + 4 * UNIT * m * (2 * steep + f.curvature * (u - l))
         # With alpha intercepts are no larger than |f| + |f'| m.
         slope, intercept = 1.01 * steep, size + steep * m
-        shared = node.common(x)
+        shared = node.shared_relaxation(x)
         for sign, line in ((1, shared.lower), (-1, shared.upper)):
             k, b = (part.detach() for part in line)
             least, off = _least(f, node.curve.both, sign, k, l, u)

@@ -25,7 +25,7 @@ import torch
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.operators.linear.local import IdentityRows
+from lirpa_megatron.operators.coefficients import IdentityRows
 from lirpa_megatron.rounding.arithmetic import TINY, UNIT, dot, gamma
 
 Tensor = torch.Tensor
@@ -165,7 +165,7 @@ class LinearRule(Rule):
     def weight(self, node: auto_lirpa.Bound, known: Known) -> tuple[Tensor, Tensor | None]:
         """|W| [o, i] and |b| [o] or None."""
         if hasattr(node, "has_rows"):
-            w, b = node.features(*node.inputs)
+            w, b = node.sharded_relaxation(*node.inputs)
         else:
             w, *rest = (known.value(x) for x in node.inputs[1:])
             b = rest[0] if rest else None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.operators.affine.form import ROUNDING, AffineForm, Known, dual_norm
+from lirpa_megatron.operators.affine.form import AffineForm, Known
+from lirpa_megatron.operators.numerics import ROUNDING, dot, dual_norm, intersect
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Deviations:
             line: [R, *lead].
         """
         box = self.box(v)
-        return box if line is None else meet(box, line.range())
+        return box if line is None else intersect(box, line.range())
 
 
 @dataclass
@@ -112,13 +113,3 @@ def off_clean(known: Known, v: torch.Tensor, c: torch.Tensor) -> tuple[tuple, Li
         line = Line(form.A, form.center - at_c, form.slack + noise, form.norm)
     return (known.lower - at_c - noise, known.upper - at_c + noise), line
 
-
-def meet(a: tuple, b: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """The intersection of two ranges (least, most) that have a point in common."""
-    least = torch.maximum(a[0], b[0])
-    return least, torch.maximum(least, torch.minimum(a[1], b[1]))
-
-
-def dot(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """<v, x>: [R, *lead, d] and [*lead, d] -> [R, *lead]."""
-    return (v * x).sum(-1)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.affine.form import product_range
-from lirpa_megatron.operators.relaxed import RowRelaxed, tame, times
+from lirpa_megatron.operators.affine.products import product_range
+from lirpa_megatron.operators.numerics import least_product, mask_overflow
+from lirpa_megatron.operators.relaxed import RowRelaxed
 
 _LARGEST = 1e15
 
@@ -21,7 +22,7 @@ class BoundScores(RowRelaxed):
     q       [B, T, n d]           sharded: the rank's n query heads
     k       [B, T, g d]           sharded: their g key groups, n a multiple of g
     s       [B, n, T, T]          sharded
-    A_s     [R, B, n, T, T]       WHOLE, ALL or BLOCK (`crown.placement`)
+    A_s     [R, B, n, T, T]       REPLICATED, GATHERED or BLOCK (`crown.placement`)
     ======  ====================  ================================================
 
     **CROWN.** With q = q0 + dq, k = k0 + dk, exactly
@@ -30,7 +31,7 @@ class BoundScores(RowRelaxed):
 
     The first three are linear. <dq, dk> lies in [low, high] for each pair of positions: from the
     boxes, -+ sum_d |dq_d| |dk_d|, and from the affine forms of q and k, whose deviations come from
-    one input (`enclosure.product_range`); both hold, so their intersection does. q0 and k0 are the
+    one input (`product_range`); both hold, so their intersection does. q0 and k0 are the
     forms' centers, else the boxes' midpoints. (The planes through the midpoints are the mean of
     McCormick's, 1976.)
 
@@ -70,7 +71,7 @@ class BoundScores(RowRelaxed):
 
     def relaxation(self, q: Any, k: Any) -> tuple[torch.Tensor, ...]:
         """(q0, k0, rq, rk) split into heads, (low, high, <rq, rk>), each [B, g, n/g, T, T]."""
-        boxes = [tame(x.lower, x.upper, _LARGEST) for x in (q, k)]
+        boxes = [mask_overflow(x.lower, x.upper, _LARGEST) for x in (q, k)]
         forms = [self.form_of(0), self.form_of(1)]
         if None in forms:
             centers = [(l + u) / 2 for l, u, _ in boxes]
@@ -94,8 +95,8 @@ class BoundScores(RowRelaxed):
             high = torch.where(most < high, most, high)
         return q0, k0, dq, dk, low, high, box
 
-    def features(self, q: Any, k: Any) -> tuple:
-        q0, k0, _, _, low, high, _ = self.common(q, k)
+    def sharded_relaxation(self, q: Any, k: Any) -> tuple:
+        q0, k0, _, _, low, high, _ = self.shared_relaxation(q, k)
         return q0, k0, None, None, low, high, None
 
     def alpha_shape(self) -> tuple[int, ...]:
@@ -120,7 +121,7 @@ class BoundScores(RowRelaxed):
             plain = 1 - m.abs()
             low = torch.where(plain == 1, low, plain * low - (1 - plain) * box)
             high = torch.where(plain == 1, high, plain * high + (1 - plain) * box)
-        bias = bias + (rest + times(A, low, high)).flatten(2).sum(-1)
+        bias = bias + (rest + least_product(A, low, high)).flatten(2).sum(-1)
         A_q = A_q.movedim(-2, -4).flatten(-3)
         A_k = A_k.sum(-3).movedim(-2, -3).flatten(-2)
         return (A_q, A_k), bias

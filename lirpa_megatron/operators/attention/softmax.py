@@ -14,7 +14,8 @@ from lirpa_megatron.operators.attention.softmax_weights import (
     weight_box,
     weight_interval,
 )
-from lirpa_megatron.operators.relaxed import RowRelaxed, tame
+from lirpa_megatron.operators.numerics import mask_overflow
+from lirpa_megatron.operators.relaxed import RowRelaxed
 
 _FAR = 500.0
 """Deviations of scores beyond this are taken as unbounded: e^(x - y) must be a float32 number."""
@@ -68,7 +69,7 @@ class BoundSoftmax(_OverOneDimension):
     A_y, A_x    [R, B, *shape]    in the layout of the node
     ==========  ================  =========================================
 
-    **CROWN.** The relaxation of `BoundAttend` with the unit vectors as values: for a row a of A_y,
+    **CROWN.** That of `BoundSoftmaxValues` with unit vectors as values: for a row a of A_y,
     m the center of x's box, p0 = softmax(m), delta_j = (x_j - m_j) - sum_k p0_k (x_k - m_k),
 
         c_j = a_j - sum_k p0_k a_k,     phi_j = e^delta_j - 1 - delta_j >= 0,
@@ -108,7 +109,7 @@ class BoundSoftmax(_OverOneDimension):
     def relaxation(self, x: Any, *_: Any) -> _Weights:
         l, u = self._last(x.lower), self._last(x.upper)
         # Where bounds are not finite, p0 is still to be some weights.
-        l, u, wild = tame(l, u, torch.finfo(l.dtype).max / 64)
+        l, u, wild = mask_overflow(l, u, torch.finfo(l.dtype).max / 64)
         center = l / 2 + u / 2
         p0 = torch.softmax(center, -1)
         half = u / 2 - l / 2
@@ -210,7 +211,7 @@ class BoundLogSoftmax(_OverOneDimension):
 
     def relaxation(self, x: Any, *_: Any) -> _Sums:
         l, u = self._last(x.lower), self._last(x.upper)
-        l, u, wild = tame(l, u, torch.finfo(l.dtype).max ** 0.5)
+        l, u, wild = mask_overflow(l, u, torch.finfo(l.dtype).max ** 0.5)
         wild = wild.any(-1, keepdim=True)
         l, u = torch.where(wild, 0.0, l), torch.where(wild, 0.0, u)
         top = u.amax(-1, keepdim=True).detach()

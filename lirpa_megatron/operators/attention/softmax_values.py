@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.affine.form import Pairs
+from lirpa_megatron.operators.affine.products import Pairs
 from lirpa_megatron.operators.attention.softmax_weights import (
     masked_softmax,
     phi,
@@ -15,7 +15,8 @@ from lirpa_megatron.operators.attention.softmax_weights import (
     weight_box,
     weight_interval,
 )
-from lirpa_megatron.operators.relaxed import RowRelaxed, tame
+from lirpa_megatron.operators.numerics import mask_overflow
+from lirpa_megatron.operators.relaxed import RowRelaxed
 
 _LARGEST = 1e15
 _FAR = 40.0
@@ -56,7 +57,7 @@ class _Rows:
     """Query heads that share a key/value group."""
 
 
-class BoundAttend(RowRelaxed):
+class BoundSoftmaxValues(RowRelaxed):
     """y_i = sum_j p_ij v_j, p = softmax of s over the keys j that are not masked.
 
     (As written here there are T queries; with the attribute `query` there is one, at that
@@ -69,7 +70,7 @@ class BoundAttend(RowRelaxed):
     v       [B, T, g d]           sharded: their g groups, n a multiple of g
     mask    [B or 1, 1 or n, T, T]  replicated, nonzero where masked; unperturbed
     y       [B, T, n d]           sharded
-    A_y     [R, B, T, n d]        WHOLE, ALL or BLOCK (`crown.placement`)
+    A_y     [R, B, T, n d]        REPLICATED, GATHERED or BLOCK (`crown.placement`)
     ======  ====================  ================================================
 
     **Masks.** Masked scores are `fill`. With -inf the entry is left out, exactly; a query without
@@ -94,7 +95,7 @@ class BoundAttend(RowRelaxed):
     What is left is bounded from below:
 
     - sum_j p0_j delta_j w_j: by the range of delta_j times that of w_j, or by the product of their
-      affine forms in the model's input (`enclosure.Pairs`), which is about half of that;
+      affine forms in the model's input (`affine.products.Pairs`), which is about half of that;
     - the quotient: phi_j lies in [0, phi(ends)], so it is at least minus
       max sum P_j f_j H_j / (1 + sum P_j f_j) over 0 <= f_j <= 1, with H_j an upper bound of
       G - c_j - w_j (`softmax.quotient`). The denominator keeps it bounded for wide scores.
@@ -168,7 +169,7 @@ class BoundAttend(RowRelaxed):
         masked, s0, p0 = self.masked(), self.value_of(0), self.clean_weights()
         empty = masked.all(-1)
         dl, du = self._deviations(s, s0, p0)
-        dl, du, wild = tame(dl, du, _FAR)
+        dl, du, wild = mask_overflow(dl, du, _FAR)
         loose = (wild & ~masked).any(-1) & ~empty
         if self.fill != float("-inf"):
             best = s.lower.masked_fill(masked, -float("inf")).amax(-1)
@@ -183,7 +184,7 @@ class BoundAttend(RowRelaxed):
         least, most = least.masked_fill(anywhere, 0), most.masked_fill(anywhere, 1)
         heads, scores = s0.shape[1], self.layout.centered.get(self.inputs[0].name)
         shared = heads // (v.lower.shape[-1] // self.head_dim)
-        form, (vl, vu, wild) = self.form_of(1), tame(v.lower, v.upper, _LARGEST)
+        form, (vl, vu, wild) = self.form_of(1), mask_overflow(v.lower, v.upper, _LARGEST)
         v0, pairs, reach, rest = (vl + vu) / 2, None, None, None
         if form is not None and self.affords(s0.numel() * self.head_dim**2):
             v0 = torch.where(wild, 0.0, form.center)
@@ -315,8 +316,8 @@ class BoundAttend(RowRelaxed):
         l, u = v[0][0], v[0][1]
         masked = self._masks(v[2][0]).expand(l.shape) if len(v) > 2 else torch.zeros_like(l).bool()
         least, most = weight_interval(l, u, masked, self.fill)
-        vl, vu, wild = tame(self._values(v[1][0], l.shape[1]), self._values(v[1][1], l.shape[1]),
-                            _LARGEST)
+        low, high = (self._values(end, l.shape[1]) for end in v[1][:2])
+        vl, vu, wild = mask_overflow(low, high, _LARGEST)
         middle, half = (vl + vu) / 2, (vu - vl) / 2
         seen = (~masked.all(-2)).to(middle.dtype).unsqueeze(-1)  # a key that nobody sees is nothing
         center = (middle * seen).sum(-2, keepdim=True) / seen.sum(-2, keepdim=True).clamp(min=1)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.coefficients import dense
 from lirpa_megatron.operators.elementwise.curves import Curve
 from lirpa_megatron.operators.elementwise.functions import FUNCTIONS, Function
 from lirpa_megatron.operators.elementwise.intervals import within
 from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation
-from lirpa_megatron.operators.linear.local import dense
-from lirpa_megatron.operators.optimizable import OptimizableOperator, total
+from lirpa_megatron.operators.numerics import row_sum
+from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class BoundCurve(OptimizableOperator):
         lines = Relaxation(self.curve, lower, upper)
         return _Lines(lines.line(lines.lower), lines.line(lines.upper), lines)
 
-    def features(self, *x: Any) -> _Lines:
-        return replace(self.common(*x), movable=None)
+    def sharded_relaxation(self, *x: Any) -> _Lines:
+        return replace(self.shared_relaxation(*x), movable=None)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The image of [l, u]; that of the box around it for a ball straight from the input."""
@@ -100,7 +101,7 @@ class BoundCurve(OptimizableOperator):
             x: the operator's inputs.
             start_node: of the pass.
         """
-        shared = self.common(*x)
+        shared = self.shared_relaxation(*x)
 
         def through(last_A: Any, side: int) -> tuple[Any, Any]:
             if last_A is None:
@@ -111,13 +112,13 @@ class BoundCurve(OptimizableOperator):
                 lines = shared.movable
                 positive, negative = (lines.lower, lines.upper)[:: 1 if side == 0 else -1]
                 k, b = lines.line(positive.where(A > 0, negative), move)
-                return A * k, total(A, b)
+                return A * k, row_sum(A, b)
             above = A.clamp(min=0)
             below = A - above
             positive, negative = (shared.lower, shared.upper)[:: 1 if side == 0 else -1]
             (k_above, b_above), (k_below, b_below) = positive, negative
             return (above * k_above).addcmul(below, k_below), (
-                total(above, b_above) + total(below, b_below)
+                row_sum(above, b_above) + row_sum(below, b_below)
             )
 
         (lA, lbias), (uA, ubias) = through(last_lA, 0), through(last_uA, 1)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.coefficients import dense
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
 from lirpa_megatron.operators.elementwise.functions import Function, bent
-from lirpa_megatron.operators.linear.local import dense
 
 
 class BoundPRelu(BoundCurve):

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.affine.form import AffineForm, elementwise_range
-from lirpa_megatron.operators.linear.local import dense
-from lirpa_megatron.operators.optimizable import OptimizableOperator, total
+from lirpa_megatron.operators.affine.form import AffineForm
+from lirpa_megatron.operators.affine.products import elementwise_range
+from lirpa_megatron.operators.coefficients import dense
+from lirpa_megatron.operators.numerics import row_sum
+from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class BoundProduct(OptimizableOperator):
         A_a = A b0 - s |A| d rb        A_b = A (a0 - d ra)
         bias = sum - A a0 b0 - s |A| ra rb + d (s |A| a0 rb + A b0 ra)
 
-    Where the affine forms of a and b in the model's input are known (`enclosure`), a0 and b0 are
+    Where the affine forms of a and b in the model's input are known (`affine.form`), a0 and b0 are
     their centers, d = 0 without alpha, the linear part of a b, and its remainder is da db in
     [low, high] instead of -+ ra rb: both deviations come from one input. Alpha is d; it mixes this
     plane with McCormick's: -+ ra rb becomes (1 - |d|) low - |d| ra rb, (1 - |d|) high + |d| ra rb.
@@ -118,7 +120,7 @@ class BoundProduct(OptimizableOperator):
         """A at a and b and the bias [R, B]. Shapes: see the class."""
         if not self._both_perturbed:
             return self._linear(last_lA, last_uA, *x)
-        box = self.common(*x)
+        box = self.shared_relaxation(*x)
         any_infinite = bool(box.infinite.any())
 
         def through(last_A: Any, side: int) -> tuple[Any, Any, Any]:
@@ -127,15 +129,15 @@ class BoundProduct(OptimizableOperator):
             A = dense(last_A)
             size = A.abs() if side == 0 else -A.abs()
             d = _mixture(self.move(start_node, side), box)
-            bias = _remainder(A, box, d, side) - total(A, box.a0 * box.b0)
+            bias = _remainder(A, box, d, side) - row_sum(A, box.a0 * box.b0)
             A_a, A_b = A * box.b0, A * box.a0
             if d is not None:
                 turned, straight = d * size, d * A
                 A_a, A_b = A_a - turned * box.rb, A_b - straight * box.ra
-                bias = bias + total(turned, box.a0 * box.rb) + total(straight, box.b0 * box.ra)
+                bias = bias + row_sum(turned, box.a0 * box.rb) + row_sum(straight, box.b0 * box.ra)
             if any_infinite:
                 up, down = (box.least, box.most) if side == 0 else (box.most, box.least)
-                bias = bias + total(A.clamp(min=0), up) + total(A.clamp(max=0), down)
+                bias = bias + row_sum(A.clamp(min=0), up) + row_sum(A.clamp(max=0), down)
             return A_a, A_b, bias
 
         (lA_a, lA_b, lbias), (uA_a, uA_b, ubias) = through(last_lA, 0), through(last_uA, 1)
@@ -187,7 +189,7 @@ def _remainder(A: torch.Tensor, box: _Box, d: torch.Tensor | None, side: int) ->
         share = d.abs()
         low, high = low - share * (low + box.gap), high + share * (box.gap - high)
     up, down = (low, high) if side == 0 else (high, low)
-    return total(A.clamp(min=0), up) + total(A.clamp(max=0), down)
+    return row_sum(A.clamp(min=0), up) + row_sum(A.clamp(max=0), down)
 
 
 def _box(a: Any, b: Any, forms: list[AffineForm] | None) -> _Box:

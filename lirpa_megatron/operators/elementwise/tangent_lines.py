@@ -57,7 +57,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Side:
+class TangentFamily:
     """The lower (sign 1) or upper (sign -1) lines: tangents at t, turned by `turn`."""
 
     sign: torch.Tensor
@@ -76,7 +76,7 @@ class Side:
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     """Where the line is (slope, intercept) instead, and these; None if nowhere."""
 
-    def where(self, mask: torch.Tensor, other: Side) -> Side:
+    def where(self, mask: torch.Tensor, other: TangentFamily) -> TangentFamily:
         """This side where `mask` [R, B, *shape], else the other."""
 
         def choose(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Side:
         far = None
         if self.far is not None or other.far is not None:
             far = tuple(choose(a, b) for a, b in zip(self._far(), other._far(), strict=True))
-        return Side(
+        return TangentFamily(
             *(choose(getattr(self, name), getattr(other, name)) for name in names),
             tuple(choose(a, b) for a, b in zip(self.corners, other.corners, strict=True)), far,
         )
@@ -139,7 +139,7 @@ class Relaxation:
                     far[i] = self._with_level(far[i], level, sign)
         self.lower, self.upper = self._side(1, far[0]), self._side(-1, far[1])
 
-    def line(self, side: Side, move: torch.Tensor | None = None) -> Pair:
+    def line(self, side: TangentFamily, move: torch.Tensor | None = None) -> Pair:
         """(slope, intercept) of the best lines, or of those that alpha asks for.
 
         Args:
@@ -187,7 +187,7 @@ class Relaxation:
 
     # -------------------------------------------------------------------- one side's lines
 
-    def _side(self, sign: int, far: tuple | None) -> Side:
+    def _side(self, sign: int, far: tuple | None) -> TangentFamily:
         lo, hi, curve = self.lo, self.hi, self.curve
         zero, middle = torch.zeros_like(lo), lo / 2 + hi / 2
         first, last, found = self._tangents(sign)
@@ -198,7 +198,7 @@ class Relaxation:
         moves = found & ~self._tiny
         value, slope = curve.both(best)
         chord = (self.at_hi - self.at_lo) / torch.where(self._tiny, 1.0, hi - lo)
-        side = Side(
+        side = TangentFamily(
             torch.full_like(lo, sign), best, torch.where(moves, best - first, 0.0),
             torch.where(moves, last - best, 0.0),
             torch.where(found | self._tiny, 0.0, chord - slope), zero, zero,
@@ -270,8 +270,8 @@ class Relaxation:
         return torch.where(at_once, near, torch.where(passed, found, away)), passed
 
     def _about(
-        self, corner: Corner, sign: int, side: Side, height: torch.Tensor
-    ) -> tuple[Side, torch.Tensor]:
+        self, corner: Corner, sign: int, side: TangentFamily, height: torch.Tensor
+    ) -> tuple[TangentFamily, torch.Tensor]:
         """The side with lines about a corner where they are higher at the middle, and how high."""
         curve, y, c = self.curve, corner.value(sign), corner.x
         inside = (self.lo < c) & (self.hi > c) & ~self._tiny

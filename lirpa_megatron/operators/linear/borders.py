@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.placement import Layout
-from lirpa_megatron.operators.linear.local import both_sides, dense
+from lirpa_megatron.operators.coefficients import both_sides, dense
+from lirpa_megatron.operators.context import Layout
 
 
 class _Border(auto_lirpa.Bound):
@@ -16,7 +16,7 @@ class _Border(auto_lirpa.Bound):
 
     feature_dim = 0
 
-    def features(self, *x: Any) -> tuple:
+    def sharded_relaxation(self, *x: Any) -> tuple:
         """What other ranks need of this one's; nothing, unless a subclass says so."""
         return ()
 
@@ -95,7 +95,7 @@ class BoundSelectFromRegion(_Border):
     takes. Where weights move idx is that of all ranks.
     """
 
-    def features(self, x: Any, idx: Any) -> tuple[torch.Tensor]:
+    def sharded_relaxation(self, x: Any, idx: Any) -> tuple[torch.Tensor]:
         return (idx.lower,)
 
     def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:

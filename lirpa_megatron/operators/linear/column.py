@@ -21,7 +21,7 @@ class BoundColumnParallelLinear(LocalLinear):
     W_r     [n/p, h]                  rank r's rows of W [n, h]
     b_r     [n/p]                     rank r's part of b
     y_r     [B, ..., n/p]             rank r's features of y
-    A_y     [R, B, ..., n/p]          WHOLE, ALL or BLOCK (`crown.placement`)
+    A_y     [R, B, ..., n/p]          REPLICATED, GATHERED or BLOCK (`crown.placement`)
     A_x     [R, B, ..., h]            partial sums over ranks (complete for BLOCK)
     ======  ========================  ==========================================
 
@@ -31,8 +31,8 @@ class BoundColumnParallelLinear(LocalLinear):
 
     This operator computes its rank's term of both sums. Taking the sum (once per consumer group,
     all-reduce or reduce-scatter over rows) is the business of the pass that runs it. A start node
-    here has its own rows of W as A_x: nothing is multiplied. Where weights move (OWN rows with all
-    features) W and b are whole, and so are A_x and the bias.
+    here has its own rows of W as A_x: nothing is multiplied. Where weights move (SPEC_SHARDED rows
+    with all features) W and b are whole, and so are A_x and the bias.
 
     IBP: [l, u] -> W_r m -+ |W_r| d + b_r with midpoint m and half-width d (for an L2 or L1 ball
     straight from the input: the dual norm of each row times eps). Exact for each neuron;
@@ -58,9 +58,9 @@ class BoundColumnParallelLinear(LocalLinear):
 
     def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.check_unperturbed()
-        return self.layout.whole[self.name] if self.weight_moves else self.features(*x)
+        return self.layout.whole[self.name] if self.weight_moves else self.sharded_relaxation(*x)
 
-    def features(self, *x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def sharded_relaxation(self, *x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rank's weight and bias."""
         w, *rest = (self.layout.value_of(node) for node in x[1:])
         return self._own(w, rest)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.linear.local import both_sides, dense
+from lirpa_megatron.operators.coefficients import both_sides, dense
 
 
 class _Linear(auto_lirpa.Bound):
@@ -19,7 +19,7 @@ class _Linear(auto_lirpa.Bound):
 
     feature_dim = 0
 
-    def features(self, *x: Any) -> tuple:
+    def sharded_relaxation(self, *x: Any) -> tuple:
         """Nothing: these operators are not sharded."""
         return ()
 

@@ -7,39 +7,13 @@ of the local shard. Weight [o, i], bias [o], as in torch.nn.Linear.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.placement import Layout
-
-
-@dataclass(frozen=True)
-class IdentityRows:
-    """Rows of the identity at a start node, not materialised.
-
-    Attributes:
-        own: this rank's rows, indices into the node's flattened output, [n].
-        all: every rank's rows in rank order, [p n] (for a replicated start node whose operator
-            needs them all: no rank has to be asked), or None.
-        shape: shape of A, [n, B, *node shape].
-        dtype, device: of the A that they stand for.
-    """
-
-    own: torch.Tensor
-    all: torch.Tensor | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def dense(self) -> torch.Tensor:
-        """The rows as a tensor [n, B, *node shape] (expanded over the batch)."""
-        n, batch, *node_shape = self.shape
-        rows = torch.zeros(n, math.prod(node_shape), dtype=self.dtype, device=self.device)
-        rows.scatter_(1, self.own.unsqueeze(1), 1.0)
-        return rows.view(n, 1, *node_shape).expand(n, batch, *node_shape)
+from lirpa_megatron.operators.coefficients import IdentityRows, both_sides, dense
+from lirpa_megatron.operators.context import Layout
 
 
 class LocalLinear(auto_lirpa.BoundLinear):
@@ -50,7 +24,7 @@ class LocalLinear(auto_lirpa.BoundLinear):
     """
 
     feature_dim: int | None = None
-    """Dimension of `features` that is sharded."""
+    """Dimension of `sharded_relaxation` that is sharded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,29 +106,6 @@ class BoundReplicatedLinear(LocalLinear):
     product's IBP cannot take a specification on 0.3, and its backward pass bounds both factors and
     builds the identity. As its BoundLinear it has none of these.
     """
-
-
-def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
-    """lA and uA as one tensor [R, sides, ...], and a function that takes them apart again."""
-    if lA is None or uA is None:
-        one = lA if lA is not None else uA
-        if lA is not None:
-            return one.unsqueeze(1), lambda A: (A[:, 0], None)
-        return one.unsqueeze(1), lambda A: (None, A[:, 0])
-    return torch.stack((lA, uA), dim=1), lambda A: (A[:, 0], A[:, 1])
-
-
-def both_sides(function: Any, lA: Any, uA: Any) -> tuple[Any, Any]:
-    """`function` of lA and of uA, once where they are one object (and None of None)."""
-    lower = function(lA) if lA is not None else None
-    if uA is lA:
-        return lower, lower
-    return lower, function(uA) if uA is not None else None
-
-
-def dense(A: Any) -> torch.Tensor:
-    """A as a tensor."""
-    return A.dense() if isinstance(A, IdentityRows) else A
 
 
 def rows_of_weight(w: torch.Tensor, rows: torch.Tensor, A: IdentityRows) -> torch.Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.linear.local import both_sides, dense
+from lirpa_megatron.operators.coefficients import both_sides, dense
+from lirpa_megatron.operators.functional import rotate
 
 
 class _Exact(auto_lirpa.Bound):
@@ -15,7 +16,7 @@ class _Exact(auto_lirpa.Bound):
 
     feature_dim = 0
 
-    def features(self, *x: Any) -> tuple:
+    def sharded_relaxation(self, *x: Any) -> tuple:
         """Nothing: what is done to one rank's features is done to those of all."""
         return ()
 
@@ -98,24 +99,3 @@ class BoundRotary(_Exact):
         around = torch.cat((spread, kept[..., r:]), dim=-1).flatten(-2)
         return turned - around, turned + around
 
-
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, interleaved: bool
-) -> torch.Tensor:
-    """Rotary positions as torch computes them.
-
-    Args:
-        x: [..., S, heads * d].
-        cos, sin: [S, r], r <= d even: the first r coordinates of each head are rotated.
-        heads: on this rank.
-        interleaved: whether neighbours are rotated together, not halves.
-    """
-    x = x.unflatten(-1, (heads, -1))
-    r = cos.shape[-1]
-    turned, kept = x[..., :r], x[..., r:]
-    if interleaved:
-        half = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-    else:
-        half = torch.cat((-turned[..., r // 2 :], turned[..., : r // 2]), dim=-1)
-    turned = turned * cos.unsqueeze(-2) + half * sin.unsqueeze(-2)
-    return torch.cat((turned, kept), dim=-1).flatten(-2)

@@ -8,14 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.linear.local import (
-    IdentityRows,
-    LocalLinear,
-    both_sides,
-    dense,
-    rows_of_bias,
-    rows_of_weight,
-)
+from lirpa_megatron.operators.coefficients import IdentityRows, both_sides, dense
+from lirpa_megatron.operators.linear.local import LocalLinear, rows_of_bias, rows_of_weight
 
 
 class BoundRowParallelLinear(LocalLinear):
@@ -28,8 +22,8 @@ class BoundRowParallelLinear(LocalLinear):
     W_r     [h, n/p]                  rank r's columns of W [h, n]
     b       [h]                       replicated
     y       [B, ..., h]               replicated (summed over ranks)
-    A_y     [S, ...] or [n, B, ... h] WHOLE, or OWN rows
-    A_x     [S, ...] or [p n, ...]    WHOLE, or ALL rows; rank r's features
+    A_y     [S, ...] or [n, B, ... h] REPLICATED, or SPEC_SHARDED rows
+    A_x     [S, ...] or [p n, ...]    REPLICATED, or GATHERED rows; rank r's features
     ======  ========================  ==========================================
 
     The layer is linear, so there is no relaxation:
@@ -40,7 +34,7 @@ class BoundRowParallelLinear(LocalLinear):
     features for all of them; the lower and upper sides go as one. The bias is complete at each rank
     for the rows it carries and is counted once. A start node here needs no gathering: every rank
     knows which rows of the identity the others carry, and takes them from its W_r. Where weights
-    move (OWN rows with all features of x) W is whole and nothing is gathered.
+    move (SPEC_SHARDED rows with all features of x) W is whole and nothing is gathered.
 
     IBP: midpoint and deviation are sums over features, so the sum over ranks of W_r m_r -+ |W_r|
     d_r is the bound of the whole layer; b is added once. A zero-width interval stays one.
@@ -48,7 +42,7 @@ class BoundRowParallelLinear(LocalLinear):
 
     feature_dim = 1
 
-    def features(self, *x: Any) -> tuple[torch.Tensor]:
+    def sharded_relaxation(self, *x: Any) -> tuple[torch.Tensor]:
         """The rank's weight."""
         return (x[1].lower,)
 

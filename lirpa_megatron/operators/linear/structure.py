@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.placement import Layout
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.operators.linear.local import both_sides, dense
+from lirpa_megatron.operators.coefficients import both_sides, dense
+from lirpa_megatron.operators.context import Layout
 
 
 def boxed(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +51,7 @@ class _Structure(auto_lirpa.Bound):
         super().__init__(attr, *args, **kwargs)
         self.layout: Layout = self.options["layout"]
 
-    def features(self, *x: Any) -> tuple:
+    def sharded_relaxation(self, *x: Any) -> tuple:
         """Nothing that other ranks need."""
         return ()
 

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.placement import Layout
-from lirpa_megatron.operators.linear.local import both_sides, dense
+from lirpa_megatron.operators.coefficients import both_sides, dense
+from lirpa_megatron.operators.context import Layout
 from lirpa_megatron.operators.linear.structure import boxed
 
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.placement import Layout
-from lirpa_megatron.operators.linear.local import IdentityRows, both_sides
+from lirpa_megatron.operators.coefficients import IdentityRows, both_sides
+from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.functional import margins
 
 
 class Margins(auto_lirpa.Bound):
@@ -154,22 +155,3 @@ class BoundTokenMargins(Margins):
         own_rows = backward and self.layout.spec_sharded
         return self.layout.collectives.copy_to(x) if own_rows else x
 
-
-def margins(
-    x: torch.Tensor, wt: torch.Tensor, bt: torch.Tensor | None, logits: torch.Tensor, shared: bool
-) -> torch.Tensor:
-    """Logits of the targets less `logits`.
-
-    Args:
-        x: [B, h].
-        wt, bt: rows [B or T, h] of the targets, and their biases [B or T] or None.
-        logits: [B, m].
-        shared: whether the targets are the same for all samples.
-
-    Returns:
-        [B, m], or [B, T, m] for shared targets.
-    """
-    if shared:
-        return F.linear(x, wt, bt).unsqueeze(-1) - logits.unsqueeze(1)
-    target = (x * wt).sum(-1)
-    return (target if bt is None else target + bt).unsqueeze(-1) - logits

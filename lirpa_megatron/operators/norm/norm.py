@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from lirpa_megatron.operators.affine.form import AffineForm, Known
-from lirpa_megatron.operators.linear.local import dense
+from lirpa_megatron.operators.coefficients import dense
 from lirpa_megatron.operators.norm.planes import LARGEST, NormPlanes, Vectors
-from lirpa_megatron.operators.relaxed import RowRelaxed, tame
-from lirpa_megatron.parallel.round_robin import Dealt
+from lirpa_megatron.operators.numerics import mask_overflow
+from lirpa_megatron.operators.relaxed import RowRelaxed
+from lirpa_megatron.parallel.round_robin import RoundRobinTensors
 
 _PART = {"cpu": 2**16}
 """Forms of more numbers are used position by position, by type of device: what fits a processor's
@@ -74,7 +75,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
     It is taken where its least value over all that is known is the larger one.
 
     S and t's range are those over the box of x and over the affine form of x in the model's input
-    (`enclosure`), which knows how x's coordinates go together. The form's slacks are those of
+    (`affine.form`), which knows how x's coordinates go together. The form's slacks are those of
     single coordinates, and <|w|, slack> is much more than w itself leaves open; so t is bounded by
     a row of its own as well (`directions`), and in the pass of a few rows of the output so is s.
     Where the plane is worse even than
@@ -167,7 +168,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
             1 < self.layout.collectives.size <= positions
         )
 
-    def _keep(self, parts: list[Vectors]) -> Dealt | None:
+    def _keep(self, parts: list[Vectors]) -> RoundRobinTensors | None:
         """Copies what the parts need of a form that is let go, without its columns of zeros.
 
         Returns:
@@ -181,7 +182,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
         dealt = None
         if self._is_dealt(len(parts)):
             if size > layout.form_room:
-                dealt = Dealt(layout.collectives, coefficients)
+                dealt = RoundRobinTensors(layout.collectives, coefficients)
             else:
                 layout.form_room -= size
         for x in parts:
@@ -192,7 +193,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
 
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
         """See `RowRelaxed`. Brings together the form's coefficients that the rows of A reach."""
-        parts, dealt, *_ = self.common(*x)
+        parts, dealt, *_ = self.shared_relaxation(*x)
         if dealt is None:
             return super().bound_backward(last_lA, last_uA, *x, **kwargs)
         A = [dense(side) for side in (last_lA, last_uA) if side is not None]
@@ -237,7 +238,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
         """Interval bounds of y, [B, ..., groups d]."""
         l, u = self._split(v[0][0]), self._split(v[0][1])
         limit = (self._d if self.rms else self._d - 1) ** 0.5
-        l, u, wild = tame(l, u, LARGEST)
+        l, u, wild = mask_overflow(l, u, LARGEST)
         x = self._vectors(l, u, (l + u) / 2, None)
         if not self.rms:
             d, sums = self._d, (l.sum(-1, keepdim=True), u.sum(-1, keepdim=True))

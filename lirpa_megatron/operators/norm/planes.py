@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lirpa_megatron.operators.affine.form import AffineForm, Known, safe_root
-from lirpa_megatron.operators.affine.ranges import Deviations, Line, dot, meet, off_clean
-from lirpa_megatron.operators.relaxed import tame
+from lirpa_megatron.operators.affine.form import AffineForm, Known
+from lirpa_megatron.operators.affine.ranges import Deviations, Line, off_clean
+from lirpa_megatron.operators.numerics import dot, intersect, mask_overflow, safe_root
 
 LARGEST = 1e15
 """Coordinates beyond this are not squared in float32; only |z r| <= sqrt(d) is used then."""
@@ -66,7 +66,7 @@ class NormPlanes:
 
         `known` is of <z0, x>.
         """
-        l, u, wild = tame(l, u, LARGEST)
+        l, u, wild = mask_overflow(l, u, LARGEST)
         wild = wild.any(-1)
         c = torch.where(wild.unsqueeze(-1), (l + u) / 2, c)
         z0, dl, du = self._project(c), l - c, u - c
@@ -81,7 +81,7 @@ class NormPlanes:
         t = dx.range(row, found.t_line)
         if known is not None:
             own, line = off_clean(known, row, c)
-            t, found.t_line = meet(t, own), line or found.t_line
+            t, found.t_line = intersect(t, own), line or found.t_line
         tl, tu = (x[0] for x in t)
 
         length, reach = torch.linalg.vector_norm(z0, dim=-1), safe_root(N)
@@ -130,7 +130,7 @@ class NormPlanes:
         least, most = x.dx.range(w, line)
         if known is not None:
             own, better = off_clean(known, w, x.c)
-            (least, most), line = meet((least, most), own), better or line
+            (least, most), line = intersect((least, most), own), better or line
         m_s, S = (least + most) / 2, ((most - least) / 2).clamp(min=0)
         kappa, rho, half, error = self._product(w, line, x, m_s, S)
         m, k, slope, const, below = kappa * x.t_mid + rho, s0 + m_s, 0, -error, x.below

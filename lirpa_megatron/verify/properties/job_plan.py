@@ -23,7 +23,7 @@ from lirpa_megatron.verify.properties.results import Result, read_results
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """What a run does."""
 
     # to be verified, in order
@@ -40,7 +40,7 @@ class Plan:
     done: list[Result] = field(default_factory=list)
 
 
-def make_plan(arguments: dict[str, Any], options: VerifyOptions) -> Plan:
+def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
     """Checks the arguments of `verify` (rank 0 does this for all).
 
     Args:
@@ -61,7 +61,7 @@ def make_plan(arguments: dict[str, Any], options: VerifyOptions) -> Plan:
         if output.exists():
             earlier, keep_bytes = read_results(output)
             done = [r for r in earlier if any(_is_of(r, i, options) for i in instances)]
-    return Plan(
+    return JobPlan(
         [i for i in instances if not any(_is_of(r, i, options) for r in done)],
         one_network="load" in arguments or "onnx" in arguments,
         one_property="vnnlib" in arguments,

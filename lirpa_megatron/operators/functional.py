@@ -1,0 +1,70 @@
+"""Forward passes that are computed in more than one place, as functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, interleaved: bool
+) -> torch.Tensor:
+    """Rotary positions as torch computes them.
+
+    Args:
+        x: [..., S, heads * d].
+        cos, sin: [S, r], r <= d even: the first r coordinates of each head are rotated.
+        heads: on this rank.
+        interleaved: whether neighbours are rotated together, not halves.
+    """
+    x = x.unflatten(-1, (heads, -1))
+    r = cos.shape[-1]
+    turned, kept = x[..., :r], x[..., r:]
+    if interleaved:
+        half = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    else:
+        half = torch.cat((-turned[..., r // 2 :], turned[..., : r // 2]), dim=-1)
+    turned = turned * cos.unsqueeze(-2) + half * sin.unsqueeze(-2)
+    return torch.cat((turned, kept), dim=-1).flatten(-2)
+
+
+def margins(
+    x: torch.Tensor, wt: torch.Tensor, bt: torch.Tensor | None, logits: torch.Tensor, shared: bool
+) -> torch.Tensor:
+    """Logits of the targets less `logits`.
+
+    Args:
+        x: [B, h].
+        wt, bt: rows [B or T, h] of the targets, and their biases [B or T] or None.
+        logits: [B, m].
+        shared: whether the targets are the same for all samples.
+
+    Returns:
+        [B, m], or [B, T, m] for shared targets.
+    """
+    if shared:
+        return F.linear(x, wt, bt).unsqueeze(-1) - logits.unsqueeze(1)
+    target = (x * wt).sum(-1)
+    return (target if bt is None else target + bt).unsqueeze(-1) - logits
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool,
+    groups: int,
+) -> torch.Tensor:
+    shape = x.shape
+    x = x.unflatten(-1, (groups, -1)) if groups > 1 else x
+    if not rms:
+        x = x - x.mean(-1, keepdim=True)
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return (y if bias is None else y + bias).reshape(shape)
+
+
+def heads_first(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[..., S, n d] -> [..., n, S, d]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(-2, -3)
+
+
+def heads_last(x: torch.Tensor) -> torch.Tensor:
+    """[..., n, S, d] -> [..., S, n d]."""
+    return x.transpose(-2, -3).flatten(-2)

@@ -1,0 +1,83 @@
+"""Arithmetic that several operators share: products with infinities, roots, norms, margins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def least_product(A: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Least A z for z in [low, high], elementwise; 0 where A is 0, whatever the bounds."""
+    value = torch.where(A > 0, A * low, A * high)
+    return torch.where(A == 0, 0.0, value)
+
+
+def mask_overflow(l: torch.Tensor, u: torch.Tensor, limit: float) -> tuple:
+    """Bounds for arithmetic that must not overflow.
+
+    Args:
+        l, u: bounds, possibly infinite.
+        limit: of their magnitude.
+
+    Returns:
+        (l, u, wild): `wild` says where a bound exceeds the limit or is NaN; there l and u are 0,
+        and what is computed from them must not be used.
+    """
+    wild = ~((l.abs() <= limit) & (u.abs() <= limit))
+    return torch.where(wild, 0.0, l), torch.where(wild, 0.0, u), wild
+
+
+def row_sum(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """sum A b for each row; where A is 0 nothing even of an infinite b, which has no gradient.
+
+    Args:
+        A: [R, B, *shape].
+        b: [B, *shape] or [R, B, *shape].
+
+    Returns:
+        [R, B].
+    """
+    pattern = "rb...,rb...->rb" if b.ndim == A.ndim else "rb...,b...->rb"
+    finite = b.isfinite()
+    if finite.all():
+        return torch.einsum(pattern, A, b)
+    with torch.no_grad():
+        infinite = torch.where(finite | (A == 0), 0.0, A * b).flatten(2).sum(-1)
+    return torch.einsum(pattern, A, torch.where(finite, b, 0.0)) + infinite
+
+
+def dot(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """<v, x>: [R, *lead, d] and [*lead, d] -> [R, *lead]."""
+    return (v * x).sum(-1)
+
+
+def intersect(a: tuple, b: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """The intersection of two ranges (least, most) that have a point in common."""
+    least = torch.maximum(a[0], b[0])
+    return least, torch.maximum(least, torch.minimum(a[1], b[1]))
+
+
+def safe_root(x: torch.Tensor) -> torch.Tensor:
+    """Square root of x >= 0, with gradient 0 at 0."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), 0.0)
+
+
+ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
+"""Relative allowance for the rounding of the sums below."""
+
+
+def dual_norm(x: torch.Tensor, norm: float) -> torch.Tensor:
+    """max <x, u> over the unit ball of `norm`, on the last dimension."""
+    if norm == float("inf"):
+        return x.abs().sum(-1)
+    return torch.linalg.vector_norm(x, dim=-1) if norm == 2 else x.abs().amax(-1)
+
+
+def without_nan(lower: Any, upper: Any) -> tuple[Any, Any]:
+    """Bounds that say nothing where arithmetic gave NaN: -inf and inf."""
+    inf = float("inf")
+    return (
+        None if lower is None else torch.where(lower.isnan(), -inf, lower),
+        None if upper is None else torch.where(upper.isnan(), inf, upper),
+    )
