@@ -6,7 +6,7 @@ PY := .venv/bin/python
 # Several ranks share the cores: one thread each, unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-digits test test-all lint bench clean
+.PHONY: help setup demo demo-digits test test-all lint bench docs clean
 
 help:
 	@echo 'make setup     .venv with torch, lirpa_megatron and auto_LiRPA'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test      the tests; make test-all adds the slow ones'
 	@echo 'make lint      ruff'
 	@echo 'make bench     memory and time against plain auto_LiRPA and the number of ranks; figures'
+	@echo 'make docs      the documentation, in build/docs'
 	@echo 'make clean     remove .venv and everything made'
 
 setup:
@@ -47,6 +48,12 @@ bench: setup
 		--json $(BENCH)/deep-transformer.json
 	$(PY) benchmarks/plot.py --mlp $(BENCH)/256x6.json $(BENCH)/deep.json \
 		--transformers $(BENCH)/shallow.json $(BENCH)/deep-transformer.json --out $(BENCH)
+
+docs: setup
+	$(PY) -c 'import mkdocs, mkdocstrings_handlers.python' 2>/dev/null \
+		|| $(PY) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(PY) -m mkdocs build --strict --quiet
+	@echo 'open build/docs/index.html'
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache

@@ -41,6 +41,10 @@ setup(
             "matplotlib",  # draws the curves of certified_training.py
         ],
         "benchmarks": ["matplotlib"],  # draws the figures of benchmarks/
+        "docs": [
+            "mkdocs",  # make docs; its built-in theme needs nothing more
+            "mkdocstrings[python]",  # puts docstrings into the reference
+        ],
     },
     entry_points={"console_scripts": ["lirpa-megatron=lirpa_megatron.cli.commands:main"]},
 )

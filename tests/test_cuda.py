@@ -73,7 +73,7 @@ def _compare(expected, found):
         width = upper - lower
         assert torch.isfinite(width).all()
         for a, b in zip((lower, upper), found[method], strict=True):
-            # Of alpha's optimiser see README's limits.
+            # On alpha's optimiser see docs/limits.md.
             tolerance = 1e-4 if method == "CROWN-Optimized" else 1e-10
             assert ((a - b).abs() <= tolerance * width + 1e-13).all(), method
 

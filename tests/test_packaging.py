@@ -163,24 +163,44 @@ def test_the_files_of_the_project_name_no_path_of_a_machine():
         assert f"{ROOT}/" not in text and not homes.search(text), path.relative_to(ROOT)
 
 
+EXAMPLES = {  # document and number of the script in it -> how many bounds it prints
+    "README": ("README.md", 0, 1),
+    "library": ("docs/library.md", 0, 6),
+    "GPT": ("docs/library.md", 1, 1),
+}
+
+
+def scripts(document):
+    """The scripts that a document shows: its blocks marked as python."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_every_script_in_the_documents_is_run_here():
+    shown = {
+        (path.relative_to(ROOT).as_posix(), number)
+        for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for number in range(len(scripts(path)))
+    }
+    assert shown == {(document, number) for document, number, _ in EXAMPLES.values()}
+
+
 @pytest.mark.parametrize(
-    "example, count", [(0, 6), pytest.param(1, 1, marks=pytest.mark.slow)], ids=["library", "GPT"]
+    "example", ["README", "library", pytest.param("GPT", marks=pytest.mark.slow)]
 )
-def test_the_readmes_examples_print_the_same_bounds_on_one_process_and_on_two(
-    example, count, tmp_path
-):
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2
-    assert len(examples[example].splitlines()) <= 20
+def test_the_documents_examples_print_the_same_bounds_on_one_process_and_on_two(example, tmp_path):
+    document, number, count = EXAMPLES[example]
+    shown = scripts(document)[number]
+    assert len(shown.splitlines()) <= 20
     script = tmp_path / "example.py"
-    script.write_text(examples[example])
+    script.write_text(shown)
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     bounds = []
     for launcher in ([], launch):
         command = [sys.executable, *launcher, str(script)]
         process = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=300, check=True
+            command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
+            check=True,
         )
         bounds.append([float(number) for number in re.findall(r"-?\d+\.\d+", process.stdout)])
     assert len(bounds[0]) == count

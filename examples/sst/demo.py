@@ -1,7 +1,7 @@
 """The main job: sentences of a Megatron checkpoint are certified and attacked, at TP=1 and TP=2.
 
     make demo                               a few of sentences.jsonl
-    make demo ARGS='--limit 30'             all of them: the table in README.md
+    make demo ARGS='--limit 30'             all of them: the table in docs/measurements.md
     make demo ARGS='--data ../shared/data/sst/dev.jsonl --limit 1'
 
 Exit status 1 if the runs disagree: a result, or a certified radius by more than the tolerance to
@@ -84,7 +84,7 @@ def summary(size):
 
 
 def table():
-    """The table of the README."""
+    """The table of docs/measurements.md."""
     print("\n| | sentences | clean accuracy | certified accuracy | mean certified radius | "
           "mean attacked radius | seconds per sentence |")
     print("|---|---|---|---|---|---|---|")

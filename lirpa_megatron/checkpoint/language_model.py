@@ -93,7 +93,9 @@ def load_language_model(
     the TP size does not divide them, rows of zeros, whose logits are 0 and no token's.
 
     Args:
-        checkpoint, iteration, overrides: as for `read_model_description`.
+        checkpoint: as for `read_model_description`.
+        iteration: as for `read_model_description`.
+        overrides: as for `read_model_description`.
         group: Megatron's tensor-parallel group (None: one rank).
         dtype: of the parameters; None: the stored one, or float32 for bfloat16 and float16 (whose
             weights are exactly representable in it).

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 SUPPORTED = ("0.3", "0.7.1")
 _HOW = (
     "run `make setup`, or `pip install --no-deps auto_LiRPA==0.3 appdirs` "
-    "(see README, 'auto_LiRPA')"
+    "(see docs/install.md)"
 )
 
 

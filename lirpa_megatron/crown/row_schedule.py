@@ -30,7 +30,7 @@ from lirpa_megatron.operators.norm.norm import BoundNorm
 
 _WORTH = {"cuda": 128}
 """Rows of A that are worth a chunk of their own, by the type of device; never where there is none:
-on a CPU transfers compete for the cores that compute (benchmarks/RESULTS.md)."""
+on a CPU transfers compete for the cores that compute (docs/measurements.md)."""
 
 
 @dataclass

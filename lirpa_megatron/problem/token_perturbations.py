@@ -66,7 +66,8 @@ def perturb_tokens(
             embeddings, or 'hull', their convex hull, which is tighter.
         attention_mask: for a GPTModel [B or 1, 1, S, S], nonzero (True) where masked; for a
             BertModel the padding mask [B, S], 1 where kept. As Megatron's forward takes it.
-        position_ids, tokentype_ids: [B, S], as for `embed`.
+        position_ids: [B, S], as for `embed`.
+        tokentype_ids: [B, S], as for `embed`.
         start_layer: the layer (from 0) whose input is perturbed; what comes before is computed at
             the clean ids, without gradients. By default that of the view, 0 for a model;
             `from_layer` is the view that fits.

@@ -26,7 +26,7 @@ def result_of(
     task: Task, asked: dict[str, Any], ranks: int, seconds: float,
     memory: float | None, error: str | None = None,
 ) -> dict[str, Any]:
-    """The line for one sentence, as plain data; see README for the fields.
+    """The line for one sentence, as plain data; see docs/command-line.md for the fields.
 
     `asked` is what the results of one run have in common, among it `SentenceOptions.key`.
     """
