@@ -64,6 +64,63 @@ def test_no_arguments_at_all(state, tmp_path):
                             "missing are num_layers")
 
 
+TOLD = {name: value for name, value in vars(checkpoints.arguments(**checkpoints.LLAMA)).items()
+        if name in (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+            "max_position_embeddings", "position_embedding_type", "normalization",
+            "layernorm_epsilon", "add_bias_linear", "swiglu", "bias_gelu_fusion",
+            "untie_embeddings_and_output_weights", "rotary_base", "rotary_percent",
+            "rotary_interleaved", "use_rope_scaling", "num_query_groups", "group_query_attention",
+            "layernorm_zero_centered_gamma", "glu_linear_offset", "kv_channels")}
+TOLD |= {"softmax_type": "vanilla", "softmax_scale": None, "window_size": None, "use_mup": False,
+         "qk_l2_norm": False, "no_rope_freq": None, "glu_linear_offset": 0.0,
+         "activation_func_clamp_value": None, "rotary_seq_len_interpolation_factor": None}
+NEEDED = {"rotary_base": "10000; Llama 3 has 500000", "use_rope_scaling": "false; Llama 3.1 has",
+          "softmax_type": "vanilla", "window_size": "null: none", "softmax_scale": "null",
+          "rotary_percent": "1.0", "no_rope_freq": "null", "qk_l2_norm": "false",
+          "layernorm_zero_centered_gamma": "false", "glu_linear_offset": "0.0"}
+
+
+@pytest.fixture(scope="module")
+def bare(session, tmp_path_factory):
+    """(LLaMA-like checkpoint without any arguments, its logits)."""
+    whole, expected = checkpoints.whole_state("llama")
+    out = tmp_path_factory.mktemp("bare") / "c"
+    checkpoints.save_legacy(
+        whole, out, checkpoints.arguments(**checkpoints.LLAMA), tied=False,
+        change=lambda c, r, s: c.pop("args"),
+    )
+    return out, expected
+
+
+def test_a_whole_description_is_enough(bare):
+    got, _ = checkpoints.load_logits(bare[0], overrides=TOLD)
+    assert ((got - bare[1]).abs().max() / bare[1].abs().max()).item() <= 1e-12
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_decides_the_function_and_is_not_in_the_folder_is_asked_for(bare, name):
+    told = {key: value for key, value in TOLD.items() if key != name}
+    refused(bare[0], rf"still missing are {name} \(usually {NEEDED[name]}", overrides=told)
+
+
+def test_a_scale_of_rotary_positions_is_asked_for_where_they_are_scaled(bare):
+    refused(bare[0], r"still missing are rope_scaling_factor \(usually 8\.0\)",
+            overrides={**TOLD, "use_rope_scaling": True})
+
+
+@pytest.mark.parametrize("name", ["rotary_base", "layernorm_epsilon", "bias_gelu_fusion"])
+def test_arguments_that_leave_out_what_every_release_writes_are_incomplete(
+    session, tmp_path, name
+):
+    whole, _ = checkpoints.whole_state("llama")
+    checkpoints.save_legacy(
+        whole, tmp_path / "c", checkpoints.arguments(**checkpoints.LLAMA), tied=False,
+        change=lambda c, r, s: vars(c["args"]).pop(name),
+    )
+    refused(tmp_path / "c", f"lacks some of Megatron's arguments: .*still missing are {name}")
+
+
 @pytest.mark.parametrize("overrides, message", [
     ({"num_layer": 2}, "unknown model argument 'num_layer'; known are"),
     ({"padded_vocab_size": 31}, "31 would cut rows of tokens .*32 rows, of which 32 are tokens"),

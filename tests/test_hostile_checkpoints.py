@@ -1,6 +1,7 @@
 """Checkpoints from a stranger: nothing in them runs, and what is wrong is one clear line."""
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import refused
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lirpa_megatron.checkpoint.language_model import load_language_model
 from lirpa_megatron.checkpoint.reader import read_description
@@ -101,6 +103,42 @@ def test_metadata_does_not_run(torch_dist, marker, make, name):
     checkpoints.rewrite_metadata(
         data(torch_dist), lambda m: setattr(m, "planner_data", make(marker))
     )
+    refused(torch_dist, rf"\.metadata is refused: its pickle names {name}")
+
+
+@dataclasses.dataclass
+class MCoreMetadata(Metadata):
+    """What megatron-core 0.15 pickles in the place of torch's Metadata."""
+
+    mcore_data: dict | None = None
+
+
+@pytest.fixture
+def as_0_15(monkeypatch):
+    """Makes the class be pickled under megatron-core's name of it."""
+    from megatron.core.dist_checkpointing.strategies import torch as theirs
+
+    monkeypatch.setattr(theirs, "MCoreMetadata", MCoreMetadata, raising=False)
+    monkeypatch.setattr(MCoreMetadata, "__module__", theirs.__name__)
+
+    def save(directory, notes):
+        old = pickle.loads((directory / ".metadata").read_bytes())
+        new = MCoreMetadata({})
+        vars(new).update(vars(old), mcore_data=notes)
+        (directory / ".metadata").write_bytes(pickle.dumps(new))
+
+    return save
+
+
+def test_the_metadata_of_0_15_is_read_without_its_notes(torch_dist, as_0_15):
+    before, _ = checkpoints.load_logits(torch_dist)
+    as_0_15(data(torch_dist), {"optimizer.x": {"nd_reformulated_orig_global_shape": (3, 4)}})
+    assert torch.equal(checkpoints.load_logits(torch_dist)[0], before)
+
+
+@pytest.mark.parametrize("make, name", PAYLOADS.values(), ids=PAYLOADS)
+def test_the_notes_of_0_15_do_not_run(torch_dist, as_0_15, marker, make, name):
+    as_0_15(data(torch_dist), {"optimizer.x": make(marker)})
     refused(torch_dist, rf"\.metadata is refused: its pickle names {name}")
 
 

@@ -148,6 +148,9 @@ def test_a_model_config_stands_in_for_missing_arguments(session, tmp_path):
         "max_position_embeddings: 8\nposition_embedding_type: learned_absolute\n"
         "normalization: LayerNorm\nnorm_epsilon: 0.00001\nadd_bias_linear: true\nswiglu: false\n"
         "bias_gelu_fusion: true\nuntie_embeddings_and_output_weights: false\n"
+        "softmax_type: vanilla\nsoftmax_scale: null\nwindow_size: null\nuse_mup: false\n"
+        "layernorm_zero_centered_gamma: false\nqk_l2_norm: false\nquick_geglu: false\n"
+        "squared_relu: false\n"
     )
     got, description = checkpoints.load_logits(checkpoint, overrides=read_model_config(config))
     same(got, expected)

@@ -100,6 +100,33 @@ def test_an_unsupported_auto_lirpa_is_one_line_with_both_versions(tmp_path):
     assert "0.3" in line and "0.7.1" in line and "make setup" in line
 
 
+def distribution(folder, name, version):
+    """A distribution's notes, as pip leaves them."""
+    notes = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    notes.mkdir()
+    (notes / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize("missing, version", [("triton", "0.18.2"), ("psutil", "0.16.1")])
+def test_what_megatron_needs_and_does_not_declare_is_one_line(tmp_path, missing, version):
+    """The releases themselves end in a traceback, or hang when a checkpoint is written."""
+    distribution(tmp_path, "megatron-core", version)
+    code = f"import sys; sys.modules[{missing!r}] = None\n"
+    code += "from lirpa_megatron.compat import requirements\ntry: requirements.check()\nexcept ImportError as error: print(error)"
+    line = last_line(python(code, path=[tmp_path]))
+    assert line.startswith(f"{missing} is not installed, and megatron-core")
+    assert f"`pip install {missing}`" in line
+
+
+def test_a_package_that_takes_megatrons_name_is_one_line(tmp_path):
+    fake = tmp_path / "megatron"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("raise SystemExit('it was imported')\n")
+    line = last_line(python(IMPORT, path=[tmp_path]))
+    assert "is not NVIDIA's (it has no megatron.core)" in line
+    assert "pip uninstall megatron" in line and str(fake) in line
+
+
 def test_the_command_line_reports_a_missing_dependency_without_a_traceback():
     process = python(
         "import runpy, sys\n"

@@ -26,6 +26,7 @@ _DEFAULTS: dict[str, Any] = {
     "glu_linear_offset": 0.0, "activation_func_clamp_value": None,
     "untie_embeddings_and_output_weights": False, "vocab_size": None, "padded_vocab_size": None,
     "seq_length": None, "tensor_model_parallel_size": None, "pipeline_model_parallel_size": None,
+    "softmax_type": "vanilla",
 }
 """What is read, with the default of Megatron's parser, for releases that do not know the name."""
 
@@ -42,6 +43,30 @@ _DECISIVE = (
     "add_bias_linear", "swiglu", "bias_gelu_fusion", "untie_embeddings_and_output_weights",
 )
 """What a model configuration must say where the checkpoint has no arguments: never guessed."""
+
+_DECISIVE_TOO = (
+    ("softmax_type", "vanilla", lambda given: True),
+    ("softmax_scale", "null: 1 / sqrt(kv_channels)", lambda given: True),
+    ("window_size", "null: none", lambda given: True),
+    ("layernorm_zero_centered_gamma", "false", lambda given: True),
+    ("rotary_base", "10000; Llama 3 has 500000", lambda given: _is_rotary(given)),
+    ("rotary_percent", "1.0", lambda given: _is_rotary(given)),
+    ("rotary_interleaved", "false", lambda given: _is_rotary(given)),
+    ("use_rope_scaling", "false; Llama 3.1 has true", lambda given: _is_rotary(given)),
+    ("rope_scaling_factor", "8.0",
+     lambda given: _is_rotary(given) and given.get("use_rope_scaling")),
+    ("rotary_seq_len_interpolation_factor", "null", lambda given: _is_rotary(given)),
+    ("no_rope_freq", "null", lambda given: _is_rotary(given)),
+    ("qk_l2_norm", "false", lambda given: True),
+    ("use_mup", "false", lambda given: True),
+    ("glu_linear_offset", "0.0", lambda given: given["swiglu"] or given.get("quick_geglu")),
+    ("activation_func_clamp_value", "null",
+     lambda given: given["swiglu"] or given.get("quick_geglu")),
+    ("quick_geglu", "false", lambda given: not given["swiglu"]),
+    ("squared_relu", "false", lambda given: not given["swiglu"]),
+)
+"""What decides the function too and leaves no trace in the tensors -> its usual value, and whether
+a configuration with all of `_DECISIVE` must say it."""
 
 _REFUSED: dict[str, str] = {
     "num_experts": "MoE (expert) layers are not supported, their tokens are routed by values",
@@ -132,13 +157,7 @@ def merged(stored: Mapping[str, Any] | None, overrides: Mapping[str, Any], where
     """
     check_overrides(overrides)
     given = _renamed(dict(stored or {})) | _renamed(dict(overrides))
-    if stored is None:
-        missing = [name for name in _DECISIVE if name not in given]
-        if missing:
-            raise UserError(
-                f"checkpoint {where} does not hold Megatron's arguments: give them with "
-                f"--model-config FILE.yaml; still missing are {', '.join(missing)}"
-            )
+    _check_decided(given, stored is not None, where)
     _check_supported(given, where)
     values = {name: given.get(name, default) for name, default in _DEFAULTS.items()}
     if values["use_rotary_position_embeddings"]:
@@ -161,6 +180,31 @@ def merged(stored: Mapping[str, Any] | None, overrides: Mapping[str, Any], where
         )
     _fill_in(values)
     return values
+
+
+def _check_decided(given: Mapping[str, Any], is_stored: bool, where: str) -> None:
+    """Refuses to guess what decides the function.
+
+    Arguments that a checkpoint holds may lack what came with later releases than the one that wrote
+    them, and have its default then. Nothing tells the base of rotary positions in the same way:
+    releases before the argument had 10000, and programs that are not Megatron leave it out.
+    """
+    missing = [name for name in _DECISIVE if name not in given] or [
+        f"{name} (usually {usual})" for name, usual, is_needed in _DECISIVE_TOO
+        if name not in given and is_needed(given) and (not is_stored or name == "rotary_base")
+    ]
+    if missing:
+        what = "lacks some of" if is_stored else "does not hold"
+        raise UserError(
+            f"checkpoint {where} {what} Megatron's arguments: give them with --model-config "
+            f"FILE.yaml; still missing are {', '.join(missing)}"
+        )
+
+
+def _is_rotary(given: Mapping[str, Any]) -> bool:
+    return given["position_embedding_type"] == "rope" or bool(
+        given.get("use_rotary_position_embeddings")
+    )
 
 
 def _renamed(given: dict[str, Any]) -> dict[str, Any]:

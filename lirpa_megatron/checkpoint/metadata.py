@@ -7,6 +7,7 @@ is even imported.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pickle
 import re
@@ -49,6 +50,7 @@ _ALLOWED = {
 }
 # Megatron's own additions, which reading tensors does not need.
 _IGNORED_MODULE = "megatron.core.dist_checkpointing.strategies.torch"
+_FIELDS = {field.name for field in dataclasses.fields(Metadata)}
 _DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 
@@ -63,13 +65,27 @@ class _Ignored:
         pass
 
 
+class _MegatronMetadata(Metadata):
+    """What megatron-core 0.15 writes: torch's, with notes on flattened tensors that are ignored.
+
+    Those tensors are the optimizer's; a parameter's shape is compared with the model's.
+    """
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise ValueError("its state is malformed")
+        vars(self).update({name: value for name, value in state.items() if name in _FIELDS})
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return getattr(importlib.import_module(module), name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module == _IGNORED_MODULE and name in ("MCoreMetadata", "MCoreSavePlan"):
+        if module == _IGNORED_MODULE and name == "MCoreMetadata":
+            return _MegatronMetadata
+        if module == _IGNORED_MODULE and name == "MCoreSavePlan":
             return _Ignored
         raise RefusedGlobal(f"{module}.{name}")
 

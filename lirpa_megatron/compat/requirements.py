@@ -11,9 +11,17 @@ from packaging.version import Version
 _NEEDED = {"torch": ("2.4", None), "megatron-core": ("0.14", "0.20")}
 """Project -> first version that works, first version that is not known to."""
 
+_UNDECLARED = {
+    "psutil": ("0", "megatron-core's checkpoint writer hangs without it"),
+    "triton": ("0.18", "megatron-core {} imports it"),
+}
+"""What megatron-core needs without declaring it -> the release from which on, and why."""
+
 
 def check() -> None:
-    """Checks torch, megatron-core and apex without importing them (auto_LiRPA: see `auto_lirpa`).
+    """Checks torch, megatron-core and what it needs, and apex, without importing them.
+
+    auto_LiRPA: see `auto_lirpa`.
 
     Raises:
         ImportError: missing or unsupported, with both versions and what to run.
@@ -21,6 +29,8 @@ def check() -> None:
     for project, (first, limit) in _NEEDED.items():
         wanted = f"{project}>={first}" + (f",<{limit}" if limit else "")
         how = f"run `make setup`, or `pip install '{wanted}'`"
+        if project == "megatron-core":
+            _check_megatron()
         if importlib.util.find_spec(project.split("-")[0]) is None:
             raise ImportError(f"{project} is not installed: {how}")
         try:
@@ -29,7 +39,31 @@ def check() -> None:
             continue  # a source checkout on the path: its version is its owner's business
         if version < Version(first) or (limit and version >= Version(limit)):
             raise ImportError(f"{project} {version} is not supported ({wanted} is): {how}")
+        if project == "megatron-core":
+            _check_undeclared(version)
     _check_apex()
+
+
+def _check_megatron() -> None:
+    """PyPI's megatron is an unrelated package that takes the name of megatron-core's folder."""
+    spec = importlib.util.find_spec("megatron")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if spec and not any((Path(folder) / "core" / "__init__.py").exists() for folder in folders):
+        where = spec.origin or ", ".join(folders)
+        raise ImportError(
+            f"the package megatron ({where}) is not NVIDIA's (it has no megatron.core), and it "
+            "hides megatron-core: run `pip uninstall megatron`, then `pip install --force-reinstall"
+            " --no-deps 'megatron-core>=0.14,<0.20'`"
+        )
+
+
+def _check_undeclared(megatron: Version) -> None:
+    for package, (first, why) in _UNDECLARED.items():
+        if megatron >= Version(first) and importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"{package} is not installed, and {why.format(megatron)}: run "
+                f"`pip install {package}`"
+            )
 
 
 def _check_apex() -> None:
