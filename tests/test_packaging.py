@@ -112,7 +112,8 @@ def test_what_megatron_needs_and_does_not_declare_is_one_line(tmp_path, missing,
     """The releases themselves end in a traceback, or hang when a checkpoint is written."""
     distribution(tmp_path, "megatron-core", version)
     code = f"import sys; sys.modules[{missing!r}] = None\n"
-    code += "from lirpa_megatron.compat import requirements\ntry: requirements.check()\nexcept ImportError as error: print(error)"
+    code += "from lirpa_megatron.compat import requirements\n"
+    code += "try: requirements.check()\nexcept ImportError as error: print(error)"
     line = last_line(python(code, path=[tmp_path]))
     assert line.startswith(f"{missing} is not installed, and megatron-core")
     assert f"`pip install {missing}`" in line
