@@ -143,27 +143,38 @@ def check_overrides(overrides: Mapping[str, Any], where: str = "overrides") -> N
             )
 
 
-def merged(stored: Mapping[str, Any] | None, overrides: Mapping[str, Any], where: str
-           ) -> dict[str, Any]:
+def merged(
+    stored: Mapping[str, Any] | None, overrides: Mapping[str, Any], where: str,
+    of_parser: bool = True,
+) -> dict[str, Any]:
     """The arguments under today's names, all of them, checked.
 
     Args:
         stored: what the checkpoint holds; None if it holds none.
         overrides: win over `stored`.
         where: the checkpoint's name for messages.
+        of_parser: whether `stored` is what Megatron's parser made. It lacks what came with later
+            releases, and some of it was not obeyed; other writers say all, and mean it.
 
     Raises:
         UserError: missing or malformed arguments, or a model that is not supported (by name).
     """
     check_overrides(overrides)
     given = _renamed(dict(stored or {})) | _renamed(dict(overrides))
-    _check_decided(given, stored is not None, where)
+    _check_decided(given, stored is not None, of_parser, where)
     _check_supported(given, where)
     values = {name: given.get(name, default) for name, default in _DEFAULTS.items()}
     if values["use_rotary_position_embeddings"]:
         values["position_embedding_type"] = "rope"
     _check_types(values, where)
-    explicit = _renamed(dict(overrides))
+    if of_parser:
+        _check_obeyed(values, _renamed(dict(overrides)), where)
+    _fill_in(values)
+    return values
+
+
+def _check_obeyed(values: Mapping[str, Any], explicit: Mapping[str, Any], where: str) -> None:
+    """Refuses scales of rotary positions that some releases read and others do not."""
     if values["use_rope_scaling"] and values["rope_scaling_factor"] != _DEFAULTS[
         "rope_scaling_factor"
     ] and "rope_scaling_factor" not in explicit:
@@ -178,11 +189,11 @@ def merged(stored: Mapping[str, Any] | None, overrides: Mapping[str, Any], where
             f"checkpoint {where}: Megatron's releases differ in whether they obey "
             f"{name}={values[name]}: set it in the model config to what the model was trained with"
         )
-    _fill_in(values)
-    return values
 
 
-def _check_decided(given: Mapping[str, Any], is_stored: bool, where: str) -> None:
+def _check_decided(
+    given: Mapping[str, Any], is_stored: bool, of_parser: bool, where: str
+) -> None:
     """Refuses to guess what decides the function.
 
     Arguments that a checkpoint holds may lack what came with later releases than the one that wrote
@@ -191,7 +202,8 @@ def _check_decided(given: Mapping[str, Any], is_stored: bool, where: str) -> Non
     """
     missing = [name for name in _DECISIVE if name not in given] or [
         f"{name} (usually {usual})" for name, usual, is_needed in _DECISIVE_TOO
-        if name not in given and is_needed(given) and (not is_stored or name == "rotary_base")
+        if name not in given and is_needed(given)
+        and (not (is_stored and of_parser) or name == "rotary_base")
     ]
     if missing:
         what = "lacks some of" if is_stored else "does not hold"

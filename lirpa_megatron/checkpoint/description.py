@@ -39,6 +39,8 @@ class StoredForm:
     pipeline_parallel: int | None
     # rows of the word embeddings, padding included
     vocabulary_rows: int
+    # what says which model it is: "Megatron-LM's arguments", a model config, or the file's name
+    described_by: str = "Megatron-LM's arguments"
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def _model_facts(checkpoint: Path, d: ModelDescription) -> list[tuple[str, str]]
         ("checkpoint", str(checkpoint)),
         ("format", f"{stored.format}, iteration {stored.iteration}"),
         ("written with", sizes),
+        ("described by", stored.described_by),
         ("stored as", stored.dtype),
         ("architecture", f"{d.kind}, {d.num_layers} layers"),
         ("parameters", f"{parameter_count(d):,}"),

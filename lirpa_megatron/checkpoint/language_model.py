@@ -27,6 +27,8 @@ from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.legacy import LegacyWeights, is_legacy
 from lirpa_megatron.checkpoint.model_builder import build
 from lirpa_megatron.checkpoint.reader import NETWORK_KEY
+from lirpa_megatron.checkpoint.run_config import NAME as RUN_CONFIG
+from lirpa_megatron.checkpoint.run_config import read_run_config
 from lirpa_megatron.checkpoint.torch_dist import TorchDistWeights
 from lirpa_megatron.errors import UserError
 
@@ -152,8 +154,12 @@ def _open(
             f"{_OLDEST} to {_NEWEST}"
         )
     kind = names.kind_of(weights.names(), str(checkpoint))
-    stored = _arguments_of(common, checkpoint)
-    values = arguments.merged(stored, overrides, str(checkpoint))
+    stored, source = _arguments_of(common, checkpoint), "Megatron-LM's arguments"
+    if stored is None:
+        stored, source = read_run_config(directory), RUN_CONFIG
+    values = arguments.merged(stored, overrides, str(checkpoint), source != RUN_CONFIG)
+    if stored is None:
+        source = "the model config"
     if not values["untie_embeddings_and_output_weights"]:
         weights.drop_copy_of_embeddings()
     # How it was written is no property of the model, and may be unknown.
@@ -162,7 +168,7 @@ def _open(
         keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
         sizes = tuple((stored or {}).get(key) for key in keys)
         sizes = tuple(size if type(size) is int else None for size in sizes)
-    description = _describe(kind, values, overrides, weights, sizes, checkpoint)
+    description = _describe(kind, values, overrides, weights, sizes, checkpoint, source)
     _check_tensors(description, weights, checkpoint)
     return description, weights
 
@@ -179,7 +185,7 @@ def _arguments_of(common: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]
 
 def _describe(
     kind: str, values: dict[str, Any], overrides: dict[str, Any], weights: Weights,
-    sizes: tuple[int | None, int | None], checkpoint: Path,
+    sizes: tuple[int | None, int | None], checkpoint: Path, source: str,
 ) -> ModelDescription:
     where, found = str(checkpoint), weights.names()
     activation, gated = arguments.activation(values, where)
@@ -200,6 +206,7 @@ def _describe(
         format=weights.format, iteration=_iteration(weights.directory),
         dtype=_stored_dtype(weights, checkpoint),
         tensor_parallel=sizes[0], pipeline_parallel=sizes[1], vocabulary_rows=rows,
+        described_by=source,
     )
     return ModelDescription(
         kind=kind, **{name: values[name] for name in (

@@ -1,6 +1,7 @@
 """The directory of a checkpoint, as Megatron-LM lays it out.
 
     OUT/latest_checkpointed_iteration.txt     "release", or an iteration number
+    OUT/latest_train_state.pt                 Megatron-Bridge's, if the former is not there
     OUT/release/                              or iter_0000010/
         metadata.json  .metadata  __0_0.distcp ...  common.pt
 """
@@ -10,11 +11,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
+from lirpa_megatron.checkpoint.safe_unpickle import read_inert
 from lirpa_megatron.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 COMMON = "common.pt"
+TRAIN_STATE = "latest_train_state.pt"
 
 
 def split_iteration(path: Path) -> tuple[Path, Path | None]:
@@ -55,7 +60,11 @@ def data_directory(checkpoint: Path, iteration: int | str | None = None) -> Path
         return _chosen_directory(checkpoint, iteration)
     tracker = checkpoint / TRACKER
     try:
-        word = tracker.read_text(encoding="ascii").strip()
+        if not tracker.exists() and (checkpoint / TRAIN_STATE).is_file():
+            tracker = checkpoint / TRAIN_STATE
+            word = _step_of(tracker)
+        else:
+            word = tracker.read_text(encoding="ascii").strip()
     except FileNotFoundError:
         raise UserError(
             f"{checkpoint} is not a Megatron checkpoint: it has no {TRACKER}"
@@ -68,6 +77,15 @@ def data_directory(checkpoint: Path, iteration: int | str | None = None) -> Path
     if not directory.is_dir():
         raise UserError(f"tracker {tracker} names {word!r}, but there is no {directory}")
     return directory
+
+
+def _step_of(path: Path) -> str:
+    """The step in a train state of Megatron-Bridge."""
+    state = read_inert(path, str(path))
+    step = state.get("step") if isinstance(state, dict) else None
+    if not isinstance(step, torch.Tensor) or step.numel() != 1 or step.is_floating_point():
+        raise UserError(f"tracker {path} holds no step")
+    return str(int(step))
 
 
 def _chosen_directory(checkpoint: Path, iteration: int | str) -> Path:

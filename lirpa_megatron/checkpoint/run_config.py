@@ -1,0 +1,78 @@
+"""`run_config.yaml`, with which Megatron-Bridge describes the model of a checkpoint.
+
+    OUT/latest_train_state.pt  latest_checkpointed_iteration.txt
+    OUT/iter_0000010/  run_config.yaml  train_state.pt  tokenizer/  metadata.json  .metadata  ...
+
+The file is YAML without Python's tags; it names classes and functions, of which none is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lirpa_megatron.checkpoint.plain_files import read_yaml
+from lirpa_megatron.checkpoint.provider_fields import arguments_of
+from lirpa_megatron.errors import UserError
+
+NAME = "run_config.yaml"
+_PROVIDERS = re.compile(
+    r"megatron\.bridge\.models\.gpt_provider\.GPT(Model)?Provider\w*"
+    r"|megatron\.bridge\.models\.gpt(\.\w+)?\.(Bridge)?GPTModelConfig"
+    r"|megatron\.training\.models\.gpt\.GPTModelConfig"
+    r"|megatron\.bridge\.models\.mistral\.mistral_provider\.MistralModelProvider"
+    r"|megatron\.bridge\.models\.llama\.llama_provider"
+    r"\.(Llama|Llama2|Llama3|CodeLlama)ModelProvider(\d+B)?"
+    r"|megatron\.bridge\.models\.qwen\.qwen_provider\.Qwen(2|25|3)ModelProvider(\w*\d[MB])?"
+)
+_SCALED = re.compile(
+    r"megatron\.bridge\.models\.llama\.llama_provider\.Llama3[12]ModelProvider(\d+B)?"
+)
+"""Providers that scale the rotary frequencies themselves, with fields of their own."""
+
+_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
+_ELSEWHERE = ("peft", "mixed_precision_quantization", "quant_recipe")
+"""Sections beside `model` that change the function, where they are set."""
+
+
+def read_run_config(directory: Path) -> dict[str, Any] | None:
+    """Megatron-LM's arguments of the model in a directory (`iter_*`); None without the file.
+
+    Raises:
+        UserError: not such a file, another kind of model, or fields that are not supported.
+    """
+    path = directory / NAME
+    if not path.is_file():
+        return None
+    content = read_yaml(path, f"checkpoint file {path}")
+    where = f"checkpoint file {path}"
+    model = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(model, Mapping):
+        raise UserError(f"{where} has no section 'model'")
+    for section in _ELSEWHERE:
+        if content.get(section):
+            raise UserError(f"{where}: models with {section} are not supported")
+    target = model.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"{where}: its model has no class (_target_)")
+    fields = dict(model)
+    if _SCALED.fullmatch(target):
+        scale = _scale_of(fields, where)
+        fields = {n: v for n, v in fields.items() if n not in (*_FIXED, "scale_factor")} | scale
+    elif not _PROVIDERS.fullmatch(target):
+        raise UserError(f"{where}: models of the class {target[:100]} are not supported")
+    return arguments_of(fields, where)
+
+
+def _scale_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Llama 3.1's scale as Megatron's own; its other three numbers are constants there."""
+    for name, value in _FIXED.items():
+        if fields.get(name) != value:
+            raise UserError(f"{where} ({name}={fields.get(name)!r}): only {value} is supported")
+    if "scale_factor" not in fields:
+        raise UserError(f"{where} has no field scale_factor")
+    if fields.get("rope_scaling"):
+        raise UserError(f"{where}: rotary positions are scaled twice, which is not supported")
+    return {"rope_scaling": True, "rope_scaling_factor": fields["scale_factor"]}
