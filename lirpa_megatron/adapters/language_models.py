@@ -18,8 +18,9 @@ from lirpa_megatron.adapters import refusals, traced_ops
 from lirpa_megatron.adapters.activations import kind_of
 from lirpa_megatron.adapters.linear_facades import ColumnFacade
 from lirpa_megatron.adapters.refusals import joined
+from lirpa_megatron.adapters.registry import Copy, register
 from lirpa_megatron.adapters.tracing import untraced
-from lirpa_megatron.adapters.transformer import Copy, Rotary, child
+from lirpa_megatron.adapters.transformer import Rotary, child
 from lirpa_megatron.errors import UserError
 
 
@@ -200,3 +201,7 @@ class PoolerFacade(nn.Module):
 
     def forward(self, first: torch.Tensor) -> torch.Tensor:
         return traced_ops.activation(self.dense(first), "tanh")
+
+
+register(GPTModel, GPTFacade)
+register(BertModel, BertFacade)

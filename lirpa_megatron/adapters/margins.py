@@ -13,7 +13,8 @@ from torch import nn
 
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.linear_facades import gather_features
-from lirpa_megatron.adapters.views import View
+from lirpa_megatron.adapters.registry import Copy, register
+from lirpa_megatron.adapters.views import View, facade_of_part
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.functional import margins
 from lirpa_megatron.parallel.collectives import Collectives
@@ -160,3 +161,10 @@ class _MarginsSymbol(torch.autograd.Function):
         count = len(inputs[0 if name == "VocabularyMargins" else -1])
         y = x.sum(-1, keepdim=True).expand(-1, count)
         return (y.unsqueeze(1).expand(-1, len(inputs[1 + has_bias]), -1) if shared else y).clone()
+
+
+def _facade(view: TokenMargins, name: str, copy: Copy) -> TokenMarginsFacade:
+    return TokenMarginsFacade(view, facade_of_part(view, name, copy), copy.tp)
+
+
+register(TokenMargins, _facade)

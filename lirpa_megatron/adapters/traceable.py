@@ -3,8 +3,9 @@
 The host traces a model on one process, where collectives make no sense, and Megatron's layers carry
 an `_extra_state` that tracing cannot take. So the model's module tree is copied shallowly (the
 model itself is not touched) with facades in it: for linear layers (`linear_facades`), norms and
-activations, for Megatron's transformer modules (`transformer`) and models (`language_models`). They
-hold the same Parameters under the same names.
+activations, and for every class that is registered (`registry`): Megatron's transformer modules
+(`transformer`), models (`language_models`), and views of them. They hold the same Parameters under
+the same names.
 """
 
 from __future__ import annotations
@@ -13,38 +14,16 @@ import copy
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.models.bert.bert_model import BertModel
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-from lirpa_megatron.adapters import hooks, refusals
+# language_models, margins and transformer register their facades when they are imported
+from lirpa_megatron.adapters import hooks, language_models, margins, refusals, transformer  # noqa: F401
 from lirpa_megatron.adapters.activations import ActivationFacade
-from lirpa_megatron.adapters.language_models import BertFacade, GPTFacade
 from lirpa_megatron.adapters.linear_facades import is_column, is_row, linear_facade
-from lirpa_megatron.adapters.margins import TokenMargins, TokenMarginsFacade
 from lirpa_megatron.adapters.norms import NormFacade, is_norm
-from lirpa_megatron.adapters.transformer import (
-    MLPFacade,
-    SelfAttentionFacade,
-    TransformerBlockFacade,
-    TransformerLayerFacade,
-)
-from lirpa_megatron.adapters.views import View, ViewFacade
+from lirpa_megatron.adapters.registry import adapter_of
 from lirpa_megatron.parallel import runtime
 from lirpa_megatron.parallel.collectives import Collectives
-
-_FACADES: dict[type, type] = {
-    GPTModel: GPTFacade,
-    BertModel: BertFacade,
-    TransformerBlock: TransformerBlockFacade,
-    TransformerLayer: TransformerLayerFacade,
-    SelfAttention: SelfAttentionFacade,
-    MLP: MLPFacade,
-}
 
 _DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
@@ -121,17 +100,9 @@ class _Copier:
 
     def _facade(self, module: nn.Module, name: str, part: dict[str, Any]) -> nn.Module | None:
         refusals.check_class(module, name)
-        if isinstance(module, View):
-            chosen = {"start_layer": module.start_layer, "position": module.position}
-            if module.head is not None:
-                chosen["head"] = module.head
-            facade = self(module.model, refusals.joined(name, "model"), **chosen)
-            if isinstance(module, TokenMargins):
-                return TokenMarginsFacade(module, facade, self.tp)
-            return ViewFacade(module, facade)
-        for cls, facade in _FACADES.items():
-            if isinstance(module, cls):
-                return facade(module, name, self, **part)
+        adapter = adapter_of(module)
+        if adapter is not None:
+            return adapter.facade(module, name, self, **part)
         # Of torch's own classes alone: another one's forward may not be the identity in eval mode.
         if type(module) in _DROPOUTS and not module.training:
             return nn.Identity()  # also when the bounded module is trained later

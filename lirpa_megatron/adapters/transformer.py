@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,19 +38,11 @@ from lirpa_megatron.adapters.linear_facades import (
 )
 from lirpa_megatron.adapters.norms import NormFacade
 from lirpa_megatron.adapters.refusals import joined
+from lirpa_megatron.adapters.registry import Copy, register
 from lirpa_megatron.adapters.tracing import untraced
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel.collectives import Collectives
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
-
-
-class Copy(Protocol):
-    """Gives the facade, or a copy, of a module and its name; one used twice stays one module."""
-
-    tp: Collectives
-
-    def __call__(self, module: nn.Module, name: str, **part: Any) -> nn.Module: ...
 
 
 @functools.lru_cache(maxsize=8)
@@ -344,3 +335,9 @@ def _optional_norm(parent: nn.Module, attribute: str, name: str, copy: Copy) -> 
     if module is None or type(module) in (IdentityOp, nn.Identity):
         return None
     return child(parent, attribute, name, copy, NormFacade)
+
+
+register(TransformerBlock, TransformerBlockFacade)
+register(TransformerLayer, TransformerLayerFacade)
+register(SelfAttention, SelfAttentionFacade)
+register(MLP, MLPFacade)

@@ -15,6 +15,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
 from lirpa_megatron.adapters import hooks
+from lirpa_megatron.adapters.refusals import joined
+from lirpa_megatron.adapters.registry import Copy, register
 from lirpa_megatron.errors import UserError
 
 
@@ -92,3 +94,14 @@ class ViewFacade(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.model(*inputs)
+
+
+def facade_of_part(view: View, name: str, copy: Copy) -> nn.Module:
+    """The facade of the view's model, of the part that the view chooses."""
+    part = {"start_layer": view.start_layer, "position": view.position}
+    if view.head is not None:
+        part["head"] = view.head
+    return copy(view.model, joined(name, "model"), **part)
+
+
+register(View, lambda view, name, copy: ViewFacade(view, facade_of_part(view, name, copy)))

@@ -13,13 +13,15 @@ from lirpa_megatron.rounding.arithmetic import box_around
 
 
 class PerturbationInBox(auto_lirpa.PerturbationLpNorm):
-    """A set of inputs inside of a box.
+    """A set of inputs inside a box; a subclass is a new set (docs/extending.md).
 
-    To the host it is the box from x_L to x_U: that is what IBP, and every operator that reads the
-    input directly, gets to see. Where A is concretized it is the set itself.
+    IBP, and every operator that reads the input directly, uses the box from x_L to x_U. The set
+    itself is used where A is concretized: a subclass says there what `extreme` is. Every tensor and
+    number that it keeps as an attribute must be the same on all ranks, which is checked.
 
     Args:
-        x_L, x_U: the smallest box around the set, [B, *input shape].
+        x_L: lower end of the smallest box around the set, [B, *input shape].
+        x_U: upper end, of the same shape.
     """
 
     def __init__(self, x_L: torch.Tensor, x_U: torch.Tensor) -> None:
@@ -44,7 +46,16 @@ class PerturbationInBox(auto_lirpa.PerturbationLpNorm):
         return self.extreme(x, A.reshape(*A.shape[:2], *x.shape[1:]), sign)
 
     def extreme(self, x: torch.Tensor, A: torch.Tensor, sign: int) -> torch.Tensor:
-        """`concretize`, A in the shape [B, R, *input shape]."""
+        """Minimum (sign -1) or maximum (+1) of <A, x'> over x' in the set, differentiable in A.
+
+        Args:
+            x: the clean input [B, *input shape].
+            A: [B, R, *input shape].
+            sign: -1 or 1.
+
+        Returns:
+            [B, R].
+        """
         raise NotImplementedError
 
     def holds(self, x: torch.Tensor) -> bool:
@@ -115,8 +126,12 @@ class PerturbationPositions(PerturbationInBox):
         return True
 
 
-_PARTS = ("x_L", "x_U", "eps", "norm", "vertices", "radii", "joint", "dual")
-"""Attributes that say what a perturbation is."""
+def _parts(ptb: Any) -> list[str]:
+    """Names of the attributes that say what a perturbation is."""
+    if not isinstance(ptb, PerturbationInBox):
+        return ["x_L", "x_U", "eps", "norm"]
+    plain = (torch.Tensor, bool, int, float, str)
+    return sorted(name for name, value in vars(ptb).items() if isinstance(value, plain))
 
 
 def described(x: Sequence[Any]) -> dict[str, torch.Tensor | str | None]:
@@ -128,7 +143,7 @@ def described(x: Sequence[Any]) -> dict[str, torch.Tensor | str | None]:
         values[f"input {i}"] = value
         ptb = getattr(value, "ptb", None)
         values[f"the perturbation of input {i}"] = type(ptb).__name__
-        for name in _PARTS:
+        for name in _parts(ptb):
             part = getattr(ptb, name, None)
             values[f"{name} of input {i}"] = part if isinstance(part, torch.Tensor) else str(part)
     return values

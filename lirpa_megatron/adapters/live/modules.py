@@ -23,6 +23,7 @@ from torch import nn
 
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.margins import TokenMargins
+from lirpa_megatron.adapters.registry import adapter_of
 from lirpa_megatron.adapters.views import View
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel.collectives import Collectives
@@ -41,17 +42,21 @@ def live(model: nn.Module, tp: Collectives) -> nn.Module:
         tp: its collectives.
     """
     model = hooks.unwrapped(model)
-    if isinstance(model, (View, *_MEGATRON)):
-        return _Live(model, tp)
-    inside = [m for m in model.modules() if isinstance(m, (View, *_MEGATRON))]
-    if not inside:
+    if not any(_has_own_form(module) for module in model.modules()):
         return model
     return _around(model, tp, {})
 
 
+def _has_own_form(module: nn.Module) -> bool:
+    """Whether the module takes or returns something else than its facade."""
+    adapter = adapter_of(module)
+    own = adapter is not None and adapter.live is not None
+    return own or isinstance(module, (View, *_MEGATRON))
+
+
 def _around(module: nn.Module, tp: Collectives, done: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in done:
-        if isinstance(module, (View, *_MEGATRON)):
+        if _has_own_form(module):
             done[id(module)] = _Live(module, tp)
         else:
             copied = done[id(module)] = copy.copy(module)
@@ -63,7 +68,7 @@ def _around(module: nn.Module, tp: Collectives, done: dict[int, nn.Module]) -> n
 
 
 class _Live(nn.Module):
-    """One of Megatron's modules or a view: inputs and output as its facade has them."""
+    """One of Megatron's or a registered module, or a view: inputs and output as its facade's."""
 
     def __init__(self, module: nn.Module, tp: Collectives) -> None:
         super().__init__()
@@ -71,6 +76,9 @@ class _Live(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *inputs: Any) -> torch.Tensor:
         module = self.run[0]
+        adapter = adapter_of(module)
+        if adapter is not None and adapter.live is not None:
+            return adapter.live(module, self.tp, hidden, *inputs)
         if isinstance(module, TokenMargins):
             return _margins(module, hidden, inputs, self.tp)
         if isinstance(module, View):
