@@ -290,7 +290,8 @@ def test_labels_may_be_names_and_numbers_in_any_spelling(folder, tmp_path):
     status, results = verify(folder, *arguments, data=data, output=tmp_path / "r.jsonl")
     assert status == 1 and [r["label"] for r in results] == [1, 0, 1, 1, 1, None, None]
     assert results[0]["label_name"] == "positive" and results[1]["label_name"] == "negative"
-    assert "label 'neutral' is no class: the classes are negative, positive" in results[5]["error"]
+    known = "the classes are negative, positive"
+    assert f"label 'neutral' is not a class: {known}" in results[5]["error"]
     assert "label True is not a whole number" in results[6]["error"]
     assert results[0]["predicted_name"] in ("negative", "positive")
     config = tmp_path / "run.yaml"
@@ -298,7 +299,7 @@ def test_labels_may_be_names_and_numbers_in_any_spelling(folder, tmp_path):
     again = ("--config", config, *CERTIFY, "--resume")
     assert verify(folder, *again, data=data, output=tmp_path / "r.jsonl")[1] == results
     status, (first, *_) = verify(folder, *CERTIFY, data=data, output=tmp_path / "other.jsonl")
-    assert "label 'positive' is no class: name the classes with --labels" in first["error"]
+    assert "label 'positive' is not a class: name the classes with --labels" in first["error"]
 
 
 def test_unknown_tokens_and_fixed_ones_are_in_the_result_the_table_and_the_report(
@@ -427,7 +428,7 @@ def test_what_replicas_left_is_kept_by_resume_alone(folder, tmp_path, capsys):
     (tmp_path / "r.jsonl.old").write_text("something else")
     capsys.readouterr()
     assert verify(folder, *CERTIFY, "--output", tmp_path / "r.jsonl")[0] == 2
-    assert "r.jsonl.1 has results of a run that did not end" in capsys.readouterr().err
+    assert "r.jsonl.1 has results of a run that did not finish" in capsys.readouterr().err
     assert (tmp_path / "r.jsonl").read_bytes() == lines[0] + lines[2]
     status, results = verify(folder, *CERTIFY, "--resume", output=tmp_path / "r.jsonl")
     names = [r["property"] for r in results]

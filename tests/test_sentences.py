@@ -446,7 +446,7 @@ def test_nan_proves_nothing(models):
     ("gpt", None, "good", "give words of two or more classes"),
     ("gpt", None, "good|,", "give words of two or more classes"),
     ("gpt", None, "good|movie", "'movie' is not one token of vocab.txt"),
-    ("gpt", None, "good,bad|Good", "the same token stands twice"),
+    ("gpt", None, "good,bad|Good", "the same token occurs twice"),
 ])
 def test_tasks_that_do_not_fit_are_refused(models, kind, name, tokens, message):
     with pytest.raises(UserError, match=message):

@@ -132,7 +132,7 @@ def _compare(
                 raise
             except Exception as error:
                 raise LiveModelError(
-                    f"the model's own embedding ends with {type(error).__name__}: {error}"
+                    f"the model's own embedding raises {type(error).__name__}: {error}"
                 ) from error
         ours = hidden.detach()
         if scattered:

@@ -88,9 +88,9 @@ def check_all(model: nn.Module, prefix: str = "") -> None:
     for kind in ("forward_hooks", "forward_pre_hooks"):
         for hook in getattr(torch_module, f"_global_{kind}").values():
             raise NotImplementedError(
-                f"every module has the global {_words(kind)} {_named(hook)}, and what it does to "
-                "values is not known: remove it (the handle that registering it returned has "
-                "remove())"
+                f"every module has the global {_words(kind)} {_named(hook)}, whose effect on "
+                "values is unknown: remove it (call remove() on the handle that registering it "
+                "returned)"
             )
     classes: set[type] = set()
     for name, module in model.named_modules(prefix=prefix):
@@ -118,9 +118,9 @@ def check(module: nn.Module, name: str) -> None:
             if _identity(hook) in _HARMLESS:
                 continue
             raise refusal(
-                module, name, f"it has the {_words(kind)} {_named(hook)}, and what that does to "
-                "values is not known: remove it (the handle that registering it returned has "
-                "remove())",
+                module, name, f"it has the {_words(kind)} {_named(hook)}, whose effect on "
+                "values is unknown: remove it (call remove() on the handle that registering it "
+                "returned)",
             )
     if _class(module) == _COMPILED:
         return  # whose forward is torch's own, on every instance
@@ -128,8 +128,8 @@ def check(module: nn.Module, name: str) -> None:
         if callable(value) and _is_method(inspect.getattr_static(type(module), attribute, None)):
             raise refusal(
                 module, name, f"its method {attribute} is replaced on the instance by "
-                f"{_named(value)}, and what that computes is not known: `del` it, or give the "
-                "module a class that defines it",
+                f"{_named(value)}, and what that computes is unknown: `del` it, or define it in "
+                "the module's class",
             )
 
 
@@ -147,7 +147,7 @@ def with_computed_weights(module: nn.Module, name: str) -> nn.Module:
         return module
     if module.training:
         raise refusal(
-            module, name, "it is parametrized, and bounds have its computed weight as a constant: "
+            module, name, "it is parametrized, and bounds treat its computed weight as a constant: "
             "call model.eval(), or torch.nn.utils.parametrize.remove_parametrizations"
         )
     cls = type(module).__bases__[0]  # parametrize makes a subclass for each module
@@ -186,7 +186,7 @@ def _check_class(module: nn.Module, name: str) -> None:
             if made is not None and not made.startswith((*_TRUSTED, *_DECORATORS)):
                 raise refusal(
                     module, name, f"the method {method} of {cls.__name__} was replaced by one of "
-                    f"{made}, and what that computes is not known: put torch's or Megatron's back"
+                    f"{made}, and what that computes is unknown: restore the original"
                 )
 
 

@@ -50,7 +50,7 @@ class TokenMargins(View):
         self.against = None if against is None else _ids(model, against, "against")
         self.gather_output = gather_output
         if against is not None and not gather_output:
-            raise UserError("margins against some tokens are whole: leave gather_output at True")
+            raise UserError("with `against`, margins are gathered: leave gather_output at True")
 
     def forward(self, hidden: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         from lirpa_megatron.adapters.traceable import traceable
@@ -91,8 +91,8 @@ class TokenMarginsFacade(nn.Module):
             if not inputs or inputs[-1].ndim != 1 or len(inputs[-1]) != len(hidden):
                 given = tuple(inputs[-1].shape) if inputs else "nothing"
                 raise UserError(
-                    f"the last input are the targets, one id for each of {len(hidden)} samples: "
-                    f"{given} given"
+                    "the last input must be the targets, "
+                    f"one id for each of {len(hidden)} samples, but it is {given}"
                 )
             *mask, targets = inputs
         x = self.model.before_output(hidden, *mask)

@@ -82,7 +82,7 @@ def check_methods(module: nn.Module, name: str, cls: type) -> None:
             raise refusal(
                 module, name,
                 f"{type(module).__name__} overrides {cls.__name__}.{method}, and what it computes "
-                "is not known",
+                "is unknown",
             )
 
 
@@ -122,8 +122,8 @@ def check_config(module: nn.Module, name: str) -> None:
             why = f"{config_fields.REFUSED[field.name]} not supported"
         else:
             why = (
-                f"a field of {type(config).__name__} that is not known to leave the function as it "
-                f"is (megatron-core {RELEASE}): leave it at its default"
+                f"a field of {type(config).__name__} whose effect on the function is unknown "
+                f"(megatron-core {RELEASE}): leave it at its default"
             )
         raise refusal(module, name, f"{field.name}={_shown(value)}: {why}")
 

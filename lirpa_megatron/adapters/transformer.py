@@ -92,7 +92,8 @@ def _activation_of(mlp: MLP, name: str) -> str:
             return "gelu_tanh"
         if function is not F.silu or not mlp.config.gated_linear_unit:
             raise refusals.refusal(
-                mlp, name, "bias_activation_fusion=True with an activation that Megatron fuses not"
+                mlp, name,
+                "bias_activation_fusion=True with an activation that Megatron does not fuse",
             )
     kind = kind_of(function)
     if kind is None:
@@ -155,7 +156,7 @@ class SelfAttentionFacade(nn.Module):
         if mask is not None and self.mask_ignored:
             raise UserError(
                 "the attention's kernel (fused softmax in half precision, or TransformerEngine's) "
-                "is causal and takes no other mask into account: give no attention_mask, or build "
+                "is causal and ignores any other mask: give no attention_mask, or build "
                 "the model without masked_softmax_fusion"
             )
         query = None if position is None else position % int(hidden.shape[1])

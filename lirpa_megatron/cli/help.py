@@ -9,13 +9,14 @@ EXAMPLES = """examples:
   lirpa-megatron report results.jsonl --output report.html
 """
 RESULTS = """results:
-  unsat    the property holds for every input of the set; strict comparisons are proved as closed
-           ones; a set without inputs, or output constraints that contradict each other, too (note)
-  sat      the attack found an input, in the box as written, at which the network as it is stored
-           (float32, ...) violates the property exactly, and so do its weights in float64, or by
-           more than rounding explains: violation and float64_violation say by how much
-  unknown  neither; a violation that is not beyond rounding is a note
-  timeout, error; of sentences also misclassified (wrong without any perturbation)
-exit status: 0 all decided or unknown, 1 an input errored, 2 bad usage, 143 ended by SIGTERM
+  unsat    the property holds for every input of the set; strict comparisons are proved with their
+           closed form. Also if the set is empty or the output constraints contradict each other
+           (see the note)
+  sat      the attack found an input inside the box as written at which the network as stored
+           (float32, ...) violates the property, and float64 agrees or the violation is clearly
+           more than rounding (see violation and float64_violation)
+  unknown  neither a proof nor a counterexample; a violation within rounding is noted
+  timeout, error; for sentences also misclassified (wrong without any perturbation)
+exit status: 0 all decided or unknown, 1 an input caused an error, 2 bad usage, 143 SIGTERM
 
 """

@@ -13,7 +13,7 @@ from lirpa_megatron.cli.help import EXAMPLES, RESULTS
 from lirpa_megatron.errors import UserError
 
 # Of each group, one option at most; an option of the command line replaces the configuration's.
-_WHICH_OUTPUT = "which output of the ONNX graph is meant, where it has several"
+_WHICH_OUTPUT = "output of the ONNX graph to use, if it has several"
 _EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"), ("data", "vnnlib"), ("data", "instances"))
 
 
@@ -93,11 +93,11 @@ def _add_command(commands: Any, name: str, summary: str, epilog: str) -> argpars
 def _add_import(commands: Any) -> None:
     parser = _add_command(
         commands, "import-onnx",
-        "Write a Megatron checkpoint of an ONNX network; any tensor-parallel size can load it.",
+        "Convert an ONNX network to a Megatron checkpoint that any tensor-parallel size can load.",
         "example:\n  torchrun --nproc-per-node 2 -m lirpa_megatron import-onnx net.onnx checkpoint",
     )
     parser.add_argument("net", metavar="NET", type=Path, help="NET.onnx or NET.onnx.gz")
-    parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to create")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
     parser.add_argument("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
 
@@ -112,33 +112,33 @@ def _iteration(text: str) -> str:
 def _add_inspect(commands: Any) -> None:
     parser = _add_command(
         commands, "inspect",
-        "Say what model a Megatron checkpoint holds, what can be verified, and what that needs.",
+        "Show what a Megatron checkpoint contains, what can be verified, and what that takes.",
         "example:\n  lirpa-megatron inspect checkpoint --iteration 1000 --seq-length 16",
     )
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", type=Path, help="directory with the tracker file")
     add(
         "--iteration", metavar="N", type=_iteration,
-        help="its number, or 'release' (default: what the tracker names)",
+        help="iteration to read, or 'release' (default: the tracker's)",
     )
     add(
         "--model-config", metavar="YAML", type=Path,
-        help="Megatron's model arguments by name, for what the checkpoint's own lack",
+        help="Megatron's model arguments by name, to add to or replace the checkpoint's",
     )
     add(
         "--seq-length", metavar="N", type=_number(int, 1),
-        help="tokens of an input, for the estimate (default 32)",
+        help="tokens per input, for the estimate (default 32)",
     )
     add(
         "--max-spec-rows", metavar="N", type=_number(int, 1),
-        help="most rows of bounds carried at once, for the estimate (default: all)",
+        help="maximum rows of bounds at once, for the estimate (default: all)",
     )
 
 
 def _add_verify(commands: Any) -> None:
     parser = _add_command(
         commands, "verify",
-        "Verify sentences (--data) of a language model, or VNN-LIB properties of a network.",
+        "Verify sentences with a language model (--data), or VNN-LIB properties of a network.",
         RESULTS + EXAMPLES,
     )
     _add_sources(parser.add_argument_group("what is verified").add_argument)
@@ -147,56 +147,56 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_sources(add: Any) -> None:
-    what = "with --instances: only the rows of this network"
+    what = "with --instances, only the rows of this network are run"
     add("--load", metavar="DIR", type=Path, help=f"Megatron checkpoint; {what}")
     add("--onnx", metavar="FILE", type=Path, help=f"ONNX file of a network; {what}")
     add("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
     add(
         "--data", metavar="JSONL", type=Path,
-        help="sentences for the language model of --load, one JSON object a line: sentence or "
-        "ids, and where there are such id, label, candidates",
+        help="sentences for the language model of --load, one JSON object per line: sentence or "
+        "ids, and optionally id, label, candidates",
     )
     add("--vnnlib", metavar="PROP", type=Path, help="property, VNN-LIB 1.0 (.vnnlib or .gz)")
     add(
         "--instances", metavar="CSV", type=Path,
-        help="rows of network,property[,seconds]; paths relative to the file, .gz may be left out; "
-        "a row that is wrong is an error of its own",
+        help="rows of network,property[,seconds]; paths are relative to the file, .gz may be "
+        "omitted; a bad row becomes an error in the results",
     )
     add(
         "--output", metavar="JSONL", type=Path,
-        help="file of results, one JSON object a line (default: standard output)",
+        help="file of results, one JSON object per line (default: standard output)",
     )
-    add("--resume", action="store_true", help="go on with --output: skip the results it has")
+    add("--resume", action="store_true", help="continue --output: skip the results that it has")
     add(
         "--config", metavar="YAML", type=Path,
-        help="options by name, paths relative to the file; the command line wins",
+        help="options by name, paths relative to the file; the command line takes precedence",
     )
 
 
 def _add_question(add: Any) -> None:
     add(
         "--question", choices=("certify", "radius", "synonyms"),
-        help="is the prediction certain within --eps; up to which radius (default); whichever of "
-        "the data's candidates stand in the words' places",
+        help="certify: does the prediction hold within --eps; radius: the largest radius within "
+        "which it holds (default); synonyms: does it hold if candidates replace the words",
     )
-    add("--eps", metavar="R", type=_number(float, 0), help="radius in the space of embeddings")
-    add("--norm", choices=("inf", "2", "1"), help="of the radius (default inf)")
+    add("--eps", metavar="R", type=_number(float, 0), help="radius around the embeddings")
+    add("--norm", choices=("inf", "2", "1"), help="norm of the radius (default inf)")
     add(
         "--words", choices=("all", "each"),
-        help="all words move together (default), or each one alone while the others stay",
+        help="perturb all words together (default), or each word while the others stay fixed",
     )
     add(
         "--shape", choices=("hull", "box"),
-        help="set of a word's substitutes: convex hull (default) or smallest box",
+        help="set that contains a word's substitutes: convex hull (default) or smallest box",
     )
     add(
         "--tolerance", metavar="T", type=_number(float, 0, exclusive=True),
-        help="a radius is found to within this share of itself (default 0.02)",
+        help="relative precision of the radius (default 0.02)",
     )
     add(
         "--task", choices=("classification", "label-tokens", "next-token"),
-        help="default: classification for BERT, label-tokens for GPT with --label-tokens, else "
-        "next-token",
+        help="what is predicted (default: classification for BERT, label-tokens for GPT with "
+        "--label-tokens, otherwise next-token)",
     )
     add(
         "--label-tokens", metavar="WORDS",
@@ -204,21 +204,21 @@ def _add_question(add: Any) -> None:
     )
     add(
         "--labels", metavar="NAME", nargs="+",
-        help="names of class 0, 1, ..., which the data may have as label: negative positive",
+        help="names of class 0, 1, ..., if the data has names as labels: negative positive",
     )
-    add("--prompt", metavar="TEXT", help="what a GPT is asked, with {text} in it (default {text})")
+    add("--prompt", metavar="TEXT", help="prompt for a GPT, containing {text} (default {text})")
     add(
         "--tokenizer", metavar="FILE", type=Path,
-        help="tokenizer.json, or a vocabulary, one token a line (default: tokenizer.json or "
+        help="tokenizer.json, or a vocabulary with one token per line (default: tokenizer.json or "
         "vocab.txt in the checkpoint's folder)",
     )
     add(
         "--iteration", metavar="N", type=_iteration,
-        help="of the checkpoint, or 'release' (default: what its tracker names)",
+        help="iteration of the checkpoint, or 'release' (default: the tracker's)",
     )
     add(
         "--model-config", metavar="YAML", type=Path,
-        help="Megatron's model arguments by name, for what the checkpoint's own lack",
+        help="Megatron's model arguments by name, to add to or replace the checkpoint's",
     )
     add("--limit", metavar="N", type=_number(int, 1), help="only the first N lines of the data")
 
@@ -226,22 +226,22 @@ def _add_question(add: Any) -> None:
 def _add_effort(add: Any) -> None:
     add(
         "--method", type=_method,
-        help="IBP, CROWN-IBP, CROWN (default), CROWN-Optimized (alpha-CROWN), or auto: these in "
-        "order until one proves it",
+        help="IBP, CROWN-IBP, CROWN (default), CROWN-Optimized (alpha-CROWN), or auto: each of "
+        "these in turn until one proves the property",
     )
     add(
         "--tensor-parallel-size", metavar="N", type=_number(int, 1),
-        help="ranks that a model is sharded over (default: all processes); with --data further "
-        "processes are replicas, which share the sentences",
+        help="ranks that the model is sharded over (default: all processes); with --data, the "
+        "remaining processes hold replicas, which share the sentences",
     )
     add(
         "--dtype", choices=("float32", "float64"),
-        help="precision of the run (default: the network's)",
+        help="number type of the run (default: the network's)",
     )
     add(
         "--outward", action="store_true",
         help="widen bounds by a proven limit on their rounding error, so that unsat holds in real "
-        "arithmetic (in float64; properties of networks, not sentences)",
+        "arithmetic (float64; for properties of networks, not for sentences)",
     )
     add(
         "--alpha-iterations", metavar="N", type=_number(int, 1),
@@ -253,7 +253,7 @@ def _add_effort(add: Any) -> None:
     )
     add(
         "--attack-steps", metavar="N", type=_number(int, 0),
-        help="gradient steps of the attack; 0: no attack (default 40)",
+        help="gradient steps of the attack, 0 for no attack (default 40)",
     )
     add(
         "--attack-restarts", metavar="N", type=_number(int, 1),
@@ -261,27 +261,29 @@ def _add_effort(add: Any) -> None:
     )
     add(
         "--timeout", metavar="SECONDS", type=_number(float, 0, exclusive=True),
-        help="limit for each input, looked at between stages (default: none, or the CSV's)",
+        help="time limit per input, checked between stages (default: none, or the CSV's)",
     )
     add(
         "--max-spec-rows", metavar="N", type=_number(int, 1),
-        help="most rows of bounds carried at once; smaller takes less memory (default: all)",
+        help="maximum rows of bounds at once; fewer take less memory (default: all)",
     )
-    add("--seed", metavar="N", type=_number(int, 0), help="of the attack (default 0)")
+    add("--seed", metavar="N", type=_number(int, 0), help="seed of the attack (default 0)")
     add(
         "--no-live-check", action="store_true",
-        help="do not run the model itself beside its bounds to see that they are of it (for models "
-        "too large to be run); results then say live_check: false",
+        help="do not run the model itself to check that the bounds describe it (for models too "
+        "large to run); results then say live_check: false",
     )
 
 
 def _add_report(commands: Any) -> None:
     parser = _add_command(
         commands, "report",
-        "Make a page with plots of a file of results; it opens in any browser, without a network.",
+        "Turn a file of results into a page with plots, which opens offline in any browser.",
         "example:\n  lirpa-megatron report results.jsonl --output report.html",
     )
-    parser.add_argument("results", metavar="RESULTS", type=Path, help="what verify --output wrote")
+    parser.add_argument(
+        "results", metavar="RESULTS", type=Path, help="file that verify --output wrote"
+    )
     parser.add_argument(
         "--output", metavar="HTML", type=Path, help="page to write (default: report.html)"
     )
@@ -322,7 +324,7 @@ def _check_sentences(given: dict[str, Any]) -> None:
     _add_question(parser.add_argument)
     names = {action.dest for action in parser._actions} - {"help"}
     for name in sorted(names & set(given)):
-        raise UserError(f"--{name.replace('_', '-')} is for sentences: give --data too")
+        raise UserError(f"--{name.replace('_', '-')} needs sentences: give --data too")
 
 
 def _from_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:

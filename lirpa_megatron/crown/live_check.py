@@ -196,15 +196,15 @@ class LiveCheck:
             raise
         except ReadsValues as found:
             raise LiveModelError(
-                f"{type(self.model).__name__}: what the model computes is decided by values of its "
-                f"input ({found}), and a graph of bounds has one of the cases alone: decide by "
-                "torch.where, or bound the cases one by one (check_live=False leaves this out)"
+                f"{type(self.model).__name__}: control flow depends on values of the input "
+                f"({found}), but a graph of bounds covers only one case: use torch.where, or bound "
+                "each case separately (check_live=False skips this check)"
             ) from None
         except Exception as error:
             raise LiveModelError(
-                f"the model's own forward ends with {type(error).__name__} on the clean input, so "
-                f"bounds cannot be compared with it: {_line(error)} (check_live=False leaves the "
-                "comparison out)"
+                f"the model's own forward raises {type(error).__name__} on the clean input, so "
+                f"bounds cannot be compared with it: {_line(error)} (check_live=False skips the "
+                "comparison)"
             ) from error
 
     # --------------------------------------------------------------- a second look

@@ -171,7 +171,7 @@ def check_perturbations(module: Any, x: Sequence[Any], method: str) -> None:
     for node in auto_lirpa.roots(module):
         if isinstance(node, auto_lirpa.BoundParams) and node.perturbation is not None:
             raise NotImplementedError(
-                f"parameter {node.ori_name!r} is perturbed: only inputs can be on a sharded model"
+                f"parameter {node.ori_name!r} is perturbed: on a sharded model, only inputs can be"
             )
     for i, value in enumerate(x):
         ptb = getattr(value, "ptb", None)
@@ -200,8 +200,8 @@ def _check_shapes(index: int, x: torch.Tensor, ptb: Any) -> None:
     shape = tuple(x.shape)
     if not x.is_floating_point():
         raise ValueError(
-            f"input {index} is perturbed and of {x.dtype}: only numbers of floating point can be; "
-            "perturb the embeddings of token ids"
+            f"input {index} is perturbed, but it is {x.dtype}: a perturbed input must be floating "
+            "point; for token ids, perturb their embeddings"
         )
     for name in ("x_L", "x_U"):
         bound = getattr(ptb, name, None)
@@ -216,7 +216,7 @@ def _check_shapes(index: int, x: torch.Tensor, ptb: Any) -> None:
     if is_ball(ptb):
         raise ValueError(
             f"input {index}: eps has shape {tuple(eps.shape)} with norm {ptb.norm:g}: a ball has "
-            "one radius, give a number (and samples of other radii in a call of their own)"
+            "one radius: give a number, and bound samples with other radii in a separate call"
         )
     sizes = tuple(eps.shape)
     fits = len(sizes) == len(shape) and all(

@@ -74,7 +74,7 @@ class CertifiedLoss:
     ) -> None:
         self.method, self.num_classes, self.vocab_size = check_method(method), num_classes, None
         if self.method in ("CROWN-Optimized", "auto"):
-            raise UserError(f"method {self.method} cannot be trained with: choose CROWN")
+            raise UserError(f"method {self.method} cannot be used for training: choose CROWN")
         inputs, bounded_model = tuple(inputs), model
         if num_classes is None:
             if not isinstance(model, TokenMargins):

@@ -33,7 +33,7 @@ class Ramp:
 
     def __post_init__(self) -> None:
         if self.length < 0:
-            raise UserError(f"length is {self.length}: a ramp takes 0 iterations or more")
+            raise UserError(f"length is {self.length}: give 0 iterations or more")
         if not 0 <= self.mid <= 1:
             raise UserError(f"mid is {self.mid}: give a share of the length, from 0 to 1")
         if self.beta < 2:

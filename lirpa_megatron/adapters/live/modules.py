@@ -121,7 +121,7 @@ def language_model(
             )
     length = model.max_sequence_length
     if hidden.shape[1] > length and model.position_embedding_type == "learned_absolute":
-        raise UserError(f"a sequence of {hidden.shape[1]}: the model has {length} positions")
+        raise UserError(f"the sequence has {hidden.shape[1]} tokens, the model {length} positions")
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     has_types = model.embedding.tokentype_embeddings is not None
     with _replaced(model.encoder, start_layer, first, {"attention_mask": mask}):

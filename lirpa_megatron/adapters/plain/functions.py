@@ -180,7 +180,7 @@ class TracedFunctions(TorchFunctionMode):
     ) -> Any:
         """A function of parameters and constants, which the host may lack."""
         if name in _RANDOM:
-            raise self.refused(name, "draws numbers, which are others in every call: not supported")
+            raise self.refused(name, "draws random numbers: not supported")
         origins = frozenset().union(*(self.origins(x) for x in tensors))
         of_batch = "batch" in origins and bool(args) and not name.startswith("__")
         with untraced(), torch.no_grad():
@@ -289,8 +289,8 @@ def _one_output(model: nn.Module) -> Iterator[None]:
         y = forward(*args, **kwargs)
         if not isinstance(y, torch.Tensor):
             raise UserError(
-                f"the model returns a {type(y).__name__}, bounds are of one tensor: wrap it in a "
-                "module that returns the one to bound"
+                f"the model returns a {type(y).__name__}, but only one tensor can be bounded: wrap "
+                "it in a module that returns that tensor"
             )
         return y
 
@@ -342,8 +342,8 @@ def _check_inputs(model: nn.Module, inputs: Sequence[Any]) -> None:
             )
     if not any(x.is_floating_point() for x in inputs):
         raise UserError(
-            f"input 0 is {inputs[0].dtype}: a perturbed input holds numbers of floating point; "
-            "give x.float(), or of token ids their embeddings"
+            f"input 0 is {inputs[0].dtype}: a perturbed input must be floating point: "
+            "give x.float(), or the embeddings of token ids"
         )
 
 

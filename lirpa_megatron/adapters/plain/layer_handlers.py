@@ -135,7 +135,7 @@ def _adaptive_avg_pool(mode: Any, name: str, func: Any, args: tuple, kwargs: dic
     n = int(name[-2])
     sizes = plain(tuple(size)) if isinstance(size, (tuple, list)) else (plain(size),) * n
     if set(sizes) != {1} or x.ndim != n + 2:
-        raise mode.refused(name, f"to {sizes}: only to one number for each channel, of [B, C, ...]")
+        raise mode.refused(name, f"to {sizes}: only one number per channel is supported")
     return structure.added_up(x, range(2, n + 2), True, 1 / math.prod(shape_of(x)[2:]))
 
 
@@ -179,8 +179,8 @@ def _choose(mode: Any, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     for x in (a, b):
         constant = not isinstance(x, torch.Tensor) or not mode.depends(x)
         if constant and not bool(torch.isfinite(torch.as_tensor(x)).all()):
-            raise mode.refused(name, "puts in a value that is not finite, of which there are no "
-                               "bounds: use a large finite one, as -10000")
+            raise mode.refused(name, "fills in a value that is not finite, which cannot be "
+                               "bounded: use a large finite one such as -10000")
     like = next(x for x in (a, b) if isinstance(x, torch.Tensor) and mode.depends(x))
     with untraced(), torch.no_grad():
         one = condition.to(like.dtype)

@@ -57,7 +57,7 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
         check_writable(output)
     if arguments.get("resume"):
         if output is None:
-            raise UserError("--resume needs --output: it goes on with that file")
+            raise UserError("--resume needs --output, the file to continue")
         if output.exists():
             earlier, keep_bytes = read_results(output)
             done = [r for r in earlier if any(_is_of(r, i, options) for i in instances)]
@@ -121,9 +121,9 @@ def _rows_of(named: tuple[str, Path, bool], rows: list[Row], path: Path) -> list
         files = {same_file(row.network_path): row.network for row in alike}
         if len(files) > 1:
             raise UserError(
-                f"checkpoint {file} holds network {name}, and rows of instances file {path} are of "
-                f"several files of that name: {', '.join(sorted(files.values())[:5])}; keep the "
-                "rows of one of them in a file of its own"
+                f"checkpoint {file} holds network {name}, but instances file {path} has rows of "
+                f"several files with that name: {', '.join(sorted(files.values())[:5])}; move the "
+                "rows of one of them to a separate file"
             )
     else:
         own = same_file(file)

@@ -54,8 +54,8 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
         item = _item(number, line)
         if item.name in seen:
             raise UserError(
-                f"data {path}, line {number}: id {item.name!r} stands in line {seen[item.name]} "
-                "already"
+                f"data {path}, line {number}: id {item.name!r} is already used in line "
+                f"{seen[item.name]}"
             )
         seen[item.name] = number
         items.append(item)
@@ -87,7 +87,7 @@ def _fields(plain: dict[str, Any]) -> dict[str, Any]:
     if (text is None) == (ids is None):
         raise UserError("give either a 'sentence' or token 'ids'")
     if text is not None and not _is_text(text):
-        raise UserError("the sentence is empty or no text")
+        raise UserError("the sentence is empty or not text")
     if ids is not None and (not isinstance(ids, list) or not ids or not all(map(_is_id, ids))):
         raise UserError("ids must be a list of whole numbers from 0 on")
     if isinstance(label, float) and label.is_integer():

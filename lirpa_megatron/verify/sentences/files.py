@@ -37,20 +37,23 @@ def check_output(files: Files) -> None:
     output = files.output
     if output is None:
         if files.resume:
-            raise UserError("--resume needs --output: it goes on with that file")
+            raise UserError("--resume needs --output, the file to continue")
         return
     check_writable(output)
     summary = _summary_of(output)
     if output.name == summary.name:
-        raise UserError(f"output {output} has the name of the summary beside it: choose another")
+        raise UserError(f"output {output} has the name of the summary: choose another")
     for path in (files.data, files.tokenizer, files.model_config):
         for written in (output, summary):
             if path is not None and path.exists() and written.exists() and path.samefile(written):
-                raise UserError(f"{path} is read, and {written} would replace it: choose another")
+                raise UserError(
+                    f"{path} is an input, and {written} would overwrite it: choose another name"
+                )
     parts = _parts(output)
     if parts and not files.resume:
         raise UserError(
-            f"{parts[0]} has results of a run that did not end: --resume keeps them, or remove it"
+            f"{parts[0]} has results of a run that did not finish: give --resume to keep them, or "
+            "remove it"
         )
 
 

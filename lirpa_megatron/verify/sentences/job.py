@@ -310,7 +310,7 @@ def _output(files: Files) -> Iterator[ResultsFile | None]:
     stream, (_, replica) = None, _replicas()
     with agreed(dist.group.WORLD, "opening the output"):
         if files.output is None and replica > 0:
-            raise UserError("several replicas write files: give --output")
+            raise UserError("several replicas cannot share standard output: give --output")
         if runtime.tp_rank() == 0:
             stream = ResultsFile(files, replica)
     try:

@@ -68,13 +68,12 @@ class SentenceOptions:
         if self.question == "radius" and self.eps is not None:
             raise UserError("--question radius searches for eps: leave --eps out, or ask certify")
         if self.question == "synonyms" and self.norm != "inf":
-            raise UserError(f"--question synonyms has boxes and hulls, not norm {self.norm}")
+            raise UserError(f"--question synonyms uses a box or a hull, not --norm {self.norm}")
         if self.question == "synonyms" and self.eps is not None and self.shape == "hull":
             raise UserError("--eps around substitutes needs --shape box")
         if self.outward:
             raise UserError(
-                "--outward is for properties of networks: of norms and attention no limit on their "
-                "rounding error is known; leave it out"
+                "--outward supports properties of networks, not norms and attention: leave it out"
             )
         if "{text}" not in self.prompt:
             raise UserError(f"--prompt {self.prompt!r} has no {{text}}, the place of the sentence")

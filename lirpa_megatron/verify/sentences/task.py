@@ -79,7 +79,7 @@ class Task:
         known = "name the classes with --labels" if self.names is None else (
             f"the classes are {', '.join(self.names)}"
         )
-        raise UserError(f"label {label!r} is no class: {known}")
+        raise UserError(f"label {label!r} is not a class: {known}")
 
     def with_label(self, item: Item) -> Item:
         """The item with its label as a number; one whose label is none says so."""
@@ -208,11 +208,11 @@ def make_task(
     if labels is None:
         return task
     if task.name == "next-token":
-        raise UserError("--labels name classes, and the task next-token has none")
+        raise UserError("--labels names classes, but the task next-token has none")
     if len(labels) != task.classes:
-        raise UserError(f"--labels has {len(labels)} names, and there are {task.classes} classes")
+        raise UserError(f"--labels has {len(labels)} names, but there are {task.classes} classes")
     if len({label.strip().casefold() for label in labels}) < len(labels):
-        raise UserError(f"--labels {' '.join(labels)}: the same name stands twice")
+        raise UserError(f"--labels {' '.join(labels)}: the same name occurs twice")
     task.names = [label.strip() for label in labels]
     return task
 
@@ -243,7 +243,7 @@ def _make_task(
 
 def _label_ids(text: str, tokenizer: Tokenizer | None) -> tuple[list[str], list[list[int]]]:
     if tokenizer is None:
-        raise UserError("--label-tokens are words: give the --tokenizer that knows them")
+        raise UserError("--label-tokens needs --tokenizer, to turn words into tokens")
     classes = [[w.strip() for w in part.split(",") if w.strip()] for part in text.split("|")]
     if len(classes) < 2 or not all(classes):
         raise UserError(
@@ -258,5 +258,5 @@ def _label_ids(text: str, tokenizer: Tokenizer | None) -> tuple[list[str], list[
         ids.append(found)
     every = [i for found in ids for i in found]
     if len(set(every)) != len(every):
-        raise UserError(f"--label-tokens {text!r}: the same token stands twice")
+        raise UserError(f"--label-tokens {text!r}: the same token occurs twice")
     return [words[0] for words in classes], ids

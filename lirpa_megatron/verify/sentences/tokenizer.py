@@ -115,7 +115,7 @@ class Vocabulary:
             line = next(i for i, token in enumerate(tokens) if self.ids[token] != i)
             raise UserError(f"tokenizer {name}, line {line + 1}: {tokens[line]!r} occurs twice")
         if UNKNOWN not in self.ids:
-            raise UserError(f"tokenizer {name} has no {UNKNOWN} for words that it does not have")
+            raise UserError(f"tokenizer {name} has no {UNKNOWN} for words that it lacks")
         self.lower = not any(t != t.lower() for t in tokens if not t.startswith("["))
         foreign = next(filter(_is_foreign_piece, tokens), None)
         if foreign is not None:
