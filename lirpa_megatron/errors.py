@@ -2,9 +2,9 @@
 
 
 class UserError(Exception):
-    """Bad input. The message is one clear line that names the thing and says what to do.
+    """Bad input. The message is one line that names the problem and says what to do.
 
-    The command line prints it on rank 0 and ends with status 2; a library user catches it.
+    The command line prints it on rank 0 and exits with status 2.
     """
 
 
@@ -17,8 +17,8 @@ class RemoteRankError(SPMDError):
 
 
 class BoundsError(ArithmeticError):
-    """Bounds exclude what the model itself computes: too much rounding, or an error in a bound."""
+    """Bounds exclude the model's own output: too much rounding, or an error in a bound."""
 
 
 class LiveModelError(BoundsError):
-    """What is bounded is not the function that the caller's own module computes."""
+    """The graph that is bounded computes a different function than the caller's module."""

@@ -34,24 +34,24 @@ def embed(
 ) -> torch.Tensor:
     """The hidden states that enter the first layer, on every rank.
 
-    Dropout is left out, and the sequence is whole also with sequence_parallel. Gradients flow to
-    the embeddings' parameters.
+    Dropout is omitted, and the sequence is complete even with sequence_parallel. Gradients flow to
+    the embedding's parameters.
 
     Args:
         model: a GPTModel or BertModel.
         ids: token ids [B, S].
         position_ids: [B, S]; by default 0, 1, ... in each sequence.
         tokentype_ids: [B, S], for a model with token types.
-        check_live: whether the model's own embedding is run too, and compared.
+        check_live: whether to run the model's own embedding too, and compare.
 
     Returns:
         [B, S, h].
 
     Raises:
-        UserError: token ids outside of the vocabulary, or token types given to a model without
-            them, or missing.
-        NotImplementedError: an embedding that computes something else, by name.
-        LiveModelError: the model's own embedding gives something else; on every rank.
+        UserError: token ids outside the vocabulary, token types that are missing, or that the
+            model does not have.
+        NotImplementedError: an embedding that differs from Megatron's, by name.
+        LiveModelError: the model's own embedding gives a different result; on every rank.
     """
     model = hooks.unwrapped(model)
     embedding: Any = model.embedding

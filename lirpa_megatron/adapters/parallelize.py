@@ -43,10 +43,10 @@ class RowLinear(_LikeLinear, RowParallelLinear):
 def parallelize(module: nn.Module, tp_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Shards the Linear layers of a module over the tensor-parallel group.
 
-    Every rank passes the same module and gets its part of it: Column/Row pairs chosen from the
-    graph (`explain` says how), everything else replicated. The function computed is the same.
-    Parameters keep their names; sharded ones are copies of the rank's slice and carry Megatron's
-    attributes (tensor_model_parallel, partition_dim), replicated ones are the given module's own.
+    Every rank passes the same module and gets its part of it. Column/Row pairs are chosen from the
+    graph (`explain` shows the choice); everything else is replicated. The function stays the same.
+    Parameters keep their names. Sharded ones are copies of the rank's slice with Megatron's
+    attributes (tensor_model_parallel, partition_dim); replicated ones are the given module's own.
 
     Args:
         module: Linear layers, activations, Flatten, residual sums, ...; its weights may be on the
@@ -73,7 +73,7 @@ def parallelize(module: nn.Module, tp_group: dist.ProcessGroup | None = None) ->
 
 
 def explain(module: nn.Module, size: int | None = None) -> str:
-    """How `parallelize` treats each Linear of a plain module, and why: a table as text.
+    """Says how `parallelize` treats each Linear of a plain module, and why, as a text table.
 
     Args:
         module: the module before `parallelize`.

@@ -67,7 +67,7 @@ def from_layer(model: nn.Module, layer: int) -> View:
 
 
 def at_position(model: nn.Module, position: int) -> View:
-    """The model's output at one position of the sequence: [B, V or V/p], [B, h] of a block."""
+    """The model's output at one position of the sequence: [B, V or V/p], or [B, h] for a block."""
     return _view(model, position=position)
 
 

@@ -31,58 +31,58 @@ class OwnOptions:
     """Entries of `bound_opts` that auto_LiRPA does not have."""
 
     max_spec_rows: int | None = None
-    """Most rows of A that a rank carries at once. None: as many as `pass_memory` has room for. The
-    same on every rank."""
+    """Maximum number of rows of A that a rank carries at once. None: as many as fit into
+    `pass_memory`. Must be the same on every rank."""
     pass_memory: float | None = None
-    """MiB for the rows of A (both sides, at the node where they take most) that a rank carries at
-    once; a pass needs a small multiple of it. None: 16 MiB on a CPU (what its cache holds), shared
-    by the ranks; on a GPU a 128th of what is free on the rank that has least."""
+    """MiB for the rows of A that a rank carries at once (both sides, at the node where they are
+    largest); a pass needs a small multiple of this. None: 16 MiB on a CPU, which fits its cache,
+    shared by the ranks; on a GPU a 128th of the free memory, on the rank that has least."""
     moves: str = "auto"
-    """What passes whose ranks carry their own rows bring to the other ranks: rows of 'A', 'weights'
-    with the operators' relaxations (wherever they can move; not where alpha is in use), or 'auto',
-    which counts the bytes of both for every part of a pass. The bounds are the same."""
+    """What ranks exchange in passes in which each carries its own rows: rows of 'A'; 'weights' with
+    the operators' relaxations, where they can move (not where alpha is used); or 'auto', which
+    counts the bytes of both for each part of a pass. The bounds are the same."""
     final_rows: str = "auto"
-    """Rows of the final pass: 'whole' on every rank, each rank its 'own', or 'auto'."""
+    """Rows of the final pass: 'whole' on every rank, each rank its 'own' share, or 'auto'."""
     whole_rows_limit: int = 64
-    """With 'auto': up to this many rows the final pass is whole."""
+    """With final_rows 'auto', the final pass is whole up to this many rows."""
     return_A_rows: str = "whole"
-    """`return_A` gives all rows ('whole', gathered) or the rank's 'own'."""
+    """Whether `return_A` returns all rows, gathered ('whole'), or the rank's 'own'."""
     form_limit: int = FORM_LIMIT
-    """Numbers in the affine form of one node ([B, node, perturbed inputs], see
-    `operators.affine.form`) up to which transformers' norms and attention use it; 0 for boxes
-    alone. Its memory and the time of a pass grow with it, and so does tightness."""
+    """Size of one node's affine form ([B, node, perturbed inputs], see `operators.affine.form`) up
+    to which transformers' norms and attention use it; 0 uses boxes alone. Forms take memory and
+    time, and tighten the bounds."""
     form_memory: float | None = None
-    """MiB of the affine forms of replicated nodes that every rank keeps whole. Of those beyond it
-    each rank keeps some positions, and passes bring together what they reach (not with gradients
-    or alpha). The bounds are the same. None: 16 MiB on a CPU; on a GPU a sixteenth of what is free
-    on the rank that has least."""
+    """MiB of the affine forms of replicated nodes that every rank holds in full. Of the others each
+    rank holds some positions, and a pass gathers those that it reaches (not with gradients or
+    alpha). The bounds are the same. None: 16 MiB on a CPU; on a GPU a sixteenth of the free
+    memory, on the rank that has least."""
     optimize_intermediate: str | bool = "auto"
-    """CROWN-Optimized: whether the bounds of intermediate nodes have an alpha of their own (as in
-    auto_LiRPA), and so are computed again in every iteration. False: they are CROWN's, computed
-    once, and alpha serves the final pass alone. 'auto': False for models with attention, where
-    alpha for all rows of all nodes fills the memory, True for others."""
+    """CROWN-Optimized: whether alpha also optimises the bounds of intermediate nodes (as in
+    auto_LiRPA), which are then recomputed in every iteration. False: CROWN computes them once, and
+    alpha is used only in the final pass. 'auto': False for models with attention, where alpha for
+    all rows of all nodes fills the memory, otherwise True."""
     rounding: str = "nearest"
     """'nearest': bounds as floating-point arithmetic rounds them. 'outward': every bound is widened
     by a proven limit on its rounding error, so that it holds for the network in real arithmetic
-    (`lirpa_megatron.rounding`): float64, operators of which such a limit is known. Fixed when the
-    module is built."""
+    (`lirpa_megatron.rounding`); needs float64, and operators with a known limit. Cannot be changed
+    once the module is built."""
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
     sparse_intermediate_bounds: bool = True
-    """auto_LiRPA's: where only ReLUs make use of a node's bounds, CROWN bounds the neurons alone
-    that interval arithmetic, from what is known of the layer before, does not show to be stable
-    (all, where these are more than its `minimum_sparsity`, 0.9 of them). Products leave out neurons
-    that a ReLU cuts off. False: everything is computed."""
+    """As in auto_LiRPA: if only ReLUs use a node's bounds, CROWN bounds only the neurons that
+    interval arithmetic, starting from the bounds of the previous layer, does not prove stable (all
+    neurons, if these are more than `minimum_sparsity`, 0.9). Products skip neurons that a ReLU
+    cuts off. False: everything is computed."""
     sparse_spec_alpha: bool = True
-    """auto_LiRPA's: with the option above, alpha-CROWN too bounds the neurons alone that are not
-    known to be stable, by CROWN or by the best bounds of earlier iterations, and the others keep
-    these. False: alpha for all rows."""
+    """As in auto_LiRPA: together with the option above, alpha-CROWN bounds only the neurons that
+    neither CROWN nor an earlier iteration proves stable; the others keep their bounds. False: all
+    rows have alpha."""
     check_live: bool = True
-    """The model's own forward is run on the clean input when the graph is built and in every
-    `compute_bounds`, and compared with the graph's value (`live_check`). False leaves that out, for
-    models too large to be run: nothing then shows that the bounds are of this very model."""
+    """Run the model's own forward on the clean input when the graph is built and in every
+    `compute_bounds`, and compare it with the graph's value (`live_check`). False skips this, for
+    models that are too large to run; nothing then shows that the bounds describe this model."""
     check_live_every: int = 100
-    """In training: at the first of so many calls of `compute_bounds`, and not at the others."""
+    """In training, the check runs only in every so many calls of `compute_bounds`."""
 
     def __post_init__(self) -> None:
         limit = self.max_spec_rows

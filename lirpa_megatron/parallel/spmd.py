@@ -221,13 +221,13 @@ def poll(group: dist.ProcessGroup | None) -> None:
 
 @contextlib.contextmanager
 def guard(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
-    """A block that every rank of the group enters: if one rank fails in it, all of them do.
+    """A block that every rank of the group enters: if one rank fails in it, all ranks fail.
 
-    Nested guards are free. The error of the failing rank is raised there unchanged, and as
-    `RemoteRankError` with its message on the others.
+    Nested guards cost nothing. The failing rank raises its own error; the others raise
+    `RemoteRankError` with its message.
 
     Args:
-        group: the tensor-parallel group (None or one rank: nothing to agree on).
+        group: the tensor-parallel group; None or one rank: no guard is needed.
         what: name of the block, for messages.
 
     Raises:

@@ -22,10 +22,10 @@ from lirpa_megatron.errors import UserError
 
 
 def classification_margins(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """The specification C of a classifier: its label's logit less each other one.
+    """The specification C of a classifier: the label's logit minus each other logit.
 
     Args:
-        labels: [B], whole numbers from 0 to K-1.
+        labels: [B], integers from 0 to K-1.
         num_classes: K, at least 2.
 
     Returns:
@@ -33,7 +33,7 @@ def classification_margins(labels: torch.Tensor, num_classes: int) -> torch.Tens
         -1 at the j-th other class, in their order.
 
     Raises:
-        UserError: labels that are no classes, or fewer than two classes.
+        UserError: labels that are not classes, or fewer than two classes.
     """
     if num_classes < 2:
         raise UserError(f"num_classes is {num_classes}: a margin needs at least 2")
@@ -55,14 +55,14 @@ def next_token_margins(
 ) -> nn.Module:
     """logit[t] - logit[j] of a language model at one position, as a model to be bounded.
 
-    Its inputs are those of the model's view, and the targets t, int64 [B], last: (hidden, targets)
-    or (hidden, mask, targets). They are given at every `compute_bounds`. Its output is [B, V], j
-    every entry of the vocabulary: 0 at j = t, and of no meaning at entries that only pad the
-    vocabulary; `smallest_margin` leaves both out. With `against` it is [B, m].
+    Its inputs are those of the model's view, followed by the targets t, int64 [B]: (hidden,
+    targets) or (hidden, mask, targets). Pass them to every `compute_bounds`. Its output is [B, V],
+    one margin for each entry j of the vocabulary: 0 at j = t, and meaningless at entries that only
+    pad the vocabulary; `smallest_margin` skips both. With `against` the output is [B, m].
 
-    Each rank bounds the margins over its own part of the vocabulary; only the targets' rows of the
-    output layer's weight, and the bounds, are communicated. So [B, V] is the better choice also
-    where `against` is a large part of V.
+    Each rank bounds the margins over its own part of the vocabulary. The ranks exchange only the
+    targets' rows of the output layer's weight and the bounds, so [B, V] is the better choice even
+    if `against` is a large part of V.
 
     Args:
         model: a GPTModel, a BertModel (its 'lm' head: the word at a position) or a view of one;

@@ -42,10 +42,10 @@ def perturb_tokens(
     start_layer: int | None = None,
     check_live: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """The inputs of `BoundedModule(model, inputs)` and `compute_bounds(inputs)` for token ids.
+    """Makes the inputs of `BoundedModule(model, inputs)` and `compute_bounds(inputs)` from tokens.
 
-    Either every embedding may move by `eps`, or words may be exchanged for their `substitutes`, or
-    (shape 'box') both. Every rank calls it with the same arguments.
+    Either each embedding may change by up to `eps`, or words may be replaced by `substitutes`, or
+    (with shape 'box') both. Every rank calls it with the same arguments.
 
     In training mode of the model gradients flow to the parameters of the embedding (and of the
     layers before `start_layer`), in eval mode the result is constant.
@@ -53,36 +53,36 @@ def perturb_tokens(
     Args:
         model: a GPTModel or BertModel, or a view of one (`at_position`, ..., margins of tokens).
         ids: token ids [B, S].
-        eps: radius at each position: a number, or [S] or [B, S]; 0 leaves a position as it is.
-        norm: inf, 2 or 1. With inf, every coordinate of an embedding moves by up to eps. With 2
+        eps: radius at each position: a number, [S] or [B, S]; 0 leaves a position unperturbed.
+        norm: inf, 2 or 1. With inf, each coordinate of an embedding changes by up to eps. With 2
             and 1, a number is the radius of one ball over all coordinates of all (chosen) positions
-            of a sample; a tensor gives each position a ball of its own.
-        positions: those (0 to S-1, or negative from the end) that eps is meant for; None: all.
-        substitutes: position -> ids of the words that may stand there instead, for all samples;
-            or a list of B such mappings. The set at a position holds the embeddings of its own word
-            and of the substitutes, positions and token types added as ever, each position on its
-            own.
-        shape: of the sets of substitutes: 'box', the smallest box around each position's
+            of a sample; a tensor gives each position its own ball.
+        positions: positions (0 to S-1, or negative from the end) that eps applies to; None: all.
+        substitutes: position -> ids of the words that may replace the word there, for all samples;
+            or a list of B such mappings. The set at a position contains the embeddings of its own
+            word and of the substitutes, with position and token type added; positions are
+            independent.
+        shape: shape of the sets of substitutes: 'box', the smallest box that contains the
             embeddings, or 'hull', their convex hull, which is tighter.
-        attention_mask: for a GPTModel [B or 1, 1, S, S], nonzero (True) where masked; for a
-            BertModel the padding mask [B, S], 1 where kept. As Megatron's forward takes it.
+        attention_mask: as Megatron's forward takes it: for a GPTModel [B or 1, 1, S, S], nonzero
+            (True) where masked; for a BertModel the padding mask [B, S], 1 where kept.
         position_ids: [B, S], as for `embed`.
         tokentype_ids: [B, S], as for `embed`.
-        start_layer: the layer (from 0) whose input is perturbed; what comes before is computed at
-            the clean ids, without gradients. By default that of the view, 0 for a model;
-            `from_layer` is the view that fits.
-        check_live: whether the model's own embedding (and the layers before `start_layer`) are run
-            too, and compared.
+        start_layer: the layer (from 0) whose input is perturbed; earlier layers are computed at
+            the clean ids, without gradients. By default the view's, or 0 for a model; use
+            `from_layer` to bound the rest.
+        check_live: whether to run the model's own embedding (and the layers before `start_layer`)
+            and compare.
 
     Returns:
         (hidden,) or, with an attention mask, (hidden, mask): hidden [B, S, h] a BoundedTensor, mask
         [B, 1, S, S] numbers, 1 where masked.
 
     Raises:
-        UserError: shapes that do not fit, ids, positions or layers that there are not, a radius
-            below 0 or NaN, no perturbation at all, or two that do not go together.
-        NotImplementedError: an embedding that computes something else than Megatron's, by name.
-        LiveModelError: the model itself makes other hidden states of the ids.
+        UserError: shapes that do not match; ids, positions or layers that do not exist; a radius
+            below 0 or NaN; no perturbation, or two that cannot be combined.
+        NotImplementedError: an embedding that differs from Megatron's, by name.
+        LiveModelError: the model itself computes different hidden states from the ids.
     """
     _check_ids(ids)
     model, first = _opened(model, start_layer)
