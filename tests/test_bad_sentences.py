@@ -100,7 +100,7 @@ CASES = {
     "radius with eps": ([*B, "--eps", "0.1"], "leave --eps out, or ask certify"),
     "negative eps": ([*B, "--question", "certify", "--eps", "-1"], "'-1' is not a number of at"),
     "NaN as eps": ([*B, "--question", "certify", "--eps", "nan"], "'nan' is not a number of at"),
-    "synonyms in a ball": ([*B, "--question", "synonyms", "--norm", "2"], "not norm 2"),
+    "synonyms in a ball": ([*B, "--question", "synonyms", "--norm", "2"], "not --norm 2"),
     "synonyms with eps": ([*B, "--question", "synonyms", "--eps", "0.1"], "needs --shape box"),
     "unknown norm": ([*B, "--norm", "3"], "--norm: invalid choice: '3'"),
     "unknown question": ([*B, "--question", "why"], "--question: invalid choice: 'why'"),
@@ -117,7 +117,7 @@ CASES = {
     "one class": ([*G, "--label-tokens", "w1,w2"], "words of two or more classes"),
     "label word that is unknown": ([*G, "--label-tokens", "w1|good"], "'good' is not one token"),
     "label word of two classes": ([*G, "--label-tokens", "w1|w1"], "same token occurs twice"),
-    "too few names": ([*B, "--labels", "good"], "--labels has 1 names, and there are 2 classes"),
+    "too few names": ([*B, "--labels", "good"], "--labels has 1 names, but there are 2 classes"),
     "the same name twice": ([*B, "--labels", "good", "Good"], "the same name occurs twice"),
     "names of tokens": ([*G, "--labels", "a", "b"], "the task next-token has none"),
     # data and tokenizer
@@ -157,7 +157,7 @@ CASES = {
     # output
     "output in no folder": ([*B, "--output", "no/r.jsonl"], "r.jsonl cannot be written: folder no"),
     "output is a folder": ([*B, "--output", "gpt"], "output gpt is a directory"),
-    "output is the data": ([*B, "--output", "good.jsonl"], "good.jsonl is read"),
+    "output is the data": ([*B, "--output", "good.jsonl"], "good.jsonl is an input"),
     "output is the tokenizer": ([*B, "--tokenizer", "more.txt", "--output", "more.txt"],
                                 "more.txt is an input, and more.txt would overwrite it"),
     "output is the summary": ([*B, "--output", "summary.json"], "name of the summary: choose"),

@@ -305,7 +305,7 @@ def test_rows_are_of_a_file_not_of_a_name(two, tmp_path, capsys):
     capsys.readouterr()
     assert verify("--load", tmp_path / "ckpt", "--instances", two / "i.csv")[0] == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "several files of that name: a/net.onnx, b/net.onnx" in line
+    assert "several files with that name: a/net.onnx, b/net.onnx" in line
 
 
 def test_resume_tells_files_of_one_name_apart(two, tmp_path):

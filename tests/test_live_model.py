@@ -102,7 +102,7 @@ class Reading(nn.Module):
 @pytest.mark.parametrize("how", ["a branch", "a number", "equality"])
 def test_values_of_the_input_that_decide_what_is_computed_are_refused_with_their_line(how):
     model = Branches() if how == "a branch" else Reading(how)
-    with pytest.raises(LiveModelError, match=r"values of its input \(\w+ at .*\.py:\d+ \(forward"):
+    with pytest.raises(LiveModelError, match=r"values of the input \(\w+ at .*\.py:\d+ \(forward"):
         BoundedModule(model.eval(), _x())
 
 

@@ -120,4 +120,4 @@ def test_float32_and_sentences_are_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text('{"ids": [1, 2]}\n')
     arguments = ["verify", "--load", str(tmp_path), "--data", str(tmp_path / "d.jsonl")]
     assert main([*arguments, "--outward"]) == 2
-    assert "--outward is for properties of networks" in capsys.readouterr().err
+    assert "--outward supports properties of networks" in capsys.readouterr().err

@@ -274,11 +274,11 @@ BROKEN = {
     "nested in a field": ('{"sentence": ' + '{"a":' * 50_000, "nested too deeply"),
     "huge number": ('{"sentence": "a", "label": ' + "9" * 5000 + "}", "limit"),
     "not UTF-8": (b'{"sentence": "caf\xe9"}', "not text in UTF-8"),
-    "half of a surrogate pair": ('{"sentence": "\\ud800"}', "the sentence is empty or no text"),
+    "half of a surrogate pair": ('{"sentence": "\\ud800"}', "the sentence is empty or not text"),
     "nothing": ('{"label": 1}', "either a 'sentence' or token 'ids'"),
     "two": ('{"sentence": "a", "ids": [1]}', "either a 'sentence' or token 'ids'"),
-    "empty sentence": ('{"sentence": " "}', "the sentence is empty or no text"),
-    "number as sentence": ('{"sentence": 3}', "the sentence is empty or no text"),
+    "empty sentence": ('{"sentence": " "}', "the sentence is empty or not text"),
+    "number as sentence": ('{"sentence": 3}', "the sentence is empty or not text"),
     "no ids": ('{"ids": []}', "ids must be a list of whole numbers"),
     "negative id": ('{"ids": [-1]}', "ids must be a list of whole numbers"),
     "true as id": ('{"ids": [true]}', "ids must be a list of whole numbers"),
@@ -454,7 +454,7 @@ def test_tasks_that_do_not_fit_are_refused(models, kind, name, tokens, message):
 
 
 def test_words_need_a_tokenizer(models):
-    with pytest.raises(UserError, match="give the --tokenizer that knows them"):
+    with pytest.raises(UserError, match="--label-tokens needs --tokenizer"):
         make_task(None, models["gpt"], transformers.VOCABULARY, "good|bad", None)
 
 
