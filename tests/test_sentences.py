@@ -477,7 +477,7 @@ def test_tasks_have_defaults_and_check_labels(models, kind, tokens, name, classe
 @pytest.mark.parametrize("options, message", [
     (dict(question="certify"), "give --eps"),
     (dict(question="radius", eps=0.1), "leave --eps out"),
-    (dict(question="synonyms", norm="2"), "not norm 2"),
+    (dict(question="synonyms", norm="2"), "not --norm 2"),
     (dict(question="synonyms", eps=0.1), "--shape box"),
     (dict(prompt="Review:"), "has no {text}"),
     (dict(prompt="{text} {text}"), "more than once"),
