@@ -103,7 +103,7 @@ def _one_mode(task: dict) -> dict:
     build((8,) * 5)[1]()  # imports what is imported late, compiles the host's kernels
     memory = PeakMemory()
     bounded, bound = build(WIDTHS[model])
-    traffic = None if mode == "plain" else bounded.layout.collectives.traffic
+    traffic = None if mode == "plain" else bounded.context.collectives.traffic
     seconds: list[float] = []
     for run in range(task["repeats"] + 1):
         if traffic is not None:

@@ -273,7 +273,7 @@ def launch(script: str, task: dict, ranks: int, limit: float, auto_lirpa: str | 
 
 def host_version(auto_lirpa: str | None) -> str:
     """The version of auto_LiRPA that workers will use."""
-    code = "from lirpa_megatron import host; print(host.VERSION)"
+    code = "from lirpa_megatron.compat import auto_lirpa; print(auto_lirpa.VERSION)"
     command = [sys.executable, "-W", "ignore", "-c", code]
     out = subprocess.run(command, env=environment(auto_lirpa), capture_output=True, text=True)
     if out.returncode != 0:

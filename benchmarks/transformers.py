@@ -122,7 +122,7 @@ def _one_mode(task: dict) -> dict:
         for _ in range(2):
             spent.clear()
             if task["mode"] != "plain":
-                traffic = bounded.layout.collectives.traffic
+                traffic = bounded.context.collectives.traffic
                 counted = bounded.schedule.communication.counted
                 traffic.clear()
                 counted.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from lirpa_megatron.crown.options import (
 from lirpa_megatron.crown.row_schedule import RowSchedule
 from lirpa_megatron.crown.sharded_nodes import mark_sharded
 from lirpa_megatron.operators import BoundColumnParallelLinear, custom_operators
-from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.context import CallState, GraphContext
 from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.parameters import own_value, widened
@@ -81,14 +81,14 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
         verbose: bool = False,
         custom_ops: Mapping[str, type] | None = None,
     ) -> None:
-        layout = Layout(collectives_of(model))
+        context = GraphContext(collectives_of(model), self.get_forward_value)
         own, host_opts = OwnOptions.split(bound_opts)
-        with spmd.guard(layout.collectives.group, "BoundedModule"):
+        with spmd.guard(context.collectives.group, "BoundedModule"):
             check_options(host_opts)
             object.__setattr__(self, "own_options", own)
-            object.__setattr__(self, "layout", layout)
-            object.__setattr__(self, "_depth", 0)
-            object.__setattr__(self, "_method", None)
+            object.__setattr__(self, "context", context)
+            object.__setattr__(self, "sharded", context.sharded)
+            object.__setattr__(self, "call", CallState())
             optimize_args = host_opts.get("optimize_bound_args", {})
             optimize_args = auto_lirpa.translate_optimize_args(optimize_args)
             opts = {
@@ -96,15 +96,15 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 **host_opts,
                 **own.for_host(),
                 "optimize_bound_args": optimize_args,
-                "layout": layout,
+                "context": context,
             }
             trainable = {p: p.requires_grad for p in model.parameters()}
             operators = {**custom_operators(), **(custom_ops or {})}
             with auto_lirpa.conversion(global_input), auto_lirpa.running(), widened(model), \
                     contextlib.ExitStack() as tracing:
-                facade = traceable(model, layout.collectives)
+                facade = traceable(model, context.collectives)
                 tracing.enter_context(
-                    traced_functions(facade, global_input, operators, layout.calls)
+                    traced_functions(facade, global_input, operators, context.calls)
                 )
                 super().__init__(
                     facade, global_input, bound_opts=opts,
@@ -113,18 +113,18 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                     custom_ops=operators,
                 )
             self._adopt_parameters(trainable)
-            sharded = mark_sharded(self._modules.values(), layout.collectives.size)
-            object.__setattr__(self, "sharded", sharded)
+            context.sharded.update(
+                mark_sharded(self._modules.values(), context.collectives.size)
+            )
             object.__setattr__(self, "schedule", RowSchedule(self))
             object.__setattr__(self, "intermediate", Intermediate(self))
-            layout.sharded, layout.value_of = self.sharded, self.get_forward_value
             outward = own.rounding == "outward"
             object.__setattr__(self, "rounding", Outward(self) if outward else None)
             self.train(model.training)
             self._check_parameters_agree()
             object.__setattr__(self, "live", None)
             if own.check_live:
-                live = LiveCheck(model, facade, layout.collectives, own.check_live_every)
+                live = LiveCheck(model, facade, context.collectives, own.check_live_every)
                 object.__setattr__(self, "live", live)
                 live.at_example(self, global_input)
 
@@ -145,7 +145,7 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
             if isinstance(node, auto_lirpa.BoundParams) and not self.sharded[node.name]
         }
         spmd.check_replicated(
-            self.layout.collectives.group,
+            self.context.collectives.group,
             {f"replicated parameter {name!r}": value for name, value in replicated.items()},
             "the bounds would be of no model at all; broadcast it from rank 0",
         )
@@ -205,13 +205,13 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
             BoundsError: bounds exclude the model's own output at the clean input.
             SPMDError: inputs or options differ between ranks; another rank failed.
         """
-        if self._depth > 0:  # the host calling itself: alpha iterations
+        if self.call.method is not None:  # the host calling itself: alpha iterations
             return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
         if isinstance(x, torch.Tensor):
             x = (x,)
         if not torch.is_grad_enabled() and alpha.is_asked_for(kwargs):
             return alpha.without_gradients(self, x, aux, C, kwargs)
-        group = self.layout.collectives.group
+        group = self.context.collectives.group
         if self.live is not None:
             self.live.begin(x, self._in_training(), self.own_options.check_live)
         if str(kwargs.get("method")).lower() == "auto":
@@ -238,39 +238,41 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 check_perturbations(self, x, kwargs["method"])
             if self.live is not None and self.live.due:
                 self.live.unchanged()
-            object.__setattr__(self, "_final_is_identity", C is None)
             self.check_output(C, kwargs)
             if self.rounding is not None:
                 x = self.rounding.begin(x, kwargs)
             if not alpha.is_of_use(self, self._final(kwargs), x):
                 kwargs["method"] = alpha.same_without(kwargs["method"])
-            object.__setattr__(self, "_depth", 1)
-            object.__setattr__(self, "_method", kwargs["method"])
-            # What an earlier call found may not hold for these inputs.
-            keeps = kwargs["method"] == "CROWN-Optimized" and not self.intermediate.has_alpha
-            self.layout.form_limit = self.own_options.form_limit
-            self.layout.form_room = self.schedule.form_memory()
-            self.layout.forget()
-            if kwargs["method"] != "CROWN-Optimized" and not torch.is_grad_enabled():
-                self.layout.unread = {}
-            try:
-                self.intermediate.kept = {} if keeps else None
-                self.intermediate.before_alpha = {}
-                if kwargs["method"] == "CROWN-Optimized" and self._makes_alpha():
-                    self.intermediate.with_alpha = {}
+            with self._calling(kwargs["method"], C is None) as call:
                 C = self._identity(x, kwargs) if C is None else C
                 bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
                 lower, upper = without_nan(*bounds[:2])
-                if self._final_is_identity:
+                if call.final_is_identity:
                     lower, upper = alpha.shaped(self._final(kwargs), lower, upper)
                 self._check_contains(C, lower, upper, kwargs)
                 return (lower, upper, *bounds[2:])
-            finally:
-                object.__setattr__(self, "_depth", 0)
-                for node in self.optimizable_activations:
-                    node.opt_end()  # an error may have left alpha in use
-                self.intermediate.kept = None
-                self.layout.forget()
+
+    @contextlib.contextmanager
+    def _calling(self, method: str, final_is_identity: bool) -> Iterator[CallState]:
+        """A call's state, made anew: what an earlier call found may not hold for these inputs."""
+        optimized = method == "CROWN-Optimized"
+        call = CallState(
+            method=method,
+            final_is_identity=final_is_identity,
+            form_limit=self.own_options.form_limit,
+            form_room=self.schedule.form_memory(),
+            rereads=optimized or torch.is_grad_enabled(),
+            kept={} if optimized and not self.intermediate.has_alpha else None,
+        )
+        object.__setattr__(self, "call", call)
+        if optimized and self._makes_alpha():
+            self.intermediate.with_alpha = {}
+        try:
+            yield call
+        finally:
+            for node in self.optimizable_activations:
+                node.opt_end()  # an error may have left alpha in use
+            object.__setattr__(self, "call", CallState(final_is_identity=final_is_identity))
 
     def _identity(self, x: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """What the host is given for the identity at a gathered output: [B, S, S] of one element.
@@ -304,9 +306,9 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
             return
         y = outputs.get(final.name)
         y = clean_value(self, final) if y is None else y
-        sharded = self.sharded[final.name] and not self._final_is_identity
-        total = self.layout.collectives.reduce_from if sharded else lambda part: part
-        check_contains(y, None if self._final_is_identity else C, lower, upper, total)
+        sharded = self.sharded[final.name] and not self.call.final_is_identity
+        total = self.context.collectives.reduce_from if sharded else lambda part: part
+        check_contains(y, None if self.call.final_is_identity else C, lower, upper, total)
 
     def _in_training(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -347,7 +349,7 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
 
     def has_alpha(self, start: auto_lirpa.Bound) -> bool:
         """Whether the present call's passes from a start node have alpha, or will have."""
-        if self._method != "CROWN-Optimized":
+        if self.call.method != "CROWN-Optimized":
             return False
         return start.name == self.final_node_name or self.intermediate.has_alpha
 
@@ -359,11 +361,11 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
             C: [B, S, features of the node], or None.
             **kwargs: as in auto_LiRPA.
         """
-        if self._depth > 0 and self._final_is_identity:
+        if self.call.method is not None and self.call.final_is_identity:
             C = None  # see `_identity`
         x = node.inputs[0] if isinstance(node, BoundGatherFromRegion) else None
         if C is not None and isinstance(x, BoundColumnParallelLinear):
-            return super().IBP_general(x, self.layout.collectives.split_features(C), **kwargs)
+            return super().IBP_general(x, self.context.collectives.split_features(C), **kwargs)
         merged = C is not None and isinstance(node, auto_lirpa.BoundLinear)
         if C is not None and self.rounding is not None and not merged:
             return self.rounding.merged(super().IBP_general(node, **kwargs), C)
@@ -372,8 +374,8 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
     def backward_general(self, *args: Any, **kwargs: Any) -> Any:
         """The host's entry for the final node; see `compute_bounds` for shapes."""
         call = auto_lirpa.backward_call(args, kwargs)
-        final, tp = call.node, self.layout.collectives
-        identity = self._final_is_identity and final.name == self.final_node_name
+        final, tp = call.node, self.context.collectives
+        identity = self.call.final_is_identity and final.name == self.final_node_name
         C = None if identity else call.C.transpose(0, 1).to(self.schedule.dtype)
         shape, S = final.output_shape[1:], self.schedule.rows_of(final, C)
         spec_sharded = self._final_spec_sharded(final, identity, S)
@@ -386,17 +388,17 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 None if b is None else spmd.broadcast_tensor(b, tp.group)
                 for b in (bounds.lower, bounds.upper)
             )
-        if self._method == "CROWN-Optimized":
+        if self.call.method == "CROWN-Optimized":
             bounds.lower, bounds.upper = (
                 alpha.tied(self, b) for b in (bounds.lower, bounds.upper)
             )
         # The host's alpha loop is of bounds [B, S]; `compute_bounds` gives them their shape.
-        flat = self._method == "CROWN-Optimized" or math.prod(shape) != S
+        flat = self.call.method == "CROWN-Optimized" or math.prod(shape) != S
         lower, upper = bounds.shaped((S,) if flat else shape)
         return (lower, upper, self.A_dict) if self.return_A else (lower, upper)
 
     def _final_spec_sharded(self, final: auto_lirpa.Bound, identity: bool, S: int) -> bool:
-        if self.layout.collectives.size == 1:
+        if self.context.collectives.size == 1:
             return False
         if self.sharded[final.name]:
             return identity  # each rank its own features; a C is summed over them

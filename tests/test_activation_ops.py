@@ -17,16 +17,16 @@ from elementwise import bounded, bounds_of, inputs, intervals, mlp, sharded_boun
 from models import attack, drawn, plain, plain_compute, relative_error
 from ranks import pool
 from torch import nn
+from visits import options, visit
 
 from lirpa_megatron import METHODS
 from lirpa_megatron.adapters.traced_ops import ACTIVATIONS
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators import CUSTOM_OPS
-from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.coefficients import LowerUpper
 from lirpa_megatron.operators.elementwise import gated
 from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
 from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation
-from lirpa_megatron.parallel.collectives import Collectives
 
 KINDS = list(ACTIVATIONS)
 DTYPES = (torch.float32, torch.float64)
@@ -187,11 +187,11 @@ def test_huge_and_infinite_intervals_have_sound_lines_without_nan(kind, dtype):
 
 
 def test_an_infinite_intercept_adds_nothing_where_A_is_zero():
-    options = {"optimize_bound_args": {}, "layout": Layout(Collectives(None))}
-    node = operator("gelu")({}, [], 0, options)
+    node = operator("gelu")({}, [], 0, options())
     x = type("X", (), {"lower": torch.tensor([[-INF, -1.0]]), "upper": torch.tensor([[INF, 1.0]])})
     A = torch.tensor([[[0.0, 1.0]], [[-1.0, 1.0]]], requires_grad=True)
-    [(lA, uA)], lower, upper = node.bound_backward(A, A, x)
+    found = node.bound_backward(LowerUpper(A, A), visit(x))
+    [(lA, uA)], (lower, upper) = found.A, found.bias
     assert lA.isfinite().all() and uA.isfinite().all()
     assert lower[0].isfinite() and upper[0].isfinite() and lower[1] == -INF
     (gradient,) = torch.autograd.grad(lower[0].sum() + lA.sum(), A)
@@ -283,7 +283,7 @@ def test_tokens_points_and_gradients_of_weights(kind):
 
 
 def test_forward_mode_is_refused_by_name():
-    node = operator("silu")({}, [], 0, {"optimize_bound_args": {}})
+    node = operator("silu")({}, [], 0, options())
     with pytest.raises(NotImplementedError, match="BoundSilu does not offer forward mode"):
         node.bound_forward(3)
 

@@ -401,7 +401,7 @@ def _replica_bounds():
     # The replicas do different work: only one of them bounds a second time.
     for _ in range(1 + replica):
         lower, _ = bounded.compute_bounds(x=(_ball(x),), method="CROWN")
-    return errors, lower.detach(), bounded.layout.collectives.size
+    return errors, lower.detach(), bounded.context.collectives.size
 
 
 @pytest.mark.slow

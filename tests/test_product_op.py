@@ -11,14 +11,15 @@ from elementwise import bounded, bounds_of, inputs, mlp, sharded_bounds
 from models import attack, drawn, plain, plain_compute, relative_error
 from ranks import pool
 from torch import nn
+from visits import options as of_operators
+from visits import visit
 
 from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.adapters import traced_ops
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators import BoundProduct
-from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.coefficients import LowerUpper
 from lirpa_megatron.operators.optimizable import RANGE
-from lirpa_megatron.parallel.collectives import Collectives
 
 INF = math.inf
 DTYPES = (torch.float32, torch.float64)
@@ -32,8 +33,7 @@ class _Node:
 
 
 def product_node(a: _Node, b: _Node) -> BoundProduct:
-    options = {"optimize_bound_args": {}, "layout": Layout(Collectives(None))}
-    node = BoundProduct({}, [], 0, options)
+    node = BoundProduct({}, [], 0, of_operators())
     node.inputs = [a, b]
     return node
 
@@ -72,14 +72,15 @@ def planes(a: _Node, b: _Node, d: float | None) -> list[tuple[tuple, int]]:
     a, b = (_Node(n.lower.t(), n.upper.t()) for n in (a, b))
     node = product_node(a, b)
     A = torch.tensor([1.0, -1.0], dtype=a.lower.dtype).view(2, 1, 1).expand(2, *a.lower.shape)
+    alpha = None
     if d is not None:
-        node.opt_stage = "opt"
-        node.alpha = {"start": torch.full((2, 1, *a.lower.shape), RANGE * d, dtype=A.dtype)}
-    [a_sides, b_sides], lower, upper = node.bound_backward(A, A, a, b, start_node=_Node(a, b))
+        alpha = torch.full((2, 1, *a.lower.shape), RANGE * d, dtype=A.dtype)
+    found = node.bound_backward(LowerUpper(A, A), visit(a, b, alpha=alpha))
+    sides = zip(*found.A, found.bias, strict=True)
     return [
-        (((a_sides[i].transpose(1, 2), b_sides[i].transpose(1, 2)),
-          bias.unsqueeze(1), A.transpose(1, 2)), 1 - 2 * i)
-        for i, bias in enumerate((lower, upper))
+        (((A_a.transpose(1, 2), A_b.transpose(1, 2)), bias.unsqueeze(1), A.transpose(1, 2)),
+         1 - 2 * i)
+        for i, (A_a, A_b, bias) in enumerate(sides)
     ]
 
 

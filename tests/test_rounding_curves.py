@@ -211,8 +211,9 @@ def test_a_line_with_its_error_is_below_and_above_the_exact_curve(kind):
     module, node = operator_of(kind, {"rounding": "outward"})
     box = PerturbationLpNorm(norm=INF, x_L=lo, x_U=hi)
     module.compute_bounds(x=(BoundedTensor((lo + hi) / 2, box),), method="CROWN")
-    error, _, _ = module.rounding.rule_of(node)._found(node)
-    lines, f = node.relaxation(node.inputs[0]), CURVES[kind][1]
+    known = module.rounding.known
+    error, _, _ = module.rounding.rule_of(node)._found(node, known)
+    lines, f = node.relaxation(known.inputs(node)), CURVES[kind][1]
     for i in range(lo.shape[1]):
         for sign, (slope, intercept) in ((1, lines.lower), (-1, lines.upper)):
             k, b = mp.mpf(slope[0, i].item()), mp.mpf(intercept[0, i].item())

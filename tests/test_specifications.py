@@ -141,7 +141,7 @@ def _communication():
     x, real = _input(), torch.eye
     torch.manual_seed(0)
     bounded = BoundedModule(Small(sharded=False), (x, _targets()))
-    traffic = bounded.layout.collectives.traffic
+    traffic = bounded.context.collectives.traffic
 
     def eye(n, *args, **kwargs):
         assert n < VOCABULARY, "the identity of the vocabulary was built"

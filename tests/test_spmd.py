@@ -117,7 +117,7 @@ def _one_rank_raises_in_the_backward_of_autograd():
     from lirpa_megatron import guard
 
     bounded = BoundedModule(parallelize(_net()), _input()).train()
-    with guard(bounded.layout.collectives.group, "a training step"):
+    with guard(bounded.context.collectives.group, "a training step"):
         lower, _ = bounded.compute_bounds(x=(_ball(_input()),), method="CROWN")
         if _rank() == 0:
             raise ValueError("loss is NaN at iteration 7")
@@ -315,20 +315,20 @@ def test_a_program_that_never_shuts_down_ends_with_its_process_group_gone():
 
 def test_without_the_cpu_shim_the_error_says_what_to_call():
     for outcome in _together(_without_shim):
-        assert outcome.error == "UserError" and "cpu_shim.install()" in outcome.message
+        assert outcome.error == "UserError" and "megatron_cpu.install()" in outcome.message
 
 
 BROKEN_RANK = """
 import os, sys
-from lirpa_megatron import cli
-from lirpa_megatron.verify import instance
+from lirpa_megatron.cli import commands
+from lirpa_megatron.verify.properties import instance
 
 def broken(*args, **kwargs):
     raise MemoryError("rank 1 is out of memory")
 
 if os.environ["RANK"] == "1":
     instance.find_candidates = broken
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(commands.main(sys.argv[1:]))
 """
 
 

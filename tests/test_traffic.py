@@ -31,9 +31,9 @@ def _sent(widths, batch, moves):
     options = {"moves": moves, "sparse_intermediate_bounds": False}  # known without the weights
     bounded = BoundedModule(parallelize(nn.Sequential(*layers)).eval(), x, options)
     ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=0.1))
-    bounded.layout.collectives.traffic.clear()  # of the forward pass that the constructor makes
+    bounded.context.collectives.traffic.clear()  # of the forward pass that the constructor makes
     bounded.compute_bounds(x=(ball,), method="CROWN")
-    return bounded.layout.collectives.traffic.total_bytes
+    return bounded.context.collectives.traffic.total_bytes
 
 
 @pytest.mark.parametrize("widths", [(6, 16, 8, 16, 8, 16, 4), (6, 24, 10, 16, 12, 16, 8, 3)])

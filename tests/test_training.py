@@ -159,7 +159,7 @@ def gradients(name, with_natural=True):
             (loss.mean() / len(micro)).backward()
     finalize_model_grads([ddp])
     assert set(model.state_dict()) == names
-    tp, whole = robust.bounded.layout.collectives, {}
+    tp, whole = robust.bounded.context.collectives, {}
     for parameter, value in model.named_parameters():
         whole[parameter] = transformers.whole_gradient(
             parameter, value, value.main_grad, model, tp
@@ -432,7 +432,7 @@ def regularized(seed):
     loss((box(x, 0.1),), torch.zeros(8, dtype=torch.long))
     value = bound_regularizer(loss.bounded)
     found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
-    tp, whole = loss.bounded.layout.collectives, []
+    tp, whole = loss.bounded.context.collectives, []
     for parameter, gradient in zip(model.parameters(), found, strict=True):
         gradient = torch.zeros_like(parameter) if gradient is None else gradient
         if getattr(parameter, "tensor_model_parallel", False):

@@ -21,6 +21,7 @@ from lirpa_megatron.adapters import traced_ops
 from lirpa_megatron.crown.auxiliary_rows import Directions
 from lirpa_megatron.errors import BoundsError
 from lirpa_megatron.operators import BoundNorm, BoundScores, BoundSoftmaxValues
+from lirpa_megatron.operators.context import OperatorInputs
 
 SLACK = {torch.float64: 1e-11, torch.float32: 2e-5}
 WIDTHS = (0.0, 1e-5, 0.05, 0.4, 3.0, 1e3)
@@ -350,7 +351,7 @@ def lowest_gap(name, radius, seed, alpha=None):
         bounded.compute_bounds(inputs, method="CROWN")
         node = next(n for n in bounded.named_nodes().values() if isinstance(n, operator))
         A = drawn(6, 1, *net(*xs).shape[1:], seed=seed + 9)
-        shared = node.relaxation(*node.inputs)
+        shared = node.relaxation(OperatorInputs.of(node, bounded.context, bounded.call))
         move = None
         if alpha is not None:
             move = drawn(6, *node.alpha_shape(), seed=seed + 19).tanh()

@@ -87,7 +87,7 @@ def _bounds(name, dtype, methods=ROUNDS, eps=0.01, options=None, eager=False):
             pair = bounded.compute_bounds(inputs, method=method)
         pair = [b.detach() for b in pair]
         if getattr(view.model.output_layer, "gather_output", True) is False and _sharded(bounded):
-            pair = [bounded.layout.collectives.gather_features(b) for b in pair]
+            pair = [bounded.context.collectives.gather_features(b) for b in pair]
         found[method] = tuple(pair)
     if runtime.tp_size() > 1 and (options or {}).get("moves") == "weights":
         counted = bounded.schedule.communication.counted
@@ -367,7 +367,7 @@ def _gradients(name, method, options=None):
     lower, upper = bounded.compute_bounds(inputs, method=method)
     weights = torch.linspace(-1, 1, lower.numel(), dtype=lower.dtype).view_as(lower)
     (lower * weights.cos() + upper * weights).sum().backward()
-    tp = bounded.layout.collectives
+    tp = bounded.context.collectives
     whole = {}
     for parameter, value in model.named_parameters():
         if value.grad is None:

@@ -76,9 +76,9 @@ def bounds_and_work(biases: str, method: str) -> dict[str, Any]:
             work["rows"] += C.shape[0]
             return steps(self, C, *rest)
 
-        def counted(self, lA, uA, *x, work=work, enter=enter, **kwargs):
-            work["numbers"] += lA.numel() if isinstance(lA, torch.Tensor) else 0
-            return enter(self, lA, uA, *x, **kwargs)
+        def counted(self, A, visit, work=work, enter=enter):
+            work["numbers"] += A.lower.numel() if isinstance(A.lower, torch.Tensor) else 0
+            return enter(self, A, visit)
 
         BackwardPass.steps, LocalLinear.bound_backward = counted_steps, counted
         try:
@@ -249,7 +249,7 @@ def test_nothing_is_known_of_neurons_whose_bounds_are_nan():
     lower = torch.tensor([[1.0, -1.0, float("nan"), -1.0, 0.0], [1.0, -1.0, 1.0, -2.0, 0.0]])
     upper = torch.tensor([[2.0, float("nan"), 3.0, -0.5, 0.0], [2.0, -0.1, 3.0, 1.0, 0.0]])
     bounded = BoundedModule(nn.Linear(2, 2), torch.zeros(1, 2))
-    rows = unstable_rows(bounded.layout.collectives, (lower, upper), sharded=False)
+    rows = unstable_rows(bounded.context.collectives, (lower, upper), sharded=False)
     assert rows.own.tolist() == rows.filled.tolist() == [1, 2, 3]
     assert rows.share == 3 / 5
     assert live_columns(upper).tolist() == [0, 1, 2, 3]

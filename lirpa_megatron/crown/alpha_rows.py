@@ -30,7 +30,7 @@ def alpha_start_nodes(
         if not is_final and share_alphas:
             rows = 1
         else:
-            identity = not is_final or module._final_is_identity
+            identity = not is_final or module.call.final_is_identity
             if not identity:
                 S = c.size(1)
             elif is_final:
@@ -39,7 +39,7 @@ def alpha_start_nodes(
                 S = module.intermediate.rows_with_alpha(start)
             if S == 0:
                 continue
-            spec_sharded = module.layout.collectives.size > 1
+            spec_sharded = module.context.collectives.size > 1
             if is_final:
                 spec_sharded = module._final_spec_sharded(start, identity, S)
             origin, spec_sharded = module.schedule.begin(start, identity, spec_sharded)

@@ -48,7 +48,7 @@ def cheaper_first(
                                                     strict=True)):
             known = best[side]
             best[side] = bound if known is None or bound is None else tighter(known, bound)
-        if _all_proved(best[0] - threshold, module.layout.collectives):
+        if _all_proved(best[0] - threshold, module.context.collectives):
             break
     return best[0], best[1]
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.operators.affine.form import Known
-from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.numerics import without_nan
+from lirpa_megatron.operators.operator import Operator
 
 
 class DirectionRows:
@@ -46,14 +47,10 @@ class DirectionRows:
 
 
 class Directions:
-    """Bounds such rows by passes of one BoundedModule.
+    """Bounds such rows by passes of one bound graph."""
 
-    Args:
-        module: the BoundedModule (its `schedule`, `layout`, `intermediate` and `sharded` marks).
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.module, self.tp = module, module.layout.collectives
+    def __init__(self, graph: BoundGraph) -> None:
+        self.graph, self.tp = graph, graph.context.collectives
 
     def along(self, node: auto_lirpa.Bound, vectors: torch.Tensor, shared: bool = False) -> Known:
         """What a pass finds of <v, x_i> for the vectors x_i of an intermediate node; no alpha.
@@ -66,15 +63,17 @@ class Directions:
         Returns:
             [R, B, L] numbers, the same on every rank for a replicated node.
         """
-        if not self.module.sharded[node.name] and not shared:
+        if not self.graph.context.sharded[node.name] and not shared:
             vectors = self.tp.copy_to(vectors)
         rows = DirectionRows(vectors, node.output_shape[1:])
-        with self.module.intermediate.without_alpha(), self.module.layout.set_aside():
-            found = self.module.schedule.run(node, rows, self.tp.size > 1, form=True, aside=True)
+        with self.graph.intermediate.without_alpha():
+            found = self.graph.schedule.run(node, rows, self.tp.size > 1, form=True, aside=True)
         lower, upper = without_nan(found.lower.t(), found.upper.t())
         return Known(lower, upper, found.form).mapped(rows.place)
 
-    def know(self, S: int, split: bool) -> Callable[[auto_lirpa.Bound, torch.Tensor], Known | None]:
+    def answer(
+        self, S: int, split: bool
+    ) -> Callable[[auto_lirpa.Bound, torch.Tensor], Known | None]:
         """`along` for the operators on the way of S rows, where these are few beside a vector's.
 
         Args:
@@ -82,8 +81,8 @@ class Directions:
             split: whether each rank has its own of them.
         """
 
-        def know(node: auto_lirpa.Bound, vectors: torch.Tensor) -> Known | None:
-            if 4 * S > vectors.shape[-1] or self.module.sharded[node.name] or not node.inputs:
+        def answer(node: auto_lirpa.Bound, vectors: torch.Tensor) -> Known | None:
+            if 4 * S > vectors.shape[-1]:
                 return None
             if not split:
                 return self.along(node, vectors)
@@ -92,7 +91,7 @@ class Directions:
             first, n = self.tp.rank * len(vectors), len(vectors)
             return found.mapped(lambda x: self.tp.copy_to(x)[first : first + n])
 
-        return know
+        return answer
 
 
 class CenteredRows:
@@ -124,20 +123,21 @@ class CenteredRows:
         return placed
 
 
-def bound_centered(passes: Any, node: auto_lirpa.Bound, attend: Any) -> Known:
+def bound_centered(graph: BoundGraph, node: auto_lirpa.Bound, attend: Operator) -> Known:
     """Bounds the scores as an attention reads them: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
 
     Softmax does not see what all scores of a query have in common, which is most of their range.
     The rows are those of the rank's heads; a head's masked pairs are left out.
 
     Args:
-        passes: of the bound module.
+        graph: the bound graph.
         node: the scores.
         attend: the operator that reads them.
     """
     p = attend.clean_weights()
     rows = CenteredRows(p, (~attend.masked()).any(0))
-    found = passes.run(node, rows, passes.tp.size > 1, form=True)
+    ranks = graph.context.collectives.size
+    found = graph.schedule.run(node, rows, ranks > 1, form=True)
     lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
     form = None if found.form is None else found.form.view(rows.place)
     return Known(lower, upper, form)
@@ -145,5 +145,7 @@ def bound_centered(passes: Any, node: auto_lirpa.Bound, attend: Any) -> Known:
 
 def reader_of_scores(node: auto_lirpa.Bound, readers: Sequence[Any]) -> Any:
     """The attention that reads the node as its scores; None if anything else reads it too."""
-    alone = len(readers) == 1 and isinstance(readers[0], BoundSoftmaxValues)
-    return readers[0] if alone and readers[0].inputs[0] is node else None
+    if len(readers) != 1:
+        return None
+    index = getattr(readers[0], "reads_centered", None)
+    return readers[0] if index is not None and readers[0].inputs[index] is node else None

@@ -9,8 +9,9 @@ Shapes: S rows, n = ceil(S/p) of them per rank, B batch.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,23 +19,21 @@ import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.communication import features_of
-from lirpa_megatron.crown.conjugates import conjugates_of, conjugates_of_set
+from lirpa_megatron.crown.conjugates import conjugates_of_set, inputs_in_pass
+from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.host_visit import visit_host
 from lirpa_megatron.crown.placement import PassPlan, RowPlacement
 from lirpa_megatron.crown.relu_sparsity import live_columns
-from lirpa_megatron.operators.attention.scores import BoundScores
+from lirpa_megatron.operators.affine.form import Known
 from lirpa_megatron.operators.coefficients import (
     IdentityRows,
     LowerUpper,
     RowBounds,
-    both_sides,
     dense,
     stack_sides,
 )
-from lirpa_megatron.operators.context import Layout
-from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
-from lirpa_megatron.operators.linear.local import LocalLinear
-from lirpa_megatron.operators.linear.row import BoundRowParallelLinear
-from lirpa_megatron.operators.linear.vocabulary_margins import Margins
+from lirpa_megatron.operators.context import OperatorInputs, Visit
+from lirpa_megatron.operators.operator import Operator, Sharding
 from lirpa_megatron.parallel.packed_gather import begin_gather_whole
 from lirpa_megatron.rounding.charges import charges_of
 
@@ -43,30 +42,27 @@ class BackwardPass:
     """One backward pass from a start node, for some rows.
 
     Args:
-        module: the bound module (for values of constants).
-        layout: its layout, shared with the operators.
-        sharded: node name -> whether its value is feature-sharded.
+        graph: the bound graph.
         plan: the course of the pass.
         start: the start node, by whose name operators know their alpha (`plan.start` may be what
             it gathers).
         alpha_rows: which rows of alpha this pass carries at REPLICATED, SPEC_SHARDED and BLOCK
             nodes, and how many rows the rank has in all; None when it carries all of them.
-        know: the layout's `know` at each node.
+        answer: bounds rows that an operator wants to know of (`Operator.wanted_rows`); None where
+            none are bounded on the way.
     """
 
     def __init__(
         self,
-        module: Any,
-        layout: Layout,
-        sharded: dict[str, bool],
+        graph: BoundGraph,
         plan: PassPlan,
         start: auto_lirpa.Bound,
         alpha_rows: tuple[torch.Tensor, int] | None = None,
-        know: Callable[..., Any] | None = None,
+        answer: Callable[[auto_lirpa.Bound, torch.Tensor], Known] | None = None,
     ) -> None:
-        self.module, self.layout, self.sharded = module, layout, sharded
-        self.plan, self.start, self.alpha_rows, self.know = plan, start, alpha_rows, know
-        self.tp = layout.collectives
+        self.plan, self.start, self.alpha_rows, self.answer = plan, start, alpha_rows, answer
+        self.context, self.call, self.relus = graph.context, graph.call, graph.intermediate.relus
+        self.tp, self.sharded = self.context.collectives, self.context.sharded
         self._A: dict[str, LowerUpper] = {}
         self._partial_A: dict[str, LowerUpper] = {}
         self._bias, self._partial_bias = LowerUpper(), LowerUpper()
@@ -74,7 +70,8 @@ class BackwardPass:
         self._moved = {node.name for nodes in plan.moved for node in nodes}
         self._regions = iter(plan.moved)
         self._brought: Callable[[], dict[str, Any]] = dict
-        self._charges = charges_of(self)
+        self._gathered: dict[str, Any] = {}
+        self._charges = charges_of(self, graph.rounding)
 
     def steps(
         self, C: Any, lower: bool, upper: bool, keep_A: bool
@@ -91,18 +88,17 @@ class BackwardPass:
         self.rows, self.batch, self.like = C.shape[0], C.shape[1], C
         self.sides = lower, upper
         self._A[self.plan.start.name] = LowerUpper(C if lower else None, C if upper else None)
-        self.layout.spec_sharded = self.plan.spec_sharded
         self._leave_out_columns()
         self._bring_next()
         for node in self.plan.order:
             yield from self._visit(node)
         total = yield from self._total_bias()
-        result = RowBounds(*total, *total)
+        result = RowBounds(total.lower, total.upper, total.lower, total.upper)
         for leaf in self.plan.leaves:
-            lA, uA = yield from self._take(leaf)
-            self._concretize(leaf, lA, uA, result)
+            A = yield from self._take(leaf)
+            self._concretize(leaf, A, result)
             if keep_A:
-                result.lA[leaf.name], result.uA[leaf.name] = lA, uA
+                result.lA[leaf.name], result.uA[leaf.name] = A
         yield from self._charges.widen(result)
         return result
 
@@ -110,40 +106,59 @@ class BackwardPass:
 
     def _visit(self, node: auto_lirpa.Bound) -> Generator[None, None, None]:
         self.tp.poll()
-        lA, uA = yield from self._take(node)
-        entered = yield from self._enter(node, lA, uA)
-        if node.name in self._moved and node.name not in self.layout.whole:
+        A = yield from self._take(node)
+        entered = yield from self._enter(node, A)
+        if node.name in self._moved and node.name not in self._gathered:
             brought = self._brought()
-            self.layout.whole.update(brought)
+            self._gathered.update(brought)
             self._leave_out_columns(brought)
             self._bring_next()
-        # For this visit alone: other passes go on meanwhile.
-        self.layout.entered, self.layout.columns = entered, self._columns
-        self.layout.know = self.know
-        with conjugates_of(self, node), self._alpha_of(node), self._shown_intervals(node):
-            rows = self._rows_at(node)
-            As, lbias, ubias = auto_lirpa.bound_backward(node, lA, uA, self.start, rows)
-        self._charges.visited(node, (lA, uA), As, (lbias, ubias))
-        self._add_bias(node, lbias, ubias)
-        del lA, uA, entered
-        self.layout.entered, self.layout.columns, self.layout.know = None, {}, None
-        for x, (lA_x, uA_x) in zip(node.inputs, As, strict=False):
+        alpha, index = self._alpha_at(node)
+        visit = Visit(
+            inputs=self._inputs_of(node),
+            spec_sharded=self.plan.spec_sharded,
+            rows=self._rows_at(node),
+            alpha=alpha,
+            gathered=self._gathered.get(node.name),
+            columns=self._columns,
+            entered=entered,
+        )
+        if isinstance(node, Operator):
+            visit = self._answered(node, A, visit)
+            found = node.bound_backward(A, visit)
+        else:
+            found = visit_host(node, A, self._with_shown_bounds(node, visit), self.start)
+            self._keep_clipped(node, alpha, index)
+        self._charges.visited(node, tuple(A), found)
+        self._add_bias(node, found.bias)
+        del A, entered, visit
+        for x, A_x in itertools.zip_longest(node.inputs, found.A, fillvalue=LowerUpper()):
             if x.perturbed:
-                self._send(node, x, lA_x, uA_x)
-            elif lA_x is not None or uA_x is not None:
+                self._send(node, x, A_x)
+            elif A_x.either is not None:
                 # auto_LiRPA would concretize constants at the end, where a rank's part of the
                 # sum over features is no longer known as such.
-                value = self.module.get_forward_value(x)
-                self._add_bias(node, *(_constant_term(A, value, x) for A in (lA_x, uA_x)))
-        self.layout.whole.pop(node.name, None)
+                value = self.context.value_of(x)
+                self._add_bias(node, A_x.map(lambda A, v=value, x=x: _constant_term(A, v, x)))
+        self._gathered.pop(node.name, None)
+
+    def _inputs_of(self, node: auto_lirpa.Bound) -> OperatorInputs:
+        return inputs_in_pass(node, self.context, self.call, self.plan.spec_sharded)
+
+    def _answered(self, node: Operator, A: LowerUpper, visit: Visit) -> Visit:
+        """With answers to what the operator wants to know of its first input."""
+        x = node.inputs[0]
+        ask = self.answer is not None and node.asks_rows and x.inputs and not self.sharded[x.name]
+        if not ask:
+            return visit
+        return replace(visit, answers=tuple(
+            self.answer(x, vectors) for vectors in node.wanted_rows(A, visit)
+        ))
 
     def _bring_next(self) -> None:
         """Begins to gather what the operators of the next region need of all ranks' features."""
         nodes = next(self._regions, ())
-        own = []
-        for node in nodes:
-            with conjugates_of(self, node):
-                own.append(features_of(node))
+        own = [features_of(node, self._inputs_of(node)) for node in nodes]
         if own:
             whole = begin_gather_whole(self.tp, own, self.like.dtype)
             self._brought = lambda: {
@@ -156,69 +171,57 @@ class BackwardPass:
         Args:
             brought: features of the region where weights have just arrived; None at the start.
         """
-        for linear, relu in self.module.intermediate.relus.items():
+        for linear, relu in self.relus.items():
             name = relu.name
             in_use = name in self.plan.rows and relu is not self.plan.start
             if not in_use or getattr(relu, "opt_stage", None) == "init":
                 continue
             if brought is None:
-                live = None if name in self._moved else self.layout.active_columns.get(linear)
+                live = None if name in self._moved else self.call.active_columns.get(linear)
             else:
                 live = live_columns(brought[name][1]) if name in brought else None
             if live is not None:
                 self._columns[linear] = self._columns[name] = live
 
-    def _enter(self, node: auto_lirpa.Bound, lA: Any, uA: Any) -> Generator[None, None, Any]:
-        """A where the pass enters sharded features: gathered rows, or f; None elsewhere."""
-        A = lA if lA is not None else uA
-        reads = isinstance(node, (BoundRowParallelLinear, BoundGatherFromRegion))
-        if not reads or self.tp.size == 1 or node.name in self._moved:
+    def _enter(self, node: auto_lirpa.Bound, A: LowerUpper) -> Generator[None, None, Any]:
+        """A where the pass enters sharded features: gathered rows, or copied; None elsewhere."""
+        joins = getattr(node, "sharding", None) is Sharding.JOINS
+        if not joins or self.tp.size == 1 or node.name in self._moved:
             return None
-        if isinstance(A, IdentityRows):
-            if isinstance(node, BoundRowParallelLinear):
-                return None
-            lA, uA = both_sides(dense, lA, uA)
-        A, unstack = stack_sides(lA, uA)
+        if isinstance(A.either, IdentityRows) and node.takes_identity:
+            return None
+        stacked, unstack = stack_sides(*A.dense())
         if not self.plan.spec_sharded:
-            return self.tp.copy_to(A), unstack
-        received = self.tp.begin_gather_rows(A)
+            return self.tp.copy_to(stacked), unstack
+        received = self.tp.begin_gather_rows(stacked)
         yield
         return received(), unstack
 
-    @contextlib.contextmanager
-    def _shown_intervals(self, node: auto_lirpa.Bound) -> Iterator[None]:
-        """The host's ReLU reads its input's bounds: of all ranks, and of the columns that are left.
+    def _with_shown_bounds(self, node: auto_lirpa.Bound, visit: Visit) -> Visit:
+        """For the host's ReLU: its input's bounds of all ranks, and of the columns that are left.
         """
         columns = self._columns.get(node.name)
-        whole = self.layout.whole.get(node.name)
-        if type(node) is not auto_lirpa.BoundRelu or (columns is None and whole is None):
-            yield
-            return
-        x = node.inputs[0]
-        own = x.lower, x.upper
-        shown = own if whole is None else whole
+        if type(node) is not auto_lirpa.BoundRelu or (columns is None and visit.gathered is None):
+            return visit
+        x = visit.inputs[0]
+        shown = (x.lower, x.upper) if visit.gathered is None else visit.gathered
         if columns is not None:
             shown = tuple(bound.index_select(-1, columns) for bound in shown)
-        x.lower, x.upper = shown
-        try:
-            yield
-        finally:
-            x.lower, x.upper = own
+        views = (replace(x, lower=shown[0], upper=shown[1]), *visit.inputs.views[1:])
+        return replace(visit, inputs=replace(visit.inputs, views=views))
 
-    def _take(self, node: auto_lirpa.Bound) -> Generator[None, None, tuple[Any, Any]]:
+    def _take(self, node: auto_lirpa.Bound) -> Generator[None, None, LowerUpper]:
         """A at the node, the partial sums of its sharded consumers included."""
         total = self._A.pop(node.name, None) or LowerUpper()
         partial = self._partial_A.pop(node.name, None)
         if partial is not None:
             self._charges.reducing(node, partial)
-            self._add(node, total, *(yield from self.reduce(partial.lower, partial.upper)))
-        lower = self._for_operator(node, total.lower)
-        upper = lower if total.upper is total.lower else self._for_operator(node, total.upper)
-        return lower, upper
+            self._add(node, total, (yield from self.reduce(partial)))
+        return total.map(lambda A: self._for_operator(node, A))
 
     def _for_operator(self, node: auto_lirpa.Bound, A: Any) -> Any:
         """Identity rows in a form that the operator knows."""
-        if not isinstance(A, IdentityRows) or isinstance(node, (LocalLinear, Margins)):
+        if not isinstance(A, IdentityRows) or getattr(node, "takes_identity", False):
             return A
         if type(node) is auto_lirpa.BoundLinear and len(A.shape) == 3:
             return auto_lirpa.OneHotC(A.shape, A.device, A.own, None)
@@ -233,42 +236,43 @@ class BackwardPass:
         sums = self.plan.rows[node.name] in (RowPlacement.REPLICATED, RowPlacement.GATHERED)
         return self.tp.size > 1 and sums and self.sharded[node.name]
 
-    def _send(self, node: auto_lirpa.Bound, x: auto_lirpa.Bound, lA: Any, uA: Any) -> None:
-        """Adds the node's A to that of its input, in the input's layout."""
-        lA, uA = self._zeros_for_none(node, x, lA, uA)
+    def _send(self, node: auto_lirpa.Bound, x: auto_lirpa.Bound, A: LowerUpper) -> None:
+        """Adds the node's A to that of its input, in the input's placement."""
+        A = self._zeros_for_none(node, x, A)
         if self.is_partial(node) and not self.sharded[x.name]:
-            self._add(x, self._partial_A.setdefault(x.name, LowerUpper()), lA, uA, partial=True)
+            self._add(x, self._partial_A.setdefault(x.name, LowerUpper()), A, partial=True)
             return
         block_to_all = (RowPlacement.BLOCK, RowPlacement.GATHERED)
         if (self.plan.rows[node.name], self.plan.rows[x.name]) == block_to_all:
-            lA, uA = (None if A is None else self._among_all_rows(A) for A in (lA, uA))
-        self._add(x, self._A.setdefault(x.name, LowerUpper()), lA, uA)
+            A = LowerUpper(*(None if side is None else self._among_all_rows(side) for side in A))
+        self._add(x, self._A.setdefault(x.name, LowerUpper()), A)
 
     def _add(
-        self, x: auto_lirpa.Bound, total: LowerUpper, lA: Any, uA: Any, partial: bool = False
+        self, x: auto_lirpa.Bound, total: LowerUpper, A: LowerUpper, partial: bool = False
     ) -> None:
-        known = total.lower is not None or total.upper is not None
-        total.add(lA, uA)
+        known = total.either is not None
+        total.add(*A)
         if known:
             self._charges.added(x, total, partial or self.is_partial(x))
 
     def _zeros_for_none(
-        self, node: auto_lirpa.Bound, x: auto_lirpa.Bound, lA: Any, uA: Any
-    ) -> tuple:
+        self, node: auto_lirpa.Bound, x: auto_lirpa.Bound, A: LowerUpper
+    ) -> LowerUpper:
         """Some operators drop an A that is all zero, which other ranks may not find to be so."""
-        want_lower, want_upper = self.sides
-        if (lA is not None) == want_lower and (uA is not None) == want_upper:
-            return lA, uA
+        if tuple(side is not None for side in A) == self.sides:
+            return A
         shape = (self._rows_at(node), self.batch, *self._shape_of(x))
         zeros = torch.zeros(shape, dtype=self.like.dtype, device=self.like.device)
-        lower = zeros if want_lower and lA is None else lA
-        return lower, zeros if want_upper and uA is None else uA
+        return LowerUpper(*(
+            zeros if wanted and side is None else side
+            for side, wanted in zip(A, self.sides, strict=True)
+        ))
 
     def _shape_of(self, x: auto_lirpa.Bound) -> tuple[int, ...]:
         """Of A at a node, without rows and batch."""
         shape = list(x.output_shape)
         if x.name in self._moved and self.sharded[x.name]:
-            shape[1 if isinstance(x, BoundScores) else -1] *= self.tp.size
+            shape[getattr(x, "sharded_dim", -1)] *= self.tp.size
         if x.name in self._columns:
             shape[-1] = len(self._columns[x.name])
         return tuple(shape[1:])
@@ -283,52 +287,47 @@ class BackwardPass:
         after = (self.tp.size - 1 - self.tp.rank) * self.rows
         return F.pad(A, (0, 0) * (A.ndim - 1) + (before, after))
 
-    def _add_bias(self, node: auto_lirpa.Bound, lower: Any, upper: Any) -> None:
+    def _add_bias(self, node: auto_lirpa.Bound, term: LowerUpper) -> None:
         partial = self.is_partial(node)
         bias = self._partial_bias if partial else self._bias
-        bias.add(*(b if isinstance(b, torch.Tensor) else None for b in (lower, upper)))
+        bias.add(*(b if isinstance(b, torch.Tensor) else None for b in term))
         self._charges.grew(bias, partial)
 
-    def reduce(self, lower: Any, upper: Any) -> Generator[None, None, tuple[Any, Any]]:
+    def reduce(self, parts: LowerUpper) -> Generator[None, None, LowerUpper]:
         """Sums over ranks, both sides in one collective."""
-        stacked, unstack = stack_sides(lower, upper)
+        stacked, unstack = stack_sides(*parts)
         if not self.plan.spec_sharded:
-            return unstack(self.tp.reduce_from(stacked))
+            return LowerUpper(*unstack(self.tp.reduce_from(stacked)))
         received = self.tp.begin_reduce_to_rows(stacked)
         yield
-        return unstack(received())
+        return LowerUpper(*unstack(received()))
 
-    # ------------------------------------------------------- gradients and alpha
+    # --------------------------------------------------------------------- alpha
 
-    @contextlib.contextmanager
-    def _alpha_of(self, node: auto_lirpa.Bound) -> Iterator[None]:
-        """Shows the operator the rows of alpha that this pass carries at the node.
+    def _alpha_at(self, node: auto_lirpa.Bound) -> tuple[Any, torch.Tensor | None]:
+        """The rows of alpha that this pass carries at the node, and which they are of the rank's
+        (None: all, or one that they share).
 
-        Alpha shared by all rows is a replicated value used on each rank's own rows, so it gets f.
+        Alpha shared by all rows is a replicated value used on each rank's own rows.
         """
         if not auto_lirpa.is_optimized(node, self.start):
-            with auto_lirpa.without_alpha(node):
-                yield
-            return
+            return None, None
         alpha, dim = node.alpha[self.start.name], auto_lirpa.alpha_spec_dim(node)
         index = None
         if alpha.shape[dim] == 1 and self._rows_at(node) != 1:
-            shown = self.tp.copy_to(alpha) if self._alpha_is_shared(node) else alpha
-        elif self.alpha_rows is None:
-            shown = alpha
-        else:
+            alpha = self.tp.copy_to(alpha) if self._alpha_is_shared(node) else alpha
+        elif self.alpha_rows is not None:
             index = self._alpha_index(node)
-            shown = alpha.index_select(dim, index)
+            alpha = alpha.index_select(dim, index)
         if node.name in self._columns:
-            shown = shown.index_select(-1, self._columns[node.name])
-        node.alpha[self.start.name] = shown
-        try:
-            yield
-        finally:
-            node.alpha[self.start.name] = alpha
-            # S-shaped activations clip alpha where they use it.
-            if index is not None and node.name not in self._columns:
-                alpha.data.index_copy_(dim, index, shown.data)
+            alpha, index = alpha.index_select(-1, self._columns[node.name]), None
+        return alpha, index
+
+    def _keep_clipped(self, node: auto_lirpa.Bound, alpha: Any, index: Any) -> None:
+        """The host's S-shaped activations clip the alpha that they are shown: a copy of rows."""
+        if index is not None:
+            own, dim = node.alpha[self.start.name], auto_lirpa.alpha_spec_dim(node)
+            own.data.index_copy_(dim, index, alpha.data)
 
     def _alpha_is_shared(self, node: auto_lirpa.Bound) -> bool:
         return self.plan.spec_sharded and not self.sharded[node.name]
@@ -341,23 +340,23 @@ class BackwardPass:
 
     # ------------------------------------------------------------------- the end
 
-    def _concretize(self, leaf: auto_lirpa.Bound, lA: Any, uA: Any, result: RowBounds) -> None:
-        with conjugates_of_set(self, leaf):
-            self._charges.concretized(leaf, (lA, uA), result)
-            if lA is not None:
-                result.lower = result.lower + self._extreme(leaf, lA, -1)
-            if uA is not None:
-                result.upper = result.upper + self._extreme(leaf, uA, +1)
+    def _concretize(self, leaf: auto_lirpa.Bound, A: LowerUpper, result: RowBounds) -> None:
+        with conjugates_of_set(leaf, self.plan.spec_sharded, self.tp.copy_to):
+            self._charges.concretized(leaf, tuple(A), result)
+            if A.lower is not None:
+                result.lower = result.lower + self._extreme(leaf, A.lower, -1)
+            if A.upper is not None:
+                result.upper = result.upper + self._extreme(leaf, A.upper, +1)
 
-    def _total_bias(self) -> Generator[None, None, tuple[Any, Any]]:
+    def _total_bias(self) -> Generator[None, None, LowerUpper]:
         total = self._zeros(self.rows)
-        total.add(self._bias.lower, self._bias.upper)
+        total.add(*self._bias)
         if self.plan.has_partial_bias:  # decided by the plan, so that every rank takes part
             partial = self.zeros_of_partial()
-            partial.add(self._partial_bias.lower, self._partial_bias.upper)
+            partial.add(*self._partial_bias)
             self._charges.summed(partial)
-            total.add(*(yield from self.reduce(partial.lower, partial.upper)))
-        return total.lower, total.upper
+            total.add(*(yield from self.reduce(partial)))
+        return total
 
     def zeros_of_partial(self) -> LowerUpper:
         """A sum of the ranks' parts of biases (or of their errors) to begin with."""
@@ -374,9 +373,7 @@ class BackwardPass:
         return bound.reshape(self.batch, self.rows).transpose(0, 1)
 
 
-def _constant_term(A: Any, value: torch.Tensor, node: auto_lirpa.Bound) -> Any:
+def _constant_term(A: torch.Tensor, value: torch.Tensor, node: auto_lirpa.Bound) -> torch.Tensor:
     """<A, value> for each row: A [R, B, ...], value [B, ...] or [...] without a batch -> [R, B]."""
-    if A is None:
-        return None
     pattern = "sb...,...->sb" if node.batch_dim == -1 else "sb...,b...->sb"
     return torch.einsum(pattern, A, value.to(A.dtype))

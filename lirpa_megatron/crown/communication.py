@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement
+from lirpa_megatron.operators.context import OperatorInputs
 from lirpa_megatron.parallel.packed_gather import packed_bytes
 
 
@@ -56,11 +58,11 @@ def find_regions(nodes: Iterable[auto_lirpa.Bound], sharded: dict[str, bool]) ->
     )
 
 
-def features_of(node: auto_lirpa.Bound) -> tuple[Any, int]:
+def features_of(node: auto_lirpa.Bound, inputs: OperatorInputs) -> tuple[Any, int]:
     """What other ranks need of this one's features there: a tree, and its tensors' feature dim."""
     if type(node) is auto_lirpa.BoundRelu:
-        return (node.inputs[0].lower, node.inputs[0].upper), -1
-    return node.sharded_relaxation(*node.inputs), node.feature_dim
+        return (inputs[0].lower, inputs[0].upper), -1
+    return node.sharded_relaxation(inputs), node.feature_dim
 
 
 def _can_be_gathered(node: auto_lirpa.Bound) -> bool:
@@ -76,7 +78,7 @@ class CommunicationPlan:
     """Chooses for each pass what moves, and counts.
 
     Args:
-        module: the BoundedModule.
+        graph: the bound graph.
 
     Attributes:
         counted: bytes that a rank sends into, within and out of regions, over all passes since
@@ -84,9 +86,9 @@ class CommunicationPlan:
             as 'chosen'.
     """
 
-    def __init__(self, module: Any) -> None:
-        self.module, self.tp = module, module.layout.collectives
-        self.regions = find_regions(module.named_nodes().values(), module.sharded)
+    def __init__(self, graph: BoundGraph) -> None:
+        self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
+        self.regions = find_regions(graph.named_nodes().values(), self.sharded)
         self.counted: Counter[str] = Counter()
 
     def choose(
@@ -102,7 +104,7 @@ class CommunicationPlan:
             dtype: of A.
             identity: whether the start node's rows are the identity's, which nobody has to ask for.
         """
-        wanted, chosen = self.module.own_options.moves, []
+        wanted, chosen = self.graph.own_options.moves, []
         for region in self.regions:
             inside = [x for x in plan.order if x.name in region.names]
             if not inside or any(plan.rows[x.name] is not RowPlacement.GATHERED for x in inside):
@@ -129,17 +131,18 @@ class CommunicationPlan:
         entered = [x for x in readers if not (identity and x is plan.start)]
         left = {
             x.name: x for node in inside for x in node.inputs
-            if x.name in plan.rows and not self.module.sharded[x.name]
+            if x.name in plan.rows and not self.sharded[x.name]
         }
         numbers = sum(math.prod(x.output_shape[1:]) for x in (*entered, *left.values()))
-        return self.module.batch_size * numbers * dtype.itemsize
+        return self.graph.batch_size * numbers * dtype.itemsize
 
     def _size(self, node: auto_lirpa.Bound, dtype: torch.dtype) -> int:
         """Bytes of a rank's features at a node."""
-        sizes = self.module.layout.sizes
-        if node.name not in sizes:
+        context, call = self.graph.context, self.graph.call
+        if node.name not in call.sizes:
             for x in node.inputs:  # clean values are kept, and later uses may need their gradient
-                self.module.get_forward_value(x)
+                context.value_of(x)
             with torch.no_grad():
-                sizes[node.name] = packed_bytes(features_of(node)[0], dtype)
-        return sizes[node.name]
+                own, _ = features_of(node, OperatorInputs.of(node, context, call))
+            call.sizes[node.name] = packed_bytes(own, dtype)
+        return call.sizes[node.name]

@@ -1,69 +1,73 @@
-"""Gradients in a backward pass of bounds: replicated values that each rank uses differently get f.
+"""Gradients in a backward pass of bounds: replicated values that each rank uses differently.
 
-f is the identity whose backward pass sums over ranks (`Collectives.copy_to`).
+They pass Megatron's copy_to: the identity whose backward pass sums over ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.relaxed import RowRelaxed
+from lirpa_megatron.operators.context import CallState, GraphContext, InputView, OperatorInputs
+from lirpa_megatron.parallel.collectives import Collectives
 
 
-@contextlib.contextmanager
-def conjugates_of(run: Any, node: auto_lirpa.Bound) -> Iterator[None]:
-    """Replicated values that each rank uses differently get f (identity / all-reduce).
+def inputs_in_pass(
+    node: auto_lirpa.Bound, context: GraphContext, call: CallState, spec_sharded: bool
+) -> OperatorInputs:
+    """What a pass shows an operator of its inputs.
 
-    At a replicated node of a spec-sharded pass each rank applies them to its own rows, at a
-    sharded node to its own features. Without f their gradient is one rank's part of it.
+    At a replicated node of a spec-sharded pass each rank applies replicated values to its own rows,
+    at a sharded node to its own features. Without copy_to their gradient is one rank's part of it.
+
+    Args:
+        node: the operator.
+        context: of the graph.
+        call: that is running.
+        spec_sharded: whether ranks carry their own rows.
     """
-    own_rows = run.plan.spec_sharded and not run.sharded[node.name]
-    if isinstance(node, RowRelaxed):  # they read clean values, and these must get f too
-        for x in node.inputs:
-            run.module.get_forward_value(x)
-    saved: list[tuple] = []
-    forms, known = run.layout.forms, {}
-    directions = run.layout.directions.get(node.name)
-    if torch.is_grad_enabled() and run.tp.size > 1 and (own_rows or run.sharded[node.name]):
-        for x in node.inputs:
-            if run.sharded[x.name]:
-                continue
-            for name in ("lower", "upper", "forward_value"):
-                value = getattr(x, name, None)
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    saved.append((x, name, value))
-                    setattr(x, name, run.tp.copy_to(value))
-            if x.name in forms and forms[x.name].requires_grad:
-                known[x.name] = forms[x.name]
-                forms[x.name] = forms[x.name].mapped(run.tp.copy_to)
-        if directions is not None and directions.requires_grad and not run.sharded[node.name]:
-            run.layout.directions[node.name] = directions.mapped(run.tp.copy_to)
-    try:
-        yield
-    finally:
-        forms.update(known)
-        if directions is not None:
-            run.layout.directions[node.name] = directions
-        for x, name, value in saved:
-            setattr(x, name, value)
+    inputs = OperatorInputs.of(node, context, call)
+    tp, sharded = context.collectives, context.sharded
+    if not torch.is_grad_enabled() or tp.size == 1 or not (spec_sharded or sharded[node.name]):
+        return inputs
+    views = tuple(x if sharded[x.name] else _conjugated(x, tp) for x in inputs.views)
+    directions = inputs.directions
+    if directions is not None and directions.requires_grad and not sharded[node.name]:
+        directions = directions.mapped(tp.copy_to)
+    return replace(inputs, views=views, directions=directions)
+
+
+def _conjugated(x: InputView, tp: Collectives) -> InputView:
+    def f(value: Any) -> Any:
+        needs = isinstance(value, torch.Tensor) and value.requires_grad
+        return tp.copy_to(value) if needs else value
+
+    form, read = x.form, x.read_value
+    if form is not None and form.requires_grad:
+        form = form.mapped(tp.copy_to)
+    return replace(
+        x, lower=f(x.lower), upper=f(x.upper), form=form, read_value=lambda node: f(read(node))
+    )
 
 
 @contextlib.contextmanager
-def conjugates_of_set(run: Any, leaf: auto_lirpa.Bound) -> Iterator[None]:
-    """f for the perturbation set, which each rank uses on its own rows."""
+def conjugates_of_set(
+    leaf: auto_lirpa.Bound, spec_sharded: bool, copy_to: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """copy_to for the perturbation set, which each rank of a spec-sharded pass uses on its rows."""
     saved = []
-    if run.plan.spec_sharded and torch.is_grad_enabled() and run.tp.size > 1:
+    if spec_sharded and torch.is_grad_enabled():
         names = ("x_L", "x_U", "eps", "vertices", "radii")
         for owner, name in ((leaf, "center"), *((leaf.perturbation, n) for n in names)):
             value = getattr(owner, name, None)
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 saved.append((owner, name, value))
-                setattr(owner, name, run.tp.copy_to(value))
+                setattr(owner, name, copy_to(value))
     try:
         yield
     finally:

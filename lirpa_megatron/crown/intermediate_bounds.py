@@ -11,6 +11,7 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.affine_forms import readers_of_form
 from lirpa_megatron.crown.auxiliary_rows import bound_centered, reader_of_scores
+from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.relu_sparsity import (
     UnstableRows,
     between_linears,
@@ -19,51 +20,38 @@ from lirpa_megatron.crown.relu_sparsity import (
     unstable_rows,
     with_rows,
 )
-from lirpa_megatron.operators import BoundColumnParallelLinear
-from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
-from lirpa_megatron.operators.linear.local import BoundReplicatedLinear
-from lirpa_megatron.operators.norm.norm import BoundNorm
 from lirpa_megatron.operators.numerics import without_nan
-from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.problem.perturbations import is_box
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Intermediate:
-    """Bounds the intermediate nodes of one BoundedModule.
-
-    Args:
-        module: the BoundedModule (its graph, options, `schedule`, `layout` and `sharded` marks).
+    """Bounds the intermediate nodes of one bound graph.
 
     Attributes:
-        kept: node name -> bounds that hold for the whole of the present call; None where its alpha
-            iterations compute them again.
         relus: see `relu_sparsity.between_linears`.
         with_alpha: node name -> the rows that have alpha in passes from there (None: all of them),
             since alpha was last begun; nodes of which not all rows count.
-        before_alpha: node name -> bounds in the present call without alpha, of all its rows.
     """
 
-    def __init__(self, module: Any) -> None:
-        self.module, self.tp = module, module.layout.collectives
-        self.kept: dict[str, Pair] | None = None
-        self.relus = between_linears(module.named_nodes().values())
+    def __init__(self, graph: BoundGraph) -> None:
+        self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
+        self.relus = between_linears(graph.named_nodes().values())
         self.with_alpha: dict[str, UnstableRows | None] = {}
-        self.before_alpha: dict[str, Pair] = {}
 
     @property
     def has_alpha(self) -> bool:
         """Whether alpha-CROWN has alpha for the passes of intermediate nodes (`OwnOptions`)."""
-        choice = self.module.own_options.optimize_intermediate
+        choice = self.graph.own_options.optimize_intermediate
         if choice == "auto":
-            nodes = self.module.named_nodes().values()
-            return not any(isinstance(node, RowRelaxed) for node in nodes)
+            nodes = self.graph.named_nodes().values()
+            return not any(getattr(node, "relaxes_rows", False) for node in nodes)
         return bool(choice)
 
     def knows(self, node: auto_lirpa.Bound) -> bool:
         """Whether the node's bounds are kept from before."""
-        return bool(self.kept) and node.name in self.kept
+        return bool(self.graph.call.kept) and node.name in self.graph.call.kept
 
     def compute(self, node: auto_lirpa.Bound) -> None:
         """Bounds of a node whose predecessors have theirs, into `node.lower` and `node.upper`.
@@ -74,65 +62,66 @@ class Intermediate:
         Sharded nodes are bounded by the rank that has them, replicated ones row by row on all
         ranks; both exactly, by a backward pass to the input.
         """
+        kept = self.graph.call.kept
         if self.knows(node):
-            node.lower, node.upper = self.kept[node.name]
+            node.lower, node.upper = kept[node.name]
         elif not node.perturbed:
-            node.lower = node.upper = self.module.get_forward_value(node)
+            node.lower = node.upper = self.graph.get_forward_value(node)
         else:
             self._compute(node)
             self._note_live_columns(node)
-            if self.kept is not None:
-                self.kept[node.name] = (node.lower, node.upper)
+            if kept is not None:
+                kept[node.name] = (node.lower, node.upper)
         node.interval = (node.lower, node.upper)
 
     def _compute(self, node: auto_lirpa.Bound) -> None:
-        module = self.module
-        readers = [module[name] for name in node.output_name]
+        graph, call = self.graph, self.graph.call
+        readers = [graph[name] for name in node.output_name]
         attend, use = reader_of_scores(node, readers), readers_of_form(node, readers)
         if attend is not None:
             node.lower, node.upper = self.ibp(node)
-            module.layout.centered[node.name] = bound_centered(module.schedule, node, attend)
-            module.layout.to_be_read(node.name, {attend.name})
+            call.centered[node.name] = bound_centered(graph, node, attend)
+            call.to_be_read(node.name, {attend.name})
         elif not use and self._bounded_by_ibp(node):
             pass
         elif self._rows_are_sparse(node, readers):
             node.lower, node.upper = self._bound_unstable(node)
         else:
             for reader in readers:
-                if use and isinstance(reader, BoundNorm):
-                    found = module.schedule.directions.along(node, reader.directions())
-                    module.layout.directions[reader.name] = found.mapped(reader.of_vectors)
+                if use and getattr(reader, "asks_directions", False):
+                    found = graph.schedule.directions.along(node, reader.directions())
+                    call.directions[reader.name] = found.mapped(reader.of_vectors)
             others = self.with_alpha.get(node.name) is not None  # rows of alpha, these are all
             with self.without_alpha() if others else contextlib.nullcontext():
-                bounds = module.schedule.run(node, None, self.tp.size > 1, form=bool(use))
+                bounds = graph.schedule.run(node, None, self.tp.size > 1, form=bool(use))
             node.lower, node.upper = bounds.shaped(node.output_shape[1:])
             if bounds.form is not None:
-                module.layout.forms[node.name] = bounds.form
-                module.layout.to_be_read(node.name, use)
+                call.forms[node.name] = bounds.form
+                call.to_be_read(node.name, use)
         found = without_nan(node.lower, node.upper)
         if use and len(node.inputs) == 1 and auto_lirpa.reads_bounds(node):
             # The range of an activation is that on its input's bounds; lines around it know less.
             lower, upper = without_nan(*self.ibp(node))
             found = torch.maximum(found[0], lower), torch.minimum(found[1], upper)
-        if module.own_options.compare_crown_with_ibp:
+        if graph.own_options.compare_crown_with_ibp:
             found = _tighter(found, self.ibp(node))
-        if node.name in module.reference_bounds:
-            found = _tighter(found, module.reference_bounds[node.name])
+        if node.name in graph.reference_bounds:
+            found = _tighter(found, graph.reference_bounds[node.name])
         node.lower, node.upper = found
 
     def _bounded_by_ibp(self, node: auto_lirpa.Bound) -> bool:
         """IBP where it gives what CROWN gives: monotone activations, and a first linear layer."""
-        module = self.module
+        graph = self.graph
         x = node.inputs[0] if node.inputs else None
         ptb = getattr(x, "perturbation", None)
         if isinstance(node, auto_lirpa.BoundLinear) and ptb is not None and not is_box(ptb):
             return False  # its interval is the box around the set
-        if module.check_IBP_intermediate(node) or module.check_IBP_first_linear(node):
+        if graph.check_IBP_intermediate(node) or graph.check_IBP_first_linear(node):
             return True
-        linear = isinstance(node, (BoundColumnParallelLinear, BoundReplicatedLinear))
-        wanted_A = node.name in module.needed_A_dict
-        if linear and type(x) is auto_lirpa.BoundInput and x.perturbed and not wanted_A:
-            node.lower, node.upper = module.IBP_general(node)
+        exact = getattr(node, "exact_by_intervals", False)
+        wanted_A = node.name in graph.needed_A_dict
+        if exact and type(x) is auto_lirpa.BoundInput and x.perturbed and not wanted_A:
+            node.lower, node.upper = graph.IBP_general(node)
             return True
         return False
 
@@ -140,14 +129,14 @@ class Intermediate:
 
     def _rows_are_sparse(self, node: auto_lirpa.Bound, readers: Sequence[auto_lirpa.Bound]) -> bool:
         """Whether only neurons that are not known to be stable get rows of A."""
-        module = self.module
+        graph = self.graph
         from_inputs = any(type(x) is auto_lirpa.BoundInput and x.perturbed for x in node.inputs)
         return (
-            module.own_options.sparse_intermediate_bounds
+            graph.own_options.sparse_intermediate_bounds
             and relus_decide(readers)
             and not from_inputs  # a ball's interval is the box around it
-            and not isinstance(node, BoundGatherFromRegion)
-            and node.name not in module.needed_A_dict
+            and not getattr(node, "identity_starts_at_input", False)
+            and node.name not in graph.needed_A_dict
         )
 
     def _bound_unstable(self, node: auto_lirpa.Bound) -> Pair:
@@ -155,18 +144,18 @@ class Intermediate:
 
         Cheaper than CROWN is interval arithmetic; for alpha's own see `_by_alpha`.
         """
-        stages = {operator.opt_stage for operator in self.module.optimizable_activations}
+        stages = {operator.opt_stage for operator in self.graph.optimizable_activations}
         in_use = bool(stages & {"opt", "reuse"})
         if in_use and node.name in self.with_alpha:
             return self._by_alpha(node)
-        begins = not in_use and "init" in stages and self.module.has_alpha(node)
-        if begins and not self.module.own_options.sparse_spec_alpha:
+        begins = not in_use and "init" in stages and self.graph.has_alpha(node)
+        if begins and not self.graph.own_options.sparse_spec_alpha:
             self.with_alpha[node.name] = None
             return self._of_rows(node, None, None)
         found = self._by_crown(node, None)
         if begins:
-            self.before_alpha[node.name] = found
-            rows = unstable_rows(self.tp, found, self.module.sharded[node.name])
+            self.graph.call.before_alpha[node.name] = found
+            rows = unstable_rows(self.tp, found, self.sharded[node.name])
             self.with_alpha[node.name] = None if self._too_many(rows) else rows
         return found
 
@@ -178,15 +167,15 @@ class Intermediate:
         is of use to no more than the rows that CROWN leaves unstable. Alpha of an earlier call is
         of the rows that it was made for; others go without.
         """
-        rows, best = self.with_alpha[node.name], self.module.aux_reference_bounds.get(node.name)
-        known = best or self.before_alpha.get(node.name)
+        rows, best = self.with_alpha[node.name], self.graph.aux_reference_bounds.get(node.name)
+        known = best or self.graph.call.before_alpha.get(node.name)
         if rows is not None and known is None:
             with self.without_alpha():
-                known = self.before_alpha[node.name] = self._by_crown(node, rows.own)
+                known = self.graph.call.before_alpha[node.name] = self._by_crown(node, rows.own)
         found = self._of_rows(node, known, rows)
         if best is None:
             return found
-        unstable = unstable_rows(self.tp, best, self.module.sharded[node.name])
+        unstable = unstable_rows(self.tp, best, self.sharded[node.name])
         if self._too_many(unstable):
             return found
         lower, upper = (bound.flatten(1).t()[unstable.own] for bound in found)
@@ -195,46 +184,46 @@ class Intermediate:
     def _by_crown(self, node: auto_lirpa.Bound, skip: torch.Tensor | None) -> Pair:
         """CROWN's bounds of neurons that IBP leaves unstable, IBP's of the rest and of `skip`."""
         known = without_nan(*self.ibp(node))
-        rows = unstable_rows(self.tp, known, self.module.sharded[node.name], skip)
+        rows = unstable_rows(self.tp, known, self.sharded[node.name], skip)
         return self._of_rows(node, known, None if self._too_many(rows) else rows)
 
     @contextlib.contextmanager
     def without_alpha(self) -> Iterator[None]:
         """For passes of rows that have no alpha."""
         with contextlib.ExitStack() as stack:
-            for operator in self.module.optimizable_activations:
+            for operator in self.graph.optimizable_activations:
                 stack.enter_context(auto_lirpa.without_alpha(operator))
             yield
 
     def _too_many(self, rows: UnstableRows) -> bool:
-        return rows.share > self.module.bound_opts.get("minimum_sparsity", 0.9)
+        return rows.share > self.graph.bound_opts.get("minimum_sparsity", 0.9)
 
     def _of_rows(
         self, node: auto_lirpa.Bound, known: Pair | None, rows: UnstableRows | None
     ) -> Pair:
         """`known` with rows bounded by a pass; None: all of them are."""
         if rows is None:
-            bounds = self.module.schedule.run(node, None, self.tp.size > 1)
+            bounds = self.graph.schedule.run(node, None, self.tp.size > 1)
             return bounds.shaped(node.output_shape[1:])
         if rows.share == 0:
             return known
-        found = self.module.schedule.run(node, None, self.tp.size > 1, rows=rows.filled)
+        found = self.graph.schedule.run(node, None, self.tp.size > 1, rows=rows.filled)
         return with_rows(known, rows.own, found.lower, found.upper)
 
     def rows_with_alpha(self, start: auto_lirpa.Bound) -> int:
         """How many rows of alpha the passes from an intermediate node have, on this rank."""
         rows = self.with_alpha.get(start.name)
-        return self.module.schedule.rows_run(start) if rows is None else len(rows.filled)
+        return self.graph.schedule.rows_run(start) if rows is None else len(rows.filled)
 
     def _note_live_columns(self, node: auto_lirpa.Bound) -> None:
         """Which of the node's features passes from later nodes leave out."""
-        module = self.module
-        if node.name not in self.relus or not module.own_options.sparse_intermediate_bounds:
+        graph = self.graph
+        if node.name not in self.relus or not graph.own_options.sparse_intermediate_bounds:
             return
-        columns = live_columns(node.upper, None if module.sharded[node.name] else self.tp)
-        module.layout.active_columns.pop(node.name, None)
+        columns = live_columns(node.upper, None if self.sharded[node.name] else self.tp)
+        graph.call.active_columns.pop(node.name, None)
         if columns is not None:
-            module.layout.active_columns[node.name] = columns
+            graph.call.active_columns[node.name] = columns
 
     # ------------------------------------------------------------------------- IBP
 
@@ -244,7 +233,7 @@ class Intermediate:
 
     def _interval_of(self, x: auto_lirpa.Bound) -> Any:
         if not hasattr(x, "interval"):
-            x.interval = self.ibp(x) if x.perturbed else (self.module.get_forward_value(x),) * 2
+            x.interval = self.ibp(x) if x.perturbed else (self.graph.get_forward_value(x),) * 2
         return x.interval
 
 

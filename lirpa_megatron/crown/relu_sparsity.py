@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.linear.local import LocalLinear
 from lirpa_megatron.parallel.collectives import Collectives
 
 _WORTH = 1 / 16
@@ -66,11 +65,15 @@ def between_linears(nodes: Iterable[auto_lirpa.Bound]) -> dict[str, auto_lirpa.B
     for name, read_by in readers.items():
         relu, linear = read_by[0], read_by[0].inputs[0]
         alone = len(read_by) == 1 and type(relu) is auto_lirpa.BoundRelu
-        if alone and isinstance(linear, LocalLinear):
+        if alone and _leaves_out_columns(linear):
             after = readers.get(relu.name, ())
-            if after and all(isinstance(r, LocalLinear) and r.inputs[0] is relu for r in after):
+            if after and all(_leaves_out_columns(r) and r.inputs[0] is relu for r in after):
                 found[name] = relu
     return found
+
+
+def _leaves_out_columns(node: auto_lirpa.Bound) -> bool:
+    return getattr(node, "leaves_out_columns", False)
 
 
 def _on_any_rank(tp: Collectives, mask: torch.Tensor) -> torch.Tensor:

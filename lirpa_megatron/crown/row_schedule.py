@@ -20,13 +20,12 @@ from lirpa_megatron.crown.affine_forms import FormRows, InputSet
 from lirpa_megatron.crown.auxiliary_rows import Directions
 from lirpa_megatron.crown.backward_pass import BackwardPass
 from lirpa_megatron.crown.communication import CommunicationPlan
+from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.limits import CACHE
 from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement, plan_pass
 from lirpa_megatron.operators.affine.form import AffineForm
-from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.coefficients import IdentityRows, RowBounds
-from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
-from lirpa_megatron.operators.norm.norm import BoundNorm
+from lirpa_megatron.operators.operator import Operator
 
 _WORTH = {"cuda": 128}
 """Rows of A that are worth a chunk of their own, by the type of device; never where there is none:
@@ -56,15 +55,11 @@ class Bounds:
 
 
 class RowSchedule:
-    """Runs backward passes of one BoundedModule.
+    """Runs backward passes of one bound graph."""
 
-    Args:
-        module: the BoundedModule (its graph, options, `layout` and `sharded` marks).
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.module, self.tp = module, module.layout.collectives
-        self.communication, self.directions = CommunicationPlan(module), Directions(module)
+    def __init__(self, graph: BoundGraph) -> None:
+        self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
+        self.communication, self.directions = CommunicationPlan(graph), Directions(graph)
         self._rows_run: dict[str, int] = {}
         self._free: float | None = None
 
@@ -72,7 +67,7 @@ class RowSchedule:
     def dtype(self) -> torch.dtype:
         """Of the inputs, and so of A."""
         return next(
-            node.value.dtype for node in auto_lirpa.roots(self.module)
+            node.value.dtype for node in auto_lirpa.roots(self.graph)
             if type(node) is auto_lirpa.BoundInput and node.value.is_floating_point()
         )
 
@@ -80,7 +75,7 @@ class RowSchedule:
         self, start: auto_lirpa.Bound, spec_sharded: bool, regions: Sequence[Region] = ()
     ) -> PassPlan:
         """The course of a pass from `start`; weights move to `regions`."""
-        return plan_pass(start, self.module.sharded, spec_sharded, self.tp.size, regions)
+        return plan_pass(start, self.sharded, spec_sharded, self.tp.size, regions)
 
     def begin(
         self, start: auto_lirpa.Bound, identity: bool, spec_sharded: bool
@@ -95,8 +90,8 @@ class RowSchedule:
             identity: whether its rows are those of the identity.
             spec_sharded: whether ranks carry their own rows, for other start nodes.
         """
-        if identity and isinstance(start, BoundGatherFromRegion):
-            if self.module.sharded[start.inputs[0].name]:
+        if identity and getattr(start, "identity_starts_at_input", False):
+            if self.sharded[start.inputs[0].name]:
                 return start.inputs[0], self.tp.size > 1
         return start, spec_sharded
 
@@ -111,14 +106,14 @@ class RowSchedule:
     def _numel(self, start: auto_lirpa.Bound, C: Any) -> int:
         """Rows of a start node on all ranks together, and so the same at every size."""
         rows = self.rows_of(start, C)
-        return rows * self.tp.size if self.module.sharded[start.name] else rows
+        return rows * self.tp.size if self.sharded[start.name] else rows
 
     def _limit(self) -> int:
-        return self.module.own_options.form_limit // self.module.batch_size
+        return self.graph.own_options.form_limit // self.graph.batch_size
 
     def _rows_at_once(self, plan: PassPlan) -> int:
         """Most rows that the rank carries at once, the same on every rank."""
-        options = self.module.own_options
+        graph, options = self.graph, self.graph.own_options
         if options.max_spec_rows is not None:
             return options.max_spec_rows
         widest = max(
@@ -127,18 +122,15 @@ class RowSchedule:
             )
             for node in (*plan.order, *plan.leaves)
         )
-        if torch.device(self.module.device).type != "cpu":  # rows go through whole forms at once
-            inputs = InputSet(auto_lirpa.perturbed_inputs(self.module))
+        if torch.device(self.graph.device).type != "cpu":  # rows go through whole forms at once
+            inputs = InputSet(auto_lirpa.perturbed_inputs(self.graph))
             for node in plan.order:
-                if isinstance(node, BoundNorm):
-                    if inputs.offers_form(self._numel(node.inputs[0], None), self._limit()):
-                        vectors = self.rows_of(node) // (node.output_shape[-1] // node.groups)
-                        widest = max(widest, vectors * inputs.columns())
-                elif isinstance(node, BoundSoftmaxValues):
-                    numel = math.prod(node.inputs[0].output_shape[1:]) * node.head_dim
-                    if node.affords(self.module.batch_size * numel * node.head_dim):
-                        widest = max(widest, numel)
-        per_row = 2 * self.module.batch_size * widest * self.dtype.itemsize
+                if isinstance(node, Operator):
+                    offered = inputs.offers_form(self._numel(node.inputs[0], None), self._limit())
+                    widest = max(widest, node.numbers_at_once(
+                        graph.batch_size, inputs.columns() if offered else None, graph.call
+                    ))
+        per_row = 2 * self.graph.batch_size * widest * self.dtype.itemsize
         return max(1, int(self._memory() // per_row))
 
     def _turns(self, limit: int, plan: PassPlan) -> tuple[int, int]:
@@ -147,7 +139,7 @@ class RowSchedule:
         Where only A moves two chunks do, so that one is computed while the other's rows are under
         way. Weights would be fetched twice as often; they are fetched ahead instead.
         """
-        worth = _WORTH.get(torch.device(self.module.device).type, math.inf)
+        worth = _WORTH.get(torch.device(self.graph.device).type, math.inf)
         half = -(-limit // 2)
         moves = RowPlacement.GATHERED in plan.rows.values() and not plan.moved
         turns = moves and half >= worth and not torch.is_grad_enabled()
@@ -155,21 +147,21 @@ class RowSchedule:
 
     def _memory(self) -> float:
         """Bytes for the rows of A that are carried at once."""
-        given, free = self.module.own_options.pass_memory, self._free_on_a_gpu()
+        given, free = self.graph.own_options.pass_memory, self._free_on_a_gpu()
         if given is not None:
             return given * 2**20
         return CACHE / self.tp.size if free is None else free / 128
 
     def form_memory(self) -> float:
         """Bytes for the forms of replicated nodes that every rank keeps whole, the same on all."""
-        given, free = self.module.own_options.form_memory, self._free_on_a_gpu()
+        given, free = self.graph.own_options.form_memory, self._free_on_a_gpu()
         if given is not None:
             return given * 2**20
         return CACHE if free is None else free / 16
 
     def _free_on_a_gpu(self) -> float | None:
         """Bytes on the rank that had least when bounds began; None on other devices."""
-        device = torch.device(self.module.device)
+        device = torch.device(self.graph.device)
         if device.type != "cuda":
             return None
         if self._free is None:
@@ -205,43 +197,41 @@ class RowSchedule:
             aside: whether these rows are beside the node's own, of which alone notes are kept.
             directions: whether operators may have rows of theirs bounded on the way (`Directions`).
         """
-        module = self.module
+        graph = self.graph
         origin, spec_sharded = self.begin(start, C is None, spec_sharded)
         plan = self.plan(origin, spec_sharded)
         S = self.rows_of(origin, C) if rows is None else len(rows)
         if not aside:
             self._rows_run[origin.name] = S
             for node in plan.order:
-                module.backward_from[node.name].append(start)
+                graph.backward_from[node.name].append(start)
         split = spec_sharded and plan.rows[origin.name] is not RowPlacement.BLOCK
         n = -(-S // self.tp.size) if split else S
         limit = min(n, self._rows_at_once(plan))
         in_use = any(auto_lirpa.is_optimized(node, start) for node in plan.order)
-        moves = not in_use and not module.has_alpha(start) and module.rounding is None
+        moves = not in_use and not graph.has_alpha(start) and graph.rounding is None
         if spec_sharded and moves:
             regions = self.communication.choose(
                 plan, n, -(-n // limit), lower + upper, self.dtype, C is None
             )
             plan = self.plan(origin, spec_sharded, regions)
         limit, at_once = self._turns(limit, plan)
-        keep_A = bool(module.return_A and start.name in module.needed_A_dict) and not aside
-        asks = directions and not module.sharded[start.name]
-        know = self.directions.know(S, split) if asks else None
-        inputs = InputSet(auto_lirpa.perturbed_inputs(module)) if form else None
+        keep_A = bool(graph.return_A and start.name in graph.needed_A_dict) and not aside
+        asks = directions and not self.sharded[start.name]
+        answer = self.directions.answer(S, split) if asks else None
+        inputs = InputSet(auto_lirpa.perturbed_inputs(graph)) if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
             inputs = None
         # A that is given to the caller as the rank's own is one block of rows.
-        blocks = keep_A and module.own_options.return_A_rows == "own"
+        blocks = keep_A and graph.own_options.return_A_rows == "own"
         gather = split or (spec_sharded and origin is not start)
         form_rows = FormRows(n)
 
         def chunk(first: int) -> Generator[None, None, RowBounds]:
             """Bounds of the rank's rows from `first` on, and their rows of the form."""
-            local = torch.arange(first, min(first + limit, n), device=module.device)
-            run = BackwardPass(
-                module, module.layout, module.sharded, plan, start,
-                alpha_rows=(local, n) if limit < n else None, know=know,
-            )
+            local = torch.arange(first, min(first + limit, n), device=graph.device)
+            alpha_rows = (local, n) if limit < n else None
+            run = BackwardPass(graph, plan, start, alpha_rows, answer)
             every = self._every_row(local, n if blocks else None, first, S) if split else None
             own = local if every is None else every[self.tp.rank]
             if rows is not None:
@@ -303,7 +293,7 @@ class RowSchedule:
 
     def _places(self, n: int, limit: int) -> torch.Tensor:
         """Where each row is among the n rows of rank 0, those of rank 1, ...: [p n]."""
-        places = torch.arange(self.tp.size * n, device=self.module.device).view(self.tp.size, n)
+        places = torch.arange(self.tp.size * n, device=self.graph.device).view(self.tp.size, n)
         return torch.cat([chunk.flatten() for chunk in places.split(limit, 1)])
 
     def _start_rows(
@@ -324,9 +314,9 @@ class RowSchedule:
         return IdentityRows(
             own=own,
             all=None if every is None else every.flatten(),
-            shape=(len(own), self.module.batch_size, *start.output_shape[1:]),
+            shape=(len(own), self.graph.batch_size, *start.output_shape[1:]),
             dtype=self.dtype,
-            device=torch.device(self.module.device),
+            device=torch.device(self.graph.device),
         )
 
     def _gathered(self, own: Bounds, in_order: Callable) -> Bounds:
@@ -347,7 +337,7 @@ class RowSchedule:
             spec_sharded: whether ranks carried their own rows.
             in_order: puts the rows of all ranks in the start node's order.
         """
-        gather = spec_sharded and self.module.own_options.return_A_rows == "whole"
+        gather = spec_sharded and self.graph.own_options.return_A_rows == "whole"
 
         def shown(A: torch.Tensor | None) -> torch.Tensor | None:
             if A is None:
@@ -356,7 +346,7 @@ class RowSchedule:
             return (in_order(self.tp.gather_results(A)) if gather else A).transpose(0, 1)
 
         lbias, ubias = shown(bounds.lbias), shown(bounds.ubias)
-        self.module.A_dict[start.name] = {
+        self.graph.A_dict[start.name] = {
             name: {"lA": shown(bounds.lA[name]), "uA": shown(bounds.uA[name]),
                    "lbias": lbias, "ubias": ubias, "unstable_idx": None}
             for name in bounds.lA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ class RowBounds:
 
 @dataclass
 class LowerUpper:
-    """A running sum for the lower and the upper side; None where there is nothing yet.
+    """A value for the lower and for the upper side; None where a side has none.
 
     The two sides stay one object for as long as nothing made them differ.
     """
@@ -38,9 +39,40 @@ class LowerUpper:
     upper: Any = None
 
     def add(self, lower: Any, upper: Any) -> None:
+        """Adds a term to each side."""
         shared = upper is lower and self.upper is self.lower
         self.lower = _plus(self.lower, lower)
         self.upper = self.lower if shared else _plus(self.upper, upper)
+
+    def map(self, function: Callable[[Any], Any]) -> LowerUpper:
+        """`function` of both sides, once where they are one object (and None of None)."""
+        return LowerUpper(*both_sides(function, self.lower, self.upper))
+
+    def dense(self) -> LowerUpper:
+        """Both sides as tensors."""
+        return self.map(dense)
+
+    @property
+    def either(self) -> Any:
+        """The lower side, or the upper one where there is no lower."""
+        return self.upper if self.lower is None else self.lower
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.lower, self.upper))
+
+
+@dataclass(frozen=True)
+class Propagated:
+    """What leaves an operator towards its inputs in a backward pass.
+
+    Attributes:
+        A: for each input its coefficients [R, B, *input shape]; without sides where none leave.
+            Inputs beyond the last entry get none.
+        bias: [R, B] for each side; None or 0 where there is none.
+    """
+
+    A: tuple[LowerUpper, ...]
+    bias: LowerUpper = field(default_factory=LowerUpper)
 
 
 def _plus(total: Any, term: Any) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.context import GraphContext, OperatorInputs, Visit
+from lirpa_megatron.operators.operator import Operator
 
 RANGE = 2.0
 """With auto_LiRPA's learning rate of 0.5, Adam takes four steps from the middle to an end (with 1
@@ -22,17 +24,15 @@ it went back and forth between the ends: after 20 steps bounds of GELU networks 
 wider)."""
 
 
-class OptimizableOperator(auto_lirpa.BoundOptimizableActivation):
+class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
     """An operator whose lines or planes depend on alpha.
 
-    A subclass defines `relaxation(*inputs)`, what all rows of A have in common there.
+    A subclass defines `relaxation(inputs)`, what all rows of A have in common there.
     """
-
-    feature_dim: int | None = None
-    """Dimension of `sharded_relaxation` with the rank's features; None: not to be gathered."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.context: GraphContext = self.options["context"]
         self.alpha_batch_dim = 2
         self.splittable = False
 
@@ -63,42 +63,40 @@ class OptimizableOperator(auto_lirpa.BoundOptimizableActivation):
     def restore_optimized_params(self, saved: dict[str, Any]) -> None:
         self.alpha = saved["alpha"]
 
-    def move(self, start: auto_lirpa.Bound, side: int) -> torch.Tensor | None:
+    @staticmethod
+    def move(visit: Visit, side: int) -> torch.Tensor | None:
         """Alpha [R or 1, B, *alpha shape] of one side, in [-1, 1]; None where not in use."""
-        if not auto_lirpa.is_optimized(self, start):
-            return None
-        return (self.alpha[start.name][side] / RANGE).clamp(-1, 1)
+        return None if visit.alpha is None else (visit.alpha[side] / RANGE).clamp(-1, 1)
 
-    def relaxation(self, *inputs: Any) -> Any:
+    def relaxation(self, inputs: OperatorInputs) -> Any:
         """What all rows have in common, for the bounds that the inputs have."""
         raise NotImplementedError
 
-    def sharded_relaxation(self, *inputs: Any) -> Any:
+    def sharded_relaxation(self, inputs: OperatorInputs) -> Any:
         """What rows without alpha need of `relaxation`, of the rank's features."""
-        return self.shared_relaxation(*inputs)
+        return self.shared_relaxation(inputs)
 
-    def shared_relaxation(self, *inputs: Any) -> Any:
-        """`relaxation(*inputs)`, once for the bounds that it is made of.
+    def relaxation_at(self, visit: Visit) -> Any:
+        """What all rows have in common in a visit; where weights move, that of all ranks."""
+        return self.shared_relaxation(visit.inputs) if visit.gathered is None else visit.gathered
+
+    def shared_relaxation(self, inputs: OperatorInputs) -> Any:
+        """`relaxation(inputs)`, once for the bounds that it is made of.
 
         Every pass through the operator needs it, every chunk of rows, and with the same bounds.
-        What gradients flow to is made each time: its graph belongs to the pass. Where a pass moves
-        weights it is `sharded_relaxation` of all ranks.
+        What gradients flow to is made each time: its graph belongs to the pass.
         """
-        layout = self.options["layout"]
-        if self.name in layout.whole:
-            return layout.whole[self.name]
-        reads: list[Any] = [torch.is_grad_enabled(), layout.directions.get(self.name)]
-        for x in inputs:
-            name = getattr(x, "name", None)
-            reads += [getattr(x, "lower", None), getattr(x, "upper", None)]
-            reads += [layout.forms.get(name), layout.centered.get(name)]
-        known = layout.shared_relaxations.get(self.name)
+        call = inputs.call
+        reads: list[Any] = [torch.is_grad_enabled(), inputs.directions]
+        for x in inputs.views:
+            reads += [x.lower, x.upper, x.form, x.centered]
+        known = call.shared_relaxations.get(self.name)
         if known is not None and all(a is b for a, b in zip(known[0], reads, strict=True)):
             return known[1]
-        found = self.relaxation(*inputs)
+        found = self.relaxation(inputs)
         if not _requires_grad(found):
-            layout.shared_relaxations[self.name] = reads, found
-            layout.has_read(self.name, [x.name for x in inputs if hasattr(x, "name")])
+            call.shared_relaxations[self.name] = reads, found
+            call.has_read(self.name, [x.name for x in inputs.views])
         return found
 
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.affine.form import AffineForm
-from lirpa_megatron.operators.coefficients import dense
-from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.affine.form import Known
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
+from lirpa_megatron.operators.context import CallState, Visit
 from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 _FEW = 2**14
@@ -24,71 +25,77 @@ class RowRelaxed(OptimizableOperator):
 
     A subclass defines
 
-    - `relaxation(*inputs)`: what all rows have in common;
-    - `lower_plane(A, relaxation, move)`: coefficients for each input that can be perturbed, in
-      order, and a bias [R, B], of a plane below <A, y> on the inputs' bounds, for every alpha
-      `move` in [-1, 1] (None: no alpha, the same as 0);
+    - `relaxation(inputs)`: what all rows have in common;
+    - `lower_plane(A, relaxation, move, known)`: coefficients for each input that can be perturbed,
+      in order, and a bias [R, B], of a plane below <A, y> on the inputs' bounds, for every alpha
+      `move` in [-1, 1] (None: no alpha, the same as 0); `known` is the answer to `wanted_rows`;
     - `reads_form`: the inputs whose affine form (`affine.form`) it makes use of.
     """
 
-    reads_form: frozenset[int] = frozenset()
+    relaxes_rows = True
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
         self.attributes = attr
-        self.layout: Layout = self.options["layout"]
 
     def value_of(self, index: int) -> torch.Tensor:
         """An input's value at the clean input of the model."""
-        return self.layout.value_of(self.inputs[index])
+        return self.context.value_of(self.inputs[index])
 
-    def form_of(self, index: int) -> AffineForm | None:
-        """The input's affine form, if a pass of this call has found it."""
-        return self.layout.forms.get(self.inputs[index].name)
-
-    def affords(self, numel: int) -> bool:
+    def affords(self, numel: int, call: CallState) -> bool:
         """Whether a table of `numel` numbers here, for all ranks together, is within form_limit."""
-        ranks = self.layout.collectives.size if self.layout.sharded.get(self.name) else 1
-        return numel * ranks <= self.layout.form_limit
+        ranks = self.context.collectives.size if self.context.is_sharded(self) else 1
+        return numel * ranks <= call.form_limit
 
     def replicated(self, x: torch.Tensor) -> torch.Tensor:
         """A replicated value for use on this operator's features: with the right gradient."""
-        sharded = self.layout.sharded.get(self.name, False)
-        return self.layout.collectives.copy_to(x) if sharded else x
+        return self.context.collectives.copy_to(x) if self.context.is_sharded(self) else x
 
     def lower_plane(
-        self, A: torch.Tensor, shared: Any, move: torch.Tensor | None = None
+        self, A: torch.Tensor, shared: Any, move: torch.Tensor | None = None,
+        known: Known | None = None,
     ) -> tuple[tuple, torch.Tensor]:
         raise NotImplementedError
 
-    def bound_backward(
-        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
-    ) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A and bias of both sides. Shapes: see the class; a bias is [R, B]."""
-        shared = self.shared_relaxation(*x)
-        lower: tuple = ()
-        upper: tuple = ()
-        lbias = ubias = 0
-        sides = [None if A is None else dense(A) for A in (last_lA, last_uA)]
-        moves = [self.move(start_node, side) for side in (0, 1)]
-        if None not in sides and _are_few(sides[0]):
-            R = len(sides[0])
-            move = None
+        shared = self.relaxation_at(visit)
+        moves = [self.move(visit, side) for side in (0, 1)]
+        blocks = rows_below(A)
+        answers = visit.answers or (None,) * len(blocks)
+        if A.lower is not None and A.upper is not None and len(blocks) == 1:
+            R, move = len(blocks[0]) // 2, None
             if moves[0] is not None:
                 move = torch.cat([m.expand(R, *m.shape[1:]) for m in moves])
-            planes, bias = self.lower_plane(torch.cat((sides[0], -sides[1])), shared, move)
-            lower, upper = zip(*((A[:R], -A[R:]) for A in planes), strict=True)
-            lbias, ubias = bias[:R], -bias[R:]
-        else:
-            if last_lA is not None:
-                lower, lbias = self.lower_plane(sides[0], shared, moves[0])
-            if last_uA is not None:
-                planes, below = self.lower_plane(-sides[1], shared, moves[1])
-                upper, ubias = tuple(-A for A in planes), -below
+            planes, bias = self.lower_plane(blocks[0], shared, move, answers[0])
+            return Propagated(
+                tuple(LowerUpper(A_x[:R], -A_x[R:]) for A_x in planes),
+                LowerUpper(bias[:R], -bias[R:]),
+            )
+        rest = iter(zip(blocks, answers, strict=True))
+        lower, lbias, upper, ubias = (), 0, (), 0
+        if A.lower is not None:
+            block, known = next(rest)
+            lower, lbias = self.lower_plane(block, shared, moves[0], known)
+        if A.upper is not None:
+            block, known = next(rest)
+            planes, below = self.lower_plane(block, shared, moves[1], known)
+            upper, ubias = tuple(-A_x for A_x in planes), -below
         # Inputs beyond the planes' (weights, masks) are not perturbed.
-        absent = [None] * len(x)
-        both = zip([*lower, *absent], [*upper, *absent], strict=False)
-        return list(both)[: len(x)], lbias, ubias
+        return Propagated(
+            tuple(LowerUpper(*sides) for sides in itertools.zip_longest(lower, upper)),
+            LowerUpper(lbias, ubias),
+        )
+
+
+def rows_below(A: LowerUpper) -> list[torch.Tensor]:
+    """Rows a of which <a, y> is bounded from below: A's lower side and minus its upper side, in one
+    block where they are few."""
+    lower, upper = (None if side is None else dense(side) for side in A)
+    if lower is not None and upper is not None and _are_few(lower):
+        return [torch.cat((lower, -upper))]
+    found = [lower, None if upper is None else -upper]
+    return [rows for rows in found if rows is not None]
 
 
 def _are_few(A: torch.Tensor) -> bool:

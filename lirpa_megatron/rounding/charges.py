@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds, dense
+from lirpa_megatron.operators.coefficients import (
+    IdentityRows,
+    LowerUpper,
+    Propagated,
+    RowBounds,
+    dense,
+)
 from lirpa_megatron.problem.perturbations import is_ball
 from lirpa_megatron.rounding.arithmetic import UNIT, dot, gamma, margin
 from lirpa_megatron.rounding.rules import Known, Visit
@@ -19,8 +25,8 @@ _BOTH = ("lower", "upper")
 class NoCharges:
     """Bounds as they are rounded (`rounding="nearest"`)."""
 
-    def visited(self, node: Any, entered: tuple, left: Any, bias: tuple) -> None:
-        """After an operator's turn: A that entered, A that leaves to each input, the bias."""
+    def visited(self, node: Any, entered: tuple, left: Propagated) -> None:
+        """After an operator's turn: A that entered, what leaves to its inputs."""
 
     def added(self, x: Any, sums: LowerUpper, partial: bool) -> None:
         """After A was added to what node x had already."""
@@ -67,7 +73,7 @@ class Charges(NoCharges):
         self.whole, self.partial = LowerUpper(), LowerUpper()
 
     @torch.no_grad()
-    def visited(self, node: Any, entered: tuple, left: Any, bias: tuple) -> None:
+    def visited(self, node: Any, entered: tuple, left: Propagated) -> None:
         rule = self.known.rule_of(node)
         self.known.check_constants(node)
         errors: list[Any] = []
@@ -77,9 +83,11 @@ class Charges(NoCharges):
             elif side == 1 and rule.same_sides and A is entered[0]:
                 errors.append(errors[0])
             else:
-                to_inputs = tuple(None if pair[side] is None else pair[side] for pair in left)
+                to_inputs = [getattr(A_x, _BOTH[side]) for A_x in left.A]
+                to_inputs += [None] * (len(node.inputs) - len(to_inputs))
+                bias = getattr(left.bias, _BOTH[side])
                 visit = Visit(
-                    _plain(A), to_inputs, bias[side], (1, -1)[side],
+                    _plain(A), tuple(to_inputs), 0 if bias is None else bias, (1, -1)[side],
                     self.run.columns_at(node),
                 )
                 errors.append(rule.of_visit(node, visit, self.known))
@@ -134,7 +142,7 @@ class Charges(NoCharges):
             if self.run.plan.has_partial_bias:
                 zeros = self.run.zeros_of_partial()
                 zeros.add(self.partial.lower, self.partial.upper)
-                self.whole.add(*(yield from self.run.reduce(zeros.lower, zeros.upper)))
+                self.whole.add(*(yield from self.run.reduce(zeros)))
         for name, sign in zip(_BOTH, (-1, 1), strict=True):
             bound = getattr(result, name)
             if bound is not None:
@@ -152,9 +160,8 @@ class Charges(NoCharges):
         (self.partial if partial else self.whole).add(lower, upper)
 
 
-def charges_of(run: Any) -> NoCharges:
-    """What gathers the errors of a backward pass."""
-    rounding = run.module.rounding
+def charges_of(run: Any, rounding: Any) -> NoCharges:
+    """What gathers the errors of a backward pass; `rounding` is None where they are not counted."""
     return NoCharges() if rounding is None else Charges(run, rounding.known)
 
 

@@ -156,10 +156,10 @@ class CurveRule(Rule):
         x, key = node.inputs[0], ("lines", node.name)
         made = known.kept.get(key)
         if made is None or made[0] is not x.lower or made[1] is not x.upper:
-            made = known.kept[key] = x.lower, x.upper, self._found(node)
+            made = known.kept[key] = x.lower, x.upper, self._found(node, known)
         return made[2]
 
-    def _found(self, node: auto_lirpa.Bound) -> tuple[Tensor, Tensor, Tensor]:
+    def _found(self, node: auto_lirpa.Bound, known: Known) -> tuple[Tensor, Tensor, Tensor]:
         x, f = node.inputs[0], accuracy_of(node)
         l, u = x.lower.detach(), x.upper.detach()
         m = torch.maximum(l.abs(), u.abs())
@@ -169,7 +169,7 @@ class CurveRule(Rule):
         defect = defect + 4 * UNIT * m * (2 * steep + f.curvature * (u - l))
         # With alpha intercepts are no larger than |f| + |f'| m.
         slope, intercept = 1.01 * steep, size + steep * m
-        shared = node.shared_relaxation(x)
+        shared = node.shared_relaxation(known.inputs(node))
         for sign, line in ((1, shared.lower), (-1, shared.upper)):
             k, b = (part.detach() for part in line)
             least, off = _least(f, node.curve.both, sign, k, l, u)

@@ -26,6 +26,7 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.coefficients import IdentityRows
+from lirpa_megatron.operators.context import OperatorInputs
 from lirpa_megatron.rounding.arithmetic import TINY, UNIT, dot, gamma
 
 Tensor = torch.Tensor
@@ -66,8 +67,12 @@ class Known:
 
     def __init__(self, module: Any, rule_of: Callable[[auto_lirpa.Bound], Rule]) -> None:
         self.module, self.rule_of = module, rule_of
-        self.tp = module.layout.collectives
+        self.tp = module.context.collectives
         self.kept: dict[tuple[str, str], Any] = {}
+
+    def inputs(self, node: auto_lirpa.Bound) -> OperatorInputs:
+        """What an operator's relaxation is made of."""
+        return OperatorInputs.of(node, self.module.context, self.module.call)
 
     def value(self, x: auto_lirpa.Bound) -> Tensor:
         """The exact value of a parameter or constant (or of an input that is not perturbed)."""
@@ -165,7 +170,7 @@ class LinearRule(Rule):
     def weight(self, node: auto_lirpa.Bound, known: Known) -> tuple[Tensor, Tensor | None]:
         """|W| [o, i] and |b| [o] or None."""
         if hasattr(node, "has_rows"):
-            w, b = node.sharded_relaxation(*node.inputs)
+            w, b = node.sharded_relaxation(known.inputs(node))
         else:
             w, *rest = (known.value(x) for x in node.inputs[1:])
             b = rest[0] if rest else None

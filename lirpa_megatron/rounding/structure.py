@@ -15,7 +15,7 @@ class RearrangeRule(Rule):
         if node.pads and node.fill:
             return "padding with numbers other than 0"
         if len(node.inputs) > 1:
-            index = node.layout.value_of(node.inputs[1])
+            index = node.context.value_of(node.inputs[1])
             if len(index.unique()) < len(index):
                 return "numbers that are repeated (expanded)"
         return None

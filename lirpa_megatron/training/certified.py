@@ -94,7 +94,7 @@ class CertifiedLoss:
                 module.training = training
         self.bounded.train()
         leave_sums_to_megatron(self.bounded, model)
-        self._tp = self.bounded.layout.collectives
+        self._tp = self.bounded.context.collectives
 
     def __call__(
         self, inputs: Sequence[torch.Tensor], labels: torch.Tensor, *,

@@ -19,7 +19,7 @@ def leave_sums_to_megatron(bounded: BoundedModule, model: nn.Module) -> None:
     of the sequence, or of the heads) and sums in `finalize_model_grads`. With the share, losses of
     both kinds can be added.
     """
-    size = bounded.layout.collectives.size
+    size = bounded.context.collectives.size
     if size == 1:
         return
     for node in bounded.named_nodes().values():

@@ -71,7 +71,7 @@ def bound_regularizer(bounded: BoundedModule, tolerance: float = 0.5) -> torch.T
     Returns:
         a number, the same on every rank; gradients flow to the parameters.
     """
-    tp, total, count = bounded.layout.collectives, None, 0
+    tp, total, count = bounded.context.collectives, None, 0
     first = torch.stack([D.mean() for D in _input_widths(bounded)]).mean()
     for node in bounded.named_nodes().values():
         activations = (auto_lirpa.BoundActivation, auto_lirpa.BoundOptimizableActivation)

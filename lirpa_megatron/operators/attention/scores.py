@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.operators.affine.products import product_range
+from lirpa_megatron.operators.context import OperatorInputs
 from lirpa_megatron.operators.numerics import least_product, mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed
 
@@ -48,6 +49,7 @@ class BoundScores(RowRelaxed):
 
     reads_form = frozenset({0, 1})
     feature_dim = 1
+    sharded_dim = 1
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
@@ -69,10 +71,10 @@ class BoundScores(RowRelaxed):
         q, k = self._split(q, k)
         return (q @ k.transpose(-1, -2)).flatten(-4, -3) * self.scale
 
-    def relaxation(self, q: Any, k: Any) -> tuple[torch.Tensor, ...]:
+    def relaxation(self, inputs: OperatorInputs) -> tuple[torch.Tensor, ...]:
         """(q0, k0, rq, rk) split into heads, (low, high, <rq, rk>), each [B, g, n/g, T, T]."""
-        boxes = [mask_overflow(x.lower, x.upper, _LARGEST) for x in (q, k)]
-        forms = [self.form_of(0), self.form_of(1)]
+        boxes = [mask_overflow(x.lower, x.upper, _LARGEST) for x in inputs.views]
+        forms = [x.form for x in inputs.views]
         if None in forms:
             centers = [(l + u) / 2 for l, u, _ in boxes]
         else:
@@ -85,7 +87,7 @@ class BoundScores(RowRelaxed):
         dq, dk = self._split(*deviations)
         high = torch.nan_to_num(dq @ dk.transpose(-1, -2), nan=float("inf"), posinf=float("inf"))
         box, low = high, -high
-        if None not in forms and self.affords(high.numel() * self.head_dim**2):
+        if None not in forms and self.affords(high.numel() * self.head_dim**2, inputs.call):
             groups = k0.shape[-4]
             a = forms[0].view(lambda x: self._queries(x, groups))
             b = forms[1].view(lambda x: self._keys(x).expand(*x.shape[:-2], *dq.shape[-4:-2],
@@ -95,15 +97,15 @@ class BoundScores(RowRelaxed):
             high = torch.where(most < high, most, high)
         return q0, k0, dq, dk, low, high, box
 
-    def sharded_relaxation(self, q: Any, k: Any) -> tuple:
-        q0, k0, _, _, low, high, _ = self.shared_relaxation(q, k)
+    def sharded_relaxation(self, inputs: OperatorInputs) -> tuple:
+        q0, k0, _, _, low, high, _ = self.shared_relaxation(inputs)
         return q0, k0, None, None, low, high, None
 
     def alpha_shape(self) -> tuple[int, ...]:
         return self.inputs[0].lower.shape[0], *self.output_shape[1:]
 
     def lower_plane(
-        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None
+        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None, known: Any = None
     ) -> tuple[tuple, torch.Tensor]:
         """A_s -> (A_q [R, B, T, n d], A_k [R, B, T, g d]), bias [R, B]."""
         q0, k0, rq, rk, low, high, box = shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from lirpa_megatron.operators.attention.softmax_weights import (
     weight_box,
     weight_interval,
 )
+from lirpa_megatron.operators.context import OperatorInputs
 from lirpa_megatron.operators.numerics import mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed
 
@@ -29,6 +31,13 @@ class _OverOneDimension(RowRelaxed):
         super().__init__(attr, *args, **kwargs)
         self.dim = int(attr["dim"])
         self.requires_input_bounds = [0]
+
+    def check_sharded(self, sharded: Sequence[bool], where: str) -> None:
+        if self.dim == -1:
+            raise NotImplementedError(
+                f"{self.name}: a softmax over features that are sharded; gather them first "
+                "(gather_output=True)"
+            )
 
     def _last(self, x: torch.Tensor) -> torch.Tensor:
         return x.movedim(self.dim, -1)
@@ -106,8 +115,8 @@ class BoundSoftmax(_OverOneDimension):
     def alpha_shape(self) -> tuple[int, ...]:
         return tuple(self._last(self.inputs[0].lower).shape[:-1])
 
-    def relaxation(self, x: Any, *_: Any) -> _Weights:
-        l, u = self._last(x.lower), self._last(x.upper)
+    def relaxation(self, inputs: OperatorInputs) -> _Weights:
+        l, u = self._last(inputs[0].lower), self._last(inputs[0].upper)
         # Where bounds are not finite, p0 is still to be some weights.
         l, u, wild = mask_overflow(l, u, torch.finfo(l.dtype).max / 64)
         center = l / 2 + u / 2
@@ -125,7 +134,7 @@ class BoundSoftmax(_OverOneDimension):
         return _Weights(center, p0, -reach, reach, p0 - least, most - p0, loose)
 
     def lower_plane(
-        self, A: torch.Tensor, x: _Weights, move: torch.Tensor | None = None
+        self, A: torch.Tensor, x: _Weights, move: torch.Tensor | None = None, known: Any = None
     ) -> tuple[tuple, torch.Tensor]:
         """A_y -> (A_x [R, B, *shape],), bias [R, B]."""
         a, eps = self._last(A), 16 * torch.finfo(A.dtype).eps
@@ -209,8 +218,8 @@ class BoundLogSoftmax(_OverOneDimension):
     def alpha_shape(self) -> tuple[int, ...]:
         return tuple(self._last(self.inputs[0].lower).shape)
 
-    def relaxation(self, x: Any, *_: Any) -> _Sums:
-        l, u = self._last(x.lower), self._last(x.upper)
+    def relaxation(self, inputs: OperatorInputs) -> _Sums:
+        l, u = self._last(inputs[0].lower), self._last(inputs[0].upper)
         l, u, wild = mask_overflow(l, u, torch.finfo(l.dtype).max ** 0.5)
         wild = wild.any(-1, keepdim=True)
         l, u = torch.where(wild, 0.0, l), torch.where(wild, 0.0, u)
@@ -226,7 +235,7 @@ class BoundLogSoftmax(_OverOneDimension):
         return _Sums(l / 2 + u / 2, width / 2, top, k, b, most, wild)
 
     def lower_plane(
-        self, A: torch.Tensor, x: _Sums, move: torch.Tensor | None = None
+        self, A: torch.Tensor, x: _Sums, move: torch.Tensor | None = None, known: Any = None
     ) -> tuple[tuple, torch.Tensor]:
         """A_y -> (A_x [R, B, *shape],), bias [R, B]."""
         a, eps = self._last(A), 16 * torch.finfo(A.dtype).eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from lirpa_megatron.operators.attention.softmax_weights import (
     weight_box,
     weight_interval,
 )
+from lirpa_megatron.operators.context import CallState, InputView, OperatorInputs
 from lirpa_megatron.operators.numerics import mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed
 
@@ -119,6 +121,7 @@ class BoundSoftmaxValues(RowRelaxed):
     """
 
     reads_form = frozenset({1})
+    reads_centered = 0
     feature_dim = 1
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -164,8 +167,9 @@ class BoundSoftmaxValues(RowRelaxed):
 
     # --------------------------------------------------------------------- CROWN
 
-    def relaxation(self, s: Any, v: Any, *_: Any) -> _Rows:
+    def relaxation(self, inputs: OperatorInputs) -> _Rows:
         """What rows share."""
+        s, v = inputs[0], inputs[1]
         masked, s0, p0 = self.masked(), self.value_of(0), self.clean_weights()
         empty = masked.all(-1)
         dl, du = self._deviations(s, s0, p0)
@@ -182,11 +186,11 @@ class BoundSoftmaxValues(RowRelaxed):
         least, most = weight_box(p0, dl, du)
         anywhere = loose.unsqueeze(-1) & ~masked
         least, most = least.masked_fill(anywhere, 0), most.masked_fill(anywhere, 1)
-        heads, scores = s0.shape[1], self.layout.centered.get(self.inputs[0].name)
+        heads, scores = s0.shape[1], s.centered
         shared = heads // (v.lower.shape[-1] // self.head_dim)
-        form, (vl, vu, wild) = self.form_of(1), mask_overflow(v.lower, v.upper, _LARGEST)
+        form, (vl, vu, wild) = v.form, mask_overflow(v.lower, v.upper, _LARGEST)
         v0, pairs, reach, rest = (vl + vu) / 2, None, None, None
-        if form is not None and self.affords(s0.numel() * self.head_dim**2):
+        if form is not None and self.affords(s0.numel() * self.head_dim**2, inputs.call):
             v0 = torch.where(wild, 0.0, form.center)
             alpha = None if scores is None else scores.form
             of_interest = (p0 > 0) | (least < p0) | (most > p0)
@@ -211,25 +215,29 @@ class BoundSoftmaxValues(RowRelaxed):
         """
         places = torch.arange(1, pairs.shape[-1] + 1, device=pairs.device)
         keys = (pairs * places).amax((0, 1, 3)).clamp(min=1)
-        return self.layout.collectives.largest(keys).tolist()
+        return self.context.collectives.largest(keys).tolist()
 
-    def _deviations(self, s: Any, s0: torch.Tensor, p0: torch.Tensor) -> tuple:
+    @staticmethod
+    def _deviations(s: InputView, s0: torch.Tensor, p0: torch.Tensor) -> tuple:
         """Range of delta, [B, n, T, T]."""
-        found = self.layout.centered.get(self.inputs[0].name)
-        if found is not None:
+        if s.centered is not None:
             t0 = s0 - (p0 * s0).sum(-1, keepdim=True)
-            return found.lower - t0, found.upper - t0
+            return s.centered.lower - t0, s.centered.upper - t0
         l, u = s.lower - s0, s.upper - s0
         pl, pu = (torch.where(p0 > 0, p0 * x, 0.0) for x in (l, u))
         low = torch.where(p0 < 1, (1 - p0) * l, 0.0) - (pu.sum(-1, keepdim=True) - pu)
         high = torch.where(p0 < 1, (1 - p0) * u, 0.0) - (pl.sum(-1, keepdim=True) - pl)
         return low, high
 
+    def numbers_at_once(self, batch: int, form_columns: int | None, call: CallState) -> int:
+        numel = math.prod(self.inputs[0].output_shape[1:]) * self.head_dim
+        return numel if self.affords(batch * numel * self.head_dim, call) else 0
+
     def alpha_shape(self) -> tuple[int, ...]:
         return tuple(self.inputs[0].lower.shape[:-1])
 
     def lower_plane(
-        self, A: torch.Tensor, x: _Rows, move: torch.Tensor | None = None
+        self, A: torch.Tensor, x: _Rows, move: torch.Tensor | None = None, known: Any = None
     ) -> tuple[tuple, torch.Tensor]:
         """A_y -> (A_s [R, B, n, T, T], A_v [R, B, T, g d]), bias [R, B]."""
         a, p0 = self._heads(A), x.p0

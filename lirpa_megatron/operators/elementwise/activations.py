@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import dense
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
+from lirpa_megatron.operators.context import OperatorInputs, Visit
 from lirpa_megatron.operators.elementwise.curves import Curve
 from lirpa_megatron.operators.elementwise.functions import FUNCTIONS, Function
 from lirpa_megatron.operators.elementwise.intervals import within
@@ -67,17 +68,18 @@ class BoundCurve(OptimizableOperator):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.curve.run(x)
 
-    def relaxation(self, x: Any) -> _Lines:
-        """The curve's lines on [l, u]."""
+    def relaxation(self, inputs: OperatorInputs) -> _Lines:
+        """The curve's lines on [l, u] of the first input."""
+        x = inputs[0]
         lower, upper = x.lower, x.upper
         if self.curve.limited:
-            one_rank = self.options["layout"].collectives.size == 1
-            lower, upper = within(x, lower, upper, one_rank)
+            one_rank = self.context.collectives.size == 1
+            lower, upper = within(x.node, lower, upper, one_rank)
         lines = Relaxation(self.curve, lower, upper)
         return _Lines(lines.line(lines.lower), lines.line(lines.upper), lines)
 
-    def sharded_relaxation(self, *x: Any) -> _Lines:
-        return replace(self.shared_relaxation(*x), movable=None)
+    def sharded_relaxation(self, inputs: OperatorInputs) -> _Lines:
+        return replace(self.shared_relaxation(inputs), movable=None)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The image of [l, u]; that of the box around it for a ball straight from the input."""
@@ -87,27 +89,20 @@ class BoundCurve(OptimizableOperator):
             lower, upper = lower - eps, upper + eps
         return self.curve.image(lower, upper)
 
-    def bound_backward(
-        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
-    ) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at x and the bias [R, B]. Shapes: see the class."""
-        return self.through_lines(last_lA, last_uA, x, start_node)
+        A_x, bias = self.through_lines(A, visit)
+        return Propagated((A_x,), bias)
 
-    def through_lines(self, last_lA: Any, last_uA: Any, x: Any, start_node: Any) -> tuple:
-        """A of f(x) -> A of x for both sides, and the biases.
-
-        Args:
-            last_lA, last_uA: [R, B, *shape] or None.
-            x: the operator's inputs.
-            start_node: of the pass.
-        """
-        shared = self.shared_relaxation(*x)
+    def through_lines(self, A: LowerUpper, visit: Visit) -> tuple[LowerUpper, LowerUpper]:
+        """A of f(x) [R, B, *shape] -> A of x, and the bias [R, B]."""
+        shared = self.relaxation_at(visit)
 
         def through(last_A: Any, side: int) -> tuple[Any, Any]:
             if last_A is None:
                 return None, 0
             A = dense(last_A)
-            move = self.move(start_node, side)
+            move = self.move(visit, side)
             if move is not None:
                 lines = shared.movable
                 positive, negative = (lines.lower, lines.upper)[:: 1 if side == 0 else -1]
@@ -121,8 +116,8 @@ class BoundCurve(OptimizableOperator):
                 row_sum(above, b_above) + row_sum(below, b_below)
             )
 
-        (lA, lbias), (uA, ubias) = through(last_lA, 0), through(last_uA, 1)
-        return [(lA, uA)], lbias, ubias
+        (lA, lbias), (uA, ubias) = through(A.lower, 0), through(A.upper, 1)
+        return LowerUpper(lA, uA), LowerUpper(lbias, ubias)
 
 
 _MADE: dict[str, type[BoundCurve]] = {}

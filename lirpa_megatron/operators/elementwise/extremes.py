@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import both_sides, dense
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
+from lirpa_megatron.operators.context import Visit
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
 from lirpa_megatron.operators.elementwise.functions import Function, bent
 
@@ -47,9 +48,6 @@ class BoundMaximum(BoundCurve):
     def infer_batch_dim(self, batch_size: int, *x: int) -> int:
         return max(x)
 
-    def relaxation(self, *x: Any) -> Any:
-        return super().relaxation(x[0])
-
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Element by element; of the box around it for a ball straight from the input."""
         ends = []
@@ -60,17 +58,12 @@ class BoundMaximum(BoundCurve):
         (al, au), (bl, bu) = ends
         return self.forward(al, al, bl), self.forward(au, au, bu)
 
-    def bound_backward(
-        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
-    ) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at d, a and b and the bias [R, B]. Shapes: see the class."""
-        own = both_sides(dense, last_lA, last_uA)
-        turned = own
-        if self.sign < 0:
-            turned = tuple(None if A is None else -A for A in own)
-        [through], lbias, ubias = self.through_lines(*turned, x, start_node)
-        passed = [(None, None), own] if self.sign > 0 else [own, (None, None)]
-        return [through, *passed], lbias, ubias
+        A = A.dense()
+        A_d, bias = self.through_lines(A if self.sign > 0 else A.map(torch.neg), visit)
+        passed = (LowerUpper(), A) if self.sign > 0 else (A,)
+        return Propagated((A_d, *passed), bias)
 
 
 class BoundMinimum(BoundMaximum):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import dense
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
+from lirpa_megatron.operators.context import Visit
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
 from lirpa_megatron.operators.elementwise.functions import Function, bent
 
@@ -52,9 +53,6 @@ class BoundPRelu(BoundCurve):
     def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return F.prelu(x, w)
 
-    def relaxation(self, *x: Any) -> Any:
-        return super().relaxation(x[0])
-
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The image of [l, u]; that of the box around it for a ball straight from the input."""
         norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
@@ -66,16 +64,10 @@ class BoundPRelu(BoundCurve):
             torch.minimum(torch.minimum(*ends), zero), torch.maximum(torch.maximum(*ends), zero)
         )
 
-    def bound_backward(
-        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
-    ) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at x and the bias [R, B]. Shapes: see the class."""
-        w = self._slopes(x[1].lower, x[0].lower.ndim)
-        own = [None if A is None else dense(A) for A in (last_lA, last_uA)]
-        [through], lbias, ubias = self.through_lines(
-            *(None if A is None else A * (1 - w) for A in own), x, start_node
-        )
-        sides = tuple(
-            None if A is None else k + A * w for A, k in zip(own, through, strict=True)
-        )
-        return [sides, (None, None)], lbias, ubias
+        w = self._slopes(visit.inputs[1].lower, visit.inputs[0].lower.ndim)
+        A = A.dense()
+        A_x, bias = self.through_lines(A.map(lambda A: A * (1 - w)), visit)
+        A_x.add(*A.map(lambda A: A * w))
+        return Propagated((A_x,), bias)

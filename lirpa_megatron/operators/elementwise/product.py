@@ -10,7 +10,8 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.affine.products import elementwise_range
-from lirpa_megatron.operators.coefficients import dense
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
+from lirpa_megatron.operators.context import OperatorInputs, Visit
 from lirpa_megatron.operators.numerics import row_sum
 from lirpa_megatron.operators.optimizable import OptimizableOperator
 
@@ -114,13 +115,11 @@ class BoundProduct(OptimizableOperator):
             ends.append((interval[0] - wider, interval[1] + wider) if wider else interval[:2])
         return _corners(*ends[0], *ends[1])
 
-    def bound_backward(
-        self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, **kwargs: Any
-    ) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at a and b and the bias [R, B]. Shapes: see the class."""
         if not self._both_perturbed:
-            return self._linear(last_lA, last_uA, *x)
-        box = self.shared_relaxation(*x)
+            return self._linear(A, visit.inputs)
+        box = self.relaxation_at(visit)
         any_infinite = bool(box.infinite.any())
 
         def through(last_A: Any, side: int) -> tuple[Any, Any, Any]:
@@ -128,7 +127,7 @@ class BoundProduct(OptimizableOperator):
                 return None, None, 0
             A = dense(last_A)
             size = A.abs() if side == 0 else -A.abs()
-            d = _mixture(self.move(start_node, side), box)
+            d = _mixture(self.move(visit, side), box)
             bias = _remainder(A, box, d, side) - row_sum(A, box.a0 * box.b0)
             A_a, A_b = A * box.b0, A * box.a0
             if d is not None:
@@ -140,23 +139,23 @@ class BoundProduct(OptimizableOperator):
                 bias = bias + row_sum(A.clamp(min=0), up) + row_sum(A.clamp(max=0), down)
             return A_a, A_b, bias
 
-        (lA_a, lA_b, lbias), (uA_a, uA_b, ubias) = through(last_lA, 0), through(last_uA, 1)
-        return [(lA_a, uA_a), (lA_b, uA_b)], lbias, ubias
+        A_a, A_b, bias = (
+            LowerUpper(*sides)
+            for sides in zip(through(A.lower, 0), through(A.upper, 1), strict=True)
+        )
+        return Propagated((A_a, A_b), bias)
 
-    def relaxation(self, a: Any, b: Any) -> _Box:
+    def relaxation(self, inputs: OperatorInputs) -> _Box:
         """The box of two nodes' bounds, within their forms if they are known."""
-        known = self.options["layout"].forms
-        forms = [known.get(node.name) for node in self.inputs]
-        return _box(a, b, None if None in forms else forms)
+        forms = [x.form for x in inputs.views]
+        return _box(*inputs.views, None if None in forms else forms)
 
-    def _linear(self, last_lA: Any, last_uA: Any, *x: Any) -> tuple:
-        As = []
-        for node, other in ((x[0], x[1]), (x[1], x[0])):
-            As.append(tuple(
-                None if A is None or not node.perturbed else dense(A) * other.lower
-                for A in (last_lA, last_uA)
-            ))
-        return As, 0, 0
+    @staticmethod
+    def _linear(A: LowerUpper, inputs: OperatorInputs) -> Propagated:
+        return Propagated(tuple(
+            A.map(lambda A, c=other.lower: dense(A) * c) if x.perturbed else LowerUpper()
+            for x, other in zip(inputs.views, reversed(inputs.views), strict=True)
+        ))
 
 
 def _corners(

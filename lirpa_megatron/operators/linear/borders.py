@@ -7,22 +7,19 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import both_sides, dense
-from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
+from lirpa_megatron.operators.context import GraphContext, OperatorInputs, Visit
+from lirpa_megatron.operators.operator import Operator, Sharding
 
 
-class _Border(auto_lirpa.Bound):
+class _Border(Operator, auto_lirpa.Bound):
     """Base: the operators only move features, so every bound is exact."""
 
     feature_dim = 0
 
-    def sharded_relaxation(self, *x: Any) -> tuple:
-        """What other ranks need of this one's; nothing, unless a subclass says so."""
-        return ()
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.layout: Layout = self.options["layout"]
+        self.context: GraphContext = self.options["context"]
 
     def interval_propagate(self, *v: Any) -> tuple:
         """Interval bounds, features moved as in `forward`. A ball straight from the input (L2, L1)
@@ -47,18 +44,20 @@ class BoundGatherFromRegion(_Border):
     stays as it is.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layout.collectives.gather_features(x)
+    sharding = Sharding.JOINS
+    identity_starts_at_input = True
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.context.collectives.gather_features(x)
+
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, ..., n] -> [R', B, ..., n/p], R' as in `crown.placement`."""
-        tp = self.layout.collectives
-        last_lA, last_uA = both_sides(dense, last_lA, last_uA)
-        if tp.size == 1 or self.name in self.layout.whole:
-            return [(last_lA, last_uA)], 0, 0
-        A, unstack = self.layout.entered
-        width = A.shape[-1] // tp.size
-        return [unstack(A.narrow(-1, tp.rank * width, width))], 0, 0
+        if visit.entered is None:
+            return Propagated((A.dense(),))
+        tp = self.context.collectives
+        gathered, unstack = visit.entered
+        width = gathered.shape[-1] // tp.size
+        return Propagated((LowerUpper(*unstack(gathered.narrow(-1, tp.rank * width, width))),))
 
 
 class BoundScatterToRegion(_Border):
@@ -68,15 +67,16 @@ class BoundScatterToRegion(_Border):
     zero elsewhere: this rank's term of the sum that the pass takes. Where weights move A_x is A_y.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layout.collectives.split_features(x)
+    sharding = Sharding.SPLITS
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.context.collectives.split_features(x)
+
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, ..., n/p] -> partial sums [R, B, ..., n]."""
-        tp = self.layout.collectives
-        last_lA, last_uA = both_sides(dense, last_lA, last_uA)
-        if self.name in self.layout.whole:
-            return [(last_lA, last_uA)], 0, 0
+        tp = self.context.collectives
+        if visit.gathered is not None:
+            return Propagated((A.dense(),))
 
         def place(A: torch.Tensor) -> torch.Tensor:
             width = A.shape[-1]
@@ -84,7 +84,7 @@ class BoundScatterToRegion(_Border):
                 A, (tp.rank * width, (tp.size - 1 - tp.rank) * width)
             )
 
-        return [both_sides(place, last_lA, last_uA)], 0, 0
+        return Propagated((A.dense().map(place),))
 
 
 class BoundSelectFromRegion(_Border):
@@ -95,21 +95,22 @@ class BoundSelectFromRegion(_Border):
     takes. Where weights move idx is that of all ranks.
     """
 
-    def sharded_relaxation(self, x: Any, idx: Any) -> tuple[torch.Tensor]:
-        return (idx.lower,)
+    sharding = Sharding.SPLITS
+
+    def sharded_relaxation(self, inputs: OperatorInputs) -> tuple[torch.Tensor]:
+        """The rank's choice."""
+        return (inputs[1].lower,)
 
     def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
-        return self.layout.collectives.copy_to(x).index_select(-1, idx)
+        return self.context.collectives.copy_to(x).index_select(-1, idx)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, idx: Any, **kwargs: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, ..., m] -> partial sums [R, B, ..., n]."""
-        chosen, n = idx.lower, x.output_shape[-1]
-        if self.name in self.layout.whole:
-            chosen, = self.layout.whole[self.name]
+        n = visit.inputs[0].output_shape[-1]
+        (chosen,) = visit.gathered or self.sharded_relaxation(visit.inputs)
 
         def place(A: torch.Tensor) -> torch.Tensor:
             A_x = A.new_zeros(*A.shape[:-1], n)
             return A_x.index_add(-1, chosen, A)
 
-        lA, uA = both_sides(place, *both_sides(dense, last_lA, last_uA))
-        return [(lA, uA), (None, None)], 0, 0
+        return Propagated((A.dense().map(place),))

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.context import OperatorInputs, Visit
 from lirpa_megatron.operators.linear.local import LocalLinear
+from lirpa_megatron.operators.operator import Sharding
 
 
 class BoundColumnParallelLinear(LocalLinear):
@@ -42,6 +44,9 @@ class BoundColumnParallelLinear(LocalLinear):
     values of a packed projection; the gate of a gated MLP): W_r and b_r are then those rows.
     """
 
+    sharding = Sharding.SPLITS
+    weight_shards = slice(1, None)
+    exact_by_intervals = True
     feature_dim = 0
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -56,24 +61,26 @@ class BoundColumnParallelLinear(LocalLinear):
             return w, b
         return w[rows], None if b is None else b[rows]
 
-    def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def weight_and_bias(self, visit: Visit) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.check_unperturbed()
-        return self.layout.whole[self.name] if self.weight_moves else self.sharded_relaxation(*x)
+        return self.sharded_relaxation(visit.inputs) if visit.gathered is None else visit.gathered
 
-    def sharded_relaxation(self, *x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def sharded_relaxation(
+        self, inputs: OperatorInputs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rank's weight and bias."""
-        w, *rest = (self.layout.value_of(node) for node in x[1:])
+        w, *rest = (x.value for x in inputs.views[1:])
         return self._own(w, rest)
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         w, b = self._own(w, rest)
         self.input_shape = self.x_shape = x.shape
         self.y_shape = w.t().shape
-        return F.linear(self.layout.collectives.copy_to(x), w, b)
+        return F.linear(self.context.collectives.copy_to(x), w, b)
 
     def interval_propagate(self, *v: Any, C: Any = None, w: Any = None) -> tuple:
         """Interval bounds of y_r, or of C y when `C` [B, S, n/p] (own features) is given."""
-        tp = self.layout.collectives
+        tp = self.context.collectives
         lower, upper = tp.copy_to(v[0][0]), tp.copy_to(v[0][1])
         if isinstance(v[0], auto_lirpa.Interval):
             x = auto_lirpa.Interval(lower, upper if v[0].ptb is not None else lower, v[0].ptb)

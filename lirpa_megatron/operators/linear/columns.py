@@ -11,24 +11,18 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import both_sides, dense
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
+from lirpa_megatron.operators.context import Visit
+from lirpa_megatron.operators.operator import Operator
 
 
-class _Linear(auto_lirpa.Bound):
+class _Linear(Operator, auto_lirpa.Bound):
     """Base: y = M x (+ c), M with one row a column of y."""
 
     feature_dim = 0
 
-    def sharded_relaxation(self, *x: Any) -> tuple:
-        """Nothing: these operators are not sharded."""
-        return ()
-
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
-
-    def constant(self, x: Any) -> torch.Tensor:
-        """The value of an input that is a constant."""
-        return self.options["layout"].value_of(x)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The images of the ends, in order; of the box around an L1 or L2 ball."""
@@ -47,15 +41,16 @@ class BoundSelectColumns(_Linear):
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return x.index_select(-1, index)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, index: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, m] -> [R, B, n]."""
-        chosen, n = self.constant(index), x.output_shape[-1]
+        x, index = visit.inputs.views
+        chosen, n = index.value, x.output_shape[-1]
 
         def place(A: Any) -> torch.Tensor:
             A = dense(A)
             return A.new_zeros(*A.shape[:-1], n).index_add(-1, chosen, A)
 
-        return [both_sides(place, last_lA, last_uA), (None, None)], 0, 0
+        return Propagated((A.map(place),))
 
 
 class BoundSumColumns(_Linear):
@@ -71,11 +66,10 @@ class BoundSumColumns(_Linear):
     def forward(self, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width).index_add(-1, group, x)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, group: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, m] -> [R, B, n]."""
-        of = self.constant(group)
-        A_x = both_sides(lambda A: dense(A).index_select(-1, of), last_lA, last_uA)
-        return [A_x, (None, None)], 0, 0
+        group = visit.inputs[1].value
+        return Propagated((A.map(lambda A: dense(A).index_select(-1, group)),))
 
 
 class BoundJoinColumns(_Linear):
@@ -88,13 +82,13 @@ class BoundJoinColumns(_Linear):
         ends = [_ends(interval) for interval in v]
         return torch.cat([e[0] for e in ends], -1), torch.cat([e[1] for e in ends], -1)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, sum n_i] -> [R, B, n_i] each."""
-        widths = [node.output_shape[-1] for node in x]
-        none = [None] * len(x)
-        sides = both_sides(lambda A: dense(A).split(widths, dim=-1), last_lA, last_uA)
-        lower, upper = (none if side is None else side for side in sides)
-        return list(zip(lower, upper, strict=True)), 0, 0
+        widths = [x.output_shape[-1] for x in visit.inputs.views]
+        parts = A.map(lambda A: dense(A).split(widths, dim=-1))
+        return Propagated(tuple(
+            parts.map(lambda slices, i=i: slices[i]) for i in range(len(widths))
+        ))
 
 
 class BoundShiftColumns(_Linear):
@@ -103,13 +97,10 @@ class BoundShiftColumns(_Linear):
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         return x + c
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, c: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, n] -> the same, and biases [R, B]."""
-        value = self.constant(c)
-        lA, uA = both_sides(dense, last_lA, last_uA)
-        lbias, ubias = both_sides(lambda A: A.matmul(value), lA, uA)
-        zero = (0 if bias is None else bias for bias in (lbias, ubias))
-        return [(lA, uA), (None, None)], *zero
+        A, value = A.dense(), visit.inputs[1].value
+        return Propagated((A,), A.map(lambda A: A.matmul(value)))
 
 
 class BoundScaleColumns(_Linear):
@@ -118,11 +109,10 @@ class BoundScaleColumns(_Linear):
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         return x * c
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, c: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, n] -> the same shape."""
-        value = self.constant(c)
-        A_x = both_sides(lambda A: dense(A) * value, last_lA, last_uA)
-        return [A_x, (None, None)], 0, 0
+        value = visit.inputs[1].value
+        return Propagated((A.map(lambda A: dense(A) * value),))
 
 
 class BoundDivideColumns(_Linear):
@@ -131,11 +121,10 @@ class BoundDivideColumns(_Linear):
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         return x / c
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, c: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, n] -> the same shape."""
-        value = self.constant(c)
-        A_x = both_sides(lambda A: dense(A) / value, last_lA, last_uA)
-        return [A_x, (None, None)], 0, 0
+        value = visit.inputs[1].value
+        return Propagated((A.map(lambda A: dense(A) / value),))
 
 
 class BoundPartsOfColumns(_Linear):
@@ -148,9 +137,9 @@ class BoundPartsOfColumns(_Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.count, -1))
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, T, n] -> [R, B, T n]."""
-        return [both_sides(lambda A: dense(A).flatten(2), last_lA, last_uA)], 0, 0
+        return Propagated((A.map(lambda A: dense(A).flatten(2)),))
 
 
 class BoundColumnsOfParts(_Linear):
@@ -159,10 +148,10 @@ class BoundColumnsOfParts(_Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, T n] -> [R, B, T, n]."""
-        shape = x.output_shape[1:]
-        return [both_sides(lambda A: dense(A).unflatten(2, shape), last_lA, last_uA)], 0, 0
+        shape = visit.inputs[0].output_shape[1:]
+        return Propagated((A.map(lambda A: dense(A).unflatten(2, shape)),))
 
 
 def _ends(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,24 +12,25 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import IdentityRows, both_sides, dense
-from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, Propagated, dense
+from lirpa_megatron.operators.context import GraphContext, InputView, Visit
+from lirpa_megatron.operators.operator import Operator
 
 
-class LocalLinear(auto_lirpa.BoundLinear):
+class LocalLinear(Operator, auto_lirpa.BoundLinear):
     """Base of the parallel linear operators: the host's BoundLinear on the local shard.
 
     Inherits nothing silently that would take the shard for the whole matrix: forward mode, the
     solver, Jacobians and perturbed weights are refused by name.
     """
 
-    feature_dim: int | None = None
-    """Dimension of `sharded_relaxation` that is sharded."""
+    takes_identity = True
+    leaves_out_columns = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.transB = 1  # [out, in]: the host leaves the weight as it is
-        self.layout: Layout = self.options["layout"]
+        self.context: GraphContext = self.options["context"]
 
     def _refused(self, what: str) -> NotImplementedError:
         return NotImplementedError(
@@ -56,47 +57,41 @@ class LocalLinear(auto_lirpa.BoundLinear):
         if any(self.is_input_perturbed(i) for i in range(1, len(self.inputs))):
             raise self._refused("perturbed weights")
 
-    def weight_and_bias(self, x: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The local weight [o, i] and bias [o] or None."""
+    def weight_and_bias(self, visit: Visit) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight [o, i] and bias [o] or None that the visit's rows of A are multiplied with:
+        the local ones, or where weights move those of all ranks."""
         self.check_unperturbed()
-        weight, *bias = (_constant(node, self.layout) for node in x[1:])
+        weight, *bias = (_constant(x) for x in visit.inputs.views[1:])
         return weight, bias[0] if bias else None
 
-    @property
-    def weight_moves(self) -> bool:
-        """Whether the pass that is running brought the whole weight here."""
-        return self.name in self.layout.whole
-
     def of_columns(
-        self, w: torch.Tensor, b: torch.Tensor | None, x: auto_lirpa.Bound
+        self, w: torch.Tensor, b: torch.Tensor | None, visit: Visit
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight and bias between the columns that A has here and those it has at input `x`.
+        """The weight and bias between the columns that A has here and those it has at the input.
 
-        w [o, i] and b [o] -> [o', i'] and [o'], where a pass left out columns (`unstable`).
+        w [o, i] and b [o] -> [o', i'] and [o'], where a pass left out columns (`relu_sparsity`).
         """
-        out, into = (self.layout.columns.get(name) for name in (self.name, x.name))
+        out, into = (visit.columns.get(name) for name in (self.name, visit.inputs[0].name))
         if out is not None:
             w, b = w.index_select(0, out), None if b is None else b.index_select(0, out)
         return w if into is None else w.index_select(1, into), b
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, ..., o] W and <A, b> with the local weight and bias; no communication."""
-        w, b = self.of_columns(*self.weight_and_bias(x), x[0])
+        w, b = self.of_columns(*self.weight_and_bias(visit), visit)
 
         def product(A: Any) -> torch.Tensor:
             if isinstance(A, IdentityRows):
                 return rows_of_weight(w, A.own, A)
             return dense(A).matmul(w)
 
-        lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
-        A_x = both_sides(product, last_lA, last_uA)
-        return [A_x, *[(None, None)] * (len(x) - 1)], lbias, ubias
+        bias = A.map(lambda A: rows_of_bias(A, b))
+        return Propagated((A.map(product),), bias)
 
 
-def _constant(node: auto_lirpa.Bound, layout: Layout) -> torch.Tensor:
+def _constant(x: InputView) -> torch.Tensor:
     """A parameter's value; that of what a model computes of parameters, which has no bounds."""
-    value = getattr(node, "lower", None) if not node.inputs else None
-    return layout.value_of(node) if value is None else value
+    return x.value if x.lower is None or x.node.inputs else x.lower
 
 
 class BoundReplicatedLinear(LocalLinear):
@@ -106,6 +101,8 @@ class BoundReplicatedLinear(LocalLinear):
     product's IBP cannot take a specification on 0.3, and its backward pass bounds both factors and
     builds the identity. As its BoundLinear it has none of these.
     """
+
+    exact_by_intervals = True
 
 
 def rows_of_weight(w: torch.Tensor, rows: torch.Tensor, A: IdentityRows) -> torch.Tensor:

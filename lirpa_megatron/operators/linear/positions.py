@@ -7,18 +7,17 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import both_sides, dense
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
+from lirpa_megatron.operators.context import Visit
 from lirpa_megatron.operators.functional import rotate
+from lirpa_megatron.operators.operator import Operator
 
 
-class _Exact(auto_lirpa.Bound):
-    """Base: linear in its first input, so CROWN is exact."""
+class _Exact(Operator, auto_lirpa.Bound):
+    """Base: linear in its first input, so CROWN is exact. What is done to one rank's features is
+    done to those of all."""
 
     feature_dim = 0
-
-    def sharded_relaxation(self, *x: Any) -> tuple:
-        """Nothing: what is done to one rank's features is done to those of all."""
-        return ()
 
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
@@ -44,7 +43,7 @@ class BoundSelectPosition(_Exact):
         around = 0 if norm == float("inf") else eps
         return self.forward(v[0][0]) - around, self.forward(v[0][1]) + around
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, (1,) h] -> [R, B, S, h]."""
         length = self.inputs[0].output_shape[1]
         before = self.position % length
@@ -53,7 +52,7 @@ class BoundSelectPosition(_Exact):
             A = dense(A) if self.keep else dense(A).unsqueeze(2)
             return torch.nn.functional.pad(A, (0, 0, before, length - 1 - before))
 
-        return [both_sides(place, last_lA, last_uA)], 0, 0
+        return Propagated((A.map(place),))
 
 
 class BoundRotary(_Exact):
@@ -74,16 +73,16 @@ class BoundRotary(_Exact):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return rotate(x, cos, sin, self.heads, self.interleaved)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, *tables: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, S, heads * d] -> the same shape."""
-        cos, sin = (self.options["layout"].value_of(node) for node in tables)
+        cos, sin = (x.value for x in visit.inputs.views[1:])
         head_dim = self.inputs[0].output_shape[-1] // self.heads
 
         def turn(A: Any) -> torch.Tensor:
             A = dense(A)
             return rotate(A, cos, -sin, A.shape[-1] // head_dim, self.interleaved)
 
-        return [both_sides(turn, last_lA, last_uA), (None, None), (None, None)], 0, 0
+        return Propagated((A.map(turn),))
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Interval bounds of y."""

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import IdentityRows, both_sides, dense
+from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, Propagated
+from lirpa_megatron.operators.context import OperatorInputs, Visit
 from lirpa_megatron.operators.linear.local import LocalLinear, rows_of_bias, rows_of_weight
+from lirpa_megatron.operators.operator import Sharding
 
 
 class BoundRowParallelLinear(LocalLinear):
@@ -40,18 +42,20 @@ class BoundRowParallelLinear(LocalLinear):
     d_r is the bound of the whole layer; b is added once. A zero-width interval stays one.
     """
 
+    sharding = Sharding.JOINS
+    weight_shards = slice(1, 2)
     feature_dim = 1
 
-    def sharded_relaxation(self, *x: Any) -> tuple[torch.Tensor]:
+    def sharded_relaxation(self, inputs: OperatorInputs) -> tuple[torch.Tensor]:
         """The rank's weight."""
-        return (x[1].lower,)
+        return (inputs[1].lower,)
 
     def forward(
         self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None
     ) -> torch.Tensor:
         self.input_shape = self.x_shape = x.shape
         self.y_shape = w.t().shape
-        y = self.layout.collectives.reduce_from(F.linear(x, w))
+        y = self.context.collectives.reduce_from(F.linear(x, w))
         return y if b is None else y + b
 
     def interval_propagate(self, *v: Any, C: Any = None, w: Any = None) -> tuple:
@@ -59,7 +63,7 @@ class BoundRowParallelLinear(LocalLinear):
         norm = auto_lirpa.Interval.get_perturbation(v[0])[0]
         if norm != float("inf"):
             raise self._refused(f"IBP straight from an L{norm} ball on its sharded input")
-        tp = self.layout.collectives
+        tp = self.context.collectives
         weight = v[1][0]
         bias = v[2][0] if len(v) > 2 else None
         if C is not None:  # the host merges the last linear layer with the specification
@@ -72,22 +76,19 @@ class BoundRowParallelLinear(LocalLinear):
             center = center + bias
         return center - deviation, center + deviation
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at this rank's features of x, and the bias. Shapes: see the class."""
-        w, b = self.weight_and_bias(x)
-        if self.weight_moves:
-            w, = self.layout.whole[self.name]
-        w, b = self.of_columns(w, b, x[0])
-        rest = [(None, None)] * (len(x) - 1)
-        lbias, ubias = both_sides(lambda A: rows_of_bias(A, b), last_lA, last_uA)
-        given = last_lA if last_lA is not None else last_uA
+        w, b = self.weight_and_bias(visit)
+        if visit.gathered is not None:
+            w, = visit.gathered
+        w, b = self.of_columns(w, b, visit)
+        bias = A.map(lambda A: rows_of_bias(A, b))
+        given = A.either
         if isinstance(given, IdentityRows):
-            start = given.own if given.all is None or self.weight_moves else given.all
+            start = given.own if given.all is None or visit.gathered is not None else given.all
             A_x = rows_of_weight(w, start, given)
-            return [(None if last_lA is None else A_x, None if last_uA is None else A_x),
-                    *rest], lbias, ubias
-        last_lA, last_uA = both_sides(dense, last_lA, last_uA)
-        if self.layout.collectives.size == 1 or self.weight_moves:
-            return [both_sides(lambda A: A.matmul(w), last_lA, last_uA), *rest], lbias, ubias
-        A, unstack = self.layout.entered
-        return [unstack(A.matmul(w)), *rest], lbias, ubias
+            return Propagated((A.map(lambda _: A_x),), bias)
+        if visit.entered is None:
+            return Propagated((A.dense().map(lambda A: A.matmul(w)),), bias)
+        gathered, unstack = visit.entered
+        return Propagated((LowerUpper(*unstack(gathered.matmul(w))),), bias)

@@ -18,14 +18,16 @@ stays what it is; `sharded_nodes` refuses the others.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.operators.coefficients import both_sides, dense
-from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
+from lirpa_megatron.operators.context import GraphContext, Visit
+from lirpa_megatron.operators.operator import Operator
 
 
 def boxed(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +37,7 @@ def boxed(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return interval[0] - wider, interval[1] + wider
 
 
-class _Structure(auto_lirpa.Bound):
+class _Structure(Operator, auto_lirpa.Bound):
     """Base: what is done to one rank's features is done to those of all.
 
     Attributes:
@@ -49,11 +51,14 @@ class _Structure(auto_lirpa.Bound):
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
-        self.layout: Layout = self.options["layout"]
+        self.context: GraphContext = self.options["context"]
 
-    def sharded_relaxation(self, *x: Any) -> tuple:
-        """Nothing that other ranks need."""
-        return ()
+    def check_sharded(self, sharded: Sequence[bool], where: str) -> None:
+        if not self.keeps_features:
+            raise NotImplementedError(
+                f"{where}: slices, joins or adds up features that are sharded over the ranks: "
+                "build the layer before it with gather_output=True"
+            )
 
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
@@ -101,10 +106,10 @@ class BoundRearrange(_Structure):
         lower, upper = boxed(v[0])
         return self.forward(lower, *index), self.forward(upper, *index)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, *rest: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, *shape] -> [R, B, *x shape], and the bias [R, B] of padding."""
-        index = self.layout.value_of(rest[0]) if rest else None
-        into = list(x.output_shape[1:])
+        index = visit.inputs[1].value if len(visit.inputs) > 1 else None
+        into = list(visit.inputs[0].output_shape[1:])
         width = math.prod(into[:-1] if self.keeps_features else into)
 
         def flat(A: torch.Tensor) -> torch.Tensor:
@@ -122,9 +127,9 @@ class BoundRearrange(_Structure):
         def padding(A: torch.Tensor) -> torch.Tensor:
             return self.fill * flat(A)[:, :, index == width].flatten(2).sum(-1)
 
-        A = both_sides(dense, last_lA, last_uA)
-        bias = both_sides(padding, *A) if self.pads and self.fill else (0, 0)
-        return [both_sides(back, *A), *[(None, None)] * len(rest)], *bias
+        A = A.dense()
+        bias = A.map(padding) if self.pads and self.fill else LowerUpper()
+        return Propagated((A.map(back),), bias)
 
 
 class BoundSum(_Structure):
@@ -147,9 +152,9 @@ class BoundSum(_Structure):
         lower, upper = boxed(v[0])
         return self.forward(lower), self.forward(upper)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, ...] -> [R, B, *x shape]."""
-        into = list(x.output_shape[1:])
+        into = list(visit.inputs[0].output_shape[1:])
 
         def back(A: torch.Tensor) -> torch.Tensor:
             A = dense(A) * self.scale
@@ -159,7 +164,7 @@ class BoundSum(_Structure):
             sizes = [*into[:-1], A.shape[-1] if self.keeps_features else into[-1]]
             return A.expand(*A.shape[:2], *sizes)
 
-        return [both_sides(back, last_lA, last_uA)], 0, 0
+        return Propagated((A.map(back),))
 
 
 class BoundConcat(_Structure):
@@ -172,6 +177,10 @@ class BoundConcat(_Structure):
         super().__init__(attr, *args, **kwargs)
         self.dim = int(attr["dim"])
         self.keeps_features = not attr["last"]
+
+    def check_sharded(self, sharded: Sequence[bool], where: str) -> None:
+        super().check_sharded(sharded, where)
+        check_alike(self, sharded, where)
 
     def forward(self, *x: torch.Tensor) -> torch.Tensor:
         batch = max(part.shape[0] for part in x)
@@ -192,36 +201,47 @@ class BoundConcat(_Structure):
         lower, upper = zip(*(boxed(part) for part in v), strict=True)
         return self.forward(*lower), self.forward(*upper)
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, ...] -> one for each input, and the constants' bias [R, B]."""
-        widths = [part.output_shape[self.dim] for part in x]
-        A = both_sides(lambda A: dense(A).split(widths, self.dim + 1), last_lA, last_uA)
-        As, biases = [], []
-        for i, part in enumerate(x):
-            own = both_sides(lambda parts, i=i: parts[i], *A)
+        parts = visit.inputs.views
+        widths = [part.output_shape[self.dim] for part in parts]
+        A = A.map(lambda A: dense(A).split(widths, self.dim + 1))
+        As, bias = [], LowerUpper(0, 0)
+        for i, part in enumerate(parts):
+            own = A.map(lambda slices, i=i: slices[i])
             if part.perturbed:
                 As.append(own)
                 continue
-            As.append((None, None))
-            value = self.layout.value_of(part)
-            self._check_batch(value, part.output_shape[0] if A[0] is None else A[0][0].shape[1])
-            biases.append(both_sides(lambda A, v=value: (A * v.to(A)).flatten(2).sum(-1), *own))
-        lbias, ubias = (
-            sum((b[side] for b in biases if b[side] is not None), start=0) for side in (0, 1)
+            As.append(LowerUpper())
+            value = part.value
+            self._check_batch(value, own.either.shape[1])
+            bias.add(*own.map(lambda A, v=value: (A * v.to(A)).flatten(2).sum(-1)))
+        return Propagated(tuple(As), bias)
+
+
+def check_alike(node: auto_lirpa.Bound, sharded: Sequence[bool], where: str) -> None:
+    """Refuses values of the model's input of which some are sharded and some are not."""
+    of_inputs = [s for x, s in zip(node.inputs, sharded, strict=True) if x.from_input]
+    if len(set(of_inputs)) > 1:
+        raise NotImplementedError(
+            f"{where}: one value is sharded over the ranks, another is not: build the layer "
+            "before the sharded one with gather_output=True"
         )
-        return As, lbias, ubias
 
 
 class BoundOfConstants(_Structure):
     """What a model computes of its parameters, buffers and constants: a value without bounds.
 
-    Attribute of the graph's node: `call`, the place of the function in `Layout.calls`.
+    Attribute of the graph's node: `call`, the place of the function in `GraphContext.calls`.
     """
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
-        self.call = self.layout.calls[int(attr["call"])]
+        self.call = self.context.calls[int(attr["call"])]
         self.never_perturbed = True
+
+    def check_sharded(self, sharded: Sequence[bool], where: str) -> None:
+        """Nothing: constants of every kind are computed as the model does."""
 
     def forward(self, *x: torch.Tensor) -> torch.Tensor:
         return self.call(*x)

@@ -22,24 +22,26 @@ CROWN: A_a = s A and A_b = t A, the bias t <A, b> of a constant; A_a = c A.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import both_sides, dense
-from lirpa_megatron.operators.context import Layout
-from lirpa_megatron.operators.linear.structure import boxed
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
+from lirpa_megatron.operators.context import GraphContext, Visit
+from lirpa_megatron.operators.linear.structure import boxed, check_alike
+from lirpa_megatron.operators.operator import Operator
 
 
-class _Linear(auto_lirpa.Bound):
+class _Linear(Operator, auto_lirpa.Bound):
     boxes_balls = True
     """IBP takes an L1 or L2 ball straight from the input for the box around it."""
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
         self.attributes = attr
-        self.layout: Layout = self.options["layout"]
+        self.context: GraphContext = self.options["context"]
 
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
@@ -52,6 +54,9 @@ class BoundCombine(_Linear):
         super().__init__(*args, **kwargs)
         self.factors = float(self.attributes["s"]), float(self.attributes["t"])
 
+    def check_sharded(self, sharded: Sequence[bool], where: str) -> None:
+        check_alike(self, sharded, where)
+
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         s, t = self.factors
         return _times(s, a) + _times(t, b)
@@ -61,17 +66,15 @@ class BoundCombine(_Linear):
         ends = [boxed(x)[:: 1 if f > 0 else -1] for x, f in zip(v, self.factors, strict=True)]
         return self.forward(ends[0][0], ends[1][0]), self.forward(ends[0][1], ends[1][1])
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at a and b, and the bias [R, B]."""
-        A = both_sides(dense, last_lA, last_uA)
-        As, biases = [], [(0, 0)]
-        for node, factor in zip(x, self.factors, strict=True):
-            own = both_sides(lambda A, f=factor: _times(f, A), *A)
-            As.append(own if node.perturbed else (None, None))
-            if not node.perturbed:
-                value = self.layout.value_of(node)
-                biases.append(both_sides(lambda A, v=value: _summed(A * v.to(A)), *own))
-        return As, *(biases[-1] if len(biases) > 1 else biases[0])
+        A, As, bias = A.dense(), [], LowerUpper()
+        for x, factor in zip(visit.inputs.views, self.factors, strict=True):
+            own = A.map(lambda A, f=factor: _times(f, A))
+            As.append(own if x.perturbed else LowerUpper())
+            if not x.perturbed:
+                bias = own.map(lambda A, v=x.value: _summed(A * v.to(A)))
+        return Propagated(tuple(As), bias)
 
 
 class BoundScale(_Linear):
@@ -87,11 +90,10 @@ class BoundScale(_Linear):
         zero = c == 0
         return low.masked_fill(zero, 0.0) * c, high.masked_fill(zero, 0.0) * c
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, a: Any, c: Any, **_: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at a; nothing at c."""
-        value = self.layout.value_of(c)
-        return [both_sides(lambda A: dense(A) * value.to(dense(A)), last_lA, last_uA),
-                (None, None)], 0, 0
+        value = visit.inputs[1].value
+        return Propagated((A.dense().map(lambda A: A * value.to(A)),))
 
 
 def _times(factor: float, x: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.operators.coefficients import IdentityRows, both_sides
-from lirpa_megatron.operators.context import Layout
+from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, Propagated
+from lirpa_megatron.operators.context import GraphContext, OperatorInputs, Visit
 from lirpa_megatron.operators.functional import margins
+from lirpa_megatron.operators.operator import Operator, Sharding
 
 
-class Margins(auto_lirpa.Bound):
+class Margins(Operator, auto_lirpa.Bound):
     """y[b, j] = (w_t x_b + b_t) - (w_j x_b + b_j), t the target of sample b, j from m tokens.
 
     ========  ==============  =====================================================
@@ -40,38 +41,41 @@ class Margins(auto_lirpa.Bound):
     midpoint m and half-width d. Only the rows w_t are fetched (an all-reduce of B or T rows).
     """
 
+    weight_shards = slice(1, None)
+    takes_identity = True
+
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
-        self.layout: Layout = self.options["layout"]
+        self.context: GraphContext = self.options["context"]
         self.shared, self.has_bias = bool(attr["shared"]), bool(attr["has_bias"])
 
     def _others(self, shard: torch.Tensor, rest: Sequence[torch.Tensor]) -> torch.Tensor:
         """w_j (or b_j) of the m tokens: [m, ...]; `rest` are the inputs after the targets."""
         raise NotImplementedError
 
-    def _enter(self, x: torch.Tensor, backward: bool = False) -> torch.Tensor:
-        """f for a replicated value where each rank makes something else of it.
+    def _enter(self, x: torch.Tensor, own_rows: bool = False) -> torch.Tensor:
+        """copy_to for a replicated value where each rank makes something else of it.
 
         Args:
             x: the value.
-            backward: whether a backward pass uses it, on the rows that it carries.
+            own_rows: whether a backward pass uses it, on rows that are the rank's own.
         """
         raise NotImplementedError
 
-    def _tables(self, w: torch.Tensor, *rest: torch.Tensor, backward: bool = False) -> list[tuple]:
+    def _tables(self, w: torch.Tensor, *rest: torch.Tensor, own_rows: bool = False) -> list[tuple]:
         """(w_t, W) and (b_t, b): [B or T, h] and [m, h]; [B or T] and [m], or (None, None)."""
         bias, (targets, *others) = rest[: self.has_bias], rest[self.has_bias :]
         tables = []
         for table in (w, *bias):
-            found = self.layout.collectives.look_up(table, targets), self._others(table, others)
-            tables.append(tuple(self._enter(x, backward) if x is not table else x for x in found))
+            found = self.context.collectives.look_up(table, targets), self._others(table, others)
+            tables.append(tuple(self._enter(x, own_rows) if x is not table else x for x in found))
         return tables if bias else [*tables, (None, None)]
 
-    def _values(self, x: tuple) -> list[torch.Tensor]:
+    def _values(self, inputs: OperatorInputs) -> list[torch.Tensor]:
         """Weights and ids; refuses perturbed ones."""
         if any(self.is_input_perturbed(i) for i in range(1, len(self.inputs))):
             raise NotImplementedError(f"{type(self).__name__}: only the features may be perturbed")
-        return [self.layout.value_of(node) for node in x[1:]]
+        return [x.value for x in inputs.views[1:]]
 
     def forward(self, x: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
         """y, from differences of logits."""
@@ -94,9 +98,10 @@ class Margins(auto_lirpa.Bound):
         center, deviation = (join(parts, int(self.shared)) for parts in (centers, deviations))
         return center - deviation, center + deviation
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A_x [R, B, h] and the bias [R, B] of A_y [R, B, (T,) m]."""
-        (wt, w), (bt, b) = self._tables(*self._values(x), backward=True)
+        values = self._values(visit.inputs)
+        (wt, w), (bt, b) = self._tables(*values, own_rows=visit.spec_sharded)
 
         def product(A: Any, target: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
             """<A_y, target - table>, summed over tokens: target [B or T, ...], table [m, ...]."""
@@ -108,11 +113,9 @@ class Margins(auto_lirpa.Bound):
             total = total.reshape(*total.shape, *[1] * (target.ndim - 1))
             return total * target - torch.tensordot(A, table, 1)
 
-        A_x = both_sides(lambda A: product(A, wt, w), last_lA, last_uA)
-        lbias, ubias = 0, 0
-        if b is not None:
-            lbias, ubias = both_sides(lambda A: product(A, bt, b), last_lA, last_uA)
-        return [A_x, *[(None, None)] * (len(x) - 1)], lbias, ubias
+        A_x = A.map(lambda A: product(A, wt, w))
+        bias = LowerUpper() if b is None else A.map(lambda A: product(A, bt, b))
+        return Propagated((A_x,), bias)
 
     def _rows(self, A: IdentityRows, target: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """target - table for each row of the identity: [R, B, ...]."""
@@ -134,11 +137,13 @@ class BoundVocabularyMargins(Margins):
     rank's terms of sums that the pass takes; a start node's own rows are complete.
     """
 
+    sharding = Sharding.SPLITS
+
     def _others(self, shard: torch.Tensor, rest: Sequence[torch.Tensor]) -> torch.Tensor:
         return shard
 
-    def _enter(self, x: torch.Tensor, backward: bool = False) -> torch.Tensor:
-        return self.layout.collectives.copy_to(x)
+    def _enter(self, x: torch.Tensor, own_rows: bool = False) -> torch.Tensor:
+        return self.context.collectives.copy_to(x)
 
 
 class BoundTokenMargins(Margins):
@@ -148,10 +153,11 @@ class BoundTokenMargins(Margins):
     own A: they get f there.
     """
 
-    def _others(self, shard: torch.Tensor, rest: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.layout.collectives.look_up(shard, rest[0])
+    sharding = Sharding.REPLICATED
 
-    def _enter(self, x: torch.Tensor, backward: bool = False) -> torch.Tensor:
-        own_rows = backward and self.layout.spec_sharded
-        return self.layout.collectives.copy_to(x) if own_rows else x
+    def _others(self, shard: torch.Tensor, rest: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.context.collectives.look_up(shard, rest[0])
+
+    def _enter(self, x: torch.Tensor, own_rows: bool = False) -> torch.Tensor:
+        return self.context.collectives.copy_to(x) if own_rows else x
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from lirpa_megatron.operators.affine.form import AffineForm, Known
-from lirpa_megatron.operators.coefficients import dense
+from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
+from lirpa_megatron.operators.context import CallState, OperatorInputs, Visit
 from lirpa_megatron.operators.norm.planes import LARGEST, NormPlanes, Vectors
 from lirpa_megatron.operators.numerics import mask_overflow
-from lirpa_megatron.operators.relaxed import RowRelaxed
+from lirpa_megatron.operators.relaxed import RowRelaxed, rows_below
 from lirpa_megatron.parallel.round_robin import RoundRobinTensors
 
 _PART = {"cpu": 2**16}
@@ -92,6 +93,8 @@ class BoundNorm(NormPlanes, RowRelaxed):
     """
 
     reads_form = frozenset({0})
+    asks_directions = True
+    asks_rows = True
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
@@ -115,23 +118,23 @@ class BoundNorm(NormPlanes, RowRelaxed):
     def alpha_shape(self) -> tuple[int, ...]:
         return *self.inputs[0].lower.shape[:-1], self.groups, 2
 
-    def relaxation(self, x: Any, *_: Any) -> tuple:
+    def relaxation(self, inputs: OperatorInputs) -> tuple:
         """The vectors in parts that fit a processor's cache, and gamma and beta."""
-        form, known = self.form_of(0), self.layout.directions.get(self.name)
-        boxes = [self._split(z) for z in (x.lower, x.upper, self.value_of(0))]
-        form = None if form is None else form.split(self._d)
-        if form is not None and boxes[0].ndim > 3 and self._is_in_parts(form):
+        x, known = inputs[0], inputs.directions
+        boxes = [self._split(z) for z in (x.lower, x.upper, x.value)]
+        form = None if x.form is None else x.form.split(self._d)
+        if form is not None and boxes[0].ndim > 3 and self._is_in_parts(form, inputs.call):
             parts = [
                 self._vectors(
                     *(z.narrow(1, t, 1) for z in boxes), form.at(1, t),
                     None if known is None else known.at(1, t),
                 ) for t in range(boxes[0].shape[1])
             ]
-            dealt = self._keep(parts)
+            dealt = self._keep(parts, inputs.call)
         else:
             parts, dealt = [self._vectors(*boxes, form, known)], None
-        beta = self.value_of(2) if len(self.inputs) > 2 else None
-        return parts, dealt, self.value_of(1), beta
+        beta = inputs[2].value if len(inputs) > 2 else None
+        return parts, dealt, inputs[1].value, beta
 
     def directions(self) -> torch.Tensor:
         """z0, one for each vector of x: rows that are worth a pass; [1, B, vectors, d]."""
@@ -142,79 +145,85 @@ class BoundNorm(NormPlanes, RowRelaxed):
         """[1, B, vectors, ...] of `directions` -> [B, *lead, ...]."""
         return x[0].unflatten(1, (*self.inputs[0].output_shape[1:-1], self.groups))
 
-    def _known_of(self, w: torch.Tensor) -> Known | None:
-        """What a pass of their own has found of s = <w, x>, if the pass affords it: [R, *lead]."""
-        if self.layout.know is None:
-            return None
-        known = self.layout.know(self.inputs[0], w.flatten(2, -2))
-        return None if known is None else known.mapped(lambda x: x.unflatten(2, w.shape[2:-1]))
+    def wanted_rows(self, A: LowerUpper, visit: Visit) -> list[torch.Tensor]:
+        """w, one for each row and vector of x: with its range s = <w, x> is known better."""
+        *_, gamma, _ = self.relaxation_at(visit)
+        return [
+            self._project(self._split(rows) * gamma).flatten(2, -2) for rows in rows_below(A)
+        ]
 
-    def _is_in_parts(self, form: AffineForm) -> bool:
+    def numbers_at_once(self, batch: int, form_columns: int | None, call: CallState) -> int:
+        if form_columns is None:
+            return 0
+        return math.prod(self.output_shape[1:]) // self._d * form_columns
+
+    def _is_in_parts(self, form: AffineForm, call: CallState) -> bool:
         """Whether a form is used position by position: a large one, and one that ranks share."""
-        layout, A = self.layout, form.A
+        A = form.A
         if A.numel() > _PART.get(A.device.type, math.inf):
             return True
-        if layout.unread is None or A.device.type == "cpu":
+        if call.rereads or A.device.type == "cpu":
             return False
-        room = layout.form_room - A.nbytes
+        room = call.form_room - A.nbytes
         if self._is_dealt(A.shape[1]) and room < 0:
             return True
-        layout.form_room = room
+        call.form_room = room
         return False
 
     def _is_dealt(self, positions: int) -> bool:
         """Whether ranks may share the form of so many positions."""
-        return not self.layout.sharded.get(self.name) and (
-            1 < self.layout.collectives.size <= positions
-        )
+        return not self.context.is_sharded(self) and 1 < self.context.collectives.size <= positions
 
-    def _keep(self, parts: list[Vectors]) -> RoundRobinTensors | None:
+    def _keep(self, parts: list[Vectors], call: CallState) -> RoundRobinTensors | None:
         """Copies what the parts need of a form that is let go, without its columns of zeros.
 
         Returns:
             The parts' coefficients where every rank keeps some of them; the parts have none then.
         """
-        layout = self.layout
-        if layout.unread is None:
+        if call.rereads:
             return None
         coefficients = [x.dx.form.A for x in parts]
         size = sum(A.numel() for A in coefficients) * coefficients[0].element_size()
         dealt = None
         if self._is_dealt(len(parts)):
-            if size > layout.form_room:
-                dealt = RoundRobinTensors(layout.collectives, coefficients)
+            if size > call.form_room:
+                dealt = RoundRobinTensors(self.context.collectives, coefficients)
             else:
-                layout.form_room -= size
+                call.form_room -= size
         for x in parts:
             form = x.dx.form
             A = None if dealt is not None else form.A.clone()
             x.dx.form = AffineForm(form.center.clone(), A, form.slack.clone(), form.norm)
         return dealt
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> tuple:
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """See `RowRelaxed`. Brings together the form's coefficients that the rows of A reach."""
-        parts, dealt, *_ = self.shared_relaxation(*x)
+        parts, dealt, *_ = self.relaxation_at(visit)
         if dealt is None:
-            return super().bound_backward(last_lA, last_uA, *x, **kwargs)
-        A = [dense(side) for side in (last_lA, last_uA) if side is not None]
-        reached = torch.stack([(side != 0).movedim(2, 0).flatten(1).any(1) for side in A]).any(0)
+            return super().bound_backward(A, visit)
+        A = A.dense()
+        reached = torch.stack([
+            (side != 0).movedim(2, 0).flatten(1).any(1) for side in A if side is not None
+        ]).any(0)
         counts = reached * torch.arange(1, len(parts) + 1, device=reached.device)
-        count = int(self.layout.collectives.largest(counts.max()))
+        count = int(self.context.collectives.largest(counts.max()))
         for part, coefficients in zip(parts, dealt.first(count), strict=False):
             part.dx.form.A = coefficients
         try:
-            return super().bound_backward(last_lA, last_uA, *x, **kwargs)
+            return super().bound_backward(A, visit)
         finally:
             for part in parts:
                 part.dx.form.A = None
 
     def lower_plane(
-        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None
+        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None,
+        known: Known | None = None,
     ) -> tuple[tuple, torch.Tensor]:
         """A [R, B, ..., groups d] -> (A_x of the same shape,), bias [R, B]."""
         parts, _, gamma, beta = shared
         A = self._split(A)
-        known = None if self.layout.know is None else self._known_of(self._project(A * gamma))
+        if known is not None:
+            known = known.mapped(lambda x: x.unflatten(2, A.shape[2:-1]))
         found = []
         for t, x in enumerate(parts):
             own, moved, s = A, move, known
