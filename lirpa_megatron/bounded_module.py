@@ -37,9 +37,8 @@ from lirpa_megatron.crown.options import (
 )
 from lirpa_megatron.crown.row_schedule import RowSchedule
 from lirpa_megatron.crown.sharded_nodes import mark_sharded
-from lirpa_megatron.operators import BoundColumnParallelLinear, custom_operators
+from lirpa_megatron.operators import custom_operators
 from lirpa_megatron.operators.context import CallState, GraphContext
-from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.parameters import own_value, widened
 from lirpa_megatron.parallel import spmd
@@ -280,7 +279,7 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
         Left alone it would build the matrix, S the size of a vocabulary. Nothing reads it.
         """
         final = self._final(kwargs)
-        if kwargs["method"] == "IBP" or not isinstance(final, BoundGatherFromRegion):
+        if kwargs["method"] == "IBP" or not getattr(final, "identity_starts_at_input", False):
             return None
         S = math.prod(final.output_shape[1:])
         batch = self.batch_size if x is None else x[0].shape[0]
@@ -363,8 +362,8 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
         """
         if self.call.method is not None and self.call.final_is_identity:
             C = None  # see `_identity`
-        x = node.inputs[0] if isinstance(node, BoundGatherFromRegion) else None
-        if C is not None and isinstance(x, BoundColumnParallelLinear):
+        x = node.inputs[0] if getattr(node, "identity_starts_at_input", False) else None
+        if C is not None and getattr(x, "merges_own_specification", False):
             return super().IBP_general(x, self.context.collectives.split_features(C), **kwargs)
         merged = C is not None and isinstance(node, auto_lirpa.BoundLinear)
         if C is not None and self.rounding is not None and not merged:

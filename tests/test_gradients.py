@@ -34,6 +34,7 @@ from lirpa_megatron.compat import (
 from lirpa_megatron.crown import (
     backward_pass,
 )
+from lirpa_megatron.operators.context import OperatorInputs
 from lirpa_megatron.parallel import collectives, runtime
 from lirpa_megatron.parallel.collectives import Collectives
 
@@ -144,7 +145,10 @@ WRONG = {
         Wrong(Collectives, "gather_results", Collectives.gather_rows),
     "reduce_to_rows without the all-gather":
         Wrong(Collectives, "reduce_to_rows", lambda tp, x: PartialGradient.apply(tp, x)),
-    "replicated values of a pass without f": Wrong(backward_pass, "conjugates_of", untouched),
+    "replicated values of a pass without f": Wrong(
+        backward_pass, "inputs_in_pass",
+        lambda node, context, call, _: OperatorInputs.of(node, context, call),
+    ),
     "the box without f": Wrong(backward_pass, "conjugates_of_set", untouched),
 }
 

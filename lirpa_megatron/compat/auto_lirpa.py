@@ -366,6 +366,11 @@ def bound_backward(node: Bound, lA: Any, uA: Any, start: Bound, rows: int) -> tu
     return result
 
 
+def is_ball(ptb: Any) -> bool:
+    """Whether a perturbation is an L1 or L2 ball."""
+    return isinstance(ptb, PerturbationLpNorm) and ptb.norm != float("inf")
+
+
 def roots(module: HostBoundedModule) -> Sequence[Bound]:
     """The graph's leaves (inputs, parameters, buffers, constants)."""
     return [module[name] for name in (module.root_name if IS_03 else module.root_names)]

@@ -42,9 +42,6 @@ def alpha_start_nodes(
             spec_sharded = module.context.collectives.size > 1
             if is_final:
                 spec_sharded = module._final_spec_sharded(start, identity, S)
-            origin, spec_sharded = module.schedule.begin(start, identity, spec_sharded)
-            if origin is not start:
-                S = module.schedule.rows_of(origin)
-            rows = module.schedule.rows_at(node, origin, S, spec_sharded)
+            rows = module.schedule.rows(start, identity, spec_sharded, S).at(node)
         entries.append(auto_lirpa.alpha_start_node(start.name, rows, is_final))
     return entries

@@ -84,6 +84,33 @@ class PassPlan:
     """Nodes whose features are gathered together, where weights move, in the order of the pass."""
 
 
+@dataclass(frozen=True)
+class StartRows:
+    """The rows of a start node on the ranks, before they are cut into chunks.
+
+    What passes carry, the shapes of alpha and memory all follow from it.
+    """
+
+    plan: PassPlan
+    """Of the passes, in which A moves. They begin at `plan.start`: the start node, or what it
+    gathers."""
+    total: int
+    """S, rows in all (of a sharded start node: on each rank)."""
+    split: bool
+    """Whether the ranks share them out."""
+    ranks: int
+
+    @property
+    def own(self) -> int:
+        """n, rows that each rank carries."""
+        return -(-self.total // self.ranks) if self.split else self.total
+
+    def at(self, node: Any) -> int:
+        """Rows of A that a rank has at a node when all its rows go at once."""
+        gathered = self.plan.rows[node.name] is RowPlacement.GATHERED
+        return self.own * self.ranks if gathered else self.own
+
+
 def plan_pass(
     start: Any, sharded: dict[str, bool], spec_sharded: bool, ranks: int,
     regions: Iterable[Region] = (),

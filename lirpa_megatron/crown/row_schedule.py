@@ -22,7 +22,7 @@ from lirpa_megatron.crown.backward_pass import BackwardPass
 from lirpa_megatron.crown.communication import CommunicationPlan
 from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.limits import CACHE
-from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement, plan_pass
+from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement, StartRows, plan_pass
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.coefficients import IdentityRows, RowBounds
 from lirpa_megatron.operators.operator import Operator
@@ -77,10 +77,10 @@ class RowSchedule:
         """The course of a pass from `start`; weights move to `regions`."""
         return plan_pass(start, self.sharded, spec_sharded, self.tp.size, regions)
 
-    def begin(
-        self, start: auto_lirpa.Bound, identity: bool, spec_sharded: bool
-    ) -> tuple[auto_lirpa.Bound, bool]:
-        """Where the pass of a start node begins, and whether it is spec-sharded from there.
+    def rows(
+        self, start: auto_lirpa.Bound, identity: bool, spec_sharded: bool, total: int | None = None
+    ) -> StartRows:
+        """How the rows of a start node lie on the ranks.
 
         All rows of gathered features are those of the sharded node that is gathered: there each
         rank has its own, and the identity is neither built nor communicated.
@@ -89,11 +89,16 @@ class RowSchedule:
             start: the start node.
             identity: whether its rows are those of the identity.
             spec_sharded: whether ranks carry their own rows, for other start nodes.
+            total: how many there are; None for all of the identity's.
         """
+        origin = start
         if identity and getattr(start, "identity_starts_at_input", False):
             if self.sharded[start.inputs[0].name]:
-                return start.inputs[0], self.tp.size > 1
-        return start, spec_sharded
+                origin, spec_sharded, total = start.inputs[0], self.tp.size > 1, None
+        plan = self.plan(origin, spec_sharded)
+        split = spec_sharded and plan.rows[origin.name] is not RowPlacement.BLOCK
+        total = self.rows_of(origin) if total is None else total
+        return StartRows(plan, total, split, self.tp.size)
 
     def rows_run(self, start: auto_lirpa.Bound) -> int:
         """Rows of the last run from an intermediate node (of scores: not one for each number)."""
@@ -169,15 +174,6 @@ class RowSchedule:
             self._free = -float(self.tp.largest(-free))
         return self._free
 
-    def rows_at(
-        self, node: auto_lirpa.Bound, start: auto_lirpa.Bound, S: int, spec_sharded: bool
-    ) -> int:
-        """Rows of A that this rank has at `node` when a pass from `start` is not chunked."""
-        plan = self.plan(start, spec_sharded)
-        split = spec_sharded and plan.rows[start.name] is not RowPlacement.BLOCK
-        rows = -(-S // self.tp.size) if split else S
-        return rows * self.tp.size if plan.rows[node.name] is RowPlacement.GATHERED else rows
-
     def run(
         self, start: auto_lirpa.Bound, C: torch.Tensor | None, spec_sharded: bool,
         lower: bool = True, upper: bool = True, form: bool = False,
@@ -198,15 +194,14 @@ class RowSchedule:
             directions: whether operators may have rows of theirs bounded on the way (`Directions`).
         """
         graph = self.graph
-        origin, spec_sharded = self.begin(start, C is None, spec_sharded)
-        plan = self.plan(origin, spec_sharded)
-        S = self.rows_of(origin, C) if rows is None else len(rows)
+        given = C.shape[0] if C is not None else None if rows is None else len(rows)
+        on_ranks = self.rows(start, C is None, spec_sharded, given)
+        plan, S, n, split = on_ranks.plan, on_ranks.total, on_ranks.own, on_ranks.split
+        origin, spec_sharded = plan.start, plan.spec_sharded
         if not aside:
             self._rows_run[origin.name] = S
             for node in plan.order:
                 graph.backward_from[node.name].append(start)
-        split = spec_sharded and plan.rows[origin.name] is not RowPlacement.BLOCK
-        n = -(-S // self.tp.size) if split else S
         limit = min(n, self._rows_at_once(plan))
         in_use = any(auto_lirpa.is_optimized(node, start) for node in plan.order)
         moves = not in_use and not graph.has_alpha(start) and graph.rounding is None

@@ -71,6 +71,8 @@ class Operator:
     """Whether `bound_backward` takes A without the columns that a ReLU cuts off (see `Visit`)."""
     exact_by_intervals = False
     """Whether interval arithmetic from a perturbed input gives what a backward pass gives."""
+    merges_own_specification = False
+    """Whether `interval_propagate` takes a specification C of the rank's own features."""
 
     # ---- what it wants to know
     reads_form: frozenset[int] = frozenset()

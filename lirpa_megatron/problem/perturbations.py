@@ -149,14 +149,9 @@ def described(x: Sequence[Any]) -> dict[str, torch.Tensor | str | None]:
     return values
 
 
-def is_ball(ptb: Any) -> bool:
-    """Whether the perturbation is an L1 or L2 ball."""
-    return isinstance(ptb, auto_lirpa.PerturbationLpNorm) and ptb.norm != float("inf")
-
-
 def is_box(ptb: Any) -> bool:
     """Whether the perturbation is all of a box: IBP is then exact in a first linear layer."""
-    part = is_ball(ptb) or isinstance(ptb, PerturbationInBox)
+    part = auto_lirpa.is_ball(ptb) or isinstance(ptb, PerturbationInBox)
     return isinstance(ptb, auto_lirpa.PerturbationLpNorm) and not part
 
 
@@ -187,7 +182,7 @@ def check_perturbations(module: Any, x: Sequence[Any], method: str) -> None:
                 )
         elif not bool((torch.as_tensor(ptb.eps) >= 0).all()):
             raise ValueError(f"input {i}: eps is {ptb.eps}, it must be at least 0")
-        if is_ball(ptb) and method in ("IBP", "CROWN-IBP"):
+        if auto_lirpa.is_ball(ptb) and method in ("IBP", "CROWN-IBP"):
             _check_ball_for_ibp(module, i, ptb)
 
 
@@ -213,7 +208,7 @@ def _check_shapes(index: int, x: torch.Tensor, ptb: Any) -> None:
     eps = getattr(ptb, "eps", None)
     if not isinstance(eps, torch.Tensor) or eps.numel() == 1:
         return
-    if is_ball(ptb):
+    if auto_lirpa.is_ball(ptb):
         raise ValueError(
             f"input {index}: eps has shape {tuple(eps.shape)} with norm {ptb.norm:g}: a ball has "
             "one radius: give a number, and bound samples with other radii in a separate call"
@@ -258,7 +253,7 @@ def enclose_balls(roots: Sequence[auto_lirpa.Bound], outward: bool = False) -> N
     """
     for node in roots:
         ptb = getattr(node, "perturbation", None)
-        if is_ball(ptb) and node.lower is node.upper:
+        if auto_lirpa.is_ball(ptb) and node.lower is node.upper:
             if outward:
                 node.lower, node.upper = box_around(node.center, ptb.eps)
             else:

@@ -15,7 +15,6 @@ from lirpa_megatron.operators.coefficients import (
     RowBounds,
     dense,
 )
-from lirpa_megatron.problem.perturbations import is_ball
 from lirpa_megatron.rounding.arithmetic import UNIT, dot, gamma, margin
 from lirpa_megatron.rounding.rules import Known, Visit
 
@@ -124,7 +123,7 @@ class Charges(NoCharges):
     def concretized(self, leaf: Any, sides: tuple, result: RowBounds) -> None:
         self.grew(LowerUpper(result.lower, result.upper), False)
         ptb = leaf.perturbation
-        if is_ball(ptb):
+        if auto_lirpa.is_ball(ptb):
             eps = torch.as_tensor(ptb.eps, dtype=leaf.center.dtype).abs().max().item()
             m, least = leaf.center.abs() + eps, 2.0**-500 * eps * leaf.center[0].numel()
         else:

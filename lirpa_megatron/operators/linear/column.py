@@ -47,6 +47,7 @@ class BoundColumnParallelLinear(LocalLinear):
     sharding = Sharding.SPLITS
     weight_shards = slice(1, None)
     exact_by_intervals = True
+    merges_own_specification = True
     feature_dim = 0
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
