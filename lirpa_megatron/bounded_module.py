@@ -22,8 +22,7 @@ from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.crown import alpha
 from lirpa_megatron.crown.alpha_rows import alpha_start_nodes
 from lirpa_megatron.crown.auto_method import cheaper_first
-from lirpa_megatron.crown.clean_output_check import check_contains, clean_is_inside
-from lirpa_megatron.crown.clean_values import clean_value
+from lirpa_megatron.crown.clean_output_check import check_outputs
 from lirpa_megatron.crown.intermediate_bounds import Intermediate
 from lirpa_megatron.crown.live_check import LiveCheck
 from lirpa_megatron.crown.options import (
@@ -237,18 +236,24 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 check_perturbations(self, x, kwargs["method"])
             if self.live is not None and self.live.due:
                 self.live.unchanged()
-            self.check_output(C, kwargs)
+            final = self._final(kwargs)
+            check_output(final, self.sharded[final.name], C, kwargs["method"])
             if self.rounding is not None:
                 x = self.rounding.begin(x, kwargs)
-            if not alpha.is_of_use(self, self._final(kwargs), x):
+            if not alpha.is_of_use(self, final, x):
                 kwargs["method"] = alpha.same_without(kwargs["method"])
             with self._calling(kwargs["method"], C is None) as call:
-                C = self._identity(x, kwargs) if C is None else C
+                C = self._identity(x, final) if C is None else C
                 bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
                 lower, upper = without_nan(*bounds[:2])
                 if call.final_is_identity:
-                    lower, upper = alpha.shaped(self._final(kwargs), lower, upper)
-                self._check_contains(C, lower, upper, kwargs)
+                    lower, upper = alpha.shaped(final, lower, upper)
+                # Not bounds in training by IBP, of which a forward pass would be a good part, nor
+                # where the caller's own intermediate bounds may leave the clean input out.
+                in_training = call.method == "IBP" and self._in_training()
+                cut = any(kwargs.get(name) for name in auto_lirpa.GIVEN_BOUNDS)
+                C = None if call.final_is_identity else C
+                check_outputs(self, final, C, lower, upper, not in_training and not cut)
                 return (lower, upper, *bounds[2:])
 
     @contextlib.contextmanager
@@ -273,49 +278,20 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 node.opt_end()  # an error may have left alpha in use
             object.__setattr__(self, "call", CallState(final_is_identity=final_is_identity))
 
-    def _identity(self, x: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    def _identity(self, x: Any, final: auto_lirpa.Bound) -> torch.Tensor | None:
         """What the host is given for the identity at a gathered output: [B, S, S] of one element.
 
         Left alone it would build the matrix, S the size of a vocabulary. Nothing reads it.
         """
-        final = self._final(kwargs)
-        if kwargs["method"] == "IBP" or not getattr(final, "identity_starts_at_input", False):
+        starts_before = getattr(final, "identity_starts_at_input", False)
+        if self.call.method == "IBP" or not starts_before:
             return None
         S = math.prod(final.output_shape[1:])
         batch = self.batch_size if x is None else x[0].shape[0]
         return torch.ones(1, device=self.device).expand(batch, S, S)
 
-    def _check_contains(
-        self, C: torch.Tensor | None, lower: Any, upper: Any, kwargs: Mapping[str, Any]
-    ) -> None:
-        """Compares the graph's value at the clean input with the model's own (`LiveCheck`), and
-        bounds with it (`check_contains`).
-
-        Bounds: not in training by IBP, of which a forward pass would be a good part, and not where
-        the clean input may be outside of what is bounded: with bounds of intermediate nodes from
-        the caller, which branch and bound cuts in two, or by the sets themselves.
-        """
-        final, outputs = self._final(kwargs), {}
-        if self.live is not None and self.live.due:
-            outputs[self.final_name] = clean_value(self, self[self.final_name])
-            self.live.compare(outputs[self.final_name])
-        in_training = kwargs["method"] == "IBP" and self._in_training()
-        cut = any(kwargs.get(name) for name in auto_lirpa.GIVEN_BOUNDS)
-        if in_training or cut or not clean_is_inside(auto_lirpa.perturbed_inputs(self)):
-            return
-        y = outputs.get(final.name)
-        y = clean_value(self, final) if y is None else y
-        sharded = self.sharded[final.name] and not self.call.final_is_identity
-        total = self.context.collectives.reduce_from if sharded else lambda part: part
-        check_contains(y, None if self.call.final_is_identity else C, lower, upper, total)
-
     def _in_training(self) -> bool:
         return self.training and torch.is_grad_enabled()
-
-    def check_output(self, C: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
-        """Refuses methods and specifications that the final node does not go with."""
-        final = self._final(kwargs)
-        check_output(final, self.sharded[final.name], C, kwargs["method"])
 
     def _final(self, kwargs: Mapping[str, Any]) -> auto_lirpa.Bound:
         return self[kwargs.get("final_node_name") or self.final_name]

@@ -58,19 +58,12 @@ def _onnx_globals() -> Any:
 
 
 def symbolic_registry() -> tuple[Any, int]:
-    """torch.onnx's registry of symbolic functions, and the opset that the host's export asks for.
-    """
+    """torch.onnx's registry of symbolic functions, and the opset of the host's export."""
     try:
         from torch.onnx._internal.torchscript_exporter import registration
     except ImportError:  # torch < 2.9
         from torch.onnx._internal import registration
     return registration.registry, _onnx_globals().export_onnx_opset_version
-
-
-def _string_classes() -> types.ModuleType:
-    module = types.ModuleType("torch._six")
-    module.string_classes = (str,)
-    return module
 
 
 @contextlib.contextmanager
@@ -91,10 +84,6 @@ def _set_jit_profiling(executor: bool, mode: bool) -> tuple[bool, bool]:
     return old, torch._C._jit_set_profiling_mode(mode)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
 def _import_auto_lirpa() -> types.ModuleType:
     if importlib.util.find_spec("auto_LiRPA") is None:
         raise ImportError(f"auto_LiRPA is not installed: {_HOW}")
@@ -102,7 +91,8 @@ def _import_auto_lirpa() -> types.ModuleType:
     import torch.onnx.symbolic_helper as symbolic_helper
 
     # auto_LiRPA would set the importing program's warning filters and root logger.
-    loans = [(warnings, "simplefilter", _nothing), (logging, "basicConfig", _nothing)]
+    nothing = lambda *_, **__: None  # noqa: E731
+    loans = [(warnings, "simplefilter", nothing), (logging, "basicConfig", nothing)]
     profiling = _set_jit_profiling(True, True)
     if not hasattr(symbolic_helper, "_set_opset_version"):
         loans.append((symbolic_helper, "_set_opset_version", lambda version: None))
@@ -193,7 +183,7 @@ def translate_compute_bounds(kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs: arguments under either version's names.
     """
     both = {"intermediate_layer_bounds", "interm_bounds"}
-    return {(_INTERM_BOUNDS if name in both else name): value for name, value in kwargs.items()}
+    return {(_INTERM_BOUNDS if name in both else name): v for name, v in kwargs.items()}
 
 
 def translate_optimize_args(args: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +222,7 @@ def conversion(inputs: Any = ()) -> Iterator[None]:
         if not hasattr(torch._C.Node, "__getitem__"):
             loans.append((torch._C.Node, "__getitem__", symbolic_helper._node_get))
         if not hasattr(torch, "_six"):
-            loans.append((torch, "_six", _string_classes()))
+            loans.append((torch, "_six", types.SimpleNamespace(string_classes=(str,))))
     else:
         import auto_LiRPA.optimize_graph as optimize_graph
 

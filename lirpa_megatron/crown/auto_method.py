@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.crown.options import METHODS
+from lirpa_megatron.crown.options import METHODS, check_output
 from lirpa_megatron.parallel.collectives import Collectives
 from lirpa_megatron.problem.perturbations import check_perturbations
 
@@ -57,7 +57,8 @@ def _is_available(module: Any, x: Any, C: Any, kwargs: Mapping[str, Any]) -> boo
     """Follows from the graph and the kind of set; if ranks differed, `compute_bounds` would say."""
     try:
         check_perturbations(module, x or (), kwargs["method"])
-        module.check_output(C, kwargs)
+        final = module[kwargs.get("final_node_name") or module.final_name]
+        check_output(final, module.sharded[final.name], C, kwargs["method"])
     except NotImplementedError:
         return False
     return True

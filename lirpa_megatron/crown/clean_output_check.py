@@ -8,12 +8,40 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.clean_values import clean_value
+from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.errors import BoundsError
 from lirpa_megatron.problem.perturbations import PerturbationInBox
 
 SLACK = 1e3
 """How many roundings (of the numbers' own type) of what is added up pass for rounding: the most
 that was seen, in all calls of the tests, is 57."""
+
+
+def check_outputs(
+    graph: BoundGraph, final: auto_lirpa.Bound, C: torch.Tensor | None, lower: Any, upper: Any,
+    bounds_too: bool,
+) -> None:
+    """Compares the graph's value at the clean input with the model's own, and bounds with it.
+
+    Args:
+        graph: in a call of `compute_bounds`.
+        final: the node that was bounded.
+        C: [B, S, features of the node], or None for the node itself.
+        lower, upper: bounds; None where not asked for.
+        bounds_too: whether the clean input is among those bounded, as far as the caller knows.
+    """
+    outputs, name = {}, graph.final_name
+    if graph.live is not None and graph.live.due:
+        outputs[name] = clean_value(graph, graph[name])
+        graph.live.compare(outputs[name])
+    if not bounds_too or not clean_is_inside(auto_lirpa.perturbed_inputs(graph)):
+        return
+    y = outputs.get(final.name)
+    y = clean_value(graph, final) if y is None else y
+    parts = graph.context.sharded[final.name] and C is not None
+    total = graph.context.collectives.reduce_from if parts else lambda part: part
+    check_contains(y, C, lower, upper, total)
 
 
 def clean_is_inside(inputs: Sequence[auto_lirpa.Bound]) -> bool:

@@ -13,6 +13,7 @@ from lirpa_megatron.operators.context import CallState, GraphContext
 
 if TYPE_CHECKING:
     from lirpa_megatron.crown.intermediate_bounds import Intermediate
+    from lirpa_megatron.crown.live_check import LiveCheck
     from lirpa_megatron.crown.row_schedule import RowSchedule
     from lirpa_megatron.rounding.outward import Outward
 
@@ -27,10 +28,13 @@ class BoundGraph(Protocol):
     schedule: RowSchedule
     intermediate: Intermediate
     rounding: Outward | None
+    live: LiveCheck | None
     device: Any
 
     # auto_LiRPA's
     bound_opts: Mapping[str, Any]
+    final_name: str
+    """Of the model's output."""
     batch_size: int
     """Samples in the inputs of the call."""
     optimizable_activations: Sequence[Any]
