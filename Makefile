@@ -28,7 +28,7 @@ demo-digits: setup
 	$(PY) examples/digits/demo.py $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: setup
 	$(PY) -m pytest -m '' $(ARGS)

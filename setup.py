@@ -29,6 +29,7 @@ setup(
     extras_require={
         "test": [
             "pytest",  # runs the tests
+            "pytest-xdist",  # two test files at a time
             "hypothesis",  # draws the networks and boxes of the property-based tests
             "ruff",  # make lint
             "scipy",  # linear programs that contradictions between constraints are compared with
