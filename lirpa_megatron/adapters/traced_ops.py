@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
-from lirpa_megatron.operators.functional import _norm, heads_first, heads_last, rotate
+from lirpa_megatron.operators.functional import heads_first, heads_last, normalized, rotate
 
 _KINDS = {
     "gelu": "GeluErf", "gelu_tanh": "GeluTanh", "silu": "Silu", "quick_gelu": "QuickGelu",
@@ -59,7 +59,7 @@ def norm(
     if torch.jit.is_tracing():
         inputs = (x, weight) if bias is None else (x, weight, bias)
         return _NormSymbol.apply(float(eps), int(rms), int(groups), *inputs)
-    return _norm(x, weight, bias, eps, rms, groups)
+    return normalized(x, weight, bias, eps, rms, groups)
 
 
 def rotary(
@@ -182,7 +182,7 @@ class _NormSymbol(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, eps: float, rms: int, groups: int, *inputs: Any) -> torch.Tensor:
         x, weight, bias = (*inputs, None)[:3]
-        return _norm(x, weight, bias, eps, bool(rms), groups)
+        return normalized(x, weight, bias, eps, bool(rms), groups)
 
 
 class _RotarySymbol(torch.autograd.Function):

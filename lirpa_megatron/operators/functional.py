@@ -48,10 +48,19 @@ def margins(
     return (target if bt is None else target + bt).unsqueeze(-1) - logits
 
 
-def _norm(
+def normalized(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool,
     groups: int,
 ) -> torch.Tensor:
+    """LayerNorm or RMSNorm of each of `groups` equal parts of the last dimension.
+
+    Args:
+        x: [..., groups d].
+        weight, bias: [d], the same for all parts.
+        eps: added to the mean square.
+        rms: whether the mean stays.
+        groups: 1 for the norm of all features.
+    """
     shape = x.shape
     x = x.unflatten(-1, (groups, -1)) if groups > 1 else x
     if not rms:

@@ -28,6 +28,12 @@ def mask_overflow(l: torch.Tensor, u: torch.Tensor, limit: float) -> tuple:
     return torch.where(wild, 0.0, l), torch.where(wild, 0.0, u), wild
 
 
+def clamp_through(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """x within [low, high], with the gradient of x also where it is outside: what alpha moves to an
+    end can come back."""
+    return x + (x.clamp(low, high) - x).detach()
+
+
 def row_sum(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """sum A b for each row; where A is 0 nothing even of an infinite b, which has no gradient.
 

@@ -19,8 +19,17 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
 from lirpa_megatron.operators.context import CallState, GraphContext, OperatorInputs, Visit
+
+
+def boxed(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lower, upper) of what `interval_propagate` is given; of the box around a ball (L1, L2)
+    straight from the input."""
+    norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
+    wider = 0.0 if norm == float("inf") else eps
+    return interval[0] - wider, interval[1] + wider
 
 
 class Sharding(enum.Enum):

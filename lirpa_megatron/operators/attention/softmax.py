@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.attention.softmax_weights import (
     phi,
     quotient,
@@ -16,7 +15,8 @@ from lirpa_megatron.operators.attention.softmax_weights import (
     weight_interval,
 )
 from lirpa_megatron.operators.context import OperatorInputs
-from lirpa_megatron.operators.numerics import mask_overflow
+from lirpa_megatron.operators.numerics import clamp_through, mask_overflow
+from lirpa_megatron.operators.operator import boxed
 from lirpa_megatron.operators.relaxed import RowRelaxed
 
 _FAR = 500.0
@@ -46,9 +46,8 @@ class _OverOneDimension(RowRelaxed):
         return x.movedim(-1, self.dim)
 
     def _box(self, interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
-        wider = 0.0 if norm == float("inf") else eps
-        return self._last(interval[0] - wider), self._last(interval[1] + wider)
+        lower, upper = boxed(interval)
+        return self._last(lower), self._last(upper)
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,7 @@ class BoundSoftmax(_OverOneDimension):
         loose = x.loose.squeeze(-1)
         share = ((curved <= flat) & ~loose).to(a.dtype)
         if move is not None:
-            moved = share + move
-            share = moved + (moved.clamp(0, 1) - moved).detach()  # a gradient at the ends too
+            share = clamp_through(share + move, 0, 1)
             share = torch.where(loose, 0.0, share)
         rest = share * curved + (1 - share) * flat
         noise = eps * (a.abs() * x.p0 + (g * x.center).abs() + c.abs() * x.p0).sum(-1).detach()

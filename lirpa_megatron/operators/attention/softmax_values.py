@@ -17,7 +17,7 @@ from lirpa_megatron.operators.attention.softmax_weights import (
     weight_interval,
 )
 from lirpa_megatron.operators.context import CallState, InputView, OperatorInputs
-from lirpa_megatron.operators.numerics import mask_overflow
+from lirpa_megatron.operators.numerics import clamp_through, mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed
 
 _LARGEST = 1e15
@@ -252,8 +252,7 @@ class BoundSoftmaxValues(RowRelaxed):
         flat = ~(rest + gain / 2 <= flat_rest) | x.loose
         share = (~flat).to(g.dtype)  # of the plane with s
         if move is not None:
-            moved = share + move
-            share = moved + (moved.clamp(0, 1) - moved).detach()  # a gradient at the ends too
+            share = clamp_through(share + move, 0, 1)
             share = torch.where(x.loose | ~(rest < float("inf")), 0.0, share)
         rest = torch.where(share > 0, share * rest, 0.0)
         rest = rest + torch.where(share < 1, (1 - share) * flat_rest, 0.0)

@@ -15,6 +15,7 @@ from lirpa_megatron.operators.elementwise.functions import FUNCTIONS, Function
 from lirpa_megatron.operators.elementwise.intervals import within
 from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation
 from lirpa_megatron.operators.numerics import row_sum
+from lirpa_megatron.operators.operator import boxed
 from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 
@@ -83,11 +84,7 @@ class BoundCurve(OptimizableOperator):
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The image of [l, u]; that of the box around it for a ball straight from the input."""
-        lower, upper = v[0][0], v[0][1]
-        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
-        if norm != float("inf"):
-            lower, upper = lower - eps, upper + eps
-        return self.curve.image(lower, upper)
+        return self.curve.image(*boxed(v[0]))
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at x and the bias [R, B]. Shapes: see the class."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
 from lirpa_megatron.operators.context import Visit
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
 from lirpa_megatron.operators.elementwise.functions import Function, bent
+from lirpa_megatron.operators.operator import boxed
 
 
 class BoundMaximum(BoundCurve):
@@ -50,12 +50,7 @@ class BoundMaximum(BoundCurve):
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Element by element; of the box around it for a ball straight from the input."""
-        ends = []
-        for interval in v[1:]:
-            norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
-            wider = 0.0 if norm == float("inf") else eps
-            ends.append((interval[0] - wider, interval[1] + wider))
-        (al, au), (bl, bu) = ends
+        (al, au), (bl, bu) = (boxed(interval) for interval in v[1:])
         return self.forward(al, al, bl), self.forward(au, au, bu)
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
 from lirpa_megatron.operators.context import Visit
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
 from lirpa_megatron.operators.elementwise.functions import Function, bent
+from lirpa_megatron.operators.operator import boxed
 
 
 class BoundPRelu(BoundCurve):
@@ -55,9 +55,7 @@ class BoundPRelu(BoundCurve):
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The image of [l, u]; that of the box around it for a ball straight from the input."""
-        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
-        wider = 0.0 if norm == float("inf") else eps
-        lower, upper, w = v[0][0] - wider, v[0][1] + wider, v[1][0]
+        (lower, upper), w = boxed(v[0]), v[1][0]
         ends = [self.forward(x, w) for x in (lower, upper)]
         zero = torch.where((lower < 0) & (upper > 0), 0.0, ends[0])
         return (

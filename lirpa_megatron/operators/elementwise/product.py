@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.affine.products import elementwise_range
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import OperatorInputs, Visit
-from lirpa_megatron.operators.numerics import row_sum
+from lirpa_megatron.operators.numerics import clamp_through, row_sum
+from lirpa_megatron.operators.operator import boxed
 from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 
@@ -108,12 +108,8 @@ class BoundProduct(OptimizableOperator):
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The range of a b; that of the box around it for a ball straight from the input."""
-        ends = []
-        for interval in v:
-            norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
-            wider = 0.0 if norm == float("inf") else eps
-            ends.append((interval[0] - wider, interval[1] + wider) if wider else interval[:2])
-        return _corners(*ends[0], *ends[1])
+        a, b = (boxed(interval) for interval in v)
+        return _corners(*a, *b)
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A at a and b and the bias [R, B]. Shapes: see the class."""
@@ -178,7 +174,7 @@ def _mixture(move: torch.Tensor | None, box: _Box) -> torch.Tensor | None:
     if move is None:
         return box.a0.new_ones(())
     moved = 1 + 2 * move
-    return moved + (moved.clamp(-1, 1) - moved).detach()  # a gradient at the end too
+    return clamp_through(moved, -1, 1)
 
 
 def _remainder(A: torch.Tensor, box: _Box, d: torch.Tensor | None, side: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
 from lirpa_megatron.operators.context import GraphContext, OperatorInputs, Visit
-from lirpa_megatron.operators.operator import Operator, Sharding
+from lirpa_megatron.operators.operator import Operator, Sharding, boxed
 
 
 class _Border(Operator, auto_lirpa.Bound):
@@ -24,10 +24,7 @@ class _Border(Operator, auto_lirpa.Bound):
     def interval_propagate(self, *v: Any) -> tuple:
         """Interval bounds, features moved as in `forward`. A ball straight from the input (L2, L1)
         becomes the box around it."""
-        lower, upper = v[0]
-        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
-        if norm != float("inf"):
-            lower, upper = lower - eps, upper + eps
+        lower, upper = boxed(v[0])
         rest = [constant[0] for constant in v[1:]]
         return self.forward(lower, *rest), self.forward(upper, *rest)
 

@@ -13,7 +13,7 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import Visit
-from lirpa_megatron.operators.operator import Operator
+from lirpa_megatron.operators.operator import Operator, boxed
 
 
 class _Linear(Operator, auto_lirpa.Bound):
@@ -26,7 +26,7 @@ class _Linear(Operator, auto_lirpa.Bound):
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The images of the ends, in order; of the box around an L1 or L2 ball."""
-        lower, upper = _ends(v[0])
+        lower, upper = boxed(v[0])
         rest = [constant[0] for constant in v[1:]]
         ends = self.forward(lower, *rest), self.forward(upper, *rest)
         return torch.minimum(*ends), torch.maximum(*ends)
@@ -79,7 +79,7 @@ class BoundJoinColumns(_Linear):
         return torch.cat(x, dim=-1)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        ends = [_ends(interval) for interval in v]
+        ends = [boxed(interval) for interval in v]
         return torch.cat([e[0] for e in ends], -1), torch.cat([e[1] for e in ends], -1)
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
@@ -152,13 +152,6 @@ class BoundColumnsOfParts(_Linear):
         """A [R, B, T n] -> [R, B, T, n]."""
         shape = visit.inputs[0].output_shape[1:]
         return Propagated((A.map(lambda A: dense(A).unflatten(2, shape)),))
-
-
-def _ends(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lower and upper ends of an interval; of the box around a ball straight from the input."""
-    norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
-    wider = 0.0 if norm == float("inf") else eps
-    return interval[0] - wider, interval[1] + wider
 
 
 COLUMN_OPS: dict[str, type[auto_lirpa.Bound]] = {

@@ -10,7 +10,7 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import Visit
 from lirpa_megatron.operators.functional import rotate
-from lirpa_megatron.operators.operator import Operator
+from lirpa_megatron.operators.operator import Operator, boxed
 
 
 class _Exact(Operator, auto_lirpa.Bound):
@@ -39,9 +39,8 @@ class BoundSelectPosition(_Exact):
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Interval bounds of y; an L1 or L2 ball becomes the box around it."""
-        norm, eps = auto_lirpa.Interval.get_perturbation(v[0])[:2]
-        around = 0 if norm == float("inf") else eps
-        return self.forward(v[0][0]) - around, self.forward(v[0][1]) + around
+        lower, upper = boxed(v[0])
+        return self.forward(lower), self.forward(upper)
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, (1,) h] -> [R, B, S, h]."""

@@ -27,14 +27,7 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import GraphContext, Visit
-from lirpa_megatron.operators.operator import Operator
-
-
-def boxed(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lower, upper) of an interval; of the box around a ball straight from the input."""
-    norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
-    wider = 0.0 if norm == float("inf") else eps
-    return interval[0] - wider, interval[1] + wider
+from lirpa_megatron.operators.operator import Operator, boxed
 
 
 class _Structure(Operator, auto_lirpa.Bound):

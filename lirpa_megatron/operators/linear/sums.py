@@ -30,8 +30,8 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
 from lirpa_megatron.operators.context import GraphContext, Visit
-from lirpa_megatron.operators.linear.structure import boxed, check_alike
-from lirpa_megatron.operators.operator import Operator
+from lirpa_megatron.operators.linear.structure import check_alike
+from lirpa_megatron.operators.operator import Operator, boxed
 
 
 class _Linear(Operator, auto_lirpa.Bound):
