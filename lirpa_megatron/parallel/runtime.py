@@ -21,14 +21,14 @@ def initialize(
 ) -> None:
     """Sets up torch.distributed and Megatron's parallel_state; installs the CPU shim.
 
-    Under torchrun all processes take part (NCCL with CUDA, else gloo); in a plain python process
-    there is one rank and no launcher is needed. What is already initialised is left alone. On a
-    CPU, a program that never calls `shutdown` has it called when it ends.
+    Under torchrun all processes take part (NCCL with CUDA, otherwise gloo). A plain python process
+    is one rank and needs no launcher. Anything already initialised is left alone. On a CPU,
+    `shutdown` is called automatically when the program ends.
 
     Args:
         tensor_parallel_size: ranks per model; all processes by default. The remaining processes
             are data-parallel replicas.
-        timeout: after which a collective that a peer never enters fails.
+        timeout: time after which a collective fails if a peer never enters it.
 
     Raises:
         UserError: the size does not divide the number of processes (both numbers).

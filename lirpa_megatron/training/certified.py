@@ -36,34 +36,35 @@ class CertifiedBatch:
 
 
 class CertifiedLoss:
-    """Robust cross-entropy over a set around each input, on the sharded model as it is.
+    """Robust cross-entropy over a set around each input, on the sharded model.
 
-    The bound graph is made once and shares the model's parameters: nothing is copied, after an
-    optimizer step the next bounds are of the new weights, and the model's `state_dict` is its own.
-    Make it before Megatron's DistributedDataParallel wraps the model. Dropout is left out of the
-    bounds, whatever mode the model is in.
+    The bound graph is built once and shares the model's parameters. Nothing is copied: after an
+    optimizer step the bounds use the new weights, and the model's `state_dict` is unchanged. Build
+    it before Megatron's DistributedDataParallel wraps the model. Bounds ignore dropout, whatever
+    mode the model is in.
 
-    Gradients are those that Megatron's `finalize_model_grads` expects: where it sums a parameter's
-    gradient over tensor-parallel ranks (with sequence_parallel the weights of norms and the biases
-    of row-parallel layers; norms of queries and keys) each rank has its share, elsewhere each has
-    the whole gradient.
+    Gradients are those that Megatron's `finalize_model_grads` expects. Where it sums a parameter's
+    gradient over tensor-parallel ranks (norms of queries and keys; with sequence_parallel, the
+    weights of norms and the biases of row-parallel layers), each rank has its share; elsewhere
+    each rank has the complete gradient.
 
     Every rank of the tensor-parallel group makes the same calls; data-parallel replicas make their
     own.
 
     Args:
-        model: of classes, such as BERT with its binary head or an MLP, whose output is logits
-            [B, K]; or a GPTModel (a BertModel with its 'lm' head), or a view of one, whose next
-            token is asked for. Its parameters may be bfloat16; the bounds are float32 then.
-        inputs: example inputs: (x,) for classes, what `perturb_tokens` gives for tokens. Those of
-            a step are made anew: building the graph writes to the parameters that these depend on.
-        num_classes: K; None for a language model's tokens.
-        vocab_size: entries of the vocabulary from here on pad it; None: none do.
+        model: a classifier with logits [B, K] as output, such as BERT with its binary head or an
+            MLP; or a GPTModel (a BertModel with its 'lm' head), or a view of one, for the next
+            token. With bfloat16 parameters, the bounds are float32.
+        inputs: example inputs: (x,) for a classifier, the result of `perturb_tokens` for tokens.
+            Make new ones for each step: building the graph writes to the parameters that these
+            depend on.
+        num_classes: K; None for a language model.
+        vocab_size: entries from here on only pad the vocabulary; None: none do.
         method: "IBP", "CROWN-IBP" or "CROWN".
         bound_opts: as for `BoundedModule`.
 
     Raises:
-        UserError: a method that cannot be trained with, sizes that do not fit.
+        UserError: a method that cannot be used for training, sizes that do not match.
         NotImplementedError: a model that cannot be bounded, by name.
     """
 
@@ -105,12 +106,12 @@ class CertifiedLoss:
         Args:
             inputs: (x,) with x a BoundedTensor [B, ...], or what `perturb_tokens` gives.
             labels: classes or target tokens, int64 [B].
-            crown_share: beta in beta CROWN + (1 - beta) IBP, the lower bounds that are mixed
-                (CROWN-IBP, Zhang et al., ICLR 2020); of no meaning for method "IBP".
-            iteration: for the message of an error.
+            crown_share: beta in beta CROWN + (1 - beta) IBP, a mixture of lower bounds (CROWN-IBP,
+                Zhang et al., ICLR 2020); ignored for method "IBP".
+            iteration: for error messages.
 
         Raises:
-            UserError: labels that do not fit, a share out of [0, 1].
+            UserError: labels that do not match, a share outside [0, 1].
             FloatingPointError: a bound is NaN or infinite, with the layer's name and the
                 iteration; on every rank of the group.
         """

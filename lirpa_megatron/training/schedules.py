@@ -12,7 +12,7 @@ from lirpa_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Ramp:
-    """From one value to another over some iterations, smoothly at first.
+    """A value that moves from `first` to `last` over some iterations, smoothly at first.
 
     At the start the value grows like (step / length)^beta, and from `mid` on linearly with the
     slope reached there; `mid=0` is linear throughout. This is the schedule of Gowal et al. (2018),
