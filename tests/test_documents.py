@@ -125,3 +125,18 @@ def test_fields_of_results_that_are_named_are_written():
     assert len(named) > 15
     for field in named:
         assert f'"{field}"' in sources, field
+
+
+def test_the_drawing_of_the_package_is_true():
+    """All packages are in it, and none imports what is drawn above it or to its left."""
+    drawing = (DOCS / "figures" / "package.svg").read_text("utf-8")
+    boxes = re.findall(r'<text x="(\d+)" y="(\d+)"[^>]*"monospace">(\w+)</text>', drawing)
+    place = {name: (int(y), int(x)) for x, y, name in boxes}
+    package = ROOT / "lirpa_megatron"
+    rooms = {path.stem for path in package.iterdir() if (path / "__init__.py").is_file()}
+    assert set(place) == rooms | {"bounded_module"}
+    for room in place:
+        for path in (*(package / room).rglob("*.py"), *package.glob(f"{room}.py")):
+            text = path.read_text("utf-8").partition("if TYPE_CHECKING")[0]
+            for other in re.findall(r"^from lirpa_megatron\.(\w+)", text, re.MULTILINE):
+                assert other not in place or place[other] >= place[room], f"{path} imports {other}"

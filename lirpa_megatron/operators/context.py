@@ -44,30 +44,29 @@ class GraphContext:
 
 @dataclass
 class CallState:
-    """What one call of `compute_bounds` is about and has found so far.
+    """What one call of `compute_bounds` was asked for, and what it has found so far.
 
     An affine form is freed when the operators that read it have made their relaxations of it,
     unless they may have to read it again (`rereads`: gradients, alpha).
     """
 
     method: str | None = None
-    """Of the call; None while there is none."""
+    """Method of the call; None if no call is running."""
     final_is_identity: bool = False
-    """Whether the output itself is asked for, without a specification C."""
+    """Whether the output itself is bounded, without a specification C."""
     form_limit: int = 0
-    """Numbers that a table made of forms may have."""
+    """Maximum size of a table that is made of forms."""
     form_room: float = 0.0
-    """Bytes of replicated nodes' forms that operators may yet keep whole."""
+    """Bytes that remain for forms of replicated nodes that every rank holds in full."""
     rereads: bool = True
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
-    """Node name -> bounds that hold for the whole call; None where its alpha iterations compute
-    them again."""
+    """Node name -> bounds that hold for the whole call; None if alpha iterations recompute them."""
     before_alpha: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Node name -> bounds without alpha, of all its rows."""
+    """Node name -> bounds of all its rows, without alpha."""
     forms: dict[str, AffineForm] = field(default_factory=dict)
     """Node name -> its affine form, found by a pass."""
     centered: dict[str, Known] = field(default_factory=dict)
-    """The same for the scores of an attention, relative to their weighted mean."""
+    """Scores of an attention -> what is known of them relative to their weighted mean."""
     directions: dict[str, Known] = field(default_factory=dict)
     """Operator's name -> what is known of its `directions()`."""
     active_columns: dict[str, torch.Tensor] = field(default_factory=dict)
