@@ -14,7 +14,7 @@ import torch
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.graph import BoundGraph
-from lirpa_megatron.operators.affine.form import Known
+from lirpa_megatron.operators.affine.form import LinearFormBounds
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.operator import Operator
 
@@ -52,7 +52,9 @@ class Directions:
     def __init__(self, graph: BoundGraph) -> None:
         self.graph, self.tp = graph, graph.context.collectives
 
-    def along(self, node: auto_lirpa.Bound, vectors: torch.Tensor, shared: bool = False) -> Known:
+    def along(
+        self, node: auto_lirpa.Bound, vectors: torch.Tensor, shared: bool = False
+    ) -> LinearFormBounds:
         """What a pass finds of <v, x_i> for the vectors x_i of an intermediate node; no alpha.
 
         Args:
@@ -69,11 +71,11 @@ class Directions:
         with self.graph.intermediate.without_alpha():
             found = self.graph.schedule.run(node, rows, self.tp.size > 1, form=True, aside=True)
         lower, upper = without_nan(found.lower.t(), found.upper.t())
-        return Known(lower, upper, found.form).mapped(rows.place)
+        return LinearFormBounds(lower, upper, found.form).mapped(rows.place)
 
     def answer(
         self, S: int, split: bool
-    ) -> Callable[[auto_lirpa.Bound, torch.Tensor], Known | None]:
+    ) -> Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds | None]:
         """`along` for the operators on the way of S rows, where these are few beside a vector's.
 
         Args:
@@ -81,7 +83,7 @@ class Directions:
             split: whether each rank has its own of them.
         """
 
-        def answer(node: auto_lirpa.Bound, vectors: torch.Tensor) -> Known | None:
+        def answer(node: auto_lirpa.Bound, vectors: torch.Tensor) -> LinearFormBounds | None:
             if 4 * S > vectors.shape[-1]:
                 return None
             if not split:
@@ -123,7 +125,7 @@ class CenteredRows:
         return placed
 
 
-def bound_centered(graph: BoundGraph, node: auto_lirpa.Bound, attend: Operator) -> Known:
+def bound_centered(graph: BoundGraph, node: auto_lirpa.Bound, attend: Operator) -> LinearFormBounds:
     """Bounds the scores as an attention reads them: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
 
     Softmax does not see what all scores of a query have in common, which is most of their range.
@@ -140,7 +142,7 @@ def bound_centered(graph: BoundGraph, node: auto_lirpa.Bound, attend: Operator) 
     found = graph.schedule.run(node, rows, ranks > 1, form=True)
     lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
     form = None if found.form is None else found.form.view(rows.place)
-    return Known(lower, upper, form)
+    return LinearFormBounds(lower, upper, form)
 
 
 def reader_of_scores(node: auto_lirpa.Bound, readers: Sequence[Any]) -> Any:

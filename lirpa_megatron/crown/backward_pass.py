@@ -24,7 +24,7 @@ from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.host_visit import visit_host
 from lirpa_megatron.crown.placement import PassPlan, RowPlacement
 from lirpa_megatron.crown.relu_sparsity import live_columns
-from lirpa_megatron.operators.affine.form import Known
+from lirpa_megatron.operators.affine.form import LinearFormBounds
 from lirpa_megatron.operators.coefficients import (
     IdentityRows,
     LowerUpper,
@@ -58,7 +58,7 @@ class BackwardPass:
         plan: PassPlan,
         start: auto_lirpa.Bound,
         alpha_rows: tuple[torch.Tensor, int] | None = None,
-        answer: Callable[[auto_lirpa.Bound, torch.Tensor], Known] | None = None,
+        answer: Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds] | None = None,
     ) -> None:
         self.plan, self.start, self.alpha_rows, self.answer = plan, start, alpha_rows, answer
         self.context, self.call, self.relus = graph.context, graph.call, graph.intermediate.relus

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.affine.form import AffineForm, Known
+from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
 from lirpa_megatron.parallel.collectives import Collectives
 
 _NO_COLUMNS: Mapping[str, torch.Tensor] = {}
@@ -65,9 +65,9 @@ class CallState:
     """Node name -> bounds of all its rows, without alpha."""
     forms: dict[str, AffineForm] = field(default_factory=dict)
     """Node name -> its affine form, found by a pass."""
-    centered: dict[str, Known] = field(default_factory=dict)
+    centered: dict[str, LinearFormBounds] = field(default_factory=dict)
     """Scores of an attention -> what is known of them relative to their weighted mean."""
-    directions: dict[str, Known] = field(default_factory=dict)
+    directions: dict[str, LinearFormBounds] = field(default_factory=dict)
     """Operator's name -> what is known of its `directions()`."""
     active_columns: dict[str, torch.Tensor] = field(default_factory=dict)
     """Linear layer's name -> its features that the ReLU after it does not cut off."""
@@ -107,7 +107,7 @@ class InputView:
     upper: torch.Tensor | None
     form: AffineForm | None = None
     """The node's affine form, if a pass of this call has found it."""
-    centered: Known | None = None
+    centered: LinearFormBounds | None = None
     """Of attention scores: what is known of them relative to their weighted mean."""
     read_value: Callable[[Any], torch.Tensor] | None = None
 
@@ -135,7 +135,7 @@ class OperatorInputs:
 
     views: tuple[InputView, ...]
     call: CallState
-    directions: Known | None = None
+    directions: LinearFormBounds | None = None
     """What a pass has found of the operator's `directions()`."""
 
     @classmethod
@@ -174,7 +174,7 @@ class Visit:
     entered: tuple[torch.Tensor, Callable[[torch.Tensor], Any]] | None = None
     """Where the pass enters sharded features: A of both sides [R, sides, ...] as the rows of the
     sharded input are laid out, and a function that takes it apart."""
-    answers: tuple[Known | None, ...] = ()
+    answers: tuple[LinearFormBounds | None, ...] = ()
     """What is known of the rows that the operator wanted to know of (`Operator.wanted_rows`)."""
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.affine.form import Known
+from lirpa_megatron.operators.affine.form import LinearFormBounds
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import CallState, Visit
 from lirpa_megatron.operators.optimizable import OptimizableOperator
@@ -53,7 +53,7 @@ class RowRelaxed(OptimizableOperator):
 
     def lower_plane(
         self, A: torch.Tensor, shared: Any, move: torch.Tensor | None = None,
-        known: Known | None = None,
+        known: LinearFormBounds | None = None,
     ) -> tuple[tuple, torch.Tensor]:
         raise NotImplementedError
 

@@ -91,7 +91,7 @@ class AffineForm:
 
 
 @dataclass
-class Known:
+class LinearFormBounds:
     """What a pass has found of linear forms of a node, beside the node's own coordinates.
 
     Attributes:
@@ -109,13 +109,15 @@ class Known:
         form = self.form is not None and self.form.requires_grad
         return form or self.lower.requires_grad or self.upper.requires_grad
 
-    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Known:
+    def mapped(
+        self, function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> LinearFormBounds:
         """With each of its tensors replaced by what the function makes of it."""
         form = None if self.form is None else self.form.mapped(function)
-        return Known(function(self.lower), function(self.upper), form)
+        return LinearFormBounds(function(self.lower), function(self.upper), form)
 
-    def at(self, dim: int, index: int) -> Known:
+    def at(self, dim: int, index: int) -> LinearFormBounds:
         """What is known of one part of a dimension, which is kept (`AffineForm.at`)."""
         form = None if self.form is None else self.form.at(dim, index)
-        return Known(self.lower.narrow(dim, index, 1), self.upper.narrow(dim, index, 1), form)
+        return LinearFormBounds(self.lower.narrow(dim, index, 1), self.upper.narrow(dim, index, 1), form)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.operators.affine.form import AffineForm, Known
+from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
 from lirpa_megatron.operators.numerics import ROUNDING, dot, dual_norm, intersect
 
 
@@ -95,7 +95,9 @@ class Line:
         )
 
 
-def off_clean(known: Known, v: torch.Tensor, c: torch.Tensor) -> tuple[tuple, Line | None]:
+def off_clean(
+    known: LinearFormBounds, v: torch.Tensor, c: torch.Tensor
+) -> tuple[tuple, Line | None]:
     """What is known of <v, x>, as what it says of <v, x - c>, both [R, *lead].
 
     Args:

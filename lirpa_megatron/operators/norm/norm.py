@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.operators.affine.form import AffineForm, Known
+from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
 from lirpa_megatron.operators.context import CallState, OperatorInputs, Visit
 from lirpa_megatron.operators.norm.planes import LARGEST, NormPlanes, Vectors
@@ -217,7 +217,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
 
     def lower_plane(
         self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None,
-        known: Known | None = None,
+        known: LinearFormBounds | None = None,
     ) -> tuple[tuple, torch.Tensor]:
         """A [R, B, ..., groups d] -> (A_x of the same shape,), bias [R, B]."""
         parts, _, gamma, beta = shared

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lirpa_megatron.operators.affine.form import AffineForm, Known
+from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
 from lirpa_megatron.operators.affine.ranges import Deviations, Line, off_clean
 from lirpa_megatron.operators.numerics import dot, intersect, mask_overflow, safe_root
 
@@ -60,7 +60,7 @@ class NormPlanes:
 
     def _vectors(
         self, l: torch.Tensor, u: torch.Tensor, c: torch.Tensor, form: AffineForm | None,
-        known: Known | None = None,
+        known: LinearFormBounds | None = None,
     ) -> Vectors:
         """Everything about r that rows share: [..., groups, d] -> [..., groups].
 
@@ -117,7 +117,7 @@ class NormPlanes:
         return slope, f - x.r0 + slope * (x.q1 - q) / 2
 
     def _plane(
-        self, w: torch.Tensor, x: Vectors, move: torch.Tensor | None, known: Known | None
+        self, w: torch.Tensor, x: Vectors, move: torch.Tensor | None, known: LinearFormBounds | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The plane below <w, x> r for w [R, *lead, d]: coefficients of x, constant [R, *lead].
 
