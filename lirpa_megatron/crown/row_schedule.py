@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from lirpa_megatron.crown.communication import CommunicationPlan
 from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.limits import CACHE
 from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement, StartRows, plan_pass
+from lirpa_megatron.crown.row_order import RowOrder
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.coefficients import IdentityRows, RowBounds
 from lirpa_megatron.operators.operator import Operator
@@ -217,17 +218,21 @@ class RowSchedule:
         inputs = InputSet(auto_lirpa.perturbed_inputs(graph)) if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
             inputs = None
-        # A that is given to the caller as the rank's own is one block of rows.
-        blocks = keep_A and graph.own_options.return_A_rows == "own"
+        order = RowOrder(
+            on_ranks, limit,
+            # A that is given to the caller as the rank's own is one block of rows.
+            blocks=keep_A and graph.own_options.return_A_rows == "own",
+            gathered_width=None if origin is start else origin.output_shape[-1],
+            device=torch.device(graph.device),
+        )
         gather = split or (spec_sharded and origin is not start)
         form_rows = FormRows(n)
 
         def chunk(first: int) -> Generator[None, None, RowBounds]:
             """Bounds of the rank's rows from `first` on, and their rows of the form."""
-            local = torch.arange(first, min(first + limit, n), device=graph.device)
-            alpha_rows = (local, n) if limit < n else None
+            local, every = order.chunk(first)
+            alpha_rows = None if order.is_one_chunk else (local, n)
             run = BackwardPass(graph, plan, start, alpha_rows, answer)
-            every = self._every_row(local, n if blocks else None, first, S) if split else None
             own = local if every is None else every[self.tp.rank]
             if rows is not None:
                 own, every = rows[own], None if every is None else rows[every]
@@ -242,24 +247,16 @@ class RowSchedule:
         chunks = (chunk(first) for first in range(0, n, limit))
         whole = _concatenate(_in_turns(chunks, at_once))
 
-        def in_order(found: torch.Tensor) -> torch.Tensor:
-            """The rows of all ranks, one rank's after the other's, as the start node has them."""
-            if origin is start:
-                if split and limit < n and not blocks:
-                    found = found.index_select(0, self._places(n, limit))
-                return found[:S] if split else found
-            parts = found.unflatten(0, (self.tp.size, -1, origin.output_shape[-1]))
-            return parts.transpose(0, 1).flatten(0, 2)
-
         if keep_A:
-            self._record_A(start, whole, spec_sharded, in_order)
+            self._record_A(start, whole, spec_sharded, order)
         bounds = Bounds(whole.lower, whole.upper)
         if gather:
-            bounds = self._gathered(bounds, in_order)
+            bounds = self._gathered(bounds, order)
         if inputs is not None:
             forms = form_rows.all()
-            if gather and (forms.requires_grad or limit == n or blocks or origin is not start):
-                forms = in_order(self.tp.gather_results(forms))
+            whole_form = order.is_one_chunk or order.blocks or origin is not start
+            if gather and (forms.requires_grad or whole_form):
+                forms = order.in_order(self.tp.gather_results(forms))
             elif gather:
                 forms = self._gathered_in_chunks(forms, S, limit)
             bounds.form = inputs.form(forms, start.output_shape[1:] if C is None else (S,))
@@ -273,23 +270,6 @@ class RowSchedule:
             whole[filled : filled + len(found)] = found
             filled += len(found)
         return whole
-
-    def _every_row(
-        self, local: torch.Tensor, block: int | None, first: int, S: int
-    ) -> torch.Tensor:
-        """Which rows of S the ranks have as their rows `local`, from `first` on: [p, rows].
-
-        With a `block` of n rows rank r has [r n, (r + 1) n). Without, the ranks share each chunk,
-        so that all do the same: under a causal mask late rows are more work than early ones.
-        """
-        ranks = torch.arange(self.tp.size, device=local.device).unsqueeze(1)
-        step, before = (len(local), (self.tp.size - 1) * first) if block is None else (block, 0)
-        return (before + local + ranks * step).clamp(max=S - 1)
-
-    def _places(self, n: int, limit: int) -> torch.Tensor:
-        """Where each row is among the n rows of rank 0, those of rank 1, ...: [p n]."""
-        places = torch.arange(self.tp.size * n, device=self.graph.device).view(self.tp.size, n)
-        return torch.cat([chunk.flatten() for chunk in places.split(limit, 1)])
 
     def _start_rows(
         self, start: auto_lirpa.Bound, C: torch.Tensor | None, own: torch.Tensor,
@@ -314,15 +294,15 @@ class RowSchedule:
             device=torch.device(self.graph.device),
         )
 
-    def _gathered(self, own: Bounds, in_order: Callable) -> Bounds:
+    def _gathered(self, own: Bounds, order: RowOrder) -> Bounds:
         """Every rank's rows, both sides in one collective: [n, B] -> [S, B]."""
         present = [b for b in (own.lower, own.upper) if b is not None]
-        gathered = in_order(self.tp.gather_results(torch.stack(present, dim=1)))
+        gathered = order.in_order(self.tp.gather_results(torch.stack(present, dim=1)))
         sides = iter(gathered.unbind(1))
         return Bounds(*(None if b is None else next(sides) for b in (own.lower, own.upper)))
 
     def _record_A(
-        self, start: auto_lirpa.Bound, bounds: RowBounds, spec_sharded: bool, in_order: Callable
+        self, start: auto_lirpa.Bound, bounds: RowBounds, spec_sharded: bool, order: RowOrder
     ) -> None:
         """A and biases of the pass into the host's dictionary, batch first.
 
@@ -330,7 +310,7 @@ class RowSchedule:
             start: the start node.
             bounds: the rank's rows.
             spec_sharded: whether ranks carried their own rows.
-            in_order: puts the rows of all ranks in the start node's order.
+            order: of the rows of all ranks.
         """
         gather = spec_sharded and self.graph.own_options.return_A_rows == "whole"
 
@@ -338,7 +318,7 @@ class RowSchedule:
             if A is None:
                 return None
             A = A.detach()
-            return (in_order(self.tp.gather_results(A)) if gather else A).transpose(0, 1)
+            return (order.in_order(self.tp.gather_results(A)) if gather else A).transpose(0, 1)
 
         lbias, ubias = shown(bounds.lbias), shown(bounds.ubias)
         self.graph.A_dict[start.name] = {

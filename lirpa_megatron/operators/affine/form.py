@@ -119,5 +119,6 @@ class LinearFormBounds:
     def at(self, dim: int, index: int) -> LinearFormBounds:
         """What is known of one part of a dimension, which is kept (`AffineForm.at`)."""
         form = None if self.form is None else self.form.at(dim, index)
-        return LinearFormBounds(self.lower.narrow(dim, index, 1), self.upper.narrow(dim, index, 1), form)
+        lower, upper = (bound.narrow(dim, index, 1) for bound in (self.lower, self.upper))
+        return LinearFormBounds(lower, upper, form)
 
