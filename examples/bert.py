@@ -1,13 +1,13 @@
-"""A BERT classifier that is certified against exchanged words.
+"""A BERT classifier that is certified against the replacement of words.
 
     python examples/bert.py
     torchrun --nproc-per-node 2 examples/bert.py
 
 The classifier (binary head, padded sentences) says whether a sentence has more good words than bad
-ones. Certified is that one neutral word may be any other neutral word: the embeddings at its
-position range over the convex hull of all of them ('hull'), or over the smallest box around them
-('box'), which is looser; with eps, all embeddings may move by eps besides. Training draws the
-neutral words together, without which no set around all of them could be certified.
+ones. The script certifies that one neutral word may be replaced by any other: the embedding at its
+position ranges over the convex hull of all neutral words ('hull'), or over the smallest box around
+them ('box'), which is looser; with eps, all embeddings may also change by eps. Training pulls the
+neutral words together; otherwise no set around all of them could be certified.
 """
 
 import torch

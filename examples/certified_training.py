@@ -1,4 +1,4 @@
-"""Certified training with Megatron's loop: a model is fine-tuned on its bounds.
+"""Certified training with Megatron's loop: fine-tunes a model on its bounds.
 
     python examples/certified_training.py --model digits
     python examples/certified_training.py --model sentences
@@ -6,12 +6,12 @@
     torchrun --nproc-per-node 2 examples/certified_training.py --tensor-parallel-size 1 ...  DP=2
 
 'digits' is a network of MNIST's size (784-256-256-10, ReLU) for the scans of handwriting that
-scikit-learn bundles; it learns as usual first. 'sentences' is the BERT of examples/sst, which has.
-Both then learn on bounds over every box of radius eps around an input, while eps grows. Printed are
-natural accuracy, accuracy under a gradient attack, and certified accuracy before and after; a plot
-has certified accuracy against the radius. All sizes train the same model up to rounding. A run that
-is started again goes on after the last epoch that was saved. Of sentences the model is saved as a
-Megatron checkpoint too, with what was certified (`certified_models`).
+scikit-learn bundles; it is first trained as usual. 'sentences' is the trained BERT of examples/sst.
+Both are then trained on bounds over boxes of radius eps around the inputs, while eps grows. The
+script prints natural accuracy, accuracy under a gradient attack and certified accuracy before and
+after, and plots certified accuracy against the radius. All tensor-parallel sizes train the same
+model up to rounding. A run that is restarted continues after the last saved epoch. For sentences, a
+Megatron checkpoint and the certified results are saved too (`certified_models`).
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""A GPT whose next word is certified: all embeddings may move, the prediction may not.
+"""A GPT whose next word is certified while all embeddings are perturbed.
 
     python examples/gpt.py
     torchrun --nproc-per-node 2 examples/gpt.py
 
-Both print the same numbers: the model is sharded over the processes, its bounds are those of the
-whole model. It learns sequences that repeat with period 3 (a b c a b: next is c). Certified
-is, for a few sequences that end where c is due, that c has the largest logit however the embeddings
-at all positions move, each coordinate by up to eps.
+Both print the same numbers: the model is sharded over the processes, and its bounds are those of
+the whole model. It learns sequences that repeat with period 3 (a b c a b: next is c). For a few
+sequences in which c is due, the script certifies that c has the largest logit even if every
+coordinate of every embedding changes by up to eps.
 """
 
 import torch

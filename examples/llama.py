@@ -1,12 +1,12 @@
-"""A LLaMA-like model whose next word is certified, where only some positions may move.
+"""A LLaMA-like model whose next word is certified while some positions are perturbed.
 
     python examples/llama.py
     torchrun --nproc-per-node 2 examples/llama.py
 
 RMSNorm, SwiGLU, rotary positions and grouped queries; with two processes each has one query group.
-It learns sequences in which two words take turns (a b a b a b: next is a). Certified is that a has
-the largest logit however the embeddings at the first positions move, each within an L2 ball of its
-own; the last two words stay as they are.
+The model learns sequences in which two words alternate (a b a b a b: next is a). The script
+certifies that a has the largest logit even if the embeddings at the first positions move, each
+within its own L2 ball; the last two words are not perturbed.
 """
 
 import torch

@@ -48,25 +48,27 @@ from lirpa_megatron.rounding.outward import Outward
 class BoundedModule(auto_lirpa.HostBoundedModule):
     """Bounds on the outputs of a model over a set of inputs; the model may be sharded.
 
-    The constructor and `compute_bounds` are auto_LiRPA's. Every rank of the tensor-parallel group
-    makes the same calls with the same (replicated) inputs and gets the same bounds. With one rank,
-    or without an initialised process group, it works on any model that auto_LiRPA can trace.
+    The constructor and `compute_bounds` take auto_LiRPA's arguments. Every rank of the
+    tensor-parallel group makes the same calls with the same (replicated) inputs and gets the same
+    bounds. Without an initialised process group there is one rank.
 
-    Parameters are shared with the model: nothing is copied, and gradients flow to them in training
-    mode (`eval()` detaches them).
+    Parameters are shared with the model, not copied. In training mode gradients flow to them;
+    `eval()` detaches them.
 
     Args:
-        model: an nn.Module, batch first, that may contain megatron-core's ColumnParallelLinear and
-            RowParallelLinear.
-        global_input: an example input (or tuple of them), replicated; only its shape counts.
+        model: a plain nn.Module, batch first, which may contain megatron-core's
+            ColumnParallelLinear and RowParallelLinear; a GPTModel or BertModel; or a view or
+            margins of one.
+        global_input: an example input (or a tuple of them), replicated. It gives the shapes, and
+            the live check runs the model on it.
         bound_opts: auto_LiRPA's options, and those of `OwnOptions` (`max_spec_rows`, ...).
         device: as in auto_LiRPA.
         verbose: as in auto_LiRPA.
         custom_ops: as in auto_LiRPA.
 
     Raises:
-        NotImplementedError: an operator, hook or option that cannot be bounded, by name.
-        LiveModelError: the graph is of another function than the model's own forward.
+        NotImplementedError: an operator, hook or option that is not supported, by name.
+        LiveModelError: the graph computes a different function than the model's own forward.
         SPMDError: replicated parameters differ between ranks.
     """
 
@@ -179,10 +181,10 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
     def compute_bounds(
         self, x: Any = None, aux: Any = None, C: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Lower and upper bounds of `C y` (or of the output y) over the perturbation of `x`.
+        """Lower and upper bounds of `C y` (or of the output y) over the perturbation set of `x`.
 
         Args:
-            x: tuple of inputs, replicated; perturbed ones are BoundedTensor.
+            x: tuple of inputs, replicated; the perturbed ones are BoundedTensors.
             aux: as in auto_LiRPA.
             C: specification [B, S, output features], replicated; for a sharded output
                 (gather_output=False) the rank's own features [B, S, features / p].
@@ -198,10 +200,10 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
 
         Raises:
             ValueError: an unknown method, a negative radius, an empty box, wrong shapes.
-            NotImplementedError: what cannot be computed on shards, by name.
-            LiveModelError: the model was changed, or computes another function than its graph.
-            BoundsError: bounds exclude the model's own output at the clean input.
-            SPMDError: inputs or options differ between ranks; another rank failed.
+            NotImplementedError: an argument or method that is not available on shards, by name.
+            LiveModelError: the model was changed, or computes a different function than its graph.
+            BoundsError: the bounds exclude the model's own output at the clean input.
+            SPMDError: inputs or options differ between ranks, or another rank failed.
         """
         if self.call.method is not None:  # the host calling itself: alpha iterations
             return super().compute_bounds(x=x, aux=aux, C=C, **kwargs)

@@ -1,11 +1,11 @@
-"""The main job: sentences of a Megatron checkpoint are certified and attacked, at TP=1 and TP=2.
+"""The main job: certifies and attacks sentences with a Megatron checkpoint, at TP=1 and TP=2.
 
     make demo                               a few of sentences.jsonl
     make demo ARGS='--limit 30'             all of them: the table in docs/measurements.md
     make demo ARGS='--data ../shared/data/sst/dev.jsonl --limit 1'
 
-Exit status 1 if the runs disagree: a result, or a certified radius by more than the tolerance to
-which it is searched.
+Exit status 1 if the runs disagree on a result, or on a certified radius by more than the tolerance
+of the search.
 """
 
 import argparse
