@@ -23,6 +23,7 @@ setup(
         "onnx",  # reads the networks given to import-onnx and verify
         "protobuf",  # the format of ONNX files: its error tells that one is truncated
         "pyyaml",  # reads verify's --config
+        "safetensors",  # reads the weights of Hugging Face folders, after our own checks
         "tqdm",  # verify's progress bar
         "packaging",  # compares the versions of torch, megatron-core and auto_LiRPA
     ],

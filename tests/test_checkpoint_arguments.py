@@ -30,7 +30,7 @@ ARGUMENTS = {
     "attention_output_gate": (True, "output gates"), "use_mup": (True, "muP"),
     "use_te_activation_func": (True, "TransformerEngine's activation"),
     "apply_residual_connection_post_layernorm": (True, "post-layernorm"),
-    "window_size": ((128, 0), "sliding windows"), "qk_l2_norm": (True, "L2 norms"),
+    "window_size": ((128, 3), "window_size=.* is malformed"), "qk_l2_norm": (True, "L2 norms"),
     "no_rope_freq": (4, "without rotary"), "softmax_type": ("learnable", "vanilla"),
     "activation_func_clamp_value": (7.0, "clamped"), "yaml_cfg": ("x.yaml", "yaml-cfg"),
     "te_precision_config_file": ("x", "quantised"), "enable_hyper_connections": (True, "hyper"),

@@ -102,6 +102,7 @@ class GPTFacade(_LanguageModelFacade):
                 self.output_layer, joined(name, "output_layer"), "muP with a bias of the logits is "
                 "not supported"
             )
+        self.window = getattr(model, "attention_window", None)
         self.decoder = copy(
             model.decoder, joined(name, "decoder"), start_layer=start_layer, position=position
         )
@@ -116,7 +117,16 @@ class GPTFacade(_LanguageModelFacade):
         """What enters the output layer: [B, S, h], or [B, h] at one position.
 
         muP's factor of the logits is here, where it commutes with the output layer's product.
+
+        Raises:
+            UserError: an input longer than the window of a checkpoint whose model was built without
+                it, which computes the same up to there.
         """
+        if self.window is not None and int(hidden.shape[1]) > self.window:
+            raise UserError(
+                f"the input has {int(hidden.shape[1])} tokens, and the model's attention a window "
+                f"of {self.window}: longer inputs are not supported"
+            )
         hidden = self.decoder(hidden, mask, self.rotary(hidden))
         return hidden if self.logits_factor == 1 else hidden * self.logits_factor
 

@@ -26,7 +26,7 @@ _DEFAULTS: dict[str, Any] = {
     "glu_linear_offset": 0.0, "activation_func_clamp_value": None,
     "untie_embeddings_and_output_weights": False, "vocab_size": None, "padded_vocab_size": None,
     "seq_length": None, "tensor_model_parallel_size": None, "pipeline_model_parallel_size": None,
-    "softmax_type": "vanilla",
+    "softmax_type": "vanilla", "window_size": None,
 }
 """What is read, with the default of Megatron's parser, for releases that do not know the name."""
 
@@ -95,7 +95,6 @@ _REFUSED: dict[str, str] = {
     "use_mup": "muP's multipliers are not supported",
     "use_te_activation_func": "TransformerEngine's activation functions are not supported",
     "apply_residual_connection_post_layernorm": "post-layernorm residuals are not supported",
-    "window_size": "sliding windows of attention are not supported",
     "qk_l2_norm": "L2 norms of queries and keys are not supported",
     "no_rope_freq": "layers without rotary positions among others are not supported",
     "activation_func_clamp_value": "clamped activation functions are not supported",
@@ -249,6 +248,11 @@ def _check_types(values: Mapping[str, Any], where: str) -> None:
             continue
         if isinstance(default, bool):
             good = isinstance(value, bool)
+        elif name == "window_size":
+            good = (
+                isinstance(value, (list, tuple)) and len(value) == 2
+                and type(value[0]) is int and value[0] >= 0 and value[1] == 0
+            )
         elif isinstance(default, str):
             good = isinstance(value, str)
         elif isinstance(default, float) or name in ("rotary_base", "softmax_scale",

@@ -28,9 +28,9 @@ class ParameterDescription:
 class StoredForm:
     """How the checkpoint stores the weights."""
 
-    # "torch_dist" or "torch" (mp_rank_* files)
+    # "torch_dist", "torch" (mp_rank_* files) or "Hugging Face"
     format: str
-    # "release" or the iteration
+    # "release", the iteration, or "none" (a Hugging Face folder has none)
     iteration: str
     # torch's name without "torch.", for instance "bfloat16"
     dtype: str
@@ -95,9 +95,19 @@ class ModelDescription:
     # BERT only
     num_tokentypes: int
     binary_head: bool
+    # positions that a query sees, its own too; inputs may be no longer. None: all before it
+    attention_window: int | None
     # length of the training sequences; None: unknown
     seq_length: int | None
     stored: StoredForm
+
+    @property
+    def longest_input(self) -> int | None:
+        """Most tokens of an input; None: any number."""
+        limits = [self.attention_window]
+        if self.position_embedding_type == "learned_absolute":
+            limits.append(self.max_position_embeddings)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def block(self) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from lirpa_megatron.checkpoint.description import ModelDescription
 from lirpa_megatron.checkpoint.estimates import estimate, matmul_rate, parameter_count
+from lirpa_megatron.checkpoint.hugging_face_config import is_hugging_face
 from lirpa_megatron.checkpoint.language_model import read_model_description
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.reader import holds_network, read_description
@@ -37,8 +38,7 @@ def inspect(
     Raises:
         UserError: whatever is wrong with the checkpoint.
     """
-    directory = data_directory(checkpoint, iteration)
-    if holds_network(directory):
+    if not is_hugging_face(checkpoint) and holds_network(data_directory(checkpoint, iteration)):
         return _of_network(checkpoint, read_description(checkpoint, iteration))
     description = read_model_description(checkpoint, iteration, overrides)
     if seq_length is None:
@@ -66,6 +66,8 @@ def _model_facts(checkpoint: Path, d: ModelDescription) -> list[tuple[str, str]]
     place = positions[d.position_embedding_type]
     if d.position_embedding_type == "rope":
         place += f" (base {d.rotary_base:g}, {100 * d.rotary_percent:g}% of each head)"
+    if d.attention_window is not None:
+        place += f"; a window of {d.attention_window:,}, which inputs must not exceed"
     gate = " (gated)" if d.gated else ""
     biases = "all linear layers" if d.add_bias_linear else "QKV" if d.add_qkv_bias else "none"
     gamma = ", zero-centred" if d.zero_centered_gamma else ""

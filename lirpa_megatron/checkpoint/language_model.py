@@ -23,6 +23,9 @@ from lirpa_megatron.checkpoint.description import (
     ParameterDescription,
     StoredForm,
 )
+from lirpa_megatron.checkpoint.hugging_face import FORMAT as HUGGING_FACE
+from lirpa_megatron.checkpoint.hugging_face import HuggingFaceWeights
+from lirpa_megatron.checkpoint.hugging_face_config import CONFIG, is_hugging_face
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.legacy import LegacyWeights, is_legacy
 from lirpa_megatron.checkpoint.model_builder import build
@@ -34,6 +37,9 @@ from lirpa_megatron.errors import UserError
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OLDEST, _NEWEST = 2.0, 3.0
+_PARSER = "Megatron-LM's arguments"
+HUGGING_FACE_WRITER = "lirpa-megatron import-hf"
+"""What `import-hf` puts under `writer`: the arguments beside it are complete."""
 
 
 class Weights(Protocol):
@@ -67,7 +73,7 @@ def read_model_description(
     """The model that a checkpoint holds, without its weights; needs no process groups.
 
     Args:
-        checkpoint: the directory with the tracker file.
+        checkpoint: the directory with the tracker file, or a Hugging Face folder.
         iteration: its number, or "release"; None: what the tracker names.
         overrides: Megatron's argument names with values that replace the checkpoint's
             (`arguments.read_model_config` reads them from a file). A `padded_vocab_size` above the
@@ -132,6 +138,8 @@ def load_language_model(
                 f"a rank, the checkpoint's model has {list(value.shape)}"
             )
         _replace_parameter(model, name, value.to(device))
+    # Without the window, which longer inputs would meet: the adapters refuse these.
+    model.attention_window = description.attention_window
     return description, model
 
 
@@ -139,6 +147,33 @@ def _open(
     checkpoint: str | Path, iteration: int | str | None, overrides: Mapping[str, Any] | None
 ) -> tuple[ModelDescription, Weights]:
     checkpoint, overrides = Path(checkpoint), dict(overrides or {})
+    weights, stored, source = _source(checkpoint, iteration)
+    kind = names.kind_of(weights.names(), str(checkpoint))
+    values = arguments.merged(stored, overrides, str(checkpoint), source == _PARSER)
+    if stored is None:
+        source = "the model config"
+    if not values["untie_embeddings_and_output_weights"]:
+        weights.drop_copy_of_embeddings()
+    # How it was written is no property of the model, and may be unknown.
+    sizes = weights.parallel_sizes()
+    if sizes == (None, None):
+        keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        sizes = tuple((stored or {}).get(key) for key in keys)
+        sizes = tuple(size if type(size) is int else None for size in sizes)
+    description = _describe(kind, values, overrides, weights, sizes, checkpoint, source)
+    _check_tensors(description, weights, checkpoint)
+    return description, weights
+
+
+def _source(
+    checkpoint: Path, iteration: int | str | None
+) -> tuple[Weights, dict[str, Any] | None, str]:
+    """The stored tensors, the arguments (None: there are none), and what holds these."""
+    if is_hugging_face(checkpoint):
+        if iteration is not None:
+            raise UserError(f"Hugging Face folder {checkpoint} has no iterations: give none")
+        folder = HuggingFaceWeights(checkpoint)
+        return folder, folder.arguments, CONFIG
     directory = data_directory(checkpoint, iteration)
     weights: Weights = (LegacyWeights if is_legacy(directory) else TorchDistWeights)(directory)
     common = weights.common()
@@ -153,24 +188,19 @@ def _open(
             f"checkpoint {checkpoint} has checkpoint_version {version!r}; known are "
             f"{_OLDEST} to {_NEWEST}"
         )
-    kind = names.kind_of(weights.names(), str(checkpoint))
-    stored, source = _arguments_of(common, checkpoint), "Megatron-LM's arguments"
-    if stored is None:
-        stored, source = read_run_config(directory), RUN_CONFIG
-    values = arguments.merged(stored, overrides, str(checkpoint), source != RUN_CONFIG)
-    if stored is None:
-        source = "the model config"
-    if not values["untie_embeddings_and_output_weights"]:
-        weights.drop_copy_of_embeddings()
-    # How it was written is no property of the model, and may be unknown.
-    sizes = weights.parallel_sizes()
-    if sizes == (None, None):
-        keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-        sizes = tuple((stored or {}).get(key) for key in keys)
-        sizes = tuple(size if type(size) is int else None for size in sizes)
-    description = _describe(kind, values, overrides, weights, sizes, checkpoint, source)
-    _check_tensors(description, weights, checkpoint)
-    return description, weights
+    stored, source = _arguments_of(common, checkpoint), _PARSER
+    if stored is not None and common.get("writer") == HUGGING_FACE_WRITER:
+        source = HUGGING_FACE_WRITER
+    run_config = read_run_config(directory) if stored is None else None
+    return (weights, run_config, RUN_CONFIG) if run_config else (weights, stored, source)
+
+
+def arguments_in_force(
+    checkpoint: str | Path, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Megatron-LM's arguments of a checkpoint, all that a model is built from, checked."""
+    _, stored, source = _source(Path(checkpoint), None)
+    return arguments.merged(stored, dict(overrides or {}), str(checkpoint), source == _PARSER)
 
 
 def _arguments_of(common: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] | None:
@@ -201,9 +231,13 @@ def _describe(
             f"{values['position_embedding_type']} and normalization={values['normalization']} are "
             "not supported, only with learned_absolute and LayerNorm"
         )
+    window = None if values["window_size"] is None else values["window_size"][0] + 1
+    if bert and window is not None:
+        raise UserError(f"checkpoint {checkpoint}: BERT models with windows are not supported")
     types = "embedding.tokentype_embeddings.weight"
     stored = StoredForm(
-        format=weights.format, iteration=_iteration(weights.directory),
+        format=weights.format,
+        iteration="none" if weights.format == HUGGING_FACE else _iteration(weights.directory),
         dtype=_stored_dtype(weights, checkpoint),
         tensor_parallel=sizes[0], pipeline_parallel=sizes[1], vocabulary_rows=rows,
         described_by=source,
@@ -225,6 +259,7 @@ def _describe(
         num_tokentypes=weights.shape(types, ParameterDescription(()))[0]
         if bert and types in found else 0,
         binary_head=bert and "binary_head.weight" in found,
+        attention_window=window,
         stored=stored,
     )
 

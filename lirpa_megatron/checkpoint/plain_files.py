@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from lirpa_megatron.errors import UserError
 
 _LARGEST = 2**24
 """Bytes. Files that describe a model have some kilobytes, an index of weights a few megabytes."""
+_DEEPEST = 100
+"""Collections inside collections; such files have ten."""
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -18,6 +21,12 @@ def read_yaml(path: Path, what: str) -> Any:
 
     text = _text(path, what)
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise UserError(f"{what} is nested more than {_DEEPEST} deep")
         return yaml.safe_load(text)
     except yaml.constructor.ConstructorError as error:
         reason = error.problem or "of an unknown tag"
@@ -29,9 +38,23 @@ def read_yaml(path: Path, what: str) -> Any:
 def read_json(path: Path, what: str) -> Any:
     """What a JSON file holds."""
     try:
-        return json.loads(_text(path, what))
-    except (ValueError, RecursionError):
+        return parse_json(_text(path, what))
+    except ValueError:
         raise UserError(f"{what} is not valid JSON") from None
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """As json.loads, which overflows the stack of the process where brackets are deep enough.
+
+    Raises:
+        ValueError: not JSON, or nested too deep.
+    """
+    depth = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text, re.DOTALL):
+        depth += (found[0] in "[{") - (found[0] in "]}")
+        if depth > _DEEPEST:
+            raise json.JSONDecodeError(f"nested more than {_DEEPEST} deep", text, found.start())
+    return json.loads(text, **options)
 
 
 def _text(path: Path, what: str) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,25 @@ def save_network(
     Raises:
         UserError: `out` cannot be written or is there already.
     """
+    save_checkpoint(out, force, _common_state(description), _sharded_state(model))
+
+
+def save_checkpoint(
+    out: Path, force: bool, common: dict[str, Any], sharded: dict[str, Any],
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a checkpoint; every process calls this, and all are one tensor-parallel group.
+
+    Args:
+        out: directory to make.
+        force: replace a checkpoint that is already there.
+        common: what is not a tensor.
+        sharded: this rank's part of the tensors, as `dist_checkpointing.save` takes it.
+        check: looks at the checkpoint where it is written first; if it raises, nothing is left.
+
+    Raises:
+        UserError: `out` cannot be written or is there already.
+    """
     group = runtime.tp_group()
     if dist.get_world_size() != runtime.tp_size():
         raise UserError(
@@ -74,19 +93,23 @@ def save_network(
             if runtime.is_rank0():
                 directory.mkdir()
             spmd.handshake(group, "the checkpoint's directory is there")
-            state = _common_state(description)
             with spmd.foreign_collectives(group):
                 try:
                     dist_checkpointing.save(
-                        state | _sharded_state(model), str(directory), ("torch_dist", 1)
+                        common | sharded, str(directory), ("torch_dist", 1)
                     )
                 except OSError as error:
                     raise UserError(f"cannot write {out}: {error.strerror or error}") from None
             if runtime.is_rank0():
                 # Releases from 0.19 on keep this elsewhere, where only they find it.
                 if not (directory / COMMON).exists():
-                    torch.save(state, directory / COMMON)
+                    torch.save(common, directory / COMMON)
                 (temporary / TRACKER).write_text(RELEASE + "\n", encoding="ascii")
+            if check is not None:
+                spmd.handshake(group, "the checkpoint is written")
+                check(temporary)
+                spmd.handshake(group, "the checkpoint is checked")
+            if runtime.is_rank0():
                 _move_into_place(temporary, out)
 
 

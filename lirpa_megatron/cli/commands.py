@@ -129,6 +129,29 @@ def _import_onnx(arguments: dict[str, Any]) -> int:
     return 0
 
 
+def _import_hf(arguments: dict[str, Any]) -> int:
+    from lirpa_megatron.checkpoint.arguments import read_model_config
+    from lirpa_megatron.checkpoint.hugging_face_import import import_hugging_face
+    from lirpa_megatron.checkpoint.writer import check_output
+    from lirpa_megatron.parallel import runtime
+    from lirpa_megatron.verify.agreement import agreed
+
+    out, force = arguments["out"], arguments.get("force", False)
+    with agreed(runtime.tp_group(), "checking the arguments"):
+        if runtime.is_rank0():
+            check_output(out, force)
+    with agreed(runtime.tp_group(), "importing the folder"):
+        config = arguments.get("model_config")
+        overrides = None if config is None else read_model_config(config)
+        description, difference = import_hugging_face(arguments["folder"], out, force, overrides)
+    if runtime.is_rank0():
+        print(
+            f"wrote {out} (tensor-parallel size {runtime.tp_size()}, {description.stored.dtype}); "
+            f"its logits are the folder's but for {difference:.1e} of the largest"
+        )
+    return 0
+
+
 def _inspect(arguments: dict[str, Any]) -> int:
     from lirpa_megatron.checkpoint.arguments import read_model_config
     from lirpa_megatron.checkpoint.inspection import inspect
@@ -237,6 +260,7 @@ def _open_output(path: Path, keep_bytes: int) -> TextIO:
 
 
 _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "import-hf": _import_hf,
     "import-onnx": _import_onnx,
     "inspect": _inspect,
     "verify": _verify,

@@ -13,6 +13,7 @@ from lirpa_megatron.cli.help import EXAMPLES, RESULTS
 from lirpa_megatron.errors import UserError
 
 # Of each group, one option at most; an option of the command line replaces the configuration's.
+_MODEL_CONFIG = "Megatron's model arguments by name, to add to or replace the checkpoint's"
 _WHICH_OUTPUT = "output of the ONNX graph to use, if it has several"
 _EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"), ("data", "vnnlib"), ("data", "instances"))
 
@@ -71,7 +72,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lirpa-megatron {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_import(commands)
+    _add_imports(commands)
     _add_inspect(commands)
     _add_verify(commands)
     _add_report(commands)
@@ -90,16 +91,26 @@ def _add_command(commands: Any, name: str, summary: str, epilog: str) -> argpars
     )
 
 
-def _add_import(commands: Any) -> None:
-    parser = _add_command(
+def _add_imports(commands: Any) -> None:
+    onnx = _add_command(
         commands, "import-onnx",
         "Convert an ONNX network to a Megatron checkpoint that any tensor-parallel size can load.",
         "example:\n  torchrun --nproc-per-node 2 -m lirpa_megatron import-onnx net.onnx checkpoint",
     )
-    parser.add_argument("net", metavar="NET", type=Path, help="NET.onnx or NET.onnx.gz")
-    parser.add_argument("out", metavar="OUT", type=Path, help="directory to create")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
-    parser.add_argument("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
+    onnx.add_argument("net", metavar="NET", type=Path, help="NET.onnx or NET.onnx.gz")
+    onnx.add_argument("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
+    folder = _add_command(
+        commands, "import-hf",
+        "Convert a Hugging Face language model to a Megatron checkpoint, and compare the logits.",
+        "example:\n  lirpa-megatron import-hf gpt2 checkpoint",
+    )
+    folder.add_argument("folder", metavar="FOLDER", type=Path, help="config.json and safetensors")
+    folder.add_argument("--model-config", metavar="YAML", type=Path, help=_MODEL_CONFIG)
+    for parser in (onnx, folder):
+        parser.add_argument("out", metavar="OUT", type=Path, help="directory to create")
+        parser.add_argument(
+            "--force", action="store_true", help="replace OUT if it is a checkpoint"
+        )
 
 
 def _iteration(text: str) -> str:
@@ -121,10 +132,7 @@ def _add_inspect(commands: Any) -> None:
         "--iteration", metavar="N", type=_iteration,
         help="iteration to read, or 'release' (default: the tracker's)",
     )
-    add(
-        "--model-config", metavar="YAML", type=Path,
-        help="Megatron's model arguments by name, to add to or replace the checkpoint's",
-    )
+    add("--model-config", metavar="YAML", type=Path, help=_MODEL_CONFIG)
     add(
         "--seq-length", metavar="N", type=_number(int, 1),
         help="tokens per input, for the estimate (default 32)",
@@ -148,7 +156,7 @@ def _add_verify(commands: Any) -> None:
 
 def _add_sources(add: Any) -> None:
     what = "with --instances, only the rows of this network are run"
-    add("--load", metavar="DIR", type=Path, help=f"Megatron checkpoint; {what}")
+    add("--load", metavar="DIR", type=Path, help=f"Megatron or Hugging Face checkpoint; {what}")
     add("--onnx", metavar="FILE", type=Path, help=f"ONNX file of a network; {what}")
     add("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
     add(
@@ -216,10 +224,7 @@ def _add_question(add: Any) -> None:
         "--iteration", metavar="N", type=_iteration,
         help="iteration of the checkpoint, or 'release' (default: the tracker's)",
     )
-    add(
-        "--model-config", metavar="YAML", type=Path,
-        help="Megatron's model arguments by name, to add to or replace the checkpoint's",
-    )
+    add("--model-config", metavar="YAML", type=Path, help=_MODEL_CONFIG)
     add("--limit", metavar="N", type=_number(int, 1), help="only the first N lines of the data")
 
 

@@ -152,11 +152,10 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
         )
     left = unfinished(items, done, asked)
     replicas, own = _replicas()
-    positions = description.max_position_embeddings
-    limited = description.position_embedding_type == "learned_absolute"
+    longest = description.longest_input
     return _Replica(
         left[own::replicas], tokenizer, task, SentenceVerifier(model, task, options, group),
-        positions if limited else sys.maxsize, vocabulary, asked, done,
+        sys.maxsize if longest is None else longest, vocabulary, asked, done,
         of_items(items, done, asked),
     )
 
