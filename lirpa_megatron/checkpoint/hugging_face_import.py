@@ -71,8 +71,9 @@ def import_hugging_face(
         "writer": HUGGING_FACE_WRITER,
     }
     data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": data_parallel})}
-    del model
+
+    def sharded() -> dict[str, Any]:
+        return {"model": model.sharded_state_dict(metadata={"dp_cp_group": data_parallel})}
 
     def check(written: Path) -> None:
         small = parameter_count(description) <= _SMALL
@@ -86,7 +87,7 @@ def import_hugging_face(
                 "of this program"
             )
 
-    save_checkpoint(out, force, common, state, check)
+    save_checkpoint(out, force, common, sharded, check)
     return description, found[0]
 
 

@@ -59,11 +59,11 @@ def save_network(
     Raises:
         UserError: `out` cannot be written or is there already.
     """
-    save_checkpoint(out, force, _common_state(description), _sharded_state(model))
+    save_checkpoint(out, force, _common_state(description), lambda: _sharded_state(model))
 
 
 def save_checkpoint(
-    out: Path, force: bool, common: dict[str, Any], sharded: dict[str, Any],
+    out: Path, force: bool, common: dict[str, Any], sharded: Callable[[], dict[str, Any]],
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a checkpoint; every process calls this, and all are one tensor-parallel group.
@@ -72,7 +72,7 @@ def save_checkpoint(
         out: directory to make.
         force: replace a checkpoint that is already there.
         common: what is not a tensor.
-        sharded: this rank's part of the tensors, as `dist_checkpointing.save` takes it.
+        sharded: gives this rank's part of the tensors, as `dist_checkpointing.save` takes it.
         check: looks at the checkpoint where it is written first; if it raises, nothing is left.
 
     Raises:
@@ -96,7 +96,7 @@ def save_checkpoint(
             with spmd.foreign_collectives(group):
                 try:
                     dist_checkpointing.save(
-                        common | sharded, str(directory), ("torch_dist", 1)
+                        common | sharded(), str(directory), ("torch_dist", 1)
                     )
                 except OSError as error:
                     raise UserError(f"cannot write {out}: {error.strerror or error}") from None
