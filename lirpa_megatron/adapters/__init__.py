@@ -3,3 +3,6 @@
 from lirpa_megatron.compat import requirements
 
 requirements.check()
+
+# They register their facades when they are imported.
+from lirpa_megatron.adapters import language_models, margins, transformer  # noqa: E402, F401

@@ -16,8 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-# language_models, margins and transformer register their facades when they are imported
-from lirpa_megatron.adapters import hooks, language_models, margins, refusals, transformer  # noqa: F401
+from lirpa_megatron.adapters import hooks, refusals
 from lirpa_megatron.adapters.activations import ActivationFacade
 from lirpa_megatron.adapters.linear_facades import is_column, is_row, linear_facade
 from lirpa_megatron.adapters.norms import NormFacade, is_norm

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
@@ -11,11 +12,26 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.options import OwnOptions
 from lirpa_megatron.operators.context import CallState, GraphContext
 
-if TYPE_CHECKING:
-    from lirpa_megatron.crown.intermediate_bounds import Intermediate
-    from lirpa_megatron.crown.live_check import LiveCheck
-    from lirpa_megatron.crown.row_schedule import RowSchedule
-    from lirpa_megatron.rounding.outward import Outward
+
+class Schedule(Protocol):
+    """Runs passes (`row_schedule.RowSchedule`)."""
+
+    directions: Any
+
+    def run(self, start: auto_lirpa.Bound, C: Any, spec_sharded: bool, **how: Any) -> Any: ...
+
+    def rows_of(self, start: auto_lirpa.Bound, C: torch.Tensor | None = None) -> int: ...
+
+    def rows_run(self, start: auto_lirpa.Bound) -> int: ...
+
+
+class IntermediateBounds(Protocol):
+    """Bounds nodes on the way (`intermediate_bounds.Intermediate`)."""
+
+    relus: Mapping[str, auto_lirpa.Bound]
+    has_alpha: bool
+
+    def without_alpha(self) -> AbstractContextManager[None]: ...
 
 
 class BoundGraph(Protocol):
@@ -25,10 +41,12 @@ class BoundGraph(Protocol):
     call: CallState
     """Of the `compute_bounds` that is running."""
     own_options: OwnOptions
-    schedule: RowSchedule
-    intermediate: Intermediate
-    rounding: Outward | None
-    live: LiveCheck | None
+    schedule: Schedule
+    intermediate: IntermediateBounds
+    rounding: Any
+    """`rounding.outward.Outward`, or None."""
+    live: Any
+    """`live_check.LiveCheck`, or None."""
     device: Any
 
     # auto_LiRPA's
