@@ -33,7 +33,7 @@ FIELDS = {
     "tokens", "label", "predicted", "label_name", "predicted_name", "clean_margin", "margin",
     "lower_bounds", "certified_radius", "attacked_radius", "positions", "counterexample",
     "tensor_parallel", "seconds", "peak_memory_mib", "tolerance", "iteration", "dtype",
-    "stored_dtype", "unknown_tokens", "unknown_text", "fixed",
+    "stored_dtype", "unknown_tokens", "unknown_text", "fixed", "tokenizer",
 }
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +49,7 @@ from lirpa_megatron.verify.sentences.tokenizer import (
     read_tokenizer,
     substitutes_of,
 )
+from lirpa_megatron.verify.sentences.tokenizer_files import find_tokenizer, said_of
 
 TERMINATED = 143
 """Exit status of a run that SIGTERM ended between two sentences; --resume goes on."""
@@ -105,7 +105,7 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
     with agreed(dist.group.WORLD, "reading the data"):
         items = read_items(files.data, options.limit)
         overrides = read_model_config(files.model_config) if files.model_config else None
-        path = files.tokenizer or _beside(files.load)
+        path = files.tokenizer or find_tokenizer(files.load, options.iteration)
         tokenizer = None if path is None else read_tokenizer(path)
         if tokenizer is None and any(item.text is not None for item in items):
             # What is wrong may be the checkpoint, in whose folder a tokenizer was looked for.
@@ -136,7 +136,7 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
         "network": split_iteration(files.load.resolve())[0].name, "task": task.name,
         **options.key(),
         "iteration": description.stored.iteration, "stored_dtype": description.stored.dtype,
-        "dtype": used,
+        "dtype": used, "tokenizer": None if path is None else said_of(path, files.load),
     }
     done: list[dict[str, Any]] = []
     with agreed(dist.group.WORLD, "reading earlier results"):
@@ -158,15 +158,6 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
         sys.maxsize if longest is None else longest, vocabulary, asked, done,
         of_items(items, done, asked),
     )
-
-
-def _beside(checkpoint: Path) -> Path | None:
-    """A tokenizer file in the checkpoint's folder, or in that of the iteration that was named."""
-    for folder in dict.fromkeys((checkpoint, split_iteration(checkpoint)[0])):
-        for name in ("tokenizer.json", "vocab.txt"):
-            if (folder / name).is_file():
-                return folder / name
-    return None
 
 
 def _replicas() -> tuple[int, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from lirpa_megatron.checkpoint.plain_files import parse_json
 from lirpa_megatron.errors import UserError
 
 BEGIN, END, UNKNOWN = "[CLS]", "[SEP]", "[UNK]"
@@ -69,18 +70,26 @@ class Tokenizer(Protocol):
 def read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer from `tokenizer.json` (Hugging Face) or a vocabulary file, one token a line.
 
-    A vocabulary with pieces of words, `##ing`, is one of WordPiece.
+    A vocabulary with pieces of words, `##ing`, is one of WordPiece; `vocab.json` with `merges.txt`
+    beside it is GPT-2's byte-level BPE.
 
     Raises:
         UserError: unreadable, malformed, pieces that only a tokenizer.json says how to join, or the
             tokenizers package is missing.
     """
+    if path.suffix == ".model":
+        raise UserError(
+            f"tokenizer {path}: files of sentencepiece are not read: save the tokenizer as "
+            "tokenizer.json (transformers' AutoTokenizer does)"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"tokenizer {path} is not a text file") from None
+    if path.name == "vocab.json" and path.with_name("merges.txt").is_file():
+        return byte_level_bpe(path)
     if path.suffix == ".json":
         return read_tokenizer_json(path)
     vocabulary = Vocabulary(path.name, text)
@@ -178,6 +187,40 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(path.name, made)
 
 
+def byte_level_bpe(path: Path) -> HuggingFaceTokenizer:
+    """GPT-2's tokenizer, of `vocab.json` and the `merges.txt` beside it.
+
+    Other models have files of these names and cut text in another way first: where
+    `tokenizer_config.json` names another class, or tokens around a text, these are refused.
+
+    Raises:
+        UserError: malformed, of another class, or the package is missing.
+    """
+    package = _package(path, "needs")
+    config = _config_beside(path, {
+        "tokenizer_class": (str,), "add_prefix_space": (bool,), "add_bos_token": (bool,),
+    })
+    kind = config.get("tokenizer_class", "GPT2Tokenizer")
+    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast") or config.get("add_bos_token"):
+        raise UserError(
+            f"tokenizer {path} is not GPT-2's ({kind}): give the tokenizer.json that says how text "
+            "is cut"
+        )
+    try:
+        merges = str(path.with_name("merges.txt"))
+        made = package.Tokenizer(package.models.BPE.from_file(str(path), merges))
+    except Exception as error:  # the package raises plain Exception
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{path} and merges.txt are no byte-level BPE ({reason})") from None
+    made.pre_tokenizer = package.pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(config.get("add_prefix_space", False))
+    )
+    made.post_processor = package.processors.ByteLevel(trim_offsets=False)
+    if made.token_to_id("<|endoftext|>") is not None:
+        made.add_special_tokens(["<|endoftext|>"])
+    return HuggingFaceTokenizer(path.name, made)
+
+
 def word_piece(vocabulary: Vocabulary, path: Path) -> HuggingFaceTokenizer:
     """BERT's tokenizer of a vocabulary: punctuation apart, the longest pieces from the left.
 
@@ -190,7 +233,8 @@ def word_piece(vocabulary: Vocabulary, path: Path) -> HuggingFaceTokenizer:
         UserError: the package is missing, or that file is no JSON.
     """
     package = _package(path, f"has pieces of words ({vocabulary.pieces}), which need")
-    config = _config_beside(path)
+    optional = (bool, type(None))
+    config = _config_beside(path, {"do_lower_case": optional, "strip_accents": optional})
     made = package.Tokenizer(
         package.models.WordPiece(vocabulary.ids, unk_token=UNKNOWN, max_input_chars_per_word=100)
     )
@@ -211,20 +255,25 @@ def word_piece(vocabulary: Vocabulary, path: Path) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(path.name, made)
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
+def _config_beside(path: Path, names: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    """Settings of `tokenizer_config.json` by name, which have one of the types; none of null."""
     beside = path.with_name("tokenizer_config.json")
     if not beside.is_file():
         return {}
     try:
-        config = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = parse_json(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         raise UserError(f"{beside}, beside tokenizer {path}, is not JSON") from None
-    names = ("do_lower_case", "strip_accents")
     if not isinstance(config, dict) or any(
-        config.get(name) not in (None, True, False) for name in names
+        name in config and not isinstance(config[name], kinds) for name, kinds in names.items()
     ):
-        raise UserError(f"{beside}: {' and '.join(names)} must be true or false")
+        raise UserError(f"{beside}: {' and '.join(names)} must be {_kinds(names)}")
     return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def _kinds(names: dict[str, tuple[type, ...]]) -> str:
+    texts = {str: "text", bool: "true or false"}
+    return ", ".join(dict.fromkeys(texts[kinds[0]] for kinds in names.values()))
 
 
 class HuggingFaceTokenizer:

@@ -1,0 +1,122 @@
+"""Tokenizers where the writers of checkpoints leave them."""
+
+import json
+
+import hugging_face
+import pytest
+
+from lirpa_megatron import UserError
+from lirpa_megatron.cli.commands import main
+from lirpa_megatron.verify.sentences.tokenizer import read_tokenizer
+from lirpa_megatron.verify.sentences.tokenizer_files import find_tokenizer, said_of
+
+tokenizers = pytest.importorskip("tokenizers")
+
+ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def checkpoint(folder):
+    (folder / "iter_0000010").mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    return folder
+
+
+def byte_level(folder, words=("ab", "abc"), **config):
+    """GPT-2's two files, with merges that make `words`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [*ALPHABET, *words, "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    lines = [f"{word[:-1]} {word[-1]}" for word in words]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "vocab.json"
+
+
+@pytest.mark.parametrize("place", [
+    ".", "tokenizer", "context", "context/nemo_tokenizer", "iter_0000010",
+    "iter_0000010/tokenizer", "iter_0000010/context",
+])
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+def test_a_tokenizer_is_found_where_writers_leave_it(place, name, tmp_path):
+    folder = checkpoint(tmp_path / "c")
+    path = folder / place / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x")
+    assert find_tokenizer(folder).samefile(path)
+    assert find_tokenizer(folder / "iter_0000010").samefile(path)
+    assert said_of(path, folder).startswith(f"{path.relative_to(folder)} (sha256 2d711642b726)")
+
+
+def test_no_tokenizer_is_none(tmp_path):
+    folder = checkpoint(tmp_path / "c")
+    (folder / "vocab.json").write_text("{}")  # without merges.txt it says nothing
+    assert find_tokenizer(folder) is None and find_tokenizer(tmp_path / "nowhere") is None
+
+
+def test_copies_are_one_and_others_are_asked_about(tmp_path):
+    folder = checkpoint(tmp_path / "c")
+    (folder / "tokenizer").mkdir()
+    for place, text in ((folder, "x"), (folder / "tokenizer", "x")):
+        (place / "vocab.txt").write_text(text)
+    assert find_tokenizer(folder) == folder / "vocab.txt"
+    (folder / "tokenizer" / "vocab.txt").write_text("y")
+    with pytest.raises(UserError, match="different tokenizers in .* choose one with --tokenizer"):
+        find_tokenizer(folder)
+
+
+def test_byte_level_bpe_is_that_of_the_tokenizers_package(tmp_path):
+    path = byte_level(tmp_path)
+    made = read_tokenizer(path)
+    theirs = tokenizers.ByteLevelBPETokenizer(str(path), str(tmp_path / "merges.txt"))
+    for text in ("abc ab x", " abc", "caf\u00e9 \U0001f600", "it's 3 abcs\n"):
+        assert made.encode(text).ids == theirs.encode(text).ids
+    encoded = made.encode("abc ab")
+    assert encoded.words == [[0], [2]] and encoded.blanks == {1: 1} and not encoded.unknown
+    assert made.size == len(ALPHABET) + 3
+
+
+@pytest.mark.parametrize("config, message", [
+    (dict(tokenizer_class="Qwen2Tokenizer"), r"is not GPT-2's \(Qwen2Tokenizer\)"),
+    (dict(add_bos_token=True), "is not GPT-2's"),
+    (dict(tokenizer_class=3), "must be text, true or false"),
+])
+def test_other_tokenizers_of_the_same_names_are_refused(config, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read_tokenizer(byte_level(tmp_path, **config))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": "b"}', "[" * 100_000])
+def test_damaged_vocabularies_are_one_line(content, tmp_path):
+    path = byte_level(tmp_path)
+    path.write_text(content)
+    with pytest.raises(UserError, match="no byte-level BPE") as caught:
+        read_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_sentencepiece_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x00")
+    with pytest.raises(UserError, match="save the tokenizer as tokenizer.json"):
+        read_tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_a_result_says_which_tokenizer_was_used(tmp_path, capfd):
+    folder = hugging_face.save(tmp_path / "hf", "gpt2")
+    words = "\n".join(["[UNK]", *(f"w{i}" for i in range(31))])
+    (folder / "vocab.txt").write_text(words)
+    (tmp_path / "d.jsonl").write_text('{"sentence": "w3 w4 w5"}\n')
+    arguments = ["verify", "--load", str(folder), "--data", str(tmp_path / "d.jsonl"),
+                 "--question", "certify", "--eps", "1e-6", "--attack-steps", "0"]
+    assert main(arguments) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["tokenizer"].startswith("vocab.txt (sha256 ")
+    assert result["tokens"] == ["w3", "w4", "w5"]
+
+
+def test_a_tokenizer_that_is_too_large_for_the_vocabulary_is_refused(tmp_path, capfd):
+    folder = hugging_face.save(tmp_path / "hf", "gpt2")
+    byte_level(folder)
+    (tmp_path / "d.jsonl").write_text('{"sentence": "abc"}\n')
+    assert main(["verify", "--load", str(folder), "--data", str(tmp_path / "d.jsonl")]) == 2
+    assert "vocab.json has 259 tokens, the checkpoint's vocabulary 32" in capfd.readouterr().err
