@@ -55,7 +55,7 @@ def test_a_folder_is_the_model_that_its_tensors_define(number, name, tmp_path):
 def test_what_is_imported_is_stored_bit_by_bit(name, dtype, tmp_path, capfd):
     folder = hugging_face.save(tmp_path / "hf", name, dtype)
     assert main(["import-hf", str(folder), str(tmp_path / "c")]) == 0
-    assert "its logits are the folder's but for" in capfd.readouterr().out
+    assert "its logits differ from the folder's by" in capfd.readouterr().out
     before, model = load_language_model(folder, None, torch.float64)
     after, again = load_language_model(tmp_path / "c", None, torch.float64)
     for (key, got), want in zip(again.named_parameters(), model.parameters(), strict=True):

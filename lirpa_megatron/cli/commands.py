@@ -147,7 +147,7 @@ def _import_hf(arguments: dict[str, Any]) -> int:
     if runtime.is_rank0():
         print(
             f"wrote {out} (tensor-parallel size {runtime.tp_size()}, {description.stored.dtype}); "
-            f"its logits are the folder's but for {difference:.1e} of the largest"
+            f"its logits differ from the folder's by {difference:.1e} of the largest"
         )
     return 0
 

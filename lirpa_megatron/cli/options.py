@@ -101,10 +101,12 @@ def _add_imports(commands: Any) -> None:
     onnx.add_argument("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
     folder = _add_command(
         commands, "import-hf",
-        "Convert a Hugging Face language model to a Megatron checkpoint, and compare the logits.",
+        "Convert a Hugging Face language model to a Megatron checkpoint and compare their logits.",
         "example:\n  lirpa-megatron import-hf gpt2 checkpoint",
     )
-    folder.add_argument("folder", metavar="FOLDER", type=Path, help="config.json and safetensors")
+    folder.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="folder with config.json and safetensors files"
+    )
     folder.add_argument("--model-config", metavar="YAML", type=Path, help=_MODEL_CONFIG)
     for parser in (onnx, folder):
         parser.add_argument("out", metavar="OUT", type=Path, help="directory to create")
@@ -217,8 +219,8 @@ def _add_question(add: Any) -> None:
     add("--prompt", metavar="TEXT", help="prompt for a GPT, containing {text} (default {text})")
     add(
         "--tokenizer", metavar="FILE", type=Path,
-        help="tokenizer.json, or a vocabulary with one token per line (default: tokenizer.json or "
-        "vocab.txt in the checkpoint's folder)",
+        help="tokenizer.json, or a vocabulary with one token per line (default: the one that lies "
+        "with the checkpoint)",
     )
     add(
         "--iteration", metavar="N", type=_iteration,
