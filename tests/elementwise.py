@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from layers import megatron_layer
 from models import Net, Region, region
-from test_soundness import megatron_layer
 from torch import nn
 
 from lirpa_megatron import BoundedModule
@@ -48,7 +48,7 @@ def mlp(kind: str, gated: bool, dtype: torch.dtype, sharded: bool = False) -> Ml
         for parameter in full.parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data = (0.7 * drawn).to(dtype)
-        layers.append(megatron_layer(name, False, full, dtype) if sharded else full)
+        layers.append(megatron_layer(name, False, full) if sharded else full)
     return Mlp(kind, gated, layers).eval()
 
 
@@ -95,3 +95,8 @@ def intervals(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
             pairs += [(p, p + width), (p - width, p), (p - width, p + width)]
     lower, upper = (torch.cat(ends).to(dtype) for ends in zip(*pairs, strict=True))
     return torch.minimum(lower, upper), torch.maximum(lower, upper)
+
+
+def moves(like: torch.Tensor) -> list[torch.Tensor | None]:
+    random = 2 * torch.rand_like(like) - 1
+    return [None, torch.full_like(like, -1), torch.full_like(like, 1), random]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from elementwise import bounded, bounds_of, inputs, intervals, mlp, sharded_bounds
+from elementwise import bounded, bounds_of, inputs, intervals, mlp, moves, sharded_bounds
 from models import attack, drawn, plain, plain_compute, relative_error
 from ranks import pool
 from torch import nn
@@ -67,11 +67,6 @@ def excess(kind: str, x: torch.Tensor, k: torch.Tensor, b: torch.Tensor, sign: i
     y = ACTIVATIONS[kind][1](x)
     size = y.abs() + (k * x).abs() + b.abs() + x.abs().clamp(max=10)
     return (sign * (k * x + b - y) / size.clamp(min=1e-300)).amax(0)
-
-
-def moves(like: torch.Tensor) -> list[torch.Tensor | None]:
-    random = 2 * torch.rand_like(like) - 1
-    return [None, torch.full_like(like, -1), torch.full_like(like, 1), random]
 
 
 @pytest.mark.parametrize("kind", KINDS)

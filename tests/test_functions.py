@@ -12,11 +12,10 @@ import math
 
 import pytest
 import torch
-from elementwise import intervals
+from elementwise import intervals, moves
 from elementwise_cases import CASES, Case, inside_domain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_activation_ops import moves
 
 from lirpa_megatron.operators.elementwise.curves import Curve
 from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation

@@ -17,10 +17,10 @@ from unittest import mock
 import megatron.core
 import pytest
 import torch
+from layers import FEATURES, OPERATORS, Layers, linears, megatron_layer
 from megatron.core.tensor_parallel import mappings
 from models import HOSTS_OWN, Net, build, plain, plain_compute, rank_part, region, specification
 from ranks import pool
-from test_soundness import FEATURES, OPERATORS, Layers, linears, megatron_layer
 
 from lirpa_megatron import (
     BoundedModule,
@@ -286,7 +286,7 @@ def border_gradients(name: str, method: str, options: str, guarded: bool = True)
     kinds, rank, size = OPERATORS[name], runtime.tp_rank(), runtime.tp_size()
     full = Layers(linears(kinds, torch.float64), torch.tanh)
     model = Layers(
-        [megatron_layer(kind, border, layer, torch.float64)
+        [megatron_layer(kind, border, layer)
          for (kind, _, border), layer in zip(kinds, full.layers, strict=True)], torch.tanh,
     )
     where = region(FEATURES, batch=BATCH)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from boxes import boxed, violation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plain_modules import boxed, violation
 from torch import nn
 
 from lirpa_megatron import BoundedModule

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_plain_modules import boxed, violation
+from boxes import boxed, violation
 from torch import nn
 
 from lirpa_megatron import METHODS, BoundedModule

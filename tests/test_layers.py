@@ -5,50 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import around, drawn_input, drawn_weights, shard
 from ranks import pool
 from torch import nn
 
-from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
-
-INF = float("inf")
-
-
-def _layer(kind, n_in, n_out, full_weight, full_bias, **flags):
-    """A Megatron layer that holds this rank's part of a full weight [out, in]."""
-    from megatron.core import ModelParallelConfig
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-
-    from lirpa_megatron.parallel import runtime
-
-    config = ModelParallelConfig(
-        tensor_model_parallel_size=runtime.tp_size(), params_dtype=full_weight.dtype,
-        use_cpu_initialization=True, gradient_accumulation_fusion=False,
-        sequence_parallel=flags.pop("sequence_parallel", False),
-    )
-    column = kind == "column"
-    if column:
-        flags = {"gather_output": False, **flags}
-    else:
-        flags = {"input_is_parallel": True, "skip_bias_add": False, **flags}
-    cls = ColumnParallelLinear if column else RowParallelLinear
-    layer = cls(n_in, n_out, config=config, init_method=nn.init.zeros_,
-                bias=full_bias is not None, **flags)
-    size, rank = runtime.tp_size(), runtime.tp_rank()
-    with torch.no_grad():
-        if layer.weight is not None:
-            layer.weight.copy_(full_weight.chunk(size, 0 if column else 1)[rank])
-        if full_bias is not None:
-            layer.bias.copy_(full_bias.chunk(size)[rank] if column else full_bias)
-    return layer
-
-
-def _weights(*sizes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(o, i, generator=generator, dtype=torch.float64),
-         torch.randn(o, generator=generator, dtype=torch.float64))
-        for i, o in zip(sizes, sizes[1:], strict=False)
-    ]
+from lirpa_megatron import BoundedModule
 
 
 class Pairs(nn.Module):
@@ -57,10 +18,10 @@ class Pairs(nn.Module):
     def __init__(self, column_flags, row_flags, bias=True):
         super().__init__()
         self.layers = nn.ModuleList()
-        for i, (w, b) in enumerate(_weights(6, 12, 8, 16, 4)):
+        for i, (w, b) in enumerate(drawn_weights(6, 12, 8, 16, 4)):
             kind, flags = ("row", row_flags) if i % 2 else ("column", column_flags)
             b = b if bias else None
-            self.layers.append(_layer(kind, w.shape[1], w.shape[0], w, b, **flags))
+            self.layers.append(shard(kind, w.shape[1], w.shape[0], w, b, **flags))
 
     def forward(self, x):
         for i, layer in enumerate(self.layers):
@@ -74,7 +35,7 @@ class FullPairs(nn.Module):
     def __init__(self, bias=True):
         super().__init__()
         self.layers = nn.ModuleList()
-        for w, b in _weights(6, 12, 8, 16, 4):
+        for w, b in drawn_weights(6, 12, 8, 16, 4):
             layer = nn.Linear(w.shape[1], w.shape[0], bias=bias).double()
             layer.weight.data.copy_(w)
             if bias:
@@ -88,18 +49,9 @@ class FullPairs(nn.Module):
         return x
 
 
-def _input(batch=3, features=6):
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(batch, features, generator=generator, dtype=torch.float64)
-
-
-def _ball(x, eps=0.2, norm=INF):
-    return BoundedTensor(x, PerturbationLpNorm(norm=norm, eps=eps))
-
-
 def _bounds(model, x, methods=("IBP", "CROWN-IBP", "CROWN"), **opts):
     bounded = BoundedModule(model, x, bound_opts=opts)
-    return {m: bounded.compute_bounds(x=(_ball(x),), method=m) for m in methods}
+    return {m: bounded.compute_bounds(x=(around(x),), method=m) for m in methods}
 
 
 def _compare(model, full, x, **opts):
@@ -116,7 +68,7 @@ def _compare(model, full, x, **opts):
 
 def _flags_against_full(column_flags, row_flags, bias):
     torch.set_default_dtype(torch.float64)
-    return _compare(Pairs(column_flags, row_flags, bias), FullPairs(bias), _input())
+    return _compare(Pairs(column_flags, row_flags, bias), FullPairs(bias), drawn_input())
 
 
 FLAGS = {
@@ -137,7 +89,7 @@ def test_bounds_with_every_flag_equal_those_of_the_full_layers(name, size):
 def _gather_in_every_pass():
     torch.set_default_dtype(torch.float64)
     model = Pairs({"gather_output": True}, {"input_is_parallel": False})
-    return _compare(model, FullPairs(), _input(), final_rows="own", max_spec_rows=2)
+    return _compare(model, FullPairs(), drawn_input(), final_rows="own", max_spec_rows=2)
 
 
 def test_gathered_layers_are_exact_in_chunked_spec_sharded_passes():
@@ -154,7 +106,7 @@ def _sequence_parallel():
 
     torch.set_default_dtype(torch.float64)
     model = Pairs({"sequence_parallel": True}, {"sequence_parallel": True})
-    x = _input(batch=8)
+    x = drawn_input(batch=8)
     theirs = gather_from_sequence_parallel_region(model(scatter_to_sequence_parallel_region(x)))
     bounded = BoundedModule(model, x)
     return (bounded(x) - theirs).abs().max().item(), _compare(model, FullPairs(), x)
@@ -171,9 +123,9 @@ class SharedHidden(nn.Module):
 
     def __init__(self):
         super().__init__()
-        (w1, b1), (w2, b2) = _weights(6, 12, 6)
-        self.up = _layer("column", 6, 12, w1, b1)
-        self.down = _layer("row", 12, 6, w2, b2)
+        (w1, b1), (w2, b2) = drawn_weights(6, 12, 6)
+        self.up = shard("column", 6, 12, w1, b1)
+        self.down = shard("row", 12, 6, w2, b2)
 
     def forward(self, x):
         for _ in range(2):
@@ -184,7 +136,7 @@ class SharedHidden(nn.Module):
 class FullSharedHidden(nn.Module):
     def __init__(self):
         super().__init__()
-        self.parts = _weights(6, 12, 6)
+        self.parts = drawn_weights(6, 12, 6)
 
     def forward(self, x):
         (w1, b1), (w2, b2) = self.parts
@@ -196,10 +148,10 @@ class FullSharedHidden(nn.Module):
 def _tied_and_frozen():
     torch.set_default_dtype(torch.float64)
     model, full = SharedHidden(), FullSharedHidden()
-    errors = _compare(model, full, _input())
+    errors = _compare(model, full, drawn_input())
     model.up.weight.requires_grad_(False)
-    bounded = BoundedModule(model, _input()).train()
-    lower, _ = bounded.compute_bounds(x=(_ball(_input()),), method="CROWN")
+    bounded = BoundedModule(model, drawn_input()).train()
+    lower, _ = bounded.compute_bounds(x=(around(drawn_input()),), method="CROWN")
     lower.sum().backward()
     state = {
         "frozen": model.up.weight.requires_grad,
@@ -207,7 +159,7 @@ def _tied_and_frozen():
         "tied gradient": model.down.weight.grad.abs().sum().item(),
     }
     bounded.eval()
-    lower, _ = bounded.compute_bounds(x=(_ball(_input()),), method="CROWN")
+    lower, _ = bounded.compute_bounds(x=(around(drawn_input()),), method="CROWN")
     return errors, state, lower.requires_grad, model.down.weight.requires_grad
 
 
@@ -226,10 +178,10 @@ class WithVocabulary(nn.Module):
 
     def __init__(self, gather, tied):
         super().__init__()
-        (w1, b1), (w2, b2), (w3, _) = _weights(6, 8, 6, 12)
-        self.up, self.down = _layer("column", 6, 8, w1, b1), _layer("row", 8, 6, w2, b2)
-        self.out = _layer("column", 6, 12, w3, None, gather_output=gather,
-                          skip_weight_param_allocation=tied)
+        (w1, b1), (w2, b2), (w3, _) = drawn_weights(6, 8, 6, 12)
+        self.up, self.down = shard("column", 6, 8, w1, b1), shard("row", 8, 6, w2, b2)
+        self.out = shard("column", 6, 12, w3, None, gather_output=gather,
+                         skip_weight_param_allocation=tied)
         self.shared = self._shard(w3) if tied else None
 
     @staticmethod
@@ -249,13 +201,13 @@ def _vocabulary(gather, tied):
     torch.set_default_dtype(torch.float64)
     from lirpa_megatron.parallel import runtime
 
-    (w1, b1), (w2, b2), (w3, _) = _weights(6, 8, 6, 12)
+    (w1, b1), (w2, b2), (w3, _) = drawn_weights(6, 8, 6, 12)
     full = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 12, bias=False))
     for layer, w, b in ((full[0], w1, b1), (full[2], w2, b2), (full[3], w3, None)):
         layer.weight.data.copy_(w)
         if b is not None:
             layer.bias.data.copy_(b)
-    x, C = _input(), torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1))
+    x, C = drawn_input(), torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1))
     steps = {"optimize_bound_args": {"iteration": 3, "optimizer": "sgd"}}
     ours, theirs = (BoundedModule(m, x, steps) for m in (WithVocabulary(gather, tied), full))
     errors = {}
@@ -263,14 +215,14 @@ def _vocabulary(gather, tied):
         for c in (None, C):
             if c is None and not gather and method == "CROWN-Optimized":
                 continue
-            expected = torch.stack(theirs.compute_bounds(x=(_ball(x),), C=c, method=method))
+            expected = torch.stack(theirs.compute_bounds(x=(around(x),), C=c, method=method))
             part = slice(None)
             mine = c
             if not gather:
                 width = 12 // runtime.tp_size()
                 part = slice(runtime.tp_rank() * width, (runtime.tp_rank() + 1) * width)
                 mine = None if c is None else c[..., part]
-            got = torch.stack(ours.compute_bounds(x=(_ball(x),), C=mine, method=method))
+            got = torch.stack(ours.compute_bounds(x=(around(x),), C=mine, method=method))
             if c is None:
                 expected = expected[..., part]
             errors[method, c is None] = (got - expected).abs().max().item()
@@ -285,9 +237,9 @@ def test_a_vocabulary_output_layer_works_sharded_and_gathered(gather, tied):
 
 
 def _sharded_output_optimized():
-    x = _input().float()
+    x = drawn_input().float()
     model = WithVocabulary(False, False).float()
-    BoundedModule(model, x).compute_bounds(x=(_ball(x),), method="CROWN-Optimized")
+    BoundedModule(model, x).compute_bounds(x=(around(x),), method="CROWN-Optimized")
 
 
 def test_alpha_crown_of_a_sharded_output_without_c_is_refused_by_name():
@@ -302,8 +254,8 @@ class Selected(nn.Module):
 
     def __init__(self):
         super().__init__()
-        (w1, b1), _, (w3, b3) = _weights(6, 8, 12, 4)
-        self.up, self.down = _layer("column", 6, 8, w1, b1), _layer("row", 12, 4, w3, b3)
+        (w1, b1), _, (w3, b3) = drawn_weights(6, 8, 12, 4)
+        self.up, self.down = shard("column", 6, 8, w1, b1), shard("row", 12, 4, w3, b3)
 
     def forward(self, x):
         from lirpa_megatron.adapters.linear_facades import gather_features, select_from_region
@@ -321,19 +273,19 @@ def _chosen(size, rank):
 
 def _selected():
     torch.set_default_dtype(torch.float64)
-    (w1, b1), _, (w3, b3) = _weights(6, 8, 12, 4)
+    (w1, b1), _, (w3, b3) = drawn_weights(6, 8, 12, 4)
     full = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     with torch.no_grad():
         full[0].weight.copy_(w1), full[0].bias.copy_(b1)
         full[2].weight.copy_(torch.eye(8)[_chosen(1, 0)]), full[2].bias.zero_()
         full[4].weight.copy_(w3), full[4].bias.copy_(b3)
-    x, model = _input(), Selected()
+    x, model = drawn_input(), Selected()
     errors = _compare(model, full, x, **{"final_rows": "own", "max_spec_rows": 3})
     errors |= {(m, "whole"): e for m, e in _compare(model, full, x).items()}
     gradients = []
     for module, weight in ((model, model.up.weight), (full, full[0].weight)):
         bounded = BoundedModule(module, x).train()
-        lower, upper = bounded.compute_bounds(x=(_ball(x),), method="CROWN")
+        lower, upper = bounded.compute_bounds(x=(around(x),), method="CROWN")
         gradients.append(torch.autograd.grad((upper - lower).sum(), weight)[0])
     return errors, gradients[0], gradients[1]
 
@@ -349,7 +301,7 @@ def _expert_layer():
     torch.set_default_dtype(torch.float64)
     model = Pairs({}, {})
     model.layers[2].is_expert = True
-    BoundedModule(model, _input())
+    BoundedModule(model, drawn_input())
 
 
 def test_expert_layers_are_refused_by_their_name():
@@ -359,8 +311,8 @@ def test_expert_layers_are_refused_by_their_name():
 
 
 def _forward_mode():
-    x = _input()
-    BoundedModule(Pairs({}, {}), x).compute_bounds(x=(_ball(x),), method="forward+backward")
+    x = drawn_input()
+    BoundedModule(Pairs({}, {}), x).compute_bounds(x=(around(x),), method="forward+backward")
 
 
 def test_forward_mode_is_refused_by_name():
@@ -369,8 +321,8 @@ def test_forward_mode_is_refused_by_name():
 
 
 def _columns_in_a_row():
-    (w1, b1), (w2, b2) = _weights(6, 12, 24)
-    first, second = _layer("column", 6, 12, w1, b1), _layer("column", 6, 24, w2[:, :6], b2)
+    (w1, b1), (w2, b2) = drawn_weights(6, 12, 24)
+    first, second = shard("column", 6, 12, w1, b1), shard("column", 6, 24, w2[:, :6], b2)
 
     class Wrong(nn.Module):
         def __init__(self):
@@ -381,7 +333,7 @@ def _columns_in_a_row():
             return self.second(self.first(x)[0])[0]
 
     torch.set_default_dtype(torch.float64)
-    BoundedModule(Wrong(), _input())
+    BoundedModule(Wrong(), drawn_input())
 
 
 def test_a_column_on_a_sharded_value_is_refused_instead_of_bounded_wrongly():
@@ -395,12 +347,12 @@ def _replica_bounds():
 
     torch.set_default_dtype(torch.float64)
     replica = dist.get_rank() // 2
-    x = _input() + replica
+    x = drawn_input() + replica
     errors = _compare(Pairs({}, {}), FullPairs(), x)
     bounded = BoundedModule(Pairs({}, {}), x)
     # The replicas do different work: only one of them bounds a second time.
     for _ in range(1 + replica):
-        lower, _ = bounded.compute_bounds(x=(_ball(x),), method="CROWN")
+        lower, _ = bounded.compute_bounds(x=(around(x),), method="CROWN")
     return errors, lower.detach(), bounded.context.collectives.size
 
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_report import RADII, Page, certify, hostile, run, sentence, vnnlib, word
+from reports import RADII, Page, certify, hostile, run, sentence, vnnlib, word
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="no browser: pip install playwright, playwright install chromium"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exact_networks import Pairs, breaks, random_net
 from models import drawn
 from onnx import helper
 from small_networks import model, save
-from test_rounding import Pairs, breaks, random_net
 
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.parallel import runtime

@@ -8,21 +8,18 @@ rounded to 6e-8 (float32) or 1e-16 (float64) of its size: the slack is 1e-5 or 1
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from layers import FEATURES, OPERATORS, Layers, linears, megatron_layer
 from models import ACTIVATIONS, Net, Region, attack, build, region
 from ranks import pool
 from torch import nn
 
 from lirpa_megatron import METHODS, BoundedModule, bounded_module, parallelize
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.parallel import runtime
 
 SLACK = {torch.float64: 1e-13, torch.float32: 1e-5}
 DTYPES = list(SLACK)
@@ -38,68 +35,6 @@ WHERE = {
     "an L2 ball": ("l2", 0.8),
     "an L1 ball": ("l1", 1.5),
 }
-FEATURES = Net(inputs=6)
-
-
-class Layers(nn.Module):
-    """Megatron's layers one after the other, with an activation between them (or also first)."""
-
-    def __init__(self, layers: list[nn.Module], activation: Callable, first: bool = False) -> None:
-        super().__init__()
-        self.layers, self.activation, self.first = nn.ModuleList(layers), activation, first
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i, layer in enumerate(self.layers):
-            y = layer(self.activation(x) if i or self.first else x)
-            x = y[0] if isinstance(y, tuple) else y
-        return x
-
-
-# Kind of layer, width, and whether its border moves features (gather_output=True for Column,
-# input_is_parallel=False for Row).
-OPERATORS = {
-    "gathering column": [("column", 8, True)],
-    "scattering row": [("row", 5, True)],
-    "column, row": [("column", 8, False), ("row", 5, False)],
-    "gathering column, scattering row": [("column", 8, True), ("row", 5, True)],
-    "scattering row, gathering column": [("row", 6, True), ("column", 8, True)],
-    "column, row, gathering column":
-        [("column", 8, False), ("row", 6, False), ("column", 10, True)],
-}
-
-
-def linears(kinds: list, dtype: torch.dtype) -> list[nn.Linear]:
-    """The unsharded layers."""
-    generator = torch.Generator().manual_seed(11)
-    made, width = [], FEATURES.inputs
-    for _, out, _ in kinds:
-        layer = nn.Linear(width, out).to(dtype)
-        for parameter in layer.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data = (0.6 * drawn).to(dtype)
-        made.append(layer)
-        width = out
-    return made
-
-
-def megatron_layer(kind: str, border: bool, full: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """The layer as a Megatron model has it, with the rank's part of the full weights."""
-    rank, size = runtime.tp_rank(), runtime.tp_size()
-    config = ModelParallelConfig(
-        tensor_model_parallel_size=size, params_dtype=dtype, use_cpu_initialization=True,
-        perform_initialization=False, gradient_accumulation_fusion=False,
-    )
-    common = {"config": config, "init_method": lambda w: w, "skip_bias_add": False, "bias": True}
-    shape = full.in_features, full.out_features
-    if kind == "column":
-        layer = ColumnParallelLinear(*shape, gather_output=border, **common)
-        layer.bias.data = full.bias.data.chunk(size)[rank].clone()
-    else:
-        layer = RowParallelLinear(*shape, input_is_parallel=not border, **common)
-        layer.bias.data = full.bias.data.clone()
-    dim = 0 if kind == "column" else 1
-    layer.weight.data = full.weight.data.chunk(size, dim)[rank].clone()
-    return layer
 
 
 def bounds_of(module: BoundedModule, cases: list, net: Net, dtype: torch.dtype) -> list:
@@ -117,7 +52,7 @@ def operator_bounds(
     """Bounds on each rank; without `boxes` a ball that an activation reads has no box around it."""
     torch.set_default_dtype(dtype)
     kinds = OPERATORS[name]
-    layers = [megatron_layer(kind, border, full, dtype)
+    layers = [megatron_layer(kind, border, full)
               for (kind, _, border), full in zip(kinds, linears(kinds, dtype), strict=True)]
     model = Layers(layers, ACTIVATIONS[act], first).eval()
     x = region(FEATURES, batch=2, dtype=dtype).center

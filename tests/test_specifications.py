@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from layers import around, drawn_input, drawn_weights, shard
 from ranks import pool
-from test_layers import _ball, _input, _layer, _weights
 from torch import nn
 
 from lirpa_megatron import (
@@ -39,10 +39,10 @@ class Small(nn.Module):
 
     def __init__(self, labels=None, against=None, bias=True, sharded=True):
         super().__init__()
-        (w1, b1), (w2, b2), (w3, b3) = _weights(6, 8, 6, VOCABULARY)
-        self.up, self.down = _layer("column", 6, 8, w1, b1), _layer("row", 8, 6, w2, b2)
+        (w1, b1), (w2, b2), (w3, b3) = drawn_weights(6, 8, 6, VOCABULARY)
+        self.up, self.down = shard("column", 6, 8, w1, b1), shard("row", 8, 6, w2, b2)
         self.before = None if sharded else nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-        self.out = _layer("column", 6, VOCABULARY, w3, b3 if bias else None)
+        self.out = shard("column", 6, VOCABULARY, w3, b3 if bias else None)
         self.labels, self.against = (
             None if ids is None else torch.tensor(ids) for ids in (labels, against)
         )
@@ -64,7 +64,7 @@ def _full(bias=True):
     full = nn.Sequential(
         nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, VOCABULARY, bias=bias)
     )
-    for layer, (w, b) in zip((full[0], full[2], full[3]), _weights(6, 8, 6, VOCABULARY),
+    for layer, (w, b) in zip((full[0], full[2], full[3]), drawn_weights(6, 8, 6, VOCABULARY),
                              strict=True):
         layer.weight.data.copy_(w)
         if layer.bias is not None:
@@ -89,7 +89,7 @@ def _against_logits(case):
 
     torch.set_default_dtype(torch.float64)
     case = CASES[case]
-    x, inputs = _input(), () if "labels" in case else (_targets(),)
+    x, inputs = drawn_input(), () if "labels" in case else (_targets(),)
     others = [t.flip(0) for t in inputs]  # what the module is built with does not count
     C, shape = _specification(**case)
     errors = {}
@@ -103,15 +103,15 @@ def _against_logits(case):
         for method in METHODS:
             if method == "CROWN-Optimized" and auto_lirpa.IS_03 and "labels" in case:
                 continue  # an output of three dimensions
-            expected = torch.stack(theirs.compute_bounds(x=(_ball(x),), C=C, method=method))
-            got = torch.stack(ours.compute_bounds(x=(_ball(x), *inputs), method=method))
+            expected = torch.stack(theirs.compute_bounds(x=(around(x),), C=C, method=method))
+            got = torch.stack(ours.compute_bounds(x=(around(x), *inputs), method=method))
             width = (expected[1] - expected[0]).mean()
             difference = got - expected.view_as(got)
             errors[method, len(opts)] = (difference.abs().max() / width).item()
         for method in ("IBP", "CROWN"):
             gradients = []
             for bounded, module, ball, c in (
-                (ours, model, (_ball(x), *inputs), None), (theirs, full, (_ball(x),), C),
+                (ours, model, (around(x), *inputs), None), (theirs, full, (around(x),), C),
             ):
                 lower, _ = bounded.train().compute_bounds(x=ball, C=c, method=method)
                 wanted = lower.flatten(1) * torch.arange(1.0, 1 + C.shape[1])
@@ -138,7 +138,7 @@ def test_margins_and_their_gradients_are_those_of_a_specification_on_all_logits(
 
 def _communication():
     torch.set_default_dtype(torch.float64)
-    x, real = _input(), torch.eye
+    x, real = drawn_input(), torch.eye
     torch.manual_seed(0)
     bounded = BoundedModule(Small(sharded=False), (x, _targets()))
     traffic = bounded.context.collectives.traffic
@@ -151,7 +151,7 @@ def _communication():
     with mock.patch.object(torch, "eye", eye):
         for method in METHODS[:3]:
             traffic.clear()
-            bounded.compute_bounds(x=(_ball(x), _targets()), method=method)
+            bounded.compute_bounds(x=(around(x), _targets()), method=method)
             counts[method] = dict(traffic.bytes)
     return counts
 
@@ -175,9 +175,9 @@ class Gathered(nn.Module):
 
     def __init__(self):
         super().__init__()
-        (w1, b1), (w2, b2), (w3, b3) = _weights(6, 8, 6, VOCABULARY)
-        self.up, self.down = _layer("column", 6, 8, w1, b1), _layer("row", 8, 6, w2, b2)
-        self.out = _layer("column", 6, VOCABULARY, w3, b3, gather_output=True)
+        (w1, b1), (w2, b2), (w3, b3) = drawn_weights(6, 8, 6, VOCABULARY)
+        self.up, self.down = shard("column", 6, 8, w1, b1), shard("row", 8, 6, w2, b2)
+        self.out = shard("column", 6, VOCABULARY, w3, b3, gather_output=True)
 
     def forward(self, x):
         return self.out(self.down(torch.relu(self.up(x)[0]))[0])[0]
@@ -185,19 +185,19 @@ class Gathered(nn.Module):
 
 def _gathered_tokens(opts):
     torch.set_default_dtype(torch.float64)
-    x = _input(6).view(2, 3, 6)
+    x = drawn_input(6).view(2, 3, 6)
     ours, theirs = BoundedModule(Gathered(), x, opts), BoundedModule(_full(), x)
     errors = {}
     for method in ("IBP", "CROWN"):
         found = [
-            torch.stack(b.compute_bounds(x=(_ball(x),), method=method)) for b in (ours, theirs)
+            torch.stack(b.compute_bounds(x=(around(x),), method=method)) for b in (ours, theirs)
         ]
         errors[method] = (found[0] - found[1]).abs().max().item()
     rows = []
     for bounded in (ours, theirs):
         start, root = bounded.final_name, next(iter(bounded.input_name))
         *_, A = bounded.compute_bounds(
-            x=(_ball(x),), method="CROWN", return_A=True, needed_A_dict={start: {root}}
+            x=(around(x),), method="CROWN", return_A=True, needed_A_dict={start: {root}}
         )
         rows.append(A[start][root])
     for name in ("lA", "uA", "lbias", "ubias"):
