@@ -93,3 +93,67 @@ def without_arguments(directory):
     """Takes Megatron-LM's arguments out of a checkpoint, which other writers do not put there."""
     common = {"iteration": checkpoints.ITERATION, "content_metadata": {"a": 1}}
     torch.save(common, directory / "common.pt")
+
+
+def nemo(out, name, model=None, **settings):
+    """A checkpoint of `checkpoints.JOBS` as NeMo 2.0 leaves it; its logits."""
+    folder, expected = checkpoints.written()
+    shutil.copytree(folder / name / DATA, out / "weights")
+    without_arguments(out / "weights")
+    checkpoints.rewrite_metadata(out / "weights", lambda m: prefix_keys(m, "module."))
+    (out / "context").mkdir()
+    kind = "base.GPT" if name == "stacked" else "llama.Llama"
+    config = {key: value for key, value in provider(name).items() if "rope_scaling" not in key}
+    config |= {
+        "_target_": f"nemo.collections.llm.gpt.model.{kind}Config", "vocab_size": None,
+        "forward_step_fn": {"_target_": "nemo.collections.llm.gpt.model.base.gpt_forward_step",
+                            "_call_": False},
+        "transformer_layer_spec": {
+            "_target_": "nemo.collections.llm.gpt.model.base.default_layer_spec", "_call_": False},
+    }
+    content = {
+        "_target_": f"nemo.collections.llm.gpt.model.{kind}Model", "config": config | settings,
+        "optim": {"_target_": "nemo.lightning.pytorch.optim.megatron.MegatronOptimizerModule"},
+        "tokenizer": {"_target_": "nemo.collections.common.tokenizers.x.AutoTokenizer"},
+        "model_transform": None, **(model or {}),
+    }
+    (out / "context" / "model.yaml").write_text(yaml.safe_dump(content))
+    (out / "context" / "io.json").write_text("{")  # is not read
+    return expected[name]
+
+
+def prefix_keys(metadata, prefix):
+    """Renames the tensors of the model in a `.metadata`."""
+    entries, places = metadata.state_dict_metadata, metadata.storage_data
+    own = [key for key in entries if key.startswith(("embedding", "decoder", "output_layer"))]
+    for key in own:
+        entries[prefix + key] = entries.pop(key)
+    for index in [index for index in places if index.fqn in own]:
+        places[dataclasses.replace(index, fqn=prefix + index.fqn)] = places.pop(index)
+
+
+def fsdp(out, state, args, prefix="model.module.", keep=("args",)):
+    """A model as Megatron-FSDP's `fsdp_dtensor` has it, written by torch's own writer.
+
+    Args:
+        out: the checkpoint's directory.
+        state: parameters of the whole model by name.
+        args: Megatron's Namespace.
+        prefix: of the keys.
+        keep: which of args, checkpoint_version and iteration are written.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    directory = out / DATA
+    directory.mkdir(parents=True)
+    (out / checkpoints.TRACKER).write_text(str(checkpoints.ITERATION))
+    stored = {}
+    for name, tensor in state.items():
+        key = prefix + checkpoints.fused_name(name)
+        if args.swiglu and "linear_fc1.weight" in key:
+            stored[f"{key}_w"], stored[f"{key}_v"] = (half.clone() for half in tensor.chunk(2))
+        else:
+            stored[key] = tensor
+    said = {"args": args, "checkpoint_version": 3.0, "iteration": checkpoints.ITERATION}
+    stored |= {key: value for key, value in said.items() if key in keep}
+    dcp.save(stored, checkpoint_id=directory, no_dist=True)

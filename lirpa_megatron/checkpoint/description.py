@@ -28,9 +28,9 @@ class ParameterDescription:
 class StoredForm:
     """How the checkpoint stores the weights."""
 
-    # "torch_dist", "torch" (mp_rank_* files) or "Hugging Face"
+    # "torch_dist", "fsdp_dtensor", "torch" (mp_rank_* files) or "Hugging Face"
     format: str
-    # "release", the iteration, or "none" (a Hugging Face folder has none)
+    # "release", the iteration, or "none" (folders of Hugging Face and NeMo have none)
     iteration: str
     # torch's name without "torch.", for instance "bfloat16"
     dtype: str

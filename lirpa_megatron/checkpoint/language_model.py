@@ -29,6 +29,8 @@ from lirpa_megatron.checkpoint.hugging_face_config import CONFIG, is_hugging_fac
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.legacy import LegacyWeights, is_legacy
 from lirpa_megatron.checkpoint.model_builder import build
+from lirpa_megatron.checkpoint.nemo import NAME as NEMO
+from lirpa_megatron.checkpoint.nemo import is_nemo, read_nemo
 from lirpa_megatron.checkpoint.reader import NETWORK_KEY
 from lirpa_megatron.checkpoint.run_config import NAME as RUN_CONFIG
 from lirpa_megatron.checkpoint.run_config import read_run_config
@@ -176,6 +178,8 @@ def _source(
         return folder, folder.arguments, CONFIG
     directory = data_directory(checkpoint, iteration)
     weights: Weights = (LegacyWeights if is_legacy(directory) else TorchDistWeights)(directory)
+    if is_nemo(directory):
+        return weights, read_nemo(directory), NEMO
     common = weights.common()
     if NETWORK_KEY in common:
         raise UserError(
@@ -237,7 +241,7 @@ def _describe(
     types = "embedding.tokentype_embeddings.weight"
     stored = StoredForm(
         format=weights.format,
-        iteration="none" if weights.format == HUGGING_FACE else _iteration(weights.directory),
+        iteration=_iteration(weights),
         dtype=_stored_dtype(weights, checkpoint),
         tensor_parallel=sizes[0], pipeline_parallel=sizes[1], vocabulary_rows=rows,
         described_by=source,
@@ -281,8 +285,10 @@ def _padded(tokens: int | None, rows: int, overrides: dict[str, Any], where: str
     return wanted
 
 
-def _iteration(directory: Path) -> str:
-    name = directory.name
+def _iteration(weights: Weights) -> str:
+    name = weights.directory.name
+    if weights.format == HUGGING_FACE or is_nemo(weights.directory):
+        return "none"
     return str(int(name[len("iter_"):])) if name.startswith("iter_") else name
 
 

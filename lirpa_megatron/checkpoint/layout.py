@@ -4,6 +4,8 @@
     OUT/latest_train_state.pt                 Megatron-Bridge's, if the former is not there
     OUT/release/                              or iter_0000010/
         metadata.json  .metadata  __0_0.distcp ...  common.pt
+
+NeMo 2.0 has no tracker: its checkpoints are CKPT/weights/ and CKPT/context/.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from lirpa_megatron.errors import UserError
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 COMMON = "common.pt"
+WEIGHTS = "weights"
 TRAIN_STATE = "latest_train_state.pt"
 
 
@@ -56,6 +59,10 @@ def data_directory(checkpoint: Path, iteration: int | str | None = None) -> Path
                 f"{named} is not iteration {iteration}: give {checkpoint}, or no iteration"
             )
         return named
+    if (checkpoint / WEIGHTS).is_dir() and not (checkpoint / TRACKER).exists():
+        if iteration is not None:
+            raise UserError(f"NeMo checkpoint {checkpoint} has no iterations: give none")
+        return checkpoint / WEIGHTS
     if iteration is not None:
         return _chosen_directory(checkpoint, iteration)
     tracker = checkpoint / TRACKER

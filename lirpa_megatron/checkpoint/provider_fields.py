@@ -51,7 +51,7 @@ _NEUTRAL = frozenset("""
     logit_dtype use_transformer_engine_full_layer_spec context_parallel_size
     hybrid_context_parallel enable_cuda_graph external_cuda_graph cuda_graph_impl transformer_impl
     mtp_hybrid_override_pattern
-    forward_step_fn data_step_fn overlap_param_gather_with_optimizer_step
+    bias_dropout_add_fusion forward_step_fn data_step_fn overlap_param_gather_with_optimizer_step
 """.split())
 """Of providers: how a run is spread, captured, padded and logged."""
 
@@ -62,6 +62,8 @@ _NEUTRAL_IF_OFF = frozenset("""
     yarn_correction_range_round_to_int quant_recipe peft num_moe_experts
 """.split())
 """Of providers: another function where they are set."""
+
+_SCALE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 
 _FUNCTIONS = {
     "torch.nn.functional.gelu": "gelu", "torch._C._nn.gelu": "gelu", "gelu": "gelu",
@@ -120,6 +122,27 @@ def arguments_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
             )
     values |= _activation(fields, where)
     return values
+
+
+def llama_31_scale(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields with Llama 3.1's scale of rotary positions as Megatron's own.
+
+    Its provider scales the frequencies itself, by four numbers, of which three are constants in
+    megatron-core.
+
+    Raises:
+        UserError: other constants, a missing factor, or a second scale.
+    """
+    for name, value in _SCALE.items():
+        if fields.get(name) != value:
+            raise UserError(f"{where} ({name}={_shown(fields.get(name))}): only {value} is "
+                            "supported")
+    if "scale_factor" not in fields:
+        raise UserError(f"{where} has no field scale_factor")
+    if fields.get("rope_scaling"):
+        raise UserError(f"{where}: rotary positions are scaled twice, which is not supported")
+    kept = {n: v for n, v in fields.items() if n not in (*_SCALE, "scale_factor")}
+    return kept | {"rope_scaling": True, "rope_scaling_factor": fields["scale_factor"]}
 
 
 def target_of(value: Any) -> str | None:

@@ -17,6 +17,7 @@ from torch import nn
 from lirpa_megatron.adapters.parallelize import parallelize
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.legacy import is_legacy
+from lirpa_megatron.checkpoint.nemo import is_nemo
 from lirpa_megatron.checkpoint.sharding import block_of
 from lirpa_megatron.checkpoint.tensors import TensorFile
 from lirpa_megatron.checkpoint.torch_dist import TorchDistWeights
@@ -32,7 +33,9 @@ def holds_network(directory: Path) -> bool:
     Raises:
         UserError: damaged or hostile.
     """
-    return not is_legacy(directory) and NETWORK_KEY in TorchDistWeights(directory).common()
+    if is_legacy(directory) or is_nemo(directory):
+        return False
+    return NETWORK_KEY in TorchDistWeights(directory).common()
 
 
 def read_description(
@@ -48,7 +51,7 @@ def read_description(
         UserError: not a checkpoint, damaged, hostile, or not one of a network.
     """
     directory = data_directory(Path(checkpoint), iteration)
-    if is_legacy(directory):
+    if is_legacy(directory) or is_nemo(directory):
         raise _not_a_network(checkpoint)
     common = TorchDistWeights(directory).common()
     if NETWORK_KEY not in common:

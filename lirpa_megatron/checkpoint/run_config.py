@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lirpa_megatron.checkpoint.plain_files import read_yaml
-from lirpa_megatron.checkpoint.provider_fields import arguments_of
+from lirpa_megatron.checkpoint.provider_fields import arguments_of, llama_31_scale
 from lirpa_megatron.errors import UserError
 
 NAME = "run_config.yaml"
@@ -32,7 +32,6 @@ _SCALED = re.compile(
 )
 """Providers that scale the rotary frequencies themselves, with fields of their own."""
 
-_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 _ELSEWHERE = ("peft", "mixed_precision_quantization", "quant_recipe")
 """Sections beside `model` that change the function, where they are set."""
 
@@ -59,20 +58,7 @@ def read_run_config(directory: Path) -> dict[str, Any] | None:
         raise UserError(f"{where}: its model has no class (_target_)")
     fields = dict(model)
     if _SCALED.fullmatch(target):
-        scale = _scale_of(fields, where)
-        fields = {n: v for n, v in fields.items() if n not in (*_FIXED, "scale_factor")} | scale
+        fields = llama_31_scale(fields, where)
     elif not _PROVIDERS.fullmatch(target):
         raise UserError(f"{where}: models of the class {target[:100]} are not supported")
     return arguments_of(fields, where)
-
-
-def _scale_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Llama 3.1's scale as Megatron's own; its other three numbers are constants there."""
-    for name, value in _FIXED.items():
-        if fields.get(name) != value:
-            raise UserError(f"{where} ({name}={fields.get(name)!r}): only {value} is supported")
-    if "scale_factor" not in fields:
-        raise UserError(f"{where} has no field scale_factor")
-    if fields.get("rope_scaling"):
-        raise UserError(f"{where}: rotary positions are scaled twice, which is not supported")
-    return {"rope_scaling": True, "rope_scaling_factor": fields["scale_factor"]}

@@ -1,5 +1,9 @@
 """The weights of a model in a torch_dist checkpoint, under the names of the local layer spec.
 
+`fsdp_dtensor`, what Megatron-FSDP writes, is the same without `metadata.json`: layers have an index
+each, keys begin with `model.`, and the arguments are a byte item `args`. NeMo's keys begin with
+`module.`.
+
 Layers are stacked ([L, ...] under one name) or have an index each; [gate; up] is one tensor, or two
 whose names end in `_w` and `_v`. Every block of every parameter can be read alone.
 """
@@ -25,10 +29,13 @@ from lirpa_megatron.checkpoint.tensors import TensorFile
 from lirpa_megatron.errors import UserError
 
 FORMAT = "torch_dist"
+FSDP_FORMAT = "fsdp_dtensor"
+_PREFIX = re.compile(r"((?:model\.)?(?:module\.)*)(embedding|decoder|encoder)\.")
 _COMMON_ITEM = "common_state/shard_0_1"
 _NOT_THE_MODEL = re.compile(
     r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|common_state|opt_param_scheduler"
     r"|content_metadata|dataloader_state|async_checkpoint)\b.*|.*_extra_state(/.*)?"
+    r"|args|checkpoint_version|iteration|num_floating_point_operations_so_far|train_state\b.*"
 )
 _LARGEST_COMMON = 2**28
 _MOST_LAYERS = 100_000
@@ -52,8 +59,14 @@ class TorchDistWeights:
     def __init__(self, directory: Path) -> None:
         """Raises UserError if the directory is damaged, hostile, or of an unknown layout."""
         self.directory = directory
-        _check_backend(directory)
-        self._file = TensorFile(directory)
+        if not (directory / "metadata.json").exists() and (directory / ".metadata").exists():
+            self._file = TensorFile(directory)
+            keys = self._file.metadata.state_dict_metadata
+            if "args" in keys or any(key.startswith("model.") for key in keys):
+                self.format = FSDP_FORMAT
+        if self.format == FORMAT:
+            _check_backend(directory)
+            self._file = TensorFile(directory)
         self._places = self._find_places()
 
     def names(self) -> set[str]:
@@ -110,6 +123,10 @@ class TorchDistWeights:
             UserError: missing, damaged, or hostile (nothing of it has run).
         """
         path = self.directory / COMMON
+        if self.format == FSDP_FORMAT:
+            data = self._file.read_bytes("args", _LARGEST_COMMON)
+            where = f"{self.directory}, item args"
+            return {} if data is None else {"args": read_inert(io.BytesIO(data), where)}
         if path.exists():
             common = read_inert(path, str(path))
         else:
@@ -137,13 +154,16 @@ class TorchDistWeights:
     def _find_places(self) -> dict[str, _Place]:
         whole: dict[str, _Place] = {}
         halves: dict[str, dict[str, _Place]] = {}
-        for key, entry in self._file.metadata.state_dict_metadata.items():
-            if _NOT_THE_MODEL.fullmatch(key):
+        entries = self._file.metadata.state_dict_metadata
+        prefix = next((m[1] for m in map(_PREFIX.match, entries) if m and m[1]), "")
+        for key, entry in entries.items():
+            if _NOT_THE_MODEL.fullmatch(key.removeprefix(prefix)):
                 continue
             if isinstance(entry, BytesStorageMetadata):
                 raise UserError(f"checkpoint {self.directory} has an item {key} that is not known")
-            split = re.fullmatch(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])", key)
-            for name, layer in self._names_of(split[1] if split else key, key):
+            bare = key.removeprefix(prefix)
+            split = re.fullmatch(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])", bare)
+            for name, layer in self._names_of(split[1] if split else bare, key):
                 place = _Place((key,), layer)
                 stored = halves.setdefault(name, {}) if split else whole
                 if (split[2] if split else name) in stored:
