@@ -157,3 +157,24 @@ def fsdp(out, state, args, prefix="model.module.", keep=("args",)):
     said = {"args": args, "checkpoint_version": 3.0, "iteration": checkpoints.ITERATION}
     stored |= {key: value for key, value in said.items() if key in keep}
     dcp.save(stored, checkpoint_id=directory, no_dist=True)
+
+
+def hybrid(out, state, args):
+    """A GPT model as HybridModel's checkpoint has it (torch_dist): two layers for one."""
+    import json
+
+    renamed = {}
+    for name, tensor in state.items():
+        name = checkpoints.fused_name(name).replace("final_layernorm", "final_norm")
+        if ".layers." in name:
+            block, rest = name.split(".layers.")
+            index, rest = rest.split(".", 1)
+            name = f"{block}.layers.{2 * int(index) + rest.startswith('mlp.')}.{rest}"
+        renamed[name] = tensor
+    args.num_layers *= 2
+    args.is_hybrid_model = True
+    fsdp(out, renamed, args, prefix="", keep=())
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (out / DATA / "metadata.json").write_text(json.dumps(backend))
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": checkpoints.ITERATION}
+    torch.save(common, out / DATA / "common.pt")
