@@ -104,9 +104,7 @@ def _add_imports(commands: Any) -> None:
         "Convert a Hugging Face language model to a Megatron checkpoint and compare their logits.",
         "example:\n  lirpa-megatron import-hf gpt2 checkpoint",
     )
-    folder.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="folder with config.json and safetensors files"
-    )
+    folder.add_argument("folder", metavar="FOLDER", type=Path, help="the model's folder")
     folder.add_argument("--model-config", metavar="YAML", type=Path, help=_MODEL_CONFIG)
     for parser in (onnx, folder):
         parser.add_argument("out", metavar="OUT", type=Path, help="directory to create")
