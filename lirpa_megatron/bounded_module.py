@@ -267,7 +267,8 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
             final_is_identity=final_is_identity,
             form_limit=self.own_options.form_limit,
             form_room=self.schedule.form_memory(),
-            rereads=optimized or torch.is_grad_enabled(),
+            # What errors are is found from forms, too, after a relaxation was made.
+            rereads=optimized or torch.is_grad_enabled() or self.rounding is not None,
             kept={} if optimized and not self.intermediate.has_alpha else None,
         )
         object.__setattr__(self, "call", call)

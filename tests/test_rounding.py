@@ -21,8 +21,8 @@ from ranks import pool
 from torch import nn
 
 from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm, parallelize
+from lirpa_megatron.arithmetic.floating import UNIT, box_around
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.rounding.arithmetic import UNIT, box_around
 
 OUTWARD = {**AS_PLAIN, "rounding": "outward"}
 
@@ -217,8 +217,8 @@ def test_what_has_no_limit_on_its_error_is_refused_by_name():
     x = drawn(1, 3)
     with pytest.raises(UserError, match=r"parameter '0.weight' is float32.*model.double"):
         BoundedModule(nn.Sequential(nn.Linear(3, 2).float()), x.float(), OUTWARD)
-    with pytest.raises(UserError, match='BoundNorm.*no limit.*rounding="nearest"'):
-        BoundedModule(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), x, OUTWARD)
+    with pytest.raises(UserError, match='BoundLogSoftmax.*no limit.*rounding="nearest"'):
+        BoundedModule(nn.Sequential(nn.Linear(3, 2), nn.LogSoftmax(-1)), x, OUTWARD)
     two = BoundedModule(TwoInputs(), (x, x), OUTWARD)
     for method in METHODS[:3]:
         with pytest.raises(UserError, match="BoundLinear.*inputs that are not perturbed.*rounded"):

@@ -18,7 +18,7 @@ from torch import nn
 
 from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.adapters import traced_ops
-from lirpa_megatron.rounding.arithmetic import UNIT
+from lirpa_megatron.arithmetic.floating import UNIT
 from lirpa_megatron.rounding.curves import accuracy_of
 
 mp.mp.prec = 200

@@ -10,13 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentences
 import torch
+import transformers
 from exact_networks import Pairs, breaks, random_net
 from models import drawn
 from onnx import helper
 from small_networks import model, save
 
+from lirpa_megatron import perturb_tokens
+from lirpa_megatron.adapters.embeddings import off_sums
 from lirpa_megatron.cli.commands import main
+from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
 
 EPS = 0.125
@@ -111,7 +116,7 @@ def test_what_holds_is_proved_and_resumed_runs_tell_the_two_apart(tmp_path):
     assert main(again) == 0 and len(output.read_text().splitlines()) == 2
 
 
-def test_float32_and_sentences_are_refused_in_one_line(tmp_path, capsys):
+def test_float32_is_refused_in_one_line(tmp_path, capsys):
     net, prop = instance(tmp_path, 0)
     arguments = ["verify", "--onnx", net, "--vnnlib", prop, "--outward", "--dtype", "float32"]
     assert main(arguments) == 2
@@ -119,5 +124,57 @@ def test_float32_and_sentences_are_refused_in_one_line(tmp_path, capsys):
     assert "--outward computes bounds in float64" in error and error.count("\n") == 1
     (tmp_path / "d.jsonl").write_text('{"ids": [1, 2]}\n')
     arguments = ["verify", "--load", str(tmp_path), "--data", str(tmp_path / "d.jsonl")]
-    assert main([*arguments, "--outward"]) == 2
-    assert "--outward supports properties of networks" in capsys.readouterr().err
+    arguments += ["--question", "certify", "--eps", "0.1"]
+    assert main([*arguments, "--outward", "--dtype", "float32"]) == 2
+    assert "--outward computes bounds in float64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("question", [
+    ("certify", "--eps", "0.001"),
+    pytest.param(("certify", "--eps", "0.001", "--norm", "2"), marks=pytest.mark.slow),
+    pytest.param(("synonyms", "--shape", "hull"), marks=pytest.mark.slow),
+    pytest.param(("synonyms", "--words", "each"), marks=pytest.mark.slow),
+])
+def test_margins_of_sentences_are_just_below_the_ordinary_ones(question, tmp_path):
+    sentences.save_checkpoint("bert", tmp_path / "c", dtype=torch.float32)
+    line = {"sentence": "w1 w5 w3", "candidates": [[], ["w5", "w7"], []]}
+    data = sentences.write_lines(tmp_path / "d.jsonl", line)
+    arguments = ["verify", "--load", tmp_path / "c", "--data", data, "--attack-steps", "0",
+                 "--question", *question]
+    found = []
+    for more in (["--dtype", "float64"], ["--outward"]):
+        output = tmp_path / f"{more[0]}.jsonl"
+        assert main([*map(str, arguments), *more, "--output", str(output)]) == 0
+        found.append(json.loads(output.read_text()))
+    ordinary, outward = found
+    assert outward["rounding"] == "outward" and "rounding" not in ordinary
+    assert outward["dtype"] == "float64" and outward["result"] == ordinary["result"]
+    finding = ordinary if ordinary["margin"] is not None else ordinary["positions"][0]
+    widened = outward if outward["margin"] is not None else outward["positions"][0]
+    assert 0 < finding["margin"] - widened["margin"] < 1e-9
+
+
+def test_embeddings_whose_sums_are_rounded_are_widened_or_refused(tmp_path):
+    torch.manual_seed(1)
+    model = transformers.gpt(**sentences.SMALL).float().double()
+    ids = torch.tensor([[1, 2, 3]])
+    assert off_sums(model, ids).max() == 0  # of float32 numbers
+    with torch.no_grad():
+        model.embedding.word_embeddings.weight.mul_(1 / 3)
+    off = off_sums(model, ids)
+    assert 0 < off.max() < 1e-15
+    (hidden,) = perturb_tokens(model, ids, eps=0.0, rounding="outward")
+    words, places = (
+        table[i].tolist() for table, i in (
+            (model.embedding.word_embeddings.weight, ids[0]),
+            (model.embedding.position_embeddings.weight, torch.arange(3)))
+    )
+    for s in range(3):
+        for a, b, l, u in zip(words[s], places[s], hidden.ptb.x_L[0, s].tolist(),
+                              hidden.ptb.x_U[0, s].tolist(), strict=True):
+            assert Fraction(l) <= Fraction(a) + Fraction(b) <= Fraction(u)
+    with pytest.raises(UserError, match="sums are not exact in float64.*L2 ball"):
+        perturb_tokens(model, ids, eps=0.1, norm=2, rounding="outward")
+    with pytest.raises(UserError, match="layer 1"):
+        deep = transformers.gpt(**{**sentences.SMALL, "num_layers": 2}).double()
+        perturb_tokens(deep, ids, eps=0.1, start_layer=1, rounding="outward")

@@ -14,6 +14,7 @@ from lirpa_megatron.adapters.live.modules import is_sequence_parallel
 from lirpa_megatron.adapters.live.submodules import difference, values
 from lirpa_megatron.adapters.live.undisturbed import undisturbed
 from lirpa_megatron.adapters.traceable import collectives_of
+from lirpa_megatron.arithmetic.floating import TINY, UNIT
 from lirpa_megatron.errors import LiveModelError, SPMDError, UserError
 from lirpa_megatron.operators.parameters import HALF, widened
 from lirpa_megatron.parallel import spmd
@@ -83,6 +84,37 @@ def _hidden(
     if getattr(config, "use_mup", False) and config.mup_embedding_mult != 1.0:
         hidden = hidden * config.mup_embedding_mult
     return hidden.float() if config.fp32_residual_connection else hidden
+
+
+def off_sums(
+    model: nn.Module, ids: torch.Tensor, position_ids: torch.Tensor | None = None,
+    tokentype_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Most that `embed` is off the sums of the tables' numbers in real arithmetic: [B, S, h].
+
+    In float64, sums of numbers that were stored as float32 or less are exact as a rule. What one
+    rounded sum s = fl(a + b) is off is a number itself, found without an error (Knuth's TwoSum);
+    muP's factor is one product: u of it.
+    """
+    embedding: Any = hooks.unwrapped(model).embedding
+    if position_ids is None:
+        position_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    total = collectives_of(model).look_up(embedding.word_embeddings.weight, ids)
+    off, parts = torch.zeros_like(total), []
+    if embedding.add_position_embedding:
+        parts.append(embedding.position_embeddings(position_ids))
+    if tokentype_ids is not None:
+        parts.append(embedding.tokentype_embeddings(tokentype_ids))
+    for part in parts:
+        s = total + part
+        b = s - total
+        off = off + ((total - (s - b)) + (part - b)).abs()
+        total = s
+    config = embedding.config
+    if getattr(config, "use_mup", False) and config.mup_embedding_mult != 1.0:
+        factor = abs(config.mup_embedding_mult)
+        off = off * factor + UNIT * (total * factor).abs() + TINY
+    return (off * (1 + 2.0**-40)).detach()
 
 
 def _check(embedding: nn.Module, tp: Collectives) -> None:

@@ -246,7 +246,7 @@ def _add_effort(add: Any) -> None:
     add(
         "--outward", action="store_true",
         help="widen bounds by a proven limit on their rounding error, so that unsat holds in real "
-        "arithmetic (float64; for properties of networks, not for sentences)",
+        "arithmetic (in float64)",
     )
     add(
         "--alpha-iterations", metavar="N", type=_number(int, 1),

@@ -71,7 +71,9 @@ class Directions:
         with self.graph.intermediate.without_alpha():
             found = self.graph.schedule.run(node, rows, self.tp.size > 1, form=True, aside=True)
         lower, upper = without_nan(found.lower.t(), found.upper.t())
-        return LinearFormBounds(lower, upper, found.form).mapped(rows.place)
+        known = LinearFormBounds(lower, upper, found.form).mapped(rows.place)
+        known.rows = vectors
+        return known
 
     def answer(
         self, S: int, split: bool
@@ -142,7 +144,7 @@ def bound_centered(graph: BoundGraph, node: auto_lirpa.Bound, attend: Operator) 
     found = graph.schedule.run(node, rows, ranks > 1, form=True)
     lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
     form = None if found.form is None else found.form.view(rows.place)
-    return LinearFormBounds(lower, upper, form)
+    return LinearFormBounds(lower, upper, form, p)
 
 
 def reader_of_scores(node: auto_lirpa.Bound, readers: Sequence[Any]) -> Any:

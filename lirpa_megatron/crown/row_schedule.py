@@ -27,6 +27,7 @@ from lirpa_megatron.crown.row_order import RowOrder
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.coefficients import IdentityRows, RowBounds
 from lirpa_megatron.operators.operator import Operator
+from lirpa_megatron.rounding.forms import with_errors
 
 _WORTH = {"cuda": 128}
 """Rows of A that are worth a chunk of their own, by the type of device; never where there is none:
@@ -239,7 +240,10 @@ class RowSchedule:
             A = self._start_rows(origin, C, own, every)
             found = yield from run.steps(A, lower, upper, keep_A or inputs is not None)
             if inputs is not None:
-                form_rows.add(inputs.rows(found, self.tp.copy_to))
+                made = inputs.rows(found, self.tp.copy_to)
+                if graph.rounding is not None:
+                    made = with_errors(inputs, found, made)
+                form_rows.add(made)
                 if not keep_A:
                     found.lA, found.uA = {}, {}
             return found

@@ -18,6 +18,7 @@ class RowBounds:
         lower, upper: concrete bounds [rows, B]; None where not asked for.
         lA, uA: input node name -> coefficients [rows, B, *input shape].
         lbias, ubias: the constant terms [rows, B], without the inputs' share.
+        off: "lower", "upper" -> what the bounds were widened by, where rounding counts.
     """
 
     lower: torch.Tensor | None
@@ -26,6 +27,7 @@ class RowBounds:
     ubias: torch.Tensor | None
     lA: dict[str, torch.Tensor] = field(default_factory=dict)
     uA: dict[str, torch.Tensor] = field(default_factory=dict)
+    off: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.near import Near, chosen, maybe_nonzero
+
 
 def least_product(A: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Least A z for z in [low, high], elementwise; 0 where A is 0, whatever the bounds."""
+    if isinstance(A, Near):
+        return torch.where(maybe_nonzero(A), torch.minimum(A * low, A * high), 0.0)
     value = torch.where(A > 0, A * low, A * high)
     return torch.where(A == 0, 0.0, value)
 
@@ -31,7 +35,7 @@ def mask_overflow(l: torch.Tensor, u: torch.Tensor, limit: float) -> tuple:
 def clamp_through(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """x within [low, high], with the gradient of x also where it is outside: what alpha moves to an
     end can come back."""
-    return x + (x.clamp(low, high) - x).detach()
+    return chosen(x + (x.clamp(low, high) - x).detach())  # the sum is exact
 
 
 def row_sum(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -66,6 +70,8 @@ def intersect(a: tuple, b: tuple) -> tuple[torch.Tensor, torch.Tensor]:
 
 def safe_root(x: torch.Tensor) -> torch.Tensor:
     """Square root of x >= 0, with gradient 0 at 0."""
+    if isinstance(x, Near):
+        return x.safe_root()
     return torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), 0.0)
 
 

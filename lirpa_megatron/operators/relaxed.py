@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.near import Near
 from lirpa_megatron.operators.affine.form import LinearFormBounds
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import CallState, Visit
@@ -49,7 +50,11 @@ class RowRelaxed(OptimizableOperator):
 
     def replicated(self, x: torch.Tensor) -> torch.Tensor:
         """A replicated value for use on this operator's features: with the right gradient."""
-        return self.context.collectives.copy_to(x) if self.context.is_sharded(self) else x
+        if not self.context.is_sharded(self):
+            return x
+        if isinstance(x, Near):
+            return Near(self.context.collectives.copy_to(x.value), x.off)
+        return self.context.collectives.copy_to(x)
 
     def lower_plane(
         self, A: torch.Tensor, shared: Any, move: torch.Tensor | None = None,

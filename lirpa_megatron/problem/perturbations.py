@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.floating import box_around
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.rounding.arithmetic import box_around
 
 
 class PerturbationInBox(auto_lirpa.PerturbationLpNorm):
@@ -78,6 +78,9 @@ class PerturbationHull(PerturbationInBox):
         UserError: vertices of another shape, or none at all.
     """
 
+    rounding_known = True
+    """`rounding.charges` covers what its extremes are off."""
+
     def __init__(self, vertices: torch.Tensor) -> None:
         if vertices.ndim != 4 or vertices.shape[2] == 0:
             given = tuple(vertices.shape)
@@ -107,6 +110,9 @@ class PerturbationPositions(PerturbationInBox):
         norm: 1 or 2.
         joint: one ball over all positions instead of one for each.
     """
+
+    rounding_known = True
+    """`rounding.charges` covers what its extremes are off."""
 
     def __init__(self, x: torch.Tensor, radii: torch.Tensor, norm: float, joint: bool) -> None:
         super().__init__(x - radii.unsqueeze(-1), x + radii.unsqueeze(-1))

@@ -7,7 +7,7 @@ them. The ids stay what the user gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from megatron.core.models.bert.bert_model import BertModel
 from torch import nn
 
 from lirpa_megatron.adapters import hooks
-from lirpa_megatron.adapters.embeddings import embed
+from lirpa_megatron.adapters.embeddings import embed, off_sums
 from lirpa_megatron.adapters.live.entering import check_entering
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.adapters.views import View
+from lirpa_megatron.arithmetic.floating import box_around, widened
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.parameters import HALF
@@ -41,6 +42,7 @@ def perturb_tokens(
     tokentype_ids: torch.Tensor | None = None,
     start_layer: int | None = None,
     check_live: bool = True,
+    rounding: str = "nearest",
 ) -> tuple[torch.Tensor, ...]:
     """Makes the inputs of `BoundedModule(model, inputs)` and `compute_bounds(inputs)` from tokens.
 
@@ -73,6 +75,9 @@ def perturb_tokens(
             `from_layer` to bound the rest.
         check_live: whether to run the model's own embedding (and the layers before `start_layer`)
             and compare.
+        rounding: "outward" (in float64, with BoundedModule's): the set holds that around the sums
+            of the tables' numbers in real arithmetic. Boxes are rounded outwards and hold what a
+            sum is off; balls and hulls are refused where one is off (`embeddings.off_sums`).
 
     Returns:
         (hidden,) or, with an attention mask, (hidden, mask): hidden [B, S, h] a BoundedTensor, mask
@@ -109,20 +114,37 @@ def perturb_tokens(
         hidden = hidden.detach()
     if mask is not None:
         mask = mask.to(hidden)
+    outward = rounding == "outward"
+    off = off_sums(model, ids, **words) if outward else None
+    if outward and first > 0:
+        raise UserError(
+            f'rounding="outward" and layer {first}: what the layers before it compute is rounded; '
+            "start at layer 0"
+        )
     if first > 0:
         hidden = _enter(model, hidden, mask, first, check_live)
     if substitutes is None:
-        perturbation = _around(hidden, eps, norm, positions)
+        perturbation = _around(hidden, eps, norm, positions, off)
     else:
         vertices = _vertices(model, ids, substitutes, {**words, "check_live": check_live})
         vertices = vertices if model.training else vertices.detach()
+        rest = None
+        if outward:
+            rest = _vertices(model, ids, substitutes, words, off_sums)
         if shape == "hull":
+            if rest is not None:
+                _check_exact(rest, "a hull")
             perturbation = PerturbationHull(vertices)
         else:
             low, high = vertices.amin(2), vertices.amax(2)
+            if rest is not None:
+                low, high = _wider(low, high, rest.amax(2))
             if eps is not None:
                 radii = _radii(hidden, eps, positions).unsqueeze(-1)
-                low, high = low - radii, high + radii
+                if outward:
+                    low, high = box_around(low, radii)[0], box_around(high, radii)[1]
+                else:
+                    low, high = low - radii, high + radii
             perturbation = auto_lirpa.PerturbationLpNorm(norm=math.inf, x_L=low, x_U=high)
     # keeps the graph, unlike its constructor
     bounded = hidden.as_subclass(auto_lirpa.BoundedTensor)
@@ -198,17 +220,44 @@ def _check_ids(ids: torch.Tensor) -> None:
 
 
 def _around(
-    hidden: torch.Tensor, eps: Any, norm: float, positions: Iterable[int] | None
+    hidden: torch.Tensor, eps: Any, norm: float, positions: Iterable[int] | None,
+    off: torch.Tensor | None,
 ) -> auto_lirpa.PerturbationLpNorm:
-    """The perturbation of hidden states [B, S, h] by eps."""
+    """The perturbation of hidden states [B, S, h] by eps, of which `off` says (None: nobody asks)
+    how far they may be from real arithmetic's."""
     radii = _radii(hidden, eps, positions)
+    if off is not None and norm == math.inf:
+        low, high = _wider(*box_around(hidden, radii.unsqueeze(-1)), off)
+        return auto_lirpa.PerturbationLpNorm(norm=norm, x_L=low, x_U=high)
+    if off is not None:
+        _check_exact(off, f"an L{norm:g} ball")
     number = not isinstance(eps, torch.Tensor) or eps.ndim == 0
     if number and positions is None:
         return auto_lirpa.PerturbationLpNorm(norm=norm, eps=float(eps))
     if norm == math.inf:
         low, high = hidden - radii.unsqueeze(-1), hidden + radii.unsqueeze(-1)
         return auto_lirpa.PerturbationLpNorm(norm=norm, x_L=low, x_U=high)
-    return PerturbationPositions(hidden, radii, norm, joint=number)
+    found = PerturbationPositions(hidden, radii, norm, joint=number)
+    if off is not None:
+        found.x_L, found.x_U = box_around(hidden, radii.unsqueeze(-1))
+    return found
+
+
+def _wider(
+    low: torch.Tensor, high: torch.Tensor, off: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The box with `off` more on each side where that is not 0."""
+    wide = widened(low, high, off)
+    return torch.where(off > 0, wide[0], low), torch.where(off > 0, wide[1], high)
+
+
+def _check_exact(off: torch.Tensor, what: str) -> None:
+    if bool((off > 0).any()):
+        raise UserError(
+            f'rounding="outward": the embeddings\' sums are not exact in float64, by up to '
+            f"{off.max().item():.1g}, so {what} around them is not covered: use norm inf or a box, "
+            "or tables stored in float32"
+        )
 
 
 def _radii(hidden: torch.Tensor, eps: Any, positions: Iterable[int] | None) -> torch.Tensor:
@@ -259,9 +308,10 @@ def _check_substitutes(
 
 def _vertices(
     model: nn.Module, ids: torch.Tensor, substitutes: Substitutes | Sequence[Substitutes],
-    words: Mapping[str, Any],
+    words: Mapping[str, Any], made: Callable = embed,
 ) -> torch.Tensor:
-    """Embeddings of each position's own word and its substitutes: [B, S, K, h].
+    """Embeddings (or what `made` makes) of each position's own word and its substitutes:
+    [B, S, K, h].
 
     K is the largest number of words at any position; others repeat their own.
     """
@@ -281,5 +331,5 @@ def _vertices(
         name: value.repeat(most, 1) if isinstance(value, torch.Tensor) else value
         for name, value in words.items()
     }
-    found = embed(model, every.flatten(0, 1), **repeated)
+    found = made(model, every.flatten(0, 1), **repeated)
     return found.unflatten(0, (most, batch)).movedim(0, 2)

@@ -25,10 +25,16 @@ nodes, from either side, before anything reads them.
 **The input** is the box [x - eps, x + eps], its ends rounded outwards.
 
 **The margins** are sums of positive numbers; a slack of 2^-6 and 4 u of the bound cover their own
-rounding (`arithmetic.margin`). Gradients do not see them.
+rounding (`arithmetic.floating.margin`). Gradients do not see them.
 
-What is assumed: float64, rounding to nearest, products and sums as in `arithmetic` (no products by
-Strassen's method, no emulation of float64), torch's exp, tanh, cosh, sigmoid and erfc within 4
-units in the last place (`curves.Accuracy`). Bounds that the caller gives (`interm_bounds`) are
-taken at their word.
+**Products, norms, softmax and attention** run their own code in numbers that carry a limit on their
+error (`arithmetic.near`, `planes`): what real arithmetic makes of a plane's formulas is sound, and
+the limits say how far the computed plane is from that. The affine forms of nodes count what the
+pass that made them was off in their slacks (`forms`), so nothing is switched off.
+
+What is assumed: float64, rounding to nearest, products and sums as in `arithmetic.floating` (no
+products by Strassen's method, no emulation of float64), torch's exp, expm1, tanh, cosh, sigmoid and
+erfc within 4 units in the last place (`curves.Accuracy`). Tables of rotary positions, the scale of
+scores and the epsilon of a norm are the float64 numbers that the model has. Bounds that the caller
+gives (`interm_bounds`) are taken at their word.
 """

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.floating import UNIT, dot, gamma, margin
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import (
     IdentityRows,
@@ -15,7 +16,6 @@ from lirpa_megatron.operators.coefficients import (
     RowBounds,
     dense,
 )
-from lirpa_megatron.rounding.arithmetic import UNIT, dot, gamma, margin
 from lirpa_megatron.rounding.rules import Known, Visit
 
 _BOTH = ("lower", "upper")
@@ -60,7 +60,8 @@ class Charges(NoCharges):
     - the end, over [l, u] with m = max(|l|, |u|) = |midpoint| + half-width: gamma_{n+3} <|A|, m>
       for the products with both (each off by u), their sum and that with the bias (u |bound|);
       over an L2 or L1 ball gamma_{n+6} <|A|, |x| + eps>, which is at least |A| |x| + ||A||_q eps,
-      and sqrt(n) 2^-511 eps where squares underflow.
+      and sqrt(n) 2^-511 eps where squares underflow; over balls at positions and hulls of vertices
+      likewise gamma_{n+8} <|A|, m>, m of the box around them.
 
     Args:
         run: the pass.
@@ -128,6 +129,8 @@ class Charges(NoCharges):
             m, least = leaf.center.abs() + eps, 2.0**-500 * eps * leaf.center[0].numel()
         else:
             m, least = torch.maximum(leaf.lower.abs(), leaf.upper.abs()), 0.0
+            if hasattr(ptb, "radii"):  # balls at positions
+                least = 2.0**-500 * ptb.radii.sum() * leaf.center[0].numel()
         n = m[0].numel() + 8
         least += n * 2.0**-1022 * (1 + m.sum())
 
@@ -147,6 +150,7 @@ class Charges(NoCharges):
             if bound is not None:
                 error = getattr(self.whole, name)
                 off = margin(bound, 0.0 if error is None else error)
+                result.off[name] = off
                 setattr(result, name, bound + sign * off)
 
     def _largest(self, x: Any, A: Any) -> torch.Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.floating import TINY, UNIT, dot, gamma
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.elementwise.curves import Curve
-from lirpa_megatron.rounding.arithmetic import TINY, UNIT, dot, gamma
 from lirpa_megatron.rounding.rules import Known, Rule, Visit
 
 Tensor = torch.Tensor

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.floating import box_around, gamma, widened
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
-from lirpa_megatron.rounding.arithmetic import box_around, gamma, widened
 from lirpa_megatron.rounding.curves import rule_of_curve
+from lirpa_megatron.rounding.language import MarginsRule, RotaryRule
+from lirpa_megatron.rounding.planes import PlaneRule, SoftmaxValuesRule
 from lirpa_megatron.rounding.rules import (
     ColumnRule,
     Known,
@@ -25,7 +27,7 @@ from lirpa_megatron.rounding.rules import (
 )
 from lirpa_megatron.rounding.structure import CombineRule, ConcatRule, RearrangeRule
 
-_MOVES, _LINEAR, _SUM = Rule(), LinearRule(), SumRule()
+_MOVES, _LINEAR, _SUM, _PLANES = Rule(), LinearRule(), SumRule(), PlaneRule()
 RULES: dict[str, Rule] = {
     "auto_LiRPA.BoundLinear": _LINEAR,
     "auto_LiRPA.BoundRelu": ReluRule(),
@@ -45,6 +47,15 @@ RULES: dict[str, Rule] = {
     "lirpa_megatron.BoundRowParallelLinear": RowRule(),
     "lirpa_megatron.BoundGatherFromRegion": _MOVES,
     "lirpa_megatron.BoundScatterToRegion": _MOVES,
+    "lirpa_megatron.BoundSelectPosition": _MOVES,
+    "lirpa_megatron.BoundRotary": RotaryRule(),
+    "lirpa_megatron.BoundVocabularyMargins": MarginsRule(),
+    "lirpa_megatron.BoundTokenMargins": MarginsRule(),
+    "lirpa_megatron.BoundProduct": _PLANES,
+    "lirpa_megatron.BoundNorm": _PLANES,
+    "lirpa_megatron.BoundScores": _PLANES,
+    "lirpa_megatron.BoundSoftmax": _PLANES,
+    "lirpa_megatron.BoundSoftmaxValues": SoftmaxValuesRule(),
 }
 """Package and class (itself, no subclass) -> its rule. An operator that is
 not here, nor among the curves of known accuracy, is refused."""
@@ -116,7 +127,8 @@ class Outward:
         ptb = getattr(value, "ptb", None)
         if ptb is None:
             return value
-        if type(ptb) is not auto_lirpa.PerturbationLpNorm or ptb.norm not in (1, 2, float("inf")):
+        known = type(ptb) is auto_lirpa.PerturbationLpNorm or "rounding_known" in vars(type(ptb))
+        if not known or ptb.norm not in (1, 2, float("inf")):
             ball = type(ptb) is auto_lirpa.PerturbationLpNorm
             kind = f"L{ptb.norm:g}" if ball else type(ptb).__name__
             raise UserError(
@@ -150,7 +162,10 @@ class Outward:
         reason = self.rule_of(node).refusal(node)
         if reason is not None:
             raise refused(node, reason)
-        inner, rule = node.interval_propagate, self.rule_of(node)
+        rule = self.rule_of(node)
+        if isinstance(rule, PlaneRule):
+            rule.attach(node)
+        inner = node.interval_propagate
         own = type(node).__module__.startswith("lirpa_megatron.")
         boxes_balls = own and not isinstance(rule, LinearRule)
 

@@ -11,7 +11,7 @@ A rule answers three questions of an operator y = f(x):
 
   may fail for x in what its bounds allow.
 
-Every rule's derivation is in its docstring. u = UNIT, gamma = gamma_n (`arithmetic`).
+Every rule's derivation is in its docstring. u = UNIT, gamma = gamma_n (`arithmetic.floating`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.floating import TINY, UNIT, dot, gamma
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.coefficients import IdentityRows
 from lirpa_megatron.operators.context import OperatorInputs
-from lirpa_megatron.rounding.arithmetic import TINY, UNIT, dot, gamma
 
 Tensor = torch.Tensor
 

@@ -97,11 +97,13 @@ class LinearFormBounds:
     Attributes:
         lower, upper: bounds, [B, *shape], or for the rows of a pass [R, B, *shape].
         form: of the same shape; None where it is too large.
+        rows: the coefficients of the linear forms, as they are in the pass: [*the same shape, d].
     """
 
     lower: torch.Tensor
     upper: torch.Tensor
     form: AffineForm | None
+    rows: torch.Tensor | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -114,11 +116,14 @@ class LinearFormBounds:
     ) -> LinearFormBounds:
         """With each of its tensors replaced by what the function makes of it."""
         form = None if self.form is None else self.form.mapped(function)
-        return LinearFormBounds(function(self.lower), function(self.upper), form)
+        rows = None if self.rows is None else function(self.rows)
+        return LinearFormBounds(function(self.lower), function(self.upper), form, rows)
 
     def at(self, dim: int, index: int) -> LinearFormBounds:
         """What is known of one part of a dimension, which is kept (`AffineForm.at`)."""
         form = None if self.form is None else self.form.at(dim, index)
-        lower, upper = (bound.narrow(dim, index, 1) for bound in (self.lower, self.upper))
-        return LinearFormBounds(lower, upper, form)
+        rows = None if self.rows is None else self.rows.narrow(dim, index, 1)
+        return LinearFormBounds(
+            self.lower.narrow(dim, index, 1), self.upper.narrow(dim, index, 1), form, rows
+        )
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lirpa_megatron.arithmetic.near import Near, chosen, exact
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 
@@ -32,7 +33,7 @@ def _weights(*squares: torch.Tensor) -> torch.Tensor:
     """
     shares = [s / s.sum(-1, keepdim=True).clamp_min(1e-30) for s in squares]
     D = torch.stack(torch.broadcast_tensors(*shares)).sum(0).detach().sqrt()
-    D = D + 1e-6 * D.amax(-1, keepdim=True) + 1e-18
+    D = chosen(D + 1e-6 * D.amax(-1, keepdim=True) + 1e-18)
     return D.sum(-1, keepdim=True) / D
 
 
@@ -92,7 +93,7 @@ def _pairs_range(
     AB = weighted @ turned
     BB = (B * weights.unsqueeze(-2)) @ turned
     traces = [G.diagonal(dim1=-1, dim2=-2).sum(-1).clamp_min(1e-30) for G in (AA, BB)]
-    s2 = (traces[1] / traces[0]).detach().sqrt()[..., None, None]
+    s2 = chosen((traces[1] / traces[0]).detach().sqrt()[..., None, None])
     squares, cross = s2 * AA + BB / s2, AB + AB.transpose(-1, -2)
     grow = (1 + 10 * ROUNDING[A.dtype]) / 4
     upper = grow * _largest_eigenvalue(squares + cross)
@@ -118,6 +119,8 @@ def elementwise_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch
 
 def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
     """Of symmetric positive semidefinite matrices, or a bit more; NaN where one is not finite."""
+    if isinstance(G, Near):
+        return G.largest_eigenvalue(_largest_eigenvalue)
     finite = torch.isfinite(G).all(-1).all(-1)
     G = torch.where(finite[..., None, None], G, 0.0)
     if G.is_cuda and G.shape[-1] > 32:  # cuSOLVER takes those one after another
@@ -219,7 +222,7 @@ class Pairs:
             own = a[..., first : first + Q.shape[2], :].movedim(0, -2)  # [B, n, G, R, d]
             first += Q.shape[2]
             if passes_over and not own.any():  # what a causal mask keeps from it
-                found.append((a.new_zeros(*a.shape[:-2], Q.shape[2], keys),) * 3)
+                found.append((exact(a.new_zeros(*a.shape[:-2], Q.shape[2], keys)),) * 3)
                 continue
             through = (own @ Q).unflatten(-1, (-1, d))
             three = (through * own.unsqueeze(-2)).sum(-1), own.abs() @ slack, own @ cross

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lirpa_megatron.arithmetic.near import Near, most
 from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
 from lirpa_megatron.operators.numerics import ROUNDING, dot, dual_norm, intersect
 
@@ -34,6 +35,11 @@ class Deviations:
         noise = torch.finfo(dl.dtype).eps * (dl.abs() + du.abs())
         off = None if form is None else form.center - c
         return cls((dl + du) / 2, (du - dl) / 2 + noise, form, off)
+
+    @property
+    def reach(self) -> torch.Tensor:
+        """Most that |dx| is."""
+        return self.middle.abs() + self.half
 
     def box(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(least, most) <v, dx> over the box, [R, *lead]."""
@@ -96,7 +102,7 @@ class Line:
 
 
 def off_clean(
-    known: LinearFormBounds, v: torch.Tensor, c: torch.Tensor
+    known: LinearFormBounds, v: torch.Tensor, c: torch.Tensor, reach: torch.Tensor
 ) -> tuple[tuple, Line | None]:
     """What is known of <v, x>, as what it says of <v, x - c>, both [R, *lead].
 
@@ -104,11 +110,17 @@ def off_clean(
         known: [R, *lead].
         v: [R, *lead, d].
         c: [*lead, d].
+        reach: most that |x - c| is, [*lead, d].
 
     Returns:
         ((least, most), line).
     """
-    at_c, noise = dot(v, c), 4 * torch.finfo(c.dtype).eps * dot(v.abs(), c.abs())
+    rows = v
+    if isinstance(v, Near):  # what is known is of the rows that a pass had
+        rows = known.rows
+    at_c, noise = dot(rows, c), 4 * torch.finfo(c.dtype).eps * dot(rows.abs(), c.abs())
+    if isinstance(v, Near):
+        noise = noise + dot(most(v - rows), reach)
     form = known.form
     line = None
     if form is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.near import chosen
 from lirpa_megatron.operators.affine.products import product_range
 from lirpa_megatron.operators.context import OperatorInputs
 from lirpa_megatron.operators.numerics import least_product, mask_overflow
@@ -76,7 +77,7 @@ class BoundScores(RowRelaxed):
         boxes = [mask_overflow(x.lower, x.upper, _LARGEST) for x in inputs.views]
         forms = [x.form for x in inputs.views]
         if None in forms:
-            centers = [(l + u) / 2 for l, u, _ in boxes]
+            centers = [chosen((l + u) / 2) for l, u, _ in boxes]
         else:
             centers = [torch.where(b[2], 0.0, f.center) for f, b in zip(forms, boxes, strict=True)]
         deviations = [

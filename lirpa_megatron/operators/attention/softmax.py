@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.near import exact
 from lirpa_megatron.operators.attention.softmax_weights import (
     phi,
     quotient,
@@ -150,7 +151,7 @@ class BoundSoftmax(_OverOneDimension):
         ))
         flat = torch.minimum(flat, (mean - a.amin(-1, keepdim=True)).squeeze(-1))
         loose = x.loose.squeeze(-1)
-        share = ((curved <= flat) & ~loose).to(a.dtype)
+        share = exact(((curved <= flat) & ~loose).to(a.dtype))
         if move is not None:
             share = clamp_through(share + move, 0, 1)
             share = torch.where(loose, 0.0, share)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.near import Near, chosen, exact, maybe_nonzero, most
 from lirpa_megatron.operators.affine.products import Pairs
 from lirpa_megatron.operators.attention.softmax_weights import (
     masked_softmax,
@@ -183,25 +184,26 @@ class BoundSoftmaxValues(RowRelaxed):
         still = masked | (empty | loose).unsqueeze(-1)
         dl = dl.clamp(max=0).masked_fill(still, 0)
         du = du.clamp(min=0).masked_fill(still, 0)
-        least, most = weight_box(p0, dl, du)
+        least, highest = weight_box(p0, dl, du)
         anywhere = loose.unsqueeze(-1) & ~masked
-        least, most = least.masked_fill(anywhere, 0), most.masked_fill(anywhere, 1)
+        least, highest = least.masked_fill(anywhere, 0), highest.masked_fill(anywhere, 1)
         heads, scores = s0.shape[1], s.centered
         shared = heads // (v.lower.shape[-1] // self.head_dim)
         form, (vl, vu, wild) = v.form, mask_overflow(v.lower, v.upper, _LARGEST)
-        v0, pairs, reach, rest = (vl + vu) / 2, None, None, None
+        v0, pairs, reach, rest = chosen((vl + vu) / 2), None, None, None
         if form is not None and self.affords(s0.numel() * self.head_dim**2, inputs.call):
             v0 = torch.where(wild, 0.0, form.center)
             alpha = None if scores is None else scores.form
-            of_interest = (p0 > 0) | (least < p0) | (most > p0)
+            of_interest = maybe_nonzero(p0) | (least < p0) | (highest > p0)
             values = form.view(lambda x: self._values(x, heads))
             pairs = Pairs.of(values, p0, alpha, self._keys_of_interest(of_interest))
             if alpha is not None:
-                shift = (alpha.center - s0 + (p0 * s0).sum(-1, keepdim=True)).abs()
-                reach, rest = alpha.reach(), alpha.slack + shift
+                p = scores.rows if isinstance(s0, Near) else p0
+                shift = (alpha.center - s0 + (p * s0).sum(-1, keepdim=True)).abs()
+                reach, rest = alpha.reach(), alpha.slack + shift + _of_other_rows(s, s0, p0)
         dv = torch.where(wild, 0.0, torch.maximum(vu - v0, v0 - vl))
         return _Rows(
-            s0.masked_fill(masked, 0), p0, dl, du, p0 - least, most - p0, loose,
+            s0.masked_fill(masked, 0), p0, dl, du, p0 - least, highest - p0, loose,
             empty, empty & (self.fill == float("-inf")),
             *(self._values(x, heads) for x in (v0, dv, wild.to(v0.dtype))),
             pairs, reach, rest, shared,
@@ -221,12 +223,16 @@ class BoundSoftmaxValues(RowRelaxed):
     def _deviations(s: InputView, s0: torch.Tensor, p0: torch.Tensor) -> tuple:
         """Range of delta, [B, n, T, T]."""
         if s.centered is not None:
-            t0 = s0 - (p0 * s0).sum(-1, keepdim=True)
-            return s.centered.lower - t0, s.centered.upper - t0
+            p = s.centered.rows if isinstance(s0, Near) else p0
+            t0 = s0 - (p * s0).sum(-1, keepdim=True)
+            other = _of_other_rows(s, s0, p0)
+            return s.centered.lower - t0 - other, s.centered.upper - t0 + other
         l, u = s.lower - s0, s.upper - s0
-        pl, pu = (torch.where(p0 > 0, p0 * x, 0.0) for x in (l, u))
-        low = torch.where(p0 < 1, (1 - p0) * l, 0.0) - (pu.sum(-1, keepdim=True) - pu)
-        high = torch.where(p0 < 1, (1 - p0) * u, 0.0) - (pl.sum(-1, keepdim=True) - pl)
+        pl, pu = (torch.where(maybe_nonzero(p0), p0 * x, 0.0) for x in (l, u))
+        rest = 1 - p0
+        some = maybe_nonzero(rest)
+        low = torch.where(some, rest * l, 0.0) - (pu.sum(-1, keepdim=True) - pu)
+        high = torch.where(some, rest * u, 0.0) - (pl.sum(-1, keepdim=True) - pl)
         return low, high
 
     def numbers_at_once(self, batch: int, form_columns: int | None, call: CallState) -> int:
@@ -250,7 +256,7 @@ class BoundSoftmaxValues(RowRelaxed):
         # The plane with s is preferred while it is not clearly worse: it goes on to the input.
         gain = (g.clamp(min=0) * x.du + g.clamp(max=0) * x.dl).sum(-1)
         flat = ~(rest + gain / 2 <= flat_rest) | x.loose
-        share = (~flat).to(g.dtype)  # of the plane with s
+        share = exact((~flat).to(g.dtype))  # of the plane with s
         if move is not None:
             share = clamp_through(share + move, 0, 1)
             share = torch.where(x.loose | ~(rest < float("inf")), 0.0, share)
@@ -303,13 +309,13 @@ class BoundSoftmaxValues(RowRelaxed):
         """How far <a, y> can lie below the plane that does not depend on s, [R, B, n, T]."""
         move = x.up + x.down
         total = move.sum(-1, keepdim=True).clamp(min=1e-12)
-        most = torch.maximum(x.up, x.down)
-        values = torch.where(most > 0, most * W, 0.0).sum(-1)
+        furthest = torch.maximum(x.up, x.down)
+        values = torch.where(maybe_nonzero(furthest), furthest * W, 0.0).sum(-1)
         # sum (p - p0) w >= -sum max(up (W - k), down (W + k)) for every k.
         k = torch.where(x.up != x.down, W * (x.up - x.down), 0.0).sum(-1, keepdim=True) / total
         shifted = torch.maximum(
-            torch.where(x.up > 0, x.up * (W - k), 0.0),
-            torch.where(x.down > 0, x.down * (W + k), 0.0),
+            torch.where(maybe_nonzero(x.up), x.up * (W - k), 0.0),
+            torch.where(maybe_nonzero(x.down), x.down * (W + k), 0.0),
         ).clamp(min=0).sum(-1)
         values = torch.where(shifted < values, shifted, values)
         mu = (c * move).sum(-1, keepdim=True) / total
@@ -322,15 +328,27 @@ class BoundSoftmaxValues(RowRelaxed):
         """Interval bounds of y, [B, T, n d]."""
         l, u = v[0][0], v[0][1]
         masked = self._masks(v[2][0]).expand(l.shape) if len(v) > 2 else torch.zeros_like(l).bool()
-        least, most = weight_interval(l, u, masked, self.fill)
+        least, highest = weight_interval(l, u, masked, self.fill)
         low, high = (self._values(end, l.shape[1]) for end in v[1][:2])
         vl, vu, wild = mask_overflow(low, high, _LARGEST)
         middle, half = (vl + vu) / 2, (vu - vl) / 2
-        seen = (~masked.all(-2)).to(middle.dtype).unsqueeze(-1)  # a key that nobody sees is nothing
+        # Keys masked for every query contribute nothing.
+        seen = exact((~masked.all(-2)).to(middle.dtype).unsqueeze(-1))
         center = (middle * seen).sum(-2, keepdim=True) / seen.sum(-2, keepdim=True).clamp(min=1)
-        mean = ((least + most) / 2) @ (middle - center) + center
-        around = ((most - least) / 2) @ (middle - center).abs() + most @ half
-        around = torch.where(most @ wild.to(mean.dtype) > 0, float("inf"), around)
+        mean = ((least + highest) / 2) @ (middle - center) + center
+        around = ((highest - least) / 2) @ (middle - center).abs() + highest @ half
+        if wild.any():
+            reads = (maybe_nonzero(highest).unsqueeze(-1) & wild.unsqueeze(-3)).any(-2)
+            around = torch.where(reads, float("inf"), around)
         undefined = masked.all(-1, keepdim=True) & (self.fill == float("-inf"))
         around = torch.where(undefined, float("inf"), around)
         return self._merge(mean - around), self._merge(mean + around)
+
+
+def _of_other_rows(s: InputView, s0: torch.Tensor, p0: torch.Tensor) -> torch.Tensor | float:
+    """What delta is off where the pass of t had weights p that rounding makes differ from p0:
+    sum |p - p0| |s - s0|, and 1 - p, rounded, for its own key. 0 where rounding does not count."""
+    if not isinstance(s0, Near):
+        return 0.0
+    reach = most(torch.maximum(s.upper - s0, s0 - s.lower))
+    return (most(p0 - s.centered.rows) * reach).sum(-1, keepdim=True) + reach * 2.0**-53

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lirpa_megatron.arithmetic.near import chosen, maybe_nonzero
+
 
 def masked_softmax(s: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Softmax over the keys that are not masked; uniform where all are."""
@@ -36,7 +38,8 @@ def _from_exponentials(el: torch.Tensor, eu: torch.Tensor) -> tuple[torch.Tensor
     """p_j = e_j / (e_j + the others) for e in [el, eu], float64; then the simplex."""
     low = el / (_others(eu) + el).clamp(min=1e-300)
     others = _others(el)
-    high = torch.where(eu > 0, eu / (others + eu).clamp(min=1e-300), (others == 0).to(eu.dtype))
+    both = others + eu
+    high = torch.where(both > 0, eu / torch.where(both > 0, both, 1.0), 1.0)
     return torch.maximum(low, 1 - _others(high)), torch.minimum(high, 1 - _others(low))
 
 
@@ -53,7 +56,8 @@ def weight_box(
     low, high = _from_exponentials(el, eu)
     low, high = torch.maximum(low, el / total), torch.minimum(high, eu)
     # A key of weight 0 stays there.
-    low, high = _outward(torch.where(p > 0, low, 0.0), torch.where(p > 0, high, 0.0), p0)
+    some = maybe_nonzero(p)
+    low, high = _outward(torch.where(some, low, 0.0), torch.where(some, high, 0.0), p0)
     return torch.minimum(low, p0), torch.maximum(high, p0)
 
 
@@ -85,6 +89,6 @@ def quotient(H: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     for _ in range(4):
         active = P * (H > theta)
         theta = (active * H).sum(-1, keepdim=True) / (1 + active.sum(-1, keepdim=True))
-        theta = theta.clamp(min=0)
+        theta = chosen(theta.clamp(min=0))
     above = (P * (H - theta).clamp(min=0)).sum(-1, keepdim=True)
     return torch.maximum(theta, above).squeeze(-1)

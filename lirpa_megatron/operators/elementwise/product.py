@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.near import chosen
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.affine.products import elementwise_range
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
@@ -196,11 +197,11 @@ def _box(a: Any, b: Any, forms: list[AffineForm] | None) -> _Box:
     least, most = _corners(*(torch.where(infinite, x, 0.0) for x in (al, au, bl, bu)))
     al, au, bl, bu = (torch.where(infinite, 0.0, x) for x in (al, au, bl, bu))
     if forms is None:
-        a0, b0 = al / 2 + au / 2, bl / 2 + bu / 2
+        a0, b0 = chosen(al / 2 + au / 2), chosen(bl / 2 + bu / 2)
     else:
         a0, b0 = (torch.where(infinite, 0.0, form.center) for form in forms)
     ra, rb = torch.maximum(au - a0, a0 - al), torch.maximum(bu - b0, b0 - bl)
-    noise = 4 * info.eps * ((a0.abs() + ra) * (b0.abs() + rb)).detach()
+    noise = chosen(4 * info.eps * ((a0.abs() + ra) * (b0.abs() + rb)).detach())
     gap = ra * rb + noise
     low, high = -gap, gap
     if forms is not None:

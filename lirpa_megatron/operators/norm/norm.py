@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.arithmetic.near import exact
 from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
 from lirpa_megatron.operators.context import CallState, OperatorInputs, Visit
@@ -231,6 +232,9 @@ class BoundNorm(NormPlanes, RowRelaxed):
                 own = A.narrow(2, t, 1)
                 moved = None if move is None else move.narrow(2, t, 1)
                 s = None if known is None else known.at(2, t)
+            if not torch.is_grad_enabled() and not own.any():  # what a causal mask keeps from it
+                found.append((torch.zeros_like(own), exact(own.new_zeros(own.shape[:-1]))))
+                continue
             found.append(self._plane(self._project(own * gamma), x, moved, s))
         coef, value = found[0]
         if len(parts) > 1:
@@ -246,15 +250,15 @@ class BoundNorm(NormPlanes, RowRelaxed):
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Interval bounds of y, [B, ..., groups d]."""
         l, u = self._split(v[0][0]), self._split(v[0][1])
-        limit = (self._d if self.rms else self._d - 1) ** 0.5
+        limit = math.nextafter((self._d if self.rms else self._d - 1) ** 0.5, math.inf)
         l, u, wild = mask_overflow(l, u, LARGEST)
         x = self._vectors(l, u, (l + u) / 2, None)
         if not self.rms:
             d, sums = self._d, (l.sum(-1, keepdim=True), u.sum(-1, keepdim=True))
             l, u = l - (sums[1] - u + l) / d, u - (sums[0] - l + u) / d
         least, most = x.r_least.unsqueeze(-1), x.r_most.unsqueeze(-1)
-        low = torch.where(l < 0, l * most, l * least).clamp(-limit, limit)
-        high = torch.where(u > 0, u * most, u * least).clamp(-limit, limit)
+        low = torch.minimum(l * most, l * least).clamp(-limit, limit)
+        high = torch.maximum(u * most, u * least).clamp(-limit, limit)
         wild = wild.any(-1, keepdim=True)
         low, high = torch.where(wild, -limit, low), torch.where(wild, limit, high)
         gamma = self.replicated(v[1][0])

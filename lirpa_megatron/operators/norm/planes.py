@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from lirpa_megatron.arithmetic.near import chosen, doubt, surely_positive
 from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
 from lirpa_megatron.operators.affine.ranges import Deviations, Line, off_clean
 from lirpa_megatron.operators.numerics import dot, intersect, mask_overflow, safe_root
@@ -68,7 +70,7 @@ class NormPlanes:
         """
         l, u, wild = mask_overflow(l, u, LARGEST)
         wild = wild.any(-1)
-        c = torch.where(wild.unsqueeze(-1), (l + u) / 2, c)
+        c = chosen(torch.where(wild.unsqueeze(-1), (l + u) / 2, c))
         z0, dl, du = self._project(c), l - c, u - c
         q0 = z0.square().sum(-1)
         N = torch.maximum(dl.square(), du.square()).sum(-1)
@@ -80,7 +82,7 @@ class NormPlanes:
         found.t_line = dx.line(row)
         t = dx.range(row, found.t_line)
         if known is not None:
-            own, line = off_clean(known, row, c)
+            own, line = off_clean(known, row, c, dx.reach)
             t, found.t_line = intersect(t, own), line or found.t_line
         tl, tu = (x[0] for x in t)
 
@@ -98,7 +100,7 @@ class NormPlanes:
         wide = tu - start > 1e-6 * (1e-6 + q0)
         run = torch.where(wide, tu - start, 1.0)
         tangent = -r0 / (q0 + self._d * self.eps)
-        chord = torch.where(wide, (f_end - f_start) / run, tangent).clamp(max=0)
+        chord = chosen(torch.where(wide, (f_end - f_start) / run, tangent)).clamp(max=0)
 
         def highest(k: torch.Tensor) -> torch.Tensor:
             return torch.maximum(f_start - k * start, f_end - k * tu) - r0
@@ -123,13 +125,11 @@ class NormPlanes:
 
         `known` is of <w, x>.
         """
-        if not torch.is_grad_enabled() and not w.any():  # what a causal mask keeps from the rows
-            return torch.zeros_like(w), w.new_zeros(w.shape[:-1])
         s0 = dot(w, x.z0)
         line = x.dx.line(w)
         least, most = x.dx.range(w, line)
         if known is not None:
-            own, better = off_clean(known, w, x.c)
+            own, better = off_clean(known, w, x.c, x.dx.reach)
             (least, most), line = intersect((least, most), own), better or line
         m_s, S = (least + most) / 2, ((most - least) / 2).clamp(min=0)
         kappa, rho, half, error = self._product(w, line, x, m_s, S)
@@ -141,10 +141,16 @@ class NormPlanes:
             below = self._tangent(x, torch.where(at > 0, at * x.tu, -at * x.tl))
         slope = slope + torch.where(k >= 0, k * below[0], k * x.above[0])
         const = const + torch.where(k >= 0, k * below[1], k * x.above[1]) - m * m_s + x.r0 * s0
+        unsure = doubt(k)
+        if unsure is not None:  # the sign of k may be the other one
+            apart = below[1].abs() + x.above[1].abs()
+            reach = torch.maximum(x.tl.abs(), x.tu.abs())
+            const = const - unsure * (apart + (below[0].abs() + x.above[0].abs()) * reach)
         coef = (x.r0 + m).unsqueeze(-1) * w + slope.unsqueeze(-1) * x.z0
 
         worst = const + x.dx.box(coef)[0]
-        positive = s0 + least > 0  # what becomes of a row must not depend on other rows
+        # What becomes of a row must not depend on other rows.
+        positive = surely_positive(s0 + least)
         if torch.is_grad_enabled() or positive.any():
             k, turn, offset, straight = self._one_sided(s0, least, line, x)
             likely = worst
@@ -155,7 +161,7 @@ class NormPlanes:
             other = k.unsqueeze(-1) * w + turn.unsqueeze(-1) * x.z0
             coef = torch.where(better.unsqueeze(-1), other, coef)
             const, worst = torch.where(better, offset, const), torch.where(better, straight, worst)
-        floor = -(self._d**0.5) * torch.linalg.vector_norm(w, dim=-1)
+        floor = -math.nextafter(self._d**0.5, math.inf) * torch.linalg.vector_norm(w, dim=-1)
         flat = ~(worst > floor) | x.wild
         coef = torch.where(flat.unsqueeze(-1), 0.0, coef)
         return coef, torch.where(flat, floor, const - dot(coef, x.c))
@@ -196,7 +202,7 @@ class NormPlanes:
         low, high = x.r_least - x.r0, x.r_most - x.r0
         rho, half = (low + high) / 2, (high - low) / 2
         ratio = (x.t_half + 1e-30) / (S.detach() + 1e-30)
-        square = ratio.detach().clamp(1e-12, 1e12)
+        square = chosen(ratio.detach().clamp(1e-12, 1e12))
         inverse = square.reciprocal()
         line = None if line is None or x.t_line is None else line.plus(inverse, x.t_line)
         joint = torch.addcmul(w, x.z0, inverse.unsqueeze(-1))

@@ -58,8 +58,17 @@ class SentenceOptions:
     iteration: str | None = None
     # only the first so many lines of the data
     limit: int | None = None
-    # not offered: see `check`
+    # bounds that hold in real arithmetic (`lirpa_megatron.rounding`), in float64
     outward: bool = False
+
+    def __post_init__(self) -> None:
+        if self.outward and self.dtype in (None, "float64"):
+            object.__setattr__(self, "dtype", "float64")
+
+    @property
+    def rounding(self) -> str:
+        """`OwnOptions.rounding`."""
+        return "outward" if self.outward else "nearest"
 
     def check(self) -> None:
         """Raises UserError for options that do not go together."""
@@ -71,9 +80,9 @@ class SentenceOptions:
             raise UserError(f"--question synonyms uses a box or a hull, not --norm {self.norm}")
         if self.question == "synonyms" and self.eps is not None and self.shape == "hull":
             raise UserError("--eps around substitutes needs --shape box")
-        if self.outward:
+        if self.outward and self.dtype != "float64":
             raise UserError(
-                "--outward supports properties of networks, not norms and attention: leave it out"
+                f"--outward computes bounds in float64, --dtype says {self.dtype}: leave it out"
             )
         if "{text}" not in self.prompt:
             raise UserError(f"--prompt {self.prompt!r} has no {{text}}, the place of the sentence")
@@ -84,6 +93,7 @@ class SentenceOptions:
         """Options of `BoundedModule`."""
         return {
             "max_spec_rows": self.max_spec_rows,
+            "rounding": self.rounding,
             "check_live": not self.no_live_check,
             "optimize_bound_args": {"iteration": self.alpha_iterations, "lr_alpha": self.lr_alpha},
         }
@@ -94,6 +104,8 @@ class SentenceOptions:
             "method": self.method, "question": self.question, "norm": self.norm, "eps": self.eps,
             "words": self.words,
         }
+        if self.outward:
+            asked["rounding"] = self.rounding
         if self.no_live_check:
             asked["live_check"] = False
         if self.prompt != "{text}":

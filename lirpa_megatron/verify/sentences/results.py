@@ -17,7 +17,7 @@ from lirpa_megatron.verify.sentences.tokenizer import Encoded, Substitutes
 _KEY = (
     "network", "iteration", "property", "task", "method", "question", "norm", "eps", "words",
     "shape", "tolerance", "prompt", "label_tokens", "dtype", "text", "label",
-    "live_check",
+    "live_check", "rounding",
 )
 
 

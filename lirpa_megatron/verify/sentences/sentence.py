@@ -128,7 +128,12 @@ class SentenceVerifier:
         words = [found.result for found in verdict.positions.values()]
         verdict.result = "sat" if "sat" in words else "unknown" if "unknown" in words else "unsat"
         if not words:  # no word has a substitute: there is the clean sentence alone
-            verdict.finding = Finding("unsat", margin=verdict.clean_margin)
+            margin = verdict.clean_margin
+            if self.options.outward:  # which was computed with rounding
+                margin = self._margin(tokens, label, eps=0.0)
+            verdict.finding = Finding("unsat", margin=_finite(margin))
+            verdict.result = "unsat" if margin > 0 else "unknown"
+            verdict.finding.result = verdict.result
 
     def _find(
         self, tokens: torch.Tensor, hidden: torch.Tensor, label: int, places: list[int],
@@ -199,7 +204,10 @@ class SentenceVerifier:
     def _margin(self, tokens: torch.Tensor, label: int, **perturbation: Any) -> float:
         """A lower bound of the label's margin over a set; -inf where there is none."""
         self._check_time()
-        inputs = perturb_tokens(self.model, tokens, **perturbation, **self._types(tokens))
+        inputs = perturb_tokens(
+            self.model, tokens, **perturbation, **self._types(tokens),
+            rounding=self.options.rounding,
+        )
         inputs = (*inputs, *(x.to(tokens.device) for x in self.task.further_inputs(label)))
         length = tokens.shape[1]
         if length not in self._graphs:
