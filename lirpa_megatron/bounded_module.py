@@ -38,6 +38,7 @@ from lirpa_megatron.crown.row_schedule import RowSchedule
 from lirpa_megatron.crown.sharded_nodes import mark_sharded
 from lirpa_megatron.operators import custom_operators
 from lirpa_megatron.operators.context import CallState, GraphContext
+from lirpa_megatron.operators.elementwise.intervals import cut_with_range
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.parameters import own_value, widened
 from lirpa_megatron.parallel import spmd
@@ -250,6 +251,8 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 lower, upper = without_nan(*bounds[:2])
                 if call.final_is_identity:
                     lower, upper = alpha.shaped(final, lower, upper)
+                    if self.rounding is None and not kwargs.get("return_A"):
+                        lower, upper = cut_with_range(final, lower, upper)
                 # Not bounds in training by IBP, of which a forward pass would be a good part, nor
                 # where the caller's own intermediate bounds may leave the clean input out.
                 in_training = call.method == "IBP" and self._in_training()

@@ -152,6 +152,7 @@ def test_no_line_is_nearer_to_the_curve_on_average(case: Case):
     ends = torch.sort(3 * torch.randn(16, 2, generator=generator, dtype=torch.float64)).values
     lower, upper = inside_domain(curve, ends[:, 0], ends[:, 1])
     keep = ~curve.beyond(lower, upper) & (upper > lower + 0.05)
+    keep = keep & (upper - lower <= 2 * abs(curve.reach))  # of wider ones see `Curve.reach`
     lower, upper = lower[keep], upper[keep]
     lines = Relaxation(curve, lower, upper)
     share = torch.linspace(0, 1, 301, dtype=torch.float64).unsqueeze(1)

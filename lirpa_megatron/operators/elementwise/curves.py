@@ -68,6 +68,9 @@ class Curve:
     """f is straight on intervals much shorter than this (or than their distance from 0)."""
     steep: bool = False
     """f' is infinite at an end of the domain."""
+    reach: float = math.inf
+    """Lower lines without alpha touch at most this far right of lo (left of hi, if negative), where
+    there is a best place nearer to the middle: farther out they sink below all of f."""
     unit: float = 10.0
     """f is accurate to units in the last place of f(x) or of min(|x|, unit), whichever is more."""
     forward: Callable[[torch.Tensor], torch.Tensor] | None = None

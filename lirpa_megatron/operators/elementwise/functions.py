@@ -156,12 +156,13 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Curve:
 
 @elementwise("Exp", {"aten::exp": ()})
 def exp() -> Curve:
-    return Curve(torch.exp, torch.exp, left=(0, 0))
+    """A tangent at t is negative left of t - 1."""
+    return Curve(torch.exp, torch.exp, left=(0, 0), reach=1.0)
 
 
 @elementwise("Expm1", {"aten::expm1": ()})
 def expm1() -> Curve:
-    return Curve(torch.expm1, torch.exp, left=(0, -1))
+    return Curve(torch.expm1, torch.exp, left=(0, -1), reach=1.0)
 
 
 @elementwise("Exponential")
@@ -178,7 +179,7 @@ def exponential(base: float) -> Curve:
     return Curve(
         value, lambda x: value(x) * rate, forward=lambda x: torch.pow(base, x),
         left=flat if rate > 0 else steep, right=steep if rate > 0 else flat,
-        grain=min(1.0, 1 / abs(rate)),
+        grain=min(1.0, 1 / abs(rate)), reach=1 / rate,
     )
 
 

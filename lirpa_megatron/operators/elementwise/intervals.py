@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,24 @@ def within(node: Any, lower: torch.Tensor, upper: torch.Tensor, gradients: bool)
     return torch.where(crossed, lower, low), torch.where(crossed, upper, high)
 
 
+def cut_with_range(
+    node: Any, lower: torch.Tensor | None, upper: torch.Tensor | None
+) -> tuple:
+    """Bounds of the output, as CROWN has them, cut with the output's range as `within` has it.
+
+    The line below a curve has to be below it everywhere, and it is lowest at an end: where the
+    output is the curve itself, its range is tighter (bounds of a sigmoid stay in [0, 1]).
+
+    Args:
+        node: the output, whose inputs have bounds.
+        lower, upper: its bounds [B, *shape], or None.
+    """
+    both = [torch.full_like(upper, -math.inf) if lower is None else lower,
+            torch.full_like(lower, math.inf) if upper is None else upper]
+    found = within(node, *both, gradients=True)
+    return tuple(None if x is None else y for x, y in zip((lower, upper), found, strict=True))
+
+
 def _of(node: Any, depth: int) -> Range | None:
     """The range of a node, from its bounds or from its inputs."""
     if not node.perturbed:
@@ -46,7 +65,7 @@ def _of(node: Any, depth: int) -> Range | None:
 
 
 def _through(node: Any, depth: int) -> Range | None:
-    """The range of an elementwise operator's output, from those of its inputs."""
+    """The range of an elementwise operator's output, or a softmax's, from those of its inputs."""
     if type(node).__name__ not in _ELEMENTWISE and not getattr(node, "elementwise", False):
         return None
     ranges = [_of(x, depth) for x in node.inputs]
@@ -57,5 +76,6 @@ def _through(node: Any, depth: int) -> Range | None:
 
 
 _ELEMENTWISE = frozenset({
+    "BoundSoftmax", "BoundLogSoftmax",  # of whole vectors, which each rank has
     "BoundAdd", "BoundSub", "BoundMul", "BoundNeg", "BoundRelu", "BoundCombine", "BoundScale",
 })

@@ -13,8 +13,9 @@ beats are those that support f's convex envelope on [lo, hi]. Each is of one of 
 - the **chord**, where there are neither.
 
 Their mean distance to f is smallest where they are highest at the middle of the interval: that is
-the line without alpha (t = middle, clamped to [t1, t2]; s1 or s2). Alpha moves t, or turns the
-slope from the one to the other.
+the line without alpha (t = middle, clamped to [t1, t2]; s1 or s2). The exponential's touches
+nearer to its flat end on wide intervals (`Curve.reach`). Alpha moves t, or turns the slope from the
+one to the other.
 
 **Soundness does not rest on t.** For a slope k the largest sound intercept is the minimum of
 f(x) - k x over [lo, hi]. Where f is concave or straight, that is at an end of the interval or at a
@@ -106,6 +107,13 @@ def _moved(move: torch.Tensor, below: torch.Tensor, above: torch.Tensor) -> torc
     return torch.where(move > 0, move * up, move * down)
 
 
+def _finer(move: torch.Tensor) -> torch.Tensor:
+    """From [-1, 1] to itself, in smaller steps near 0: the best place is seldom far away, and of a
+    wide interval most is where f' hardly changes (20 steps of Adam then find no better line)."""
+    size = move.abs()
+    return move / (size + 3 * (1 - size))
+
+
 class Relaxation:
     """All lines of a curve on [lo, hi].
 
@@ -149,7 +157,7 @@ class Relaxation:
         """
         t, turn = side.touch, side.turn
         if move is not None:
-            t = t + torch.where(move > 0, move * side.right, move * side.left)
+            t = t + _moved(_finer(move), side.left, side.right)
             with torch.no_grad():  # alpha has a gradient at an end, whatever rounding does there
                 outside = torch.minimum(torch.maximum(t, self.lo), self.hi) - t
             t = t + outside
@@ -191,7 +199,11 @@ class Relaxation:
         lo, hi, curve = self.lo, self.hi, self.curve
         zero, middle = torch.zeros_like(lo), lo / 2 + hi / 2
         first, last, found = self._tangents(sign)
-        best = torch.minimum(torch.maximum(middle, first), last)
+        wanted = middle
+        if sign > 0 and math.isfinite(curve.reach):
+            nearest = (torch.minimum if curve.reach > 0 else torch.maximum)
+            wanted = nearest(middle, (lo if curve.reach > 0 else hi) + curve.reach)
+        best = torch.minimum(torch.maximum(wanted, first), last)
         best = torch.where(found, best, (first + last) / 2)
         best = torch.where(self._tiny, middle, best)
         first, last, best = (torch.minimum(torch.maximum(x, lo), hi) for x in (first, last, best))
