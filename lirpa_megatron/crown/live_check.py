@@ -62,6 +62,7 @@ class LiveCheck:
     Attributes:
         seconds: that checks took in the last call of `compute_bounds` (or in building).
         total_seconds: that all checks took.
+        forward_seconds: of `seconds`, the forward passes of the live model.
         runs: forward passes of the live model that checks took.
         difference: the largest found so far, as a share of the largest output.
 
@@ -81,7 +82,7 @@ class LiveCheck:
         self.modes = {module: module.training for module in self.model.modules()}
         self.signature = signature(facade, self.model)
         self._objects: list[Any] = []
-        self.seconds = self.total_seconds = self.difference = 0.0
+        self.seconds = self.total_seconds = self.forward_seconds = self.difference = 0.0
         self.runs = self._training_calls = 0
         self.inputs: tuple[Any, ...] = ()
         self.due, self._once = True, None
@@ -105,7 +106,7 @@ class LiveCheck:
         if x is not None:
             self.inputs = x
         if self._once is None:
-            self.seconds = 0.0
+            self.seconds = self.forward_seconds = 0.0
         self.due = wanted and (True if self._once is None else self._once)
         if in_training:
             self.due &= self._training_calls % self.every == 0
@@ -114,7 +115,7 @@ class LiveCheck:
     @contextlib.contextmanager
     def once(self) -> Iterator[None]:
         """Calls in the block are about the same inputs: one comparison is enough."""
-        self._once, self.seconds = True, 0.0
+        self._once, self.seconds, self.forward_seconds = True, 0.0, 0.0
         try:
             yield
         finally:
@@ -191,7 +192,10 @@ class LiveCheck:
         self.runs += 1
         try:
             with widened(self.model), self._running(), follow:
-                return _first_tensor(self.live(*inputs))
+                begin = time.perf_counter()
+                y = self.live(*inputs)
+                self.forward_seconds += time.perf_counter() - begin
+                return _first_tensor(y)
         except (SPMDError, UserError):
             raise
         except ReadsValues as found:

@@ -26,34 +26,42 @@ def undisturbed(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None)
         modes: training mode of each module while the block runs; None: as they are.
     """
     modules = list(model.modules())
-    given = {module: module.training for module in modules}
-    buffers = {module: dict(module._buffers) for module in modules}
-    values = {b: b.clone() for b in model.buffers()}
-    numbers = {module: _numbers(module) for module in modules}
+    before = [(m, m.training, dict(m._buffers), _numbers(m)) for m in modules]
+    values = {b: b.clone() for _, _, own, _ in before for b in own.values() if b is not None}
     tracker, states = _tracker_states()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         for module, training in (modes or {}).items():
-            module.training = training
+            if module.training is not training:
+                module.training = training
         _forget_results(modules)
         with torch.random.fork_rng(devices), torch.no_grad(), _softmax_unrounded(modules):
             yield
     finally:
         _forget_results(modules)
-        for module in modules:
-            module.training = given[module]
-            module._buffers.clear()
-            module._buffers.update(buffers[module])
-            for name in [n for n in _numbers(module) if n not in numbers[module]]:
-                delattr(module, name)
-            for name, value in numbers[module].items():
-                if module.__dict__.get(name) is not value:
-                    module.__dict__[name] = value
+        for module, *kept in before:
+            _put_back(module, *kept)
         with torch.no_grad():
             for buffer, value in values.items():
                 buffer.copy_(value)
         if tracker is not None:
             tracker.set_states(states)
+
+
+def _put_back(
+    module: nn.Module, training: bool, buffers: dict[str, Any], numbers: dict[str, Any]
+) -> None:
+    if module.training is not training:
+        module.training = training
+    if buffers or module._buffers:
+        module._buffers.clear()
+        module._buffers.update(buffers)
+    for name in [n for n in _numbers(module) if n not in numbers]:
+        delattr(module, name)
+    own = module.__dict__
+    for name, value in numbers.items():
+        if own.get(name) is not value:
+            own[name] = value
 
 
 def _forget_results(modules: list[nn.Module]) -> None:
