@@ -222,6 +222,27 @@ class Curve:
             )
         return (first + second) / 2
 
+    def flattest(self, sign: int) -> float | None:
+        """Where sign f is lowest of all, maybe at infinity; None where it has no least value."""
+        return self._flattest[0 if sign > 0 else 1]
+
+    @cached_property
+    def _flattest(self) -> tuple[float | None, float | None]:
+        found: list[float | None] = []
+        for sign in (1, -1):
+            points = [(sign * y, x) for x, y in self.extrema]
+            for way, (k, b) in ((-1, self.left), (1, self.right)):
+                bound = self.domain[0 if way < 0 else 1]
+                if math.isfinite(bound) or self.pole is not None:
+                    points.append((-math.inf, bound))
+                elif k:
+                    points.append((math.copysign(math.inf, sign * way * k), bound))
+                else:
+                    points.append((sign * b, bound))
+            value, x = min(points)
+            found.append(x if math.isfinite(value) else None)
+        return found[0], found[1]
+
     # --------------------------------------------------------------------------- on intervals
 
     def lower_touch(self, lo: torch.Tensor, hi: torch.Tensor) -> Both:
