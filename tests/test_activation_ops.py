@@ -111,26 +111,6 @@ def test_a_line_moved_by_a_millionth_is_caught(kind):
         assert caught.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_line_is_nearer_to_the_curve_on_average(kind):
-    """The best value at the middle is that of the convex envelope: the least of all chords."""
-    generator = torch.Generator().manual_seed(2)
-    ends = torch.sort(4 * torch.randn(60, 2, generator=generator, dtype=torch.float64)).values
-    lines = Relaxation(curve(kind), ends[:, 0], ends[:, 1])
-    share = torch.linspace(0, 1, 401, dtype=torch.float64).unsqueeze(1)
-    x = ends[:, 0] + (ends[:, 1] - ends[:, 0]) * share
-    y = ACTIVATIONS[kind][1](x)
-    left, right = slice(0, 200), slice(200, 401)  # the middle is x[200]
-    weight = (share[right].unsqueeze(0) - 0.5) / (share[right].unsqueeze(0) - share[left, None])
-    for side, sign in ((lines.lower, 1), (lines.upper, -1)):
-        k, b = lines.line(side)
-        chords = y[left, None] * weight + y[None, right] * (1 - weight)
-        envelope = sign * (sign * chords).amin((0, 1))
-        gap = sign * (envelope - (k * x[200] + b))
-        assert gap.min() >= -1e-12
-        assert gap.max() <= 2e-4  # of the grid of chords
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_image_is_that_of_the_samples(kind, dtype):

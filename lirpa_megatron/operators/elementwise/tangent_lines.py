@@ -350,8 +350,7 @@ class Relaxation:
         })
         return side, torch.where(take, own, height)
 
-    # ------------------------------------------------------------------- infinite intervals
-
+    # ---------------------------------------------------------------- infinite intervals
     @torch.no_grad()
     def _far_lines(self, sign: int) -> Pair:
         """(slope, intercept) where an end is infinite or f overflows: a constant, or the slope k of
