@@ -360,9 +360,7 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
         C = None if identity else call.C.transpose(0, 1).to(self.schedule.dtype)
         shape, S = final.output_shape[1:], self.schedule.rows_of(final, C)
         spec_sharded = self._final_spec_sharded(final, identity, S)
-        bounds = self.schedule.run(
-            final, C, spec_sharded, call.lower, call.upper, directions=True
-        )
+        bounds = self.schedule.run(final, C, spec_sharded, call.lower, call.upper, directions=True)
         if not (self.sharded[final.name] and identity):
             # Replicated: what the alpha loop decides from them is decided by one rank's values.
             bounds.lower, bounds.upper = (

@@ -15,7 +15,13 @@ from ranks import pool
 from torch import nn
 from torch_functions import FUNCTIONS, WIDTH, Between
 
-from lirpa_megatron import METHODS, BoundedModule, parallelize
+from lirpa_megatron import (
+    METHODS,
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+    parallelize,
+)
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.elementwise import functions
 from lirpa_megatron.operators.elementwise.curves import Curve
@@ -313,3 +319,49 @@ def test_gradients_of_bounds_are_those_of_differences(name):
                 flat[i] -= sign * step
             slope = (values[0] - values[1]) / (2 * step)
             assert gradient.reshape(-1)[i].item() == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+
+def test_bounds_of_an_output_that_is_a_function_stay_in_its_range():
+    """A line through an interval leaves the range of the function; the output's bounds do not."""
+    lower, upper = torch.tensor([[-1.0, -4.0, 3.0]]), torch.tensor([[2.0, 6.0, 3.5]])
+    where = BoundedTensor((lower + upper) / 2, PerturbationLpNorm(x_L=lower, x_U=upper))
+    for function in (torch.sigmoid, torch.abs, lambda x: x.softmax(1)):
+        class Model(nn.Module):
+            def forward(self, x: torch.Tensor, function=function) -> torch.Tensor:
+                return function(x)
+
+        module = BoundedModule(Model(), where.data)
+        exact = module.compute_bounds(x=(where,), method="IBP")
+        for method in ("CROWN", "CROWN-Optimized"):
+            for got, want in zip(module.compute_bounds(x=(where,), method=method), exact,
+                                 strict=True):
+                torch.testing.assert_close(got.detach(), want, atol=1e-12, rtol=0)
+        only, _ = module.compute_bounds(x=(where,), method="CROWN", bound_upper=False)
+        torch.testing.assert_close(only.detach(), exact[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["tanh", "x * x", "log-sigmoid", "abs"])
+def test_alpha_finds_the_best_line_of_wide_intervals(name):
+    """One neuron: the best line below (or above) it is flat at the least (greatest) value, or
+    passes through an end; CROWN's own lines are far from there."""
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(1, 1)
+            self.last.weight.data.fill_(1.0)
+            self.last.bias.data.zero_()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(FUNCTIONS[name]()(x))
+
+    for ends in ((-6.0, 4.0), (-1.0, 3.0), (-5.0, 0.5)):
+        lower, upper = (torch.tensor([[x]]) for x in ends)
+        where = BoundedTensor((lower + upper) / 2, PerturbationLpNorm(x_L=lower, x_U=upper))
+        module = BoundedModule(Model(), where.data)
+        widths = [
+            (high - low).item()
+            for low, high in (module.compute_bounds(x=(where,), method=m)
+                              for m in ("IBP", "CROWN-Optimized"))
+        ]
+        # Below abs the best slope, 0, is where the gradient jumps: Adam goes back and forth.
+        assert widths[1] <= (1.04 if name == "abs" else 1.02) * widths[0], ends
