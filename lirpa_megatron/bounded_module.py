@@ -36,9 +36,8 @@ from lirpa_megatron.crown.options import (
 )
 from lirpa_megatron.crown.row_schedule import RowSchedule
 from lirpa_megatron.crown.sharded_nodes import mark_sharded
-from lirpa_megatron.operators import custom_operators
+from lirpa_megatron.operators import custom_operators, cut_with_range
 from lirpa_megatron.operators.context import CallState, GraphContext
-from lirpa_megatron.operators.elementwise.intervals import cut_with_range
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.parameters import own_value, widened
 from lirpa_megatron.parallel import spmd

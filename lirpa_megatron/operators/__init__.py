@@ -6,6 +6,7 @@ from lirpa_megatron.operators.attention.softmax import BoundLogSoftmax, BoundSof
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.elementwise.activations import BoundCurve, elementwise_operators
 from lirpa_megatron.operators.elementwise.extremes import BoundMaximum, BoundMinimum
+from lirpa_megatron.operators.elementwise.intervals import cut_with_range
 from lirpa_megatron.operators.elementwise.prelu import BoundPRelu
 from lirpa_megatron.operators.elementwise.product import BoundProduct
 from lirpa_megatron.operators.linear.borders import (
@@ -49,6 +50,7 @@ __all__ = [
     "BoundVocabularyMargins",
     "CUSTOM_OPS",
     "custom_operators",
+    "cut_with_range",
 ]
 
 CUSTOM_OPS: dict[str, type[auto_lirpa.Bound]] = {
