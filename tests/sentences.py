@@ -12,6 +12,8 @@ import checkpoints
 import torch
 import transformers
 
+from lirpa_megatron.cli.commands import main
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2)
 # Both classes of the random BERT are within reach: the bias of its binary head.
@@ -79,3 +81,29 @@ def wait_for_lines(path, count, process, seconds=120):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"no {count} lines in {path} after {seconds} s"
         time.sleep(0.05)
+
+
+QUICK = ("--attack-steps", 2, "--attack-restarts", 1, "--tolerance", 0.3)
+CERTIFY = ("--question", "certify", "--eps", 1e-4, "--attack-steps", 0)
+
+
+def write_job(folder):
+    """bert and gpt with their vocabularies; six sentences."""
+    save_checkpoint("bert", folder / "bert")
+    save_checkpoint("gpt", folder / "gpt")
+    write_lines(
+        folder / "data.jsonl", {"id": "first", "sentence": "w3 W7 unheard"}, {"text": "w4 w5"},
+        {"ids": [7, 3, 20, 11]}, {"sentence": "w9"}, {"sentence": "w1 w2 w3 w4 w5 w6 w7 w8"},
+        {"id": 6, "sentence": "w11 w12"},
+    )
+    return folder
+
+
+def verify(folder, *arguments, output=None, model="bert", data="data.jsonl"):
+    """Exit status, and results if there is an output."""
+    extra = ["--output", output] if output else []
+    status = main([
+        "verify", "--load", str(folder / model), "--data", str(folder / data),
+        *map(str, [*arguments, *extra]),
+    ])
+    return status, read(output) if output else None

@@ -7,6 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lirpa_megatron.verify.properties.vnnlib import parse_vnnlib
+
 MNIST_FC = Path(__file__).resolve().parents[2] / "shared" / "data" / "vnncomp2022_mnist_fc"
 needs_mnist_fc = pytest.mark.skipif(
     not MNIST_FC.is_dir(), reason="the published VNN-COMP networks (../shared/data) are not here"
@@ -64,3 +66,8 @@ def others_win(label, n_out):
     """Unsafe: another output is at least as large as the label's."""
     rows = [f"(and (>= Y_{j} Y_{label}))" for j in range(n_out) if j != label]
     return f"(or {' '.join(rows)})"
+
+
+def parse(unsafe, lower=(0.0, -1.0), upper=(1.0, 1.0), n_out=2):
+    """The property over a box whose outputs must not satisfy `unsafe`, as it is read."""
+    return parse_vnnlib(property_text(lower, upper, n_out, unsafe), "test")

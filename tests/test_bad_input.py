@@ -19,11 +19,7 @@ from lirpa_megatron.cli.commands import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
-@pytest.fixture(autouse=True)
-def unchanged_environment(monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
 
 @pytest.fixture(scope="module")

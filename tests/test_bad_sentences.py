@@ -12,20 +12,9 @@ from sentences import WORDS, save_checkpoint, write_lines
 
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel import runtime
 from lirpa_megatron.verify.properties.results import read_results
 
-
-@pytest.fixture(autouse=True)
-def unchanged_environment(monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    with runtime.session():
-        yield
+pytestmark = pytest.mark.usefixtures("unchanged_environment", "session")
 
 
 @pytest.fixture(scope="module")

@@ -2,88 +2,29 @@
 
 import json
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from onnx import helper
+from commands import CENTER, SIZES, largest_difference, read, torchrun, verify, write_instances
 from onnx.reference import ReferenceEvaluator
-from small_networks import (
-    MNIST_FC,
-    model,
-    needs_mnist_fc,
-    others_win,
-    property_text,
-    save,
-    stack,
-)
+from small_networks import MNIST_FC, needs_mnist_fc, others_win, property_text, save, stack
 
 from lirpa_megatron import __version__
 from lirpa_megatron.cli.commands import main
 
-ROOT = Path(__file__).resolve().parents[1]
-SIZES = [4, 8, 8, 3]
-CENTER = [0.2, -0.4, 0.6, 0.1]
 FIELDS = {
     "network", "property", "result", "method", "lower_bounds", "tensor_parallel", "seconds",
     "counterexample",
 }
 
-
-@pytest.fixture(autouse=True)
-def unchanged_environment(monkeypatch):
-    """The command line silences its libraries for the whole process; undone after each test."""
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """net.onnx, properties of growing radius around a point, and instances.csv."""
-    folder = tmp_path_factory.mktemp("cli")
-    proto = stack(SIZES)
-    save(proto, folder / "net.onnx")
-    center = np.array([CENTER], dtype="float32")
-    label = int(ReferenceEvaluator(proto).run(None, {"x": center})[0].argmax())
-    for name, eps in (("small", 0.01), ("middle", 0.2), ("large", 3.0)):
-        box = [v - eps for v in CENTER], [v + eps for v in CENTER]
-        text = property_text(*box, 3, others_win(label, 3))
-        (folder / f"{name}.vnnlib").write_text(text)
-    rows = [f"net.onnx,{name}.vnnlib,60\n" for name in ("small", "middle", "large")]
-    (folder / "instances.csv").write_text("".join(rows))
-    return folder
-
-
-def verify(*arguments, output=None):
-    """Exit status and results of `verify` in this process."""
-    extra = ["--output", str(output)] if output else []
-    status = main(["verify", *map(str, arguments), *extra])
-    return status, read(output) if output else None
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def torchrun(size, *arguments, timeout=300):
-    """The command under torchrun; stdout and stderr as text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += ["--standalone", "-m", "lirpa_megatron", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=timeout
-    )
-
-
-def largest_difference(first, second):
-    """Relative to the largest bound of each instance."""
-    pairs = [(np.array(a["lower_bounds"]), np.array(b["lower_bounds"])) for a, b in
-             zip(first, second, strict=True)]
-    return max((abs(a - b) / max(1.0, abs(a).max())).max() for a, b in pairs)
+    return write_instances(tmp_path_factory.mktemp("cli"))
 
 
 def test_small_ball_holds_and_large_one_has_a_counterexample(folder, tmp_path):
@@ -268,190 +209,6 @@ def test_the_directory_of_an_iteration_is_that_iteration(folder, tmp_path, monke
     assert main(["inspect", str(out / "iter_0000436"), "--iteration", "436"]) == 0
     assert main(["inspect", str(out / "iter_0000001")]) == 2
     assert "iter_0000001 is not a directory" in capsys.readouterr().err
-
-
-# instances.csv.
-
-
-@pytest.fixture(scope="module")
-def two(folder, tmp_path_factory):
-    """a/net.onnx, for which the property holds, and b/net.onnx, for which it does not."""
-    two = tmp_path_factory.mktemp("two")
-    for name, bound in (("a", 10.0), ("b", -10.0)):
-        (two / name).mkdir()
-        proto = stack(SIZES)
-        proto.graph.initializer[-1].raw_data = np.array([0, 0, bound], "float32").tobytes()
-        save(proto, two / name / "net.onnx")
-    box = [v - 0.01 for v in CENTER], [v + 0.01 for v in CENTER]
-    (two / "p.vnnlib").write_text(property_text(*box, 3, "(<= Y_2 0.0)"))
-    (two / "i.csv").write_text("a/net.onnx,p.vnnlib,60\nb/net.onnx,p.vnnlib,60\n")
-    return two
-
-
-def test_rows_are_of_a_file_not_of_a_name(two, tmp_path, capsys):
-    _, results = verify("--instances", two / "i.csv", output=tmp_path / "r.jsonl")
-    assert [(r["network"], r["result"]) for r in results] == [("a/net", "unsat"), ("b/net", "sat")]
-    assert [r["network_file"] for r in results] == ["a/net.onnx", "b/net.onnx"]
-    for name, result in (("a", "unsat"), ("b", "sat")):
-        path = two / "x" / ".." / name / "net.onnx"
-        (two / "x").mkdir(exist_ok=True)
-        arguments = ("--onnx", path, "--instances", two / "i.csv")
-        _, (only,) = verify(*arguments, output=tmp_path / f"{name}.jsonl")
-        assert (only["network"], only["result"]) == ("net", result)
-    save(stack(SIZES), tmp_path / "net.onnx")
-    assert verify("--onnx", tmp_path / "net.onnx", "--instances", two / "i.csv")[0] == 2
-    assert "no rows for network" in (told := capsys.readouterr().err) and "a/net.onnx" in told
-    assert main(["import-onnx", str(two / "a" / "net.onnx"), str(tmp_path / "ckpt")]) == 0
-    capsys.readouterr()
-    assert verify("--load", tmp_path / "ckpt", "--instances", two / "i.csv")[0] == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "several files with that name: a/net.onnx, b/net.onnx" in line
-
-
-def test_resume_tells_files_of_one_name_apart(two, tmp_path):
-    """Also in one folder after the other: the name alone is the same then."""
-    output = tmp_path / "r.jsonl"
-    for name in "ab":
-        (two / f"{name}.csv").write_text(f"{name}/net.onnx,p.vnnlib,60\n")
-        _, results = verify("--instances", two / f"{name}.csv", "--resume", output=output)
-    assert [r["result"] for r in results] == ["unsat", "sat"]
-    before = output.read_bytes()
-    verify("--instances", two / "a.csv", "--resume", output=output)
-    assert output.read_bytes() == before
-
-
-def test_rows_of_instances_are_read_as_they_are_met(folder, tmp_path):
-    csv = tmp_path / "i.csv"
-    net, small = folder / "net.onnx", folder / "small.vnnlib"
-    link = tmp_path / "deep" / "er"
-    link.mkdir(parents=True)
-    (link / "net.onnx").write_bytes(net.read_bytes())
-    csv.write_bytes((
-        "\ufeffnetwork,property,timeout\r\n# a comment\r\n"
-        f" {net} , {small} , inf \r\n./deep/er/net.onnx,{small}\r\n\r\n"
-        f'"[(\'f\', \'{net}\')]",{small},60 # slow\r\n[(f,{net})],{small},\r\n'
-        f"deep/../deep/er/net.onnx,{small},1e3"
-    ).encode())
-    status, results = verify("--instances", csv, output=tmp_path / "r.jsonl")
-    assert status == 0 and [r["result"] for r in results] == ["unsat"] * 5
-    csv.write_bytes(csv.read_bytes().replace(b"\r\n", b"\r"))
-    assert len(verify("--instances", csv, output=tmp_path / "r.jsonl")[1]) == 5
-
-
-WRONG_ROWS = {
-    "property": ("net.onnx,nothing.vnnlib,60", "property file .*nothing.vnnlib does not exist"),
-    "network": ("nothing.onnx,small.vnnlib,60", "network file .*nothing.onnx does not exist"),
-    "folder": ("net.onnx,.,60", "property .* is not a regular file"),
-    "seconds": ("net.onnx,small.vnnlib,soon", "'soon' is not a number of seconds"),
-    "no time": ("net.onnx,small.vnnlib,0", "time limit 0 must be positive"),
-    "NaN": ("net.onnx,small.vnnlib,nan", "time limit nan must be positive"),
-    "one cell": ("net.onnx", "expected network,property,seconds, found 'net.onnx'"),
-    "other separators": ("net.onnx;small.vnnlib;60", "expected network,property,seconds"),
-    "no network": (",small.vnnlib,60", "expected network,property,seconds"),
-    "four cells": ("net.onnx,small.vnnlib,60,1", "expected network,property,seconds"),
-    "two networks": ("\"[('f', 'net.onnx'), ('g', 'net.onnx')]\",small.vnnlib,60",
-                     "it asks about 2 networks"),
-    "two without quotes": ("[(f,net.onnx),(g,net.onnx)],small.vnnlib,60", "about 2 networks"),
-    "no networks": ("[],small.vnnlib,60", "neither a network nor a list"),
-}
-
-
-def test_a_row_that_is_wrong_is_an_error_and_the_others_go_on(folder, tmp_path, capsys):
-    csv = folder / "wrong.csv"
-    rows = ["net.onnx,small.vnnlib,60", *(row for row, _ in WRONG_ROWS.values())]
-    csv.write_text("\n".join([*rows, "net.onnx,small.vnnlib,60"]))
-    status, results = verify("--instances", csv, output=tmp_path / "r.jsonl")
-    assert status == 1
-    words = [r["result"] for r in results]
-    assert words == ["unsat", *["error"] * len(WRONG_ROWS), "unsat"]
-    for line, (result, (_, message)) in enumerate(
-        zip(results[1:-1], WRONG_ROWS.values(), strict=True), start=2
-    ):
-        assert re.search(f"wrong.csv, line {line}: .*{message}", result["error"]), result["error"]
-    capsys.readouterr()
-    csv.write_text("\n".join(rows[1:3]))  # nothing can be done
-    assert verify("--instances", csv)[0] == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "wrong.csv, line 1: " in line and "1 more row" in line
-    # With a named network the rows of others do not matter.
-    csv.write_text("nothing.onnx,nothing.vnnlib,60\nnet.onnx,small.vnnlib,60\n")
-    arguments = ("--onnx", folder / "net.onnx", "--instances", csv)
-    assert verify(*arguments, output=tmp_path / "r.jsonl")[0] == 0
-
-
-# Counterexamples.
-
-
-def linear(weight, bias, dtype="float32"):
-    """A network of one layer, y = weight x + bias."""
-    weight = np.array([[weight]], dtype)
-    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)
-    return model([node], {"w": weight, "b": np.array([bias], dtype)}, 1, 1, dtype)
-
-
-def verified(tmp_path, proto, text, *arguments):
-    save(proto, tmp_path / "net.onnx")
-    (tmp_path / "p.vnnlib").write_text(text)
-    arguments = ("--onnx", tmp_path / "net.onnx", "--vnnlib", tmp_path / "p.vnnlib", *arguments)
-    _, (result,) = verify(*arguments, output=tmp_path / "r.jsonl")
-    return result
-
-
-def test_a_constant_that_float32_rounds_makes_no_counterexample(tmp_path):
-    """y is at most 1, the property asks for 1 + 1e-9, which float32 rounds to 1."""
-    text = property_text([0.0], [1.0], 1, "(>= Y_0 1.000000001)")
-    result = verified(tmp_path, linear(1.0, 0.0), text)
-    assert result["result"] in ("unknown", "unsat") and result["counterexample"] is None
-    text = property_text([0.0], [1.0], 1, "(>= Y_0 1.0)")
-    result = verified(tmp_path, linear(1.0, 0.0), text)
-    assert result["result"] == "sat" and result["violation"] == 0.0
-    text = property_text([0.0], [1.0], 1, "(> Y_0 1.0)")
-    result = verified(tmp_path, linear(1.0, 0.0), text)
-    assert result["result"] != "sat"  # a strict comparison is checked as one
-
-
-def test_a_violation_within_rounding_is_said_not_sat(tmp_path):
-    """0.1 x + 0.7 in float32 is above its float64 value at x = 1, by 1e-8."""
-    exact = float(np.float32(0.1)) + float(np.float32(0.7))
-    rounded = float(np.float32(0.1) + np.float32(0.7))
-    assert exact < rounded < exact + 3e-8
-    middle = (exact + rounded) / 2
-    text = property_text([1.0], [1.0], 1, f"(>= Y_0 {middle!r})")
-    result = verified(tmp_path, linear(0.1, 0.7), text)
-    assert result["result"] == "unknown" and "not beyond rounding" in result["note"]
-    text = property_text([1.0], [1.0], 1, f"(>= Y_0 {exact - 1e-6!r})")
-    result = verified(tmp_path, linear(0.1, 0.7), text)
-    assert result["result"] == "sat"
-    assert result["float64_violation"] == pytest.approx(1e-6, rel=1e-3)
-    assert result["violation"] == pytest.approx(1e-6 + rounded - exact, rel=1e-3)
-    page = tmp_path / "report.html"
-    assert main(["report", str(tmp_path / "r.jsonl"), "--output", str(page)]) == 0
-    assert "1e-06 in float64" in page.read_text()
-
-
-def test_counterexamples_lie_in_the_box_as_it_is_written(tmp_path):
-    """0.1 is no float32: the network reads the nearest one, and the point is written as 0.1."""
-    text = property_text([0.1], [0.1], 1, "(>= Y_0 0.0)")
-    result = verified(tmp_path, linear(1.0, 0.0), text)
-    assert result["result"] == "sat" and result["counterexample"] == [0.1]
-    text = property_text([0.1], [0.3], 1, "(or (<= Y_0 0.10001) (>= Y_0 0.29999))")
-    text = text.replace("(>= X_0", "(> X_0")  # which leaves 0.1 itself out
-    result = verified(tmp_path, linear(1.0, 0.0), text)
-    (x,) = result["counterexample"]
-    assert result["result"] == "sat" and 0.1 < x <= 0.3 and np.float32(x) == x
-
-
-def test_a_counterexample_is_one_of_the_network_as_it_is_stored(tmp_path):
-    """float16: 0.1 x is 0.2998 at x = 3, and 0.29993 of the same weights in float32."""
-    stored, exact = float(np.float16(0.1) * np.float16(3)), float(np.float16(0.1)) * 3
-    assert stored < exact
-    text = property_text([3.0], [3.0], 1, f"(>= Y_0 {(stored + exact) / 2!r})")
-    result = verified(tmp_path, linear(0.1, 0.0, "float16"), text)
-    assert result["result"] == "unknown" and result["stored_dtype"] == "float16"
-    assert result["dtype"] == "float32"
-    text = property_text([3.0], [3.0], 1, f"(>= Y_0 {stored - 1e-3!r})")
-    result = verified(tmp_path, linear(0.1, 0.0, "float16"), text)
-    assert result["result"] == "sat" and result["violation"] == pytest.approx(1e-3, rel=1e-9)
 
 
 def test_what_holds_whatever_the_network_does_is_said(folder, tmp_path, capsys):

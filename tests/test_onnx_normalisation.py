@@ -28,11 +28,7 @@ from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 W1, B1, W2 = numbers(16, 1), numbers(16), numbers(1, 16)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    with runtime.session():
-        yield
+pytestmark = pytest.mark.usefixtures("session")
 
 
 def behind(nodes, constants, width=1, **options):
@@ -247,7 +243,6 @@ def test_comparing_outputs_of_a_softmax_is_comparing_what_enters_it(op, tmp_path
 
 
 def _bounds_of(proto_bytes, folder):
-    from lirpa_megatron.parallel import runtime
     from lirpa_megatron.verify.properties.loading import load
 
     group = runtime.tp_group()

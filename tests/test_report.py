@@ -22,12 +22,7 @@ from lirpa_megatron.report.summary import (
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
-@pytest.fixture(autouse=True)
-def unchanged_environment(monkeypatch):
-    """The command line silences its libraries for the whole process; undone after each test."""
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
 
 def only_group(results):

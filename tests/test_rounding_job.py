@@ -22,22 +22,10 @@ from lirpa_megatron import perturb_tokens
 from lirpa_megatron.adapters.embeddings import off_sums
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel import runtime
 
 EPS = 0.125
 
-
-@pytest.fixture(autouse=True)
-def unchanged_environment(monkeypatch):
-    """The command line silences its libraries for the whole process; undone after each test."""
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    with runtime.session():
-        yield
+pytestmark = pytest.mark.usefixtures("unchanged_environment", "session")
 
 
 def text(value: Fraction) -> str:

@@ -45,11 +45,7 @@ def answer(task, ids=IDS, substitutes=None, seconds=None, built=None, **options)
     verifier = SentenceVerifier(model, made, settings, runtime.tp_group())
     return verifier.verify(ids, PLACES, None, substitutes or {}, seconds)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    with runtime.session():
-        yield
+pytestmark = pytest.mark.usefixtures("session")
 
 
 @pytest.fixture(scope="module")
