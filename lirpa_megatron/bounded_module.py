@@ -81,8 +81,8 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
         verbose: bool = False,
         custom_ops: Mapping[str, type] | None = None,
     ) -> None:
-        context = GraphContext(collectives_of(model), self.get_forward_value)
         own, host_opts = OwnOptions.split(bound_opts)
+        context = GraphContext(collectives_of(model), self.get_forward_value, own.tuning)
         with spmd.guard(context.collectives.group, "BoundedModule"):
             check_options(host_opts)
             object.__setattr__(self, "own_options", own)

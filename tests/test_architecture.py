@@ -53,7 +53,7 @@ def test_the_engine_knows_operators_by_what_they_declare():
     """It imports their contract, what they are given and what they return; no operator's class."""
     allowed = {
         "operators", "operators.context", "operators.coefficients", "operators.operator",
-        "operators.numerics", "operators.parameters", "operators.affine.form",
+        "operators.numerics", "operators.parameters", "operators.affine.form", "operators.tuning",
     }
     for path in [*(PACKAGE / "crown").glob("*.py"), PACKAGE / "bounded_module.py"]:
         used = {m.removeprefix("lirpa_megatron.") for m in imports(path)}

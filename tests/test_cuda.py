@@ -111,7 +111,7 @@ def _rank(rank, size, folder):
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from lirpa_megatron.crown import row_schedule
+    from lirpa_megatron.operators.tuning import Tuning
 
     torch.cuda.set_device(0)
     dist.init_process_group(
@@ -120,8 +120,8 @@ def _rank(rank, size, folder):
     )
     parallel_state.initialize_model_parallel(size)
     found = {name: _bounds(name, "cuda") for name in NETS}
-    row_schedule._WORTH = {"cuda": 2}  # two chunks take turns
-    turns = {**OPTIONS, "max_spec_rows": 12, "moves": "A"}
+    tuning = Tuning(turn={"cuda": 2})  # two chunks take turns
+    turns = {**OPTIONS, "tuning": tuning, "max_spec_rows": 12, "moves": "A"}
     found |= {f"{name} in turns": _bounds(name, "cuda", turns) for name in ("mlp", "gpt")}
     torch.save(found, f"{folder}/rank{rank}.pt")
     parallel_state.destroy_model_parallel()

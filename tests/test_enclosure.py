@@ -9,7 +9,6 @@ import pytest
 import torch
 from models import drawn
 
-from lirpa_megatron.operators.affine import products
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.affine.products import (
     Pairs,
@@ -82,20 +81,20 @@ def test_reaches_of_pairs_hold(norm):
 
 
 @pytest.mark.parametrize("queries", [2, 3])
-def test_pairs_of_several_queries_at_once_have_the_same_ranges(queries, monkeypatch):
+def test_pairs_of_several_queries_at_once_have_the_same_ranges(queries):
     a, b = _form(2, 1, 3, 4, seed=1, slack=0.1), _form(2, 1, 5, 4, seed=2, slack=0.2)
     scores = _form(2, 1, 3, 5, seed=5, slack=0.3)
     p, rows = torch.softmax(drawn(2, 1, 3, 5, seed=6), -1), drawn(7, 2, 1, 3, 4, seed=7)
     rows[:, :, :, 1] = 0
 
-    def found():
-        pairs = Pairs.of(b, p, scores, [5, 3, 4])
-        return *product_range(a, b), *(x[..., :3] for x in pairs.reaches(rows)), pairs.size[..., :3]
+    def found(at_once=1):
+        pairs = Pairs.of(b, p, scores, [5, 3, 4], at_once)
+        reaches = (x[..., :3] for x in pairs.reaches(rows))
+        return *product_range(a, b, at_once), *reaches, pairs.size[..., :3]
 
-    expected = found()
-    monkeypatch.setattr(products, "_AT_ONCE", {"cpu": queries * b.A.numel()})
-    assert len(Pairs.of(b, p, scores, [5, 3, 4]).Q) < 3
-    for one, other in zip(expected, found(), strict=True):
+    at_once = queries * b.A.numel()
+    assert len(Pairs.of(b, p, scores, [5, 3, 4], at_once).Q) < 3
+    for one, other in zip(found(), found(at_once), strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 

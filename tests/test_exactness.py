@@ -29,7 +29,7 @@ from ranks import pool
 
 from lirpa_megatron import METHODS, BoundedModule, parallelize
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown import row_schedule
+from lirpa_megatron.operators.tuning import Tuning
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 BATCH, ROWS = 3, 5
@@ -46,6 +46,7 @@ NETS = {
     "an activation reads the input": Net(act_first=True),
     "stable neurons": Net(hidden=(16, 12, 16), bias_scale=2.0),
 }
+IN_TURNS = Tuning(turn={"cpu": 1})
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "chunks": {"max_spec_rows": 3},
@@ -57,6 +58,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weights move, in chunks": {"final_rows": "own", "moves": "weights", "max_spec_rows": 2},
     "every neuron": {"sparse_intermediate_bounds": False},
     "alpha of some rows": {"sparse_spec_alpha": True},
+    "own rows in turns": {"final_rows": "own", "tuning": IN_TURNS},
+    "A moves, in turns": {"final_rows": "own", "moves": "A", "tuning": IN_TURNS},
 }
 _SPREAD = ("chunks", "own rows", "own rows in chunks", "A moves", "weights move")
 
@@ -269,23 +272,15 @@ def test_options_that_spread_the_rows_do_not_change_the_bounds(options, tp):
     compare(NETS["mixed"], [Case("CROWN-Optimized", tp == 1, options)], min(tp, 2))
 
 
-def bounds_in_turns(*args: Any) -> list:
-    """`sharded_bounds` with chunks that take turns, however few their rows are."""
-    before, row_schedule._WORTH = row_schedule._WORTH, {"cpu": 1}
-    try:
-        return sharded_bounds(*args)
-    finally:
-        row_schedule._WORTH = before
-
-
 @pytest.mark.parametrize("turns", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_chunks_that_take_turns_and_passes_that_move_both_have_the_same_bounds(turns):
     # Weights cannot move through tanh, so that in one pass both move.
     net = Net(acts=("relu", "tanh", "relu"), hidden=(12, 16, 12))
-    which = ("A moves", "own rows") if turns else ("weights move", "weights move, in chunks")
+    which = ("weights move", "weights move, in chunks")
+    if turns:  # however few the rows of a chunk are
+        which = ("A moves, in turns", "own rows in turns")
     cases = [Case("CROWN", C, options) for C in (False, True) for options in which]
-    run = bounds_in_turns if turns else sharded_bounds
-    results = pool(2).run(run, net, cases, torch.float64)
+    results = pool(2).run(sharded_bounds, net, cases, torch.float64)
     for i, case in enumerate(cases):
         want, _ = plain_bounds(net, without_options(case), torch.float64)
         for result in results:

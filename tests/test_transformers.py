@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -25,9 +26,8 @@ from lirpa_megatron import (
     perturb_tokens,
 )
 from lirpa_megatron.adapters.traceable import traceable
-from lirpa_megatron.operators import relaxed
-from lirpa_megatron.operators.affine import form
 from lirpa_megatron.operators.norm import norm
+from lirpa_megatron.operators.tuning import Tuning
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDS = ("IBP", "CROWN-IBP", "CROWN")
@@ -229,12 +229,9 @@ def _in_positions(name):
 
 def _position_by_position(name):
     """Bounds with the form of each position and each side by itself, but all queries at once."""
-    before = norm._PART, relaxed._FEW, form._AT_ONCE
-    norm._PART, relaxed._FEW, form._AT_ONCE = {"cpu": 0}, 0, {"cpu": 2**26}
-    try:
-        return _bounds(*_in_positions(name))
-    finally:
-        norm._PART, relaxed._FEW, form._AT_ONCE = before
+    *run, options = _in_positions(name)
+    tuning = Tuning(whole_form={"cpu": 0}, few=0, pairs={"cpu": 2**26})
+    return _bounds(*run, {**options, "tuning": tuning})
 
 
 @pytest.mark.parametrize("name", ["gpt", pytest.param("bert", marks=_SLOW)])
@@ -253,12 +250,9 @@ def _dealt(name):
             super().__init__(*args)
             dealt.append(self)
 
-    before = norm._PART, norm.RoundRobinTensors
-    norm._PART, norm.RoundRobinTensors = {"cpu": 0}, Counted
-    try:
-        found = _bounds(name, torch.float64, ("CROWN",), 0.01, {"form_memory": 0})
-    finally:
-        norm._PART, norm.RoundRobinTensors = before
+    options = {"form_memory": 0, "tuning": Tuning(whole_form={"cpu": 0})}
+    with mock.patch.object(norm, "RoundRobinTensors", Counted):
+        found = _bounds(name, torch.float64, ("CROWN",), 0.01, options)
     return found, len(dealt)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.limits import FORM_LIMIT
+from lirpa_megatron.operators.tuning import Tuning
 
 METHODS = ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized")
 """Methods of `compute_bounds`, from the cheapest on; auto_LiRPA's other spellings of them are
@@ -83,6 +84,9 @@ class OwnOptions:
     models that are too large to run; nothing then shows that the bounds describe this model."""
     check_live_every: int = 100
     """In training, the check runs only in every so many calls of `compute_bounds`."""
+    tuning: Tuning = field(default_factory=Tuning)
+    """Sizes from which on work is cut in another way. Cannot be changed once the module is built.
+    """
 
     def __post_init__(self) -> None:
         limit = self.max_spec_rows
@@ -164,10 +168,12 @@ def check_set_later(old: OwnOptions, new: OwnOptions) -> None:
     Raises:
         ValueError: naming the option.
     """
-    if new.rounding != old.rounding:
-        raise ValueError(
-            f"rounding is {old.rounding!r} in this BoundedModule: build another one to change it"
-        )
+    for name in ("rounding", "tuning"):
+        value = getattr(old, name)
+        if getattr(new, name) != value:
+            raise ValueError(
+                f"{name} is {value!r} in this BoundedModule: build another one to change it"
+            )
 
 
 def check_method(method: str | None) -> str:

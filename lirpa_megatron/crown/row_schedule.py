@@ -29,10 +29,6 @@ from lirpa_megatron.operators.coefficients import IdentityRows, RowBounds
 from lirpa_megatron.operators.operator import Operator
 from lirpa_megatron.rounding.forms import with_errors
 
-_WORTH = {"cuda": 128}
-"""Rows of A that are worth a chunk of their own, by the type of device; never where there is none:
-on a CPU transfers compete for the cores that compute (docs/measurements.md)."""
-
 
 @dataclass
 class Bounds:
@@ -146,10 +142,10 @@ class RowSchedule:
         Where only A moves two chunks do, so that one is computed while the other's rows are under
         way. Weights would be fetched twice as often; they are fetched ahead instead.
         """
-        worth = _WORTH.get(torch.device(self.graph.device).type, math.inf)
+        turn, device = self.graph.context.tuning.turn, torch.device(self.graph.device).type
         half = -(-limit // 2)
         moves = RowPlacement.GATHERED in plan.rows.values() and not plan.moved
-        turns = moves and half >= worth and not torch.is_grad_enabled()
+        turns = moves and half >= turn.get(device, math.inf) and not torch.is_grad_enabled()
         return (half, 2) if turns else (limit, 1)
 
     def _memory(self) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
+from lirpa_megatron.operators.tuning import Tuning
 from lirpa_megatron.parallel.collectives import Collectives
 
 _NO_COLUMNS: Mapping[str, torch.Tensor] = {}
@@ -29,6 +30,8 @@ class GraphContext:
     """The guarded mappings of the model's tensor-parallel group."""
     value_of: Callable[[Any], torch.Tensor]
     """A node's value at the clean input."""
+    tuning: Tuning = field(default_factory=Tuning)
+    """Sizes from which on operators and passes cut their work in another way."""
     sharded: dict[str, bool] = field(default_factory=dict)
     """Node name -> whether its value is feature-sharded; filled when the graph is complete."""
     calls: list[Callable[..., Any]] = field(default_factory=list)

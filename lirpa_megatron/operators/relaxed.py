@@ -13,9 +13,6 @@ from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import CallState, Visit
 from lirpa_megatron.operators.optimizable import OptimizableOperator
 
-_FEW = 2**14
-"""Numbers of A up to which, on a CPU, both sides are bounded in one call."""
-
 
 class RowRelaxed(OptimizableOperator):
     """y of several inputs, bounded from below row by row; from above by minus the bound of -A.
@@ -66,7 +63,7 @@ class RowRelaxed(OptimizableOperator):
         """A and bias of both sides. Shapes: see the class; a bias is [R, B]."""
         shared = self.relaxation_at(visit)
         moves = [self.move(visit, side) for side in (0, 1)]
-        blocks = rows_below(A)
+        blocks = rows_below(A, self.context.tuning.few)
         answers = visit.answers or (None,) * len(blocks)
         if A.lower is not None and A.upper is not None and len(blocks) == 1:
             R, move = len(blocks[0]) // 2, None
@@ -93,17 +90,17 @@ class RowRelaxed(OptimizableOperator):
         )
 
 
-def rows_below(A: LowerUpper) -> list[torch.Tensor]:
+def rows_below(A: LowerUpper, few: int) -> list[torch.Tensor]:
     """Rows a of which <a, y> is bounded from below: A's lower side and minus its upper side, in one
-    block where they are few."""
+    block where they are few (`Tuning.few`)."""
     lower, upper = (None if side is None else dense(side) for side in A)
-    if lower is not None and upper is not None and _are_few(lower):
+    if lower is not None and upper is not None and _are_few(lower, few):
         return [torch.cat((lower, -upper))]
     found = [lower, None if upper is None else -upper]
     return [rows for rows in found if rows is not None]
 
 
-def _are_few(A: torch.Tensor) -> bool:
+def _are_few(A: torch.Tensor, few: int) -> bool:
     """Whether rows of both sides are bounded together: where starting an operator is its cost."""
-    return A.device.type != "cpu" or A.numel() <= _FEW
+    return A.device.type != "cpu" or A.numel() <= few
 

@@ -21,10 +21,6 @@ from lirpa_megatron.arithmetic.near import Near, chosen, exact
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 
-_AT_ONCE = {"cpu": 1, "cuda": 2**26}
-"""Coefficients of pairs that are made at once, by type of device: on a CPU those of one query; a
-GPU would wait for the many small operators."""
-
 
 def _weights(*squares: torch.Tensor) -> torch.Tensor:
     """(sum D) / D_n from the squared sizes [..., N] of the columns of several matrices.
@@ -37,7 +33,9 @@ def _weights(*squares: torch.Tensor) -> torch.Tensor:
     return D.sum(-1, keepdim=True) / D
 
 
-def product_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Tensor]:
+def product_range(
+    a: AffineForm, b: AffineForm, at_once: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Bounds of <delta a_i, delta b_j> for all i and j; delta is the deviation from the center.
 
     With A' and B' the matrices over the unit ball of the ellipsoid (A' = A D^-1/2 (sum D)^1/2), for
@@ -51,6 +49,7 @@ def product_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Ten
     Args:
         a: [*lead, T, d].
         b: [*lead, U, d].
+        at_once: coefficients of pairs that are made at once; at least those of one query are.
 
     Returns:
         (lower, upper), each [*lead, T, U].
@@ -58,7 +57,7 @@ def product_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Ten
     # Not of all queries: the weighted coefficients of all pairs would fill the memory.
     pairs = [
         _pairs_range(own, b.A, a.norm)
-        for own in a.A.split(_queries_at_once(b.A), -3)
+        for own in a.A.split(_queries_at_once(b.A, at_once), -3)
     ]
     lower, upper = (torch.cat(bounds, -2) for bounds in zip(*pairs, strict=True))
     slack = a.reach() @ b.slack.transpose(-1, -2)
@@ -66,9 +65,9 @@ def product_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Ten
     return lower - slack, upper + slack
 
 
-def _queries_at_once(A: torch.Tensor) -> int:
+def _queries_at_once(A: torch.Tensor, at_once: int) -> int:
     """How many queries to look at together, each with all that A has the coefficients of."""
-    return max(1, _AT_ONCE.get(A.device.type, 1) // max(1, A.numel()))
+    return max(1, at_once // max(1, A.numel()))
 
 
 def _pairs_range(
@@ -173,15 +172,16 @@ class Pairs:
     @classmethod
     def of(
         cls, values: AffineForm, p: torch.Tensor, scores: AffineForm | None,
-        keys: Sequence[int] | None = None,
+        keys: Sequence[int] | None = None, at_once: int = 1,
     ) -> Pairs:
         """Of values [B, n, U, d], weights p [B, n, T, U] and, if known, scores [B, n, T, U].
 
         Args:
             values, p, scores: as above.
             keys: how many of the first keys are of interest, for each query (None: all).
+            at_once: as in `product_range`.
         """
-        rows, every, step = [], p.shape[-1], _queries_at_once(values.A)
+        rows, every, step = [], p.shape[-1], _queries_at_once(values.A, at_once)
         for i in range(0, p.shape[-2], step):
             own = p[..., i : i + step, :]  # [B, n, G, U]
             K = every if keys is None else max(keys[i : i + step])

@@ -93,7 +93,7 @@ class BoundScores(RowRelaxed):
             a = forms[0].view(lambda x: self._queries(x, groups))
             b = forms[1].view(lambda x: self._keys(x).expand(*x.shape[:-2], *dq.shape[-4:-2],
                                                              *dk.shape[-2:]))
-            least, most = product_range(a, b)
+            least, most = product_range(a, b, self.context.tuning.pairs_at_once(b.A))
             low = torch.where(least > low, least, low)  # also where `least` is NaN
             high = torch.where(most < high, most, high)
         return q0, k0, dq, dk, low, high, box

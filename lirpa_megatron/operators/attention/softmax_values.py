@@ -196,7 +196,10 @@ class BoundSoftmaxValues(RowRelaxed):
             alpha = None if scores is None else scores.form
             of_interest = maybe_nonzero(p0) | (least < p0) | (highest > p0)
             values = form.view(lambda x: self._values(x, heads))
-            pairs = Pairs.of(values, p0, alpha, self._keys_of_interest(of_interest))
+            pairs = Pairs.of(
+                values, p0, alpha, self._keys_of_interest(of_interest),
+                self.context.tuning.pairs_at_once(values.A),
+            )
             if alpha is not None:
                 p = scores.rows if isinstance(s0, Near) else p0
                 shift = (alpha.center - s0 + (p * s0).sum(-1, keepdim=True)).abs()

@@ -16,10 +16,6 @@ from lirpa_megatron.operators.numerics import mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed, rows_below
 from lirpa_megatron.parallel.round_robin import RoundRobinTensors
 
-_PART = {"cpu": 2**16}
-"""Forms of more numbers are used position by position, by type of device: what fits a processor's
-cache is faster there; a GPU would wait for the many small operators."""
-
 
 class BoundNorm(NormPlanes, RowRelaxed):
     """y = gamma * z * r(z) + beta with z = P x and r(z) = (|z|^2 / d + eps)^(-1/2).
@@ -150,7 +146,8 @@ class BoundNorm(NormPlanes, RowRelaxed):
         """w, one for each row and vector of x: with its range s = <w, x> is known better."""
         *_, gamma, _ = self.relaxation_at(visit)
         return [
-            self._project(self._split(rows) * gamma).flatten(2, -2) for rows in rows_below(A)
+            self._project(self._split(rows) * gamma).flatten(2, -2)
+            for rows in rows_below(A, self.context.tuning.few)
         ]
 
     def numbers_at_once(self, batch: int, form_columns: int | None, call: CallState) -> int:
@@ -161,7 +158,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
     def _is_in_parts(self, form: AffineForm, call: CallState) -> bool:
         """Whether a form is used position by position: a large one, and one that ranks share."""
         A = form.A
-        if A.numel() > _PART.get(A.device.type, math.inf):
+        if A.numel() > self.context.tuning.whole_form.get(A.device.type, math.inf):
             return True
         if call.rereads or A.device.type == "cpu":
             return False
