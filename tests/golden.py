@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import test_exactness as mlp
-import test_transformers as language
+import network_cases as mlp
 import torch
+import transformer_cases as language
 import transformers
 from models import HOSTS_OWN, build, region, specification
 from ranks import pool
@@ -66,7 +66,7 @@ def of_network(name: str, option: str) -> dict[str, Any]:
 def of_transformer(name: str) -> dict[str, Any]:
     """Bounds by every method, and gradients of CROWN-IBP's lower bound; on each rank."""
     torch.set_default_dtype(torch.float64)
-    model, view, further = language._build(name, torch.float64)
+    model, view, further = language.build_case(name, torch.float64)
     view.eval()
     inputs = perturb_tokens(view, transformers.tokens()[0], eps=0.01, **further)
     bounded = BoundedModule(view, inputs, bound_opts={"optimize_bound_args": language.ALPHA})
