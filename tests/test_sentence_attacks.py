@@ -1,11 +1,59 @@
 """Searches for the largest radius, and attacks within it and on words."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lirpa_megatron.verify.sentences import attack, search
+
+
+@given(
+    clean=st.floats(1e-3, 1e3), linear=st.floats(1e-6, 1e3), bend=st.floats(0, 100),
+    tolerance=st.floats(1e-3, 0.3),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_certified_radius_was_proved_and_the_next_one_was_not(clean, linear, bend, tolerance):
+    tried = {}
+
+    def margin_at(radius):
+        """Convex as bounds are: falls faster than the tangent, and is lost altogether far off."""
+        value = clean * (1 - radius / linear - bend * (radius / linear) ** 2)
+        tried[radius] = value if value > -9 * clean else -math.inf
+        return tried[radius]
+
+    found = search.largest_certified(margin_at, clean, linear, tolerance)
+    assert tried[found] > 0
+    assert any(found < r <= found * (1 + tolerance) * (1 + 1e-9) and tried[r] <= 0 for r in tried)
+    assert len(tried) <= 60
+
+
+@given(limit=st.floats(1e-9, 1e3), tolerance=st.floats(1e-3, 0.3))
+@settings(max_examples=50, deadline=None)
+def test_a_bound_may_reach_far_beyond_its_tangent_and_end_at_once(limit, tolerance):
+    proved = []
+
+    def margin_at(radius):
+        if radius <= limit:
+            proved.append(radius)
+        return 1.0 if radius <= limit else -math.inf
+
+    found = search.largest_certified(margin_at, 1.0, 1.0, tolerance)
+    assert found == max(proved) and found * (1 + tolerance) * (1 + 1e-9) >= limit
+
+
+def test_nothing_is_certified_where_nothing_is_proved():
+    counted = itertools.count()
+    assert search.largest_certified(lambda r: -next(counted) - 1.0, 1.0, 1.0, 0.02) == 0
+    assert next(counted) <= 60
+    assert search.largest_certified(lambda r: -math.inf, 1.0, 1e-12, 0.02) == 0
+
+
+def test_a_margin_that_never_ends_ends_the_search():
+    assert math.isfinite(search.largest_certified(lambda r: 1.0, 1.0, 1.0, 0.02))
 
 
 def test_the_radius_is_doubled_until_an_attack_succeeds():

@@ -76,6 +76,26 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_line_is_an_item_that_says_so(name, tmp_path):
+    line, message = BROKEN[name]
+    good, broken, other = items(tmp_path, '{"sentence": "a"}', line, '{"sentence": "b"}')
+    assert good.error is None and other.error is None and other.name == "line-3"
+    assert broken.error.startswith("line 2: ") and message in broken.error
+    assert broken.name == "line-2" and broken.text is None
+
+
+def test_files_of_no_use_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_items(tmp_path / "no.jsonl")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_items(tmp_path)
+    with pytest.raises(UserError, match="data.jsonl is empty"):
+        items(tmp_path, "", " ")
+    with pytest.raises(UserError, match="line 3: id '1' is already used in line 1"):
+        items(tmp_path, '{"id": 1, "sentence": "a"}', "", '{"id": "1", "sentence": "b"}')
+
+
 @pytest.fixture(scope="module")
 def models():
     small = dict(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2)
