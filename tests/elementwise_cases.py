@@ -18,7 +18,9 @@ class Case:
     """An entry of the table with its numbers."""
 
     name: str
+    """Of its entry in `FUNCTIONS`."""
     numbers: dict = field(default_factory=dict)
+    """Arguments of the entry's `curve`."""
 
     def __str__(self) -> str:
         return self.name + "".join(f" {value:g}" for value in self.numbers.values())

@@ -105,9 +105,13 @@ class Region:
     """A set of inputs: an Lp ball around `center`, or the box from `x_L` to `x_U`."""
 
     center: torch.Tensor
+    """[B, *shape]."""
     norm: float
+    """1, 2 or inf."""
     eps: float
+    """Radius of the ball; of no meaning for a box."""
     x_L: torch.Tensor | None = None
+    """[B, *shape]; None for a ball."""
     x_U: torch.Tensor | None = None
 
     def bounded(self) -> BoundedTensor:

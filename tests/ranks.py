@@ -25,12 +25,16 @@ TIMEOUT = 240.0
 
 @dataclass
 class Outcome:
-    """What one rank did: its result, or its error's class name, message and traceback."""
+    """What one rank did."""
 
     value: Any = None
+    """The function's result."""
     error: str | None = None
+    """Class name of the error that ended it; 'Hang' and 'Died' where it did not answer."""
     message: str = ""
+    """Of the error."""
     trace: str = ""
+    """Its traceback."""
 
 
 def _serve(rank: int, size: int, tp: int, store: str, pipe: Any) -> None:
