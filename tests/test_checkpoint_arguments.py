@@ -5,13 +5,7 @@ import pytest
 import torch
 from checkpoints import refused
 
-from lirpa_megatron.parallel import runtime
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    with runtime.session():
-        yield
+pytestmark = pytest.mark.usefixtures("session")
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from lirpa_megatron.checkpoint.language_model import load_language_model
 from lirpa_megatron.checkpoint.reader import read_description
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel import runtime
 
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    with runtime.session():
-        yield
+pytestmark = pytest.mark.usefixtures("session")
 
 
 @pytest.fixture(scope="module")

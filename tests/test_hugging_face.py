@@ -21,11 +21,7 @@ from lirpa_megatron.parallel import runtime
 IDS = torch.arange(8) * 5 % hugging_face.WORDS
 TOLERANCE = 1e-9  # float64; GPT-2's gelu_new has another last digit of sqrt(2 / pi) (1.4e-10)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    with runtime.session():
-        yield
+pytestmark = pytest.mark.usefixtures("session")
 
 
 def logits(folder, dtype=torch.float64):

@@ -21,11 +21,7 @@ from lirpa_megatron.parallel import runtime
 REAL_ARGUMENTS = Path(__file__).resolve().parents[2] / "shared" / "reference"
 TOLERANCE = 1e-12
 
-
-@pytest.fixture(autouse=True)
-def unchanged_environment(monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
 
 @pytest.fixture

@@ -11,15 +11,10 @@ from checkpoints import refused
 
 from lirpa_megatron.checkpoint.language_model import read_model_description
 from lirpa_megatron.cli.commands import main
-from lirpa_megatron.parallel import runtime
 
 TOLERANCE = 1e-12  # float64 weights, the same forward
 
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    with runtime.session():
-        yield
+pytestmark = pytest.mark.usefixtures("session")
 
 
 def same(got, want):
