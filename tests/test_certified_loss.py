@@ -175,7 +175,7 @@ def test_a_bound_that_is_not_finite_ends_all_ranks_with_the_layer_and_the_iterat
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(method="CROWN-Optimized"), "CROWN-Optimized cannot be trained with"),
+    (dict(method="CROWN-Optimized"), "CROWN-Optimized cannot be used for training"),
     (dict(num_classes=None), "margins need a GPTModel"),
     (dict(num_classes=1), "num_classes is 1"),
     (dict(crown_share=1.5), "crown_share is 1.5"),
