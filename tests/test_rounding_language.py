@@ -166,8 +166,9 @@ def bounds(kind: str, options: Any, calls: list[tuple]) -> list:
     return found
 
 
-def check_language_model(kind: str, tp: int, calls: list[tuple]) -> None:
-    """No exact value is outside, and ordinary bounds are widened by at most 1e-9 of their width."""
+def check_language_model(kind: str, tp: int, calls: list[tuple], most: float = 1e-8) -> None:
+    """No exact value is outside, and ordinary bounds are widened by at most `most` of their width
+    (1e-10 was measured at small radii)."""
     with runtime.session():
         ordinary = bounds(kind, {}, calls)
         for result in pool(tp).run(bounds, kind, OUTWARD, calls):
@@ -176,7 +177,7 @@ def check_language_model(kind: str, tp: int, calls: list[tuple]) -> None:
             ):
                 width = (u - l).clamp(min=1e-300)
                 added = torch.stack([(l - low) / width, (high - u) / width])[..., width[0] > 1e-9]
-                assert added.max() <= MOST, (method, added.max())
+                assert added.max() <= most, (method, added.max())
                 module, (hidden, target) = bounded(kind, OUTWARD, eps)
                 share = 2 * torch.rand(3, *hidden.shape) - 1
                 if norm == 2:
@@ -185,8 +186,6 @@ def check_language_model(kind: str, tp: int, calls: list[tuple]) -> None:
                 assert worst(module, (low, high), [(p, exact(target)) for p in points]) <= 0
 
 
-MOST = 1e-8
-"""Of the width: below the 1e-6 that is asked for, above the 1e-10 that was measured."""
 INF = float("inf")
 
 
@@ -204,4 +203,5 @@ def test_no_exact_margin_of_a_language_model_is_outside(kind, tp):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_no_exact_margin_is_outside_by_any_method(kind, tp):
     calls = [(method, eps, INF) for method in METHODS for eps in (1e-6, 0.003, 0.3)]
-    check_language_model(kind, tp, calls)
+    # In boxes as wide as at 0.3 a norm's length may be 0, where 1/length is steepest (2e-8).
+    check_language_model(kind, tp, calls, most=1e-6)
