@@ -9,6 +9,7 @@ from torch import nn
 
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.tuning import Tuning
 
 
 def _input():
@@ -143,3 +144,11 @@ def test_reduced_precision_that_the_caller_switched_on_does_not_reach_the_bounds
     finally:
         torch.set_float32_matmul_precision("highest")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_sizes_by_which_work_is_cut_are_set_when_a_module_is_built():
+    module = BoundedModule(nn.Linear(6, 2), _input().float(), {"tuning": Tuning(few=0)})
+    assert module.context.tuning.few == 0
+    with pytest.raises(ValueError, match="tuning is .*few=0.*build another one"):
+        module.set_bound_opts({"tuning": Tuning()})
+    module.set_bound_opts({"tuning": Tuning(few=0), "max_spec_rows": 3})
