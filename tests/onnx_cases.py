@@ -298,6 +298,16 @@ REDUCTIONS = {
         [node("ReduceMean", ["x", "a"], ["y"])], {"a": ints(1, 2)}, [1, 3, 5], 18
     ),
     "ReduceSum of all": graph([node("ReduceSum", ["x"], ["y"], keepdims=0)], {}, [1, 3, 5]),
+    "ReduceSum of all, by axes without elements": graph(
+        [node("ReduceSum", ["x", "a"], ["y"], keepdims=0)], {"a": ints()}, [1, 3, 5]
+    ),
+    "ReduceSum of none": graph(
+        [
+            node("ReduceSum", ["x", "a"], ["s"], noop_with_empty_axes=1),
+            node("Relu", ["s"], ["y"]),
+        ],
+        {"a": ints()}, [1, 3, 5],
+    ),
     "GlobalAveragePool": graph(
         [node("GlobalAveragePool", ["x"], ["y"])], {}, [1, 3, 2, 2]
     ),

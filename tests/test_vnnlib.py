@@ -276,6 +276,19 @@ def test_damaged_files_are_refused(data, tmp_path):
         read_vnnlib(path)
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "folder"])
+def test_a_folder_in_place_of_a_file_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"property {name} is not a regular file"):
+        read_vnnlib(name)
+
+
+def test_a_name_that_the_system_refuses_is_an_error_that_names_it():
+    with pytest.raises(UserError, match="property nnn.* cannot be read: .*too long"):
+        read_vnnlib("n" * 5000)
+
+
 def test_others_win_is_what_it_says():
     prop = parse(others_win(1, 3), n_out=3)
     x = np.array([0.5, 0.0])

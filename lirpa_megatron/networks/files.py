@@ -23,14 +23,20 @@ def find_file(path: str | Path, what: str) -> Path:
         what: what it is, for the error ("network", "property", ...).
 
     Raises:
-        UserError: neither exists, or it is not a regular file.
+        UserError: neither exists, it is not a regular file, or the system refuses to say.
     """
     path = Path(path)
-    for candidate in (path, path.with_name(path.name + ".gz")):
-        if candidate.is_file():
-            return candidate
-        if candidate.exists():
-            raise UserError(f"{what} {path} is not a regular file")
+    # ".", ".." and "/" have no name to append to.
+    candidates = [path, *([path.with_name(path.name + ".gz")] if path.name else [])]
+    try:
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+            if candidate.exists():
+                raise UserError(f"{what} {path} is not a regular file")
+    except OSError as error:  # a folder without permission, a name that is too long
+        reason = error.strerror or error
+        raise UserError(f"{what} {str(path)[:200]} cannot be read: {reason}") from None
     raise UserError(f"{what} file {path} does not exist")
 
 

@@ -20,8 +20,8 @@ def reduce(node: Node) -> Activation:
         axes, keep = list(range(2, len(x.shape))), True
     else:
         axes, keep = node.integers("axes", 1), bool(node.attributes.get("keepdims", 1))
-        if not axes:
-            if axes is not None or node.attributes.get("noop_with_empty_axes", 0):
+        if not axes:  # left out, or given without elements: ONNX reads both alike
+            if node.attributes.get("noop_with_empty_axes", 0):
                 return x
             axes = list(range(len(x.shape)))
     axes = sorted({node.axis(x, axis) for axis in axes})
