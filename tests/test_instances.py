@@ -8,6 +8,7 @@ from commands import CENTER, SIZES, verify, write_instances
 from small_networks import property_text, save, stack
 
 from lirpa_megatron.cli.commands import main
+from lirpa_megatron.verify.properties.instance_list import read_rows
 
 pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
@@ -98,6 +99,13 @@ WRONG_ROWS = {
     "two without quotes": ("[(f,net.onnx),(g,net.onnx)],small.vnnlib,60", "about 2 networks"),
     "no networks": ("[],small.vnnlib,60", "neither a network nor a list"),
 }
+
+
+@pytest.mark.parametrize("row", ["two networks", "two without quotes", "no networks"])
+def test_a_list_of_networks_that_is_refused_is_called_by_its_line(row, tmp_path):
+    (tmp_path / "i.csv").write_text(f"# comment\n{WRONG_ROWS[row][0]}\n")
+    (read,) = read_rows(tmp_path / "i.csv")
+    assert (read.network, read.property) == ("networks-line-2", "small.vnnlib")
 
 
 def test_a_row_that_is_wrong_is_an_error_and_the_others_go_on(folder, tmp_path, capsys):

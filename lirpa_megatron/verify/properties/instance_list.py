@@ -111,6 +111,8 @@ def _row(folder: Path, line: int, content: str, cells: list[str]) -> Row:
     def wrong(why: str) -> Row:
         network, prop = (cell.replace("\0", "?") for cell in [*cells, "", ""][:2])
         prop = prop or f"line-{line}"
+        if network.startswith(("[", "(")):  # a list is no file's name
+            network = f"networks-line-{line}"
         return Row(line, network, prop, folder / network, folder / prop, None, why)
 
     if not 2 <= len(cells) <= 3 or not cells[0] or not cells[1]:
