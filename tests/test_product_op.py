@@ -19,7 +19,6 @@ from lirpa_megatron.adapters import traced_ops
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators import BoundProduct
 from lirpa_megatron.operators.coefficients import LowerUpper
-from lirpa_megatron.operators.optimizable import RANGE
 
 INF = math.inf
 DTYPES = (torch.float32, torch.float64)
@@ -74,7 +73,7 @@ def planes(a: _Node, b: _Node, d: float | None) -> list[tuple[tuple, int]]:
     A = torch.tensor([1.0, -1.0], dtype=a.lower.dtype).view(2, 1, 1).expand(2, *a.lower.shape)
     alpha = None
     if d is not None:
-        alpha = torch.full((2, 1, *a.lower.shape), RANGE * d, dtype=A.dtype)
+        alpha = torch.full((2, 1, *a.lower.shape), BoundProduct.alpha_range * d, dtype=A.dtype)
     found = node.bound_backward(LowerUpper(A, A), visit(a, b, alpha=alpha))
     sides = zip(*found.A, found.bias, strict=True)
     return [

@@ -57,7 +57,7 @@ def test_no_point_violates_a_bound(name):
 
 
 def test_alpha_crown_is_tighter_than_crown_and_no_point_violates_it():
-    options = {"optimize_bound_args": {"iteration": 8, "lr_alpha": 0.1, "optimizer": "adam"}}
+    options = {"optimize_bound_args": {"iteration": 8}}  # at auto_LiRPA's learning rate
     methods = ("CROWN", "CROWN-Optimized")
     run = (_attacked, "gpt", 0.02, torch.float64, methods, options)
     gaps, widths = pool(1).run(*run)[0]

@@ -3,8 +3,8 @@
 Alpha of a start node is [2, R, B, *alpha shape] (or 1 for R where rows share it): index 0 serves
 the pass for lower bounds, 1 that for upper ones. For elementwise operators the alpha shape is that
 of the node: an entry needs one number, because the sign of A decides which of the two lines it
-uses. Alpha runs over [-`RANGE`, `RANGE`]: every value is sound, 0 is the line without alpha, and
-values outside are clamped where they are used.
+uses. Alpha runs over [-`alpha_range`, `alpha_range`]: every value is sound, 0 is the line without
+alpha, and values outside are clamped where they are used.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.context import GraphContext, OperatorInputs, Visit
 from lirpa_megatron.operators.operator import Operator
 
-RANGE = 4.0
-"""With auto_LiRPA's learning rate of 0.5, Adam takes eight steps from the middle to an end (with 1
-it went back and forth between the ends: after 20 steps bounds of GELU networks were up to 10%
-wider, and with 2 those of wide intervals up to 4%)."""
-
 
 class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
     """An operator whose lines or planes depend on alpha.
 
     A subclass defines `relaxation(inputs)`, what all rows of A have in common there.
     """
+
+    alpha_range = 2.0
+    """Where alpha ends. With auto_LiRPA's learning rate of 0.5, Adam takes four steps from the
+    middle to an end (with 1 it went back and forth: after 20 steps bounds of GELU networks were up
+    to 10% wider)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,7 +52,7 @@ class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
 
     def clip_alpha(self) -> None:
         for alpha in self.alpha.values():
-            alpha.data.clamp_(-RANGE, RANGE)
+            alpha.data.clamp_(-self.alpha_range, self.alpha_range)
 
     clip_alpha_ = clip_alpha  # 0.3's name
 
@@ -63,10 +63,11 @@ class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
     def restore_optimized_params(self, saved: dict[str, Any]) -> None:
         self.alpha = saved["alpha"]
 
-    @staticmethod
-    def move(visit: Visit, side: int) -> torch.Tensor | None:
+    def move(self, visit: Visit, side: int) -> torch.Tensor | None:
         """Alpha [R or 1, B, *alpha shape] of one side, in [-1, 1]; None where not in use."""
-        return None if visit.alpha is None else (visit.alpha[side] / RANGE).clamp(-1, 1)
+        if visit.alpha is None:
+            return None
+        return (visit.alpha[side] / self.alpha_range).clamp(-1, 1)
 
     def relaxation(self, inputs: OperatorInputs) -> Any:
         """What all rows have in common, for the bounds that the inputs have."""

@@ -60,6 +60,8 @@ class BoundCurve(OptimizableOperator):
     curve: Curve
     elementwise = True
     feature_dim = -1
+    alpha_range = 4.0
+    """With 2 alpha-CROWN's bounds of wide intervals were up to 4% wider after 20 steps."""
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
