@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ def undisturbed(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None)
         modes: training mode of each module while the block runs; None: as they are.
     """
     modules = list(model.modules())
-    before = [(m, m.training, dict(m._buffers), _numbers(m)) for m in modules]
+    before = [(m, m.training, dict(m._buffers), dict(vars(m))) for m in modules]
     values = {b: b.clone() for _, _, own, _ in before for b in own.values() if b is not None}
     tracker, states = _tracker_states()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -49,16 +50,20 @@ def undisturbed(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None)
 
 
 def _put_back(
-    module: nn.Module, training: bool, buffers: dict[str, Any], numbers: dict[str, Any]
+    module: nn.Module, training: bool, buffers: dict[str, Any], attributes: dict[str, Any]
 ) -> None:
     if module.training is not training:
         module.training = training
     if buffers or module._buffers:
         module._buffers.clear()
         module._buffers.update(buffers)
-    for name in [n for n in _numbers(module) if n not in numbers]:
+    own = vars(module)
+    same = own.keys() == attributes.keys()
+    if same and not any(map(operator.is_not, own.values(), attributes.values())):
+        return
+    numbers = _numbers(attributes)
+    for name in [n for n in _numbers(own) if n not in numbers]:
         delattr(module, name)
-    own = module.__dict__
     for name, value in numbers.items():
         if own.get(name) is not value:
             own[name] = value
@@ -70,9 +75,9 @@ def _forget_results(modules: list[nn.Module]) -> None:
             cls.forward.cache_clear()
 
 
-def _numbers(module: nn.Module) -> dict[str, Any]:
+def _numbers(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: value for name, value in vars(module).items()
+        name: value for name, value in attributes.items()
         if isinstance(value, _PLAIN) and name != "training"
     }
 
