@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,8 +162,8 @@ def test_no_point_of_the_inputs_box_lies_below_a_rows_plane(name, alpha):
         ("norm", "_one_sided", lambda k, t, c, low: (k, t, c + 0.05 * k, low + 0.05 * k), None),
         ("attend", "_tangent_rest", lambda rest: 0.2 * rest, None),
         ("attend", "_flat_rest", lambda rest: 0.2 * rest, None),
-        ("scores", "relaxation", lambda *x: (*x[:4], 0.2 * x[4], 0.2 * x[5], x[6]), None),
-        ("scores", "relaxation", lambda *x: (*x[:6], 0.2 * x[6]), "ends"),
+        ("scores", "relaxation", lambda x: replace(x, low=0.2 * x.low, high=0.2 * x.high), None),
+        ("scores", "relaxation", lambda x: replace(x, box=0.2 * x.box), "ends"),
     ],
 )
 def test_a_remainder_that_is_too_small_is_caught(name, part, wrong, alpha, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,24 @@ from lirpa_megatron.operators.numerics import least_product, mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed
 
 _LARGEST = 1e15
+
+
+@dataclass(frozen=True)
+class _Products:
+    """What is known of queries and keys, for all rows of A alike; split into heads."""
+
+    q0: torch.Tensor
+    """Centers of the queries, [B, g, n/g, T, d]."""
+    k0: torch.Tensor
+    """Of the keys, [B, g, 1, T, d]."""
+    rq: torch.Tensor | None
+    """How far they can be from there; None for rows without alpha."""
+    rk: torch.Tensor | None
+    low: torch.Tensor
+    """Range of <dq, dk>, [B, g, n/g, T, T]."""
+    high: torch.Tensor
+    box: torch.Tensor | None
+    """<rq, rk>, the largest that |<dq, dk>| can be on the boxes."""
 
 
 class BoundScores(RowRelaxed):
@@ -72,8 +91,8 @@ class BoundScores(RowRelaxed):
         q, k = self._split(q, k)
         return (q @ k.transpose(-1, -2)).flatten(-4, -3) * self.scale
 
-    def relaxation(self, inputs: OperatorInputs) -> tuple[torch.Tensor, ...]:
-        """(q0, k0, rq, rk) split into heads, (low, high, <rq, rk>), each [B, g, n/g, T, T]."""
+    def relaxation(self, inputs: OperatorInputs) -> _Products:
+        """What rows share."""
         boxes = [mask_overflow(x.lower, x.upper, _LARGEST) for x in inputs.views]
         forms = [x.form for x in inputs.views]
         if None in forms:
@@ -96,27 +115,26 @@ class BoundScores(RowRelaxed):
             least, most = product_range(a, b, self.context.tuning.pairs_at_once(b.A))
             low = torch.where(least > low, least, low)  # also where `least` is NaN
             high = torch.where(most < high, most, high)
-        return q0, k0, dq, dk, low, high, box
+        return _Products(q0, k0, dq, dk, low, high, box)
 
-    def sharded_relaxation(self, inputs: OperatorInputs) -> tuple:
-        q0, k0, _, _, low, high, _ = self.shared_relaxation(inputs)
-        return q0, k0, None, None, low, high, None
+    def sharded_relaxation(self, inputs: OperatorInputs) -> _Products:
+        return replace(self.shared_relaxation(inputs), rq=None, rk=None, box=None)
 
     def alpha_shape(self) -> tuple[int, ...]:
         return self.inputs[0].lower.shape[0], *self.output_shape[1:]
 
     def lower_plane(
-        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None, known: Any = None
+        self, A: torch.Tensor, x: _Products, move: torch.Tensor | None = None, known: Any = None
     ) -> tuple[tuple, torch.Tensor]:
         """A_s -> (A_q [R, B, T, n d], A_k [R, B, T, g d]), bias [R, B]."""
-        q0, k0, rq, rk, low, high, box = shared
+        q0, k0, low, high = x.q0, x.k0, x.low, x.high
         A = A.unflatten(-3, (k0.shape[-4], -1)) * self.scale  # [R, B, g, n/g, T, T]
         A_q, A_k = A @ k0, A.transpose(-1, -2) @ q0
         rest = -A * (q0 @ k0.transpose(-1, -2))
         bias = 0
         if move is not None:
-            m = torch.where(box.isfinite(), move.unflatten(-3, (k0.shape[-4], -1)), 0.0)
-            rq, rk, box = (torch.where(r.isfinite(), r, 0.0) for r in (rq, rk, box))
+            m = torch.where(x.box.isfinite(), move.unflatten(-3, (k0.shape[-4], -1)), 0.0)
+            rq, rk, box = (torch.where(r.isfinite(), r, 0.0) for r in (x.rq, x.rk, x.box))
             turned_q, turned_k = (m * A.abs()) @ rk, (m * A).transpose(-1, -2) @ rq
             A_q, A_k = A_q - turned_q, A_k - turned_k
             # Each by itself: there may be fewer queries than keys.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ from lirpa_megatron.operators.norm.planes import LARGEST, NormPlanes, Vectors
 from lirpa_megatron.operators.numerics import mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed, rows_below
 from lirpa_megatron.parallel.round_robin import RoundRobinTensors
+
+
+@dataclass(frozen=True)
+class _Normalized:
+    """What is known of the vectors, for all rows of A alike."""
+
+    parts: list[Vectors]
+    """All vectors, or those of one position after the other."""
+    dealt: RoundRobinTensors | None
+    """The parts' coefficients where every rank keeps some of them; the parts have none then."""
+    gamma: torch.Tensor
+    """[d]."""
+    beta: torch.Tensor | None
 
 
 class BoundNorm(NormPlanes, RowRelaxed):
@@ -115,7 +129,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
     def alpha_shape(self) -> tuple[int, ...]:
         return *self.inputs[0].lower.shape[:-1], self.groups, 2
 
-    def relaxation(self, inputs: OperatorInputs) -> tuple:
+    def relaxation(self, inputs: OperatorInputs) -> _Normalized:
         """The vectors in parts that fit a processor's cache, and gamma and beta."""
         x, known = inputs[0], inputs.directions
         boxes = [self._split(z) for z in (x.lower, x.upper, x.value)]
@@ -131,7 +145,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
         else:
             parts, dealt = [self._vectors(*boxes, form, known)], None
         beta = inputs[2].value if len(inputs) > 2 else None
-        return parts, dealt, inputs[1].value, beta
+        return _Normalized(parts, dealt, inputs[1].value, beta)
 
     def directions(self) -> torch.Tensor:
         """z0, one for each vector of x: rows that are worth a pass; [1, B, vectors, d]."""
@@ -144,7 +158,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
 
     def wanted_rows(self, A: LowerUpper, visit: Visit) -> list[torch.Tensor]:
         """w, one for each row and vector of x: with its range s = <w, x> is known better."""
-        *_, gamma, _ = self.relaxation_at(visit)
+        gamma = self.relaxation_at(visit).gamma
         return [
             self._project(self._split(rows) * gamma).flatten(2, -2)
             for rows in rows_below(A, self.context.tuning.few)
@@ -196,7 +210,8 @@ class BoundNorm(NormPlanes, RowRelaxed):
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """See `RowRelaxed`. Brings together the form's coefficients that the rows of A reach."""
-        parts, dealt, *_ = self.relaxation_at(visit)
+        shared = self.relaxation_at(visit)
+        parts, dealt = shared.parts, shared.dealt
         if dealt is None:
             return super().bound_backward(A, visit)
         A = A.dense()
@@ -214,11 +229,11 @@ class BoundNorm(NormPlanes, RowRelaxed):
                 part.dx.form.A = None
 
     def lower_plane(
-        self, A: torch.Tensor, shared: tuple, move: torch.Tensor | None = None,
+        self, A: torch.Tensor, shared: _Normalized, move: torch.Tensor | None = None,
         known: LinearFormBounds | None = None,
     ) -> tuple[tuple, torch.Tensor]:
         """A [R, B, ..., groups d] -> (A_x of the same shape,), bias [R, B]."""
-        parts, _, gamma, beta = shared
+        parts, gamma, beta = shared.parts, shared.gamma, shared.beta
         A = self._split(A)
         if known is not None:
             known = known.mapped(lambda x: x.unflatten(2, A.shape[2:-1]))
