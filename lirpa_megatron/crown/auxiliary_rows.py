@@ -75,6 +75,11 @@ class Directions:
         known.rows = vectors
         return known
 
+    @staticmethod
+    def are_few(S: int, d: int) -> bool:
+        """Whether S rows of a pass are few beside the d numbers of a vector on their way."""
+        return 4 * S <= d
+
     def answer(
         self, S: int, split: bool
     ) -> Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds | None]:
@@ -86,7 +91,7 @@ class Directions:
         """
 
         def answer(node: auto_lirpa.Bound, vectors: torch.Tensor) -> LinearFormBounds | None:
-            if 4 * S > vectors.shape[-1]:
+            if not self.are_few(S, vectors.shape[-1]):
                 return None
             if not split:
                 return self.along(node, vectors)

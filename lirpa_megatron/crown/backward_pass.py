@@ -58,7 +58,7 @@ class BackwardPass:
         plan: PassPlan,
         start: auto_lirpa.Bound,
         alpha_rows: tuple[torch.Tensor, int] | None = None,
-        answer: Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds] | None = None,
+        answer: Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds | None] | None = None,
     ) -> None:
         self.plan, self.start, self.alpha_rows, self.answer = plan, start, alpha_rows, answer
         self.context, self.call, self.relus = graph.context, graph.call, graph.intermediate.relus

@@ -210,7 +210,8 @@ class RowSchedule:
             plan = self.plan(origin, spec_sharded, regions)
         limit, at_once = self._turns(limit, plan)
         keep_A = bool(graph.return_A and start.name in graph.needed_A_dict) and not aside
-        asks = directions and not self.sharded[start.name]
+        longest = max(x.output_shape[-1] for x in plan.order)
+        asks = directions and not self.sharded[start.name] and self.directions.are_few(S, longest)
         answer = self.directions.answer(S, split) if asks else None
         inputs = InputSet(auto_lirpa.perturbed_inputs(graph)) if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):

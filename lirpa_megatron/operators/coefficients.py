@@ -48,7 +48,10 @@ class LowerUpper:
 
     def map(self, function: Callable[[Any], Any]) -> LowerUpper:
         """`function` of both sides, once where they are one object (and None of None)."""
-        return LowerUpper(*both_sides(function, self.lower, self.upper))
+        lower = None if self.lower is None else function(self.lower)
+        if self.upper is self.lower:
+            return LowerUpper(lower, lower)
+        return LowerUpper(lower, None if self.upper is None else function(self.upper))
 
     def dense(self) -> LowerUpper:
         """Both sides as tensors."""
@@ -117,14 +120,6 @@ def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
             return one.unsqueeze(1), lambda A: (A[:, 0], None)
         return one.unsqueeze(1), lambda A: (None, A[:, 0])
     return torch.stack((lA, uA), dim=1), lambda A: (A[:, 0], A[:, 1])
-
-
-def both_sides(function: Any, lA: Any, uA: Any) -> tuple[Any, Any]:
-    """`function` of lA and of uA, once where they are one object (and None of None)."""
-    lower = function(lA) if lA is not None else None
-    if uA is lA:
-        return lower, lower
-    return lower, function(uA) if uA is not None else None
 
 
 def dense(A: Any) -> torch.Tensor:
