@@ -20,7 +20,7 @@ import yaml
 from sentences import read, save_checkpoint, write_lines
 
 from lirpa_megatron import __version__
-from lirpa_megatron.cli.options import parse_arguments
+from lirpa_megatron.cli.arguments import parse_arguments
 from lirpa_megatron.parallel import runtime
 
 ROOT = Path(__file__).resolve().parents[1]

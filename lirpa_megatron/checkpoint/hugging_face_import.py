@@ -14,13 +14,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from lirpa_megatron.checkpoint.description import ModelDescription
 from lirpa_megatron.checkpoint.estimates import parameter_count
 from lirpa_megatron.checkpoint.hugging_face import HuggingFaceWeights
-from lirpa_megatron.checkpoint.language_model import (
-    HUGGING_FACE_WRITER,
-    arguments_in_force,
-    load_language_model,
-    read_model_description,
-)
+from lirpa_megatron.checkpoint.language_model import load_language_model, read_model_description
 from lirpa_megatron.checkpoint.plain_forward import plain_logits
+from lirpa_megatron.checkpoint.source import HUGGING_FACE_WRITER, arguments_in_force
 from lirpa_megatron.checkpoint.writer import save_checkpoint
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime, spmd

@@ -18,7 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from lirpa_megatron.cli.options import launched_as_rank0, parse_arguments, print_error
+from lirpa_megatron.cli.arguments import parse_arguments
+from lirpa_megatron.cli.terminal import launched_as_rank0, print_error
 from lirpa_megatron.compat import requirements
 from lirpa_megatron.errors import SPMDError, UserError
 
