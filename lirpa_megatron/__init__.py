@@ -83,5 +83,7 @@ def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
             requirements.check()
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value  # this function is not asked for it again
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import atexit
 import functools
-import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import forks
 import torch
 import transformers
 
@@ -336,7 +334,7 @@ def written():
 
 
 def write_all(out, jobs, size):
-    """Writes cases with `size` processes of torchrun; name in `out` -> expected logits.
+    """Writes cases with `size` processes; name in `out` -> expected logits.
 
     Processes of their own: Megatron's writer forks, which is not safe in those of a rank pool.
 
@@ -345,36 +343,18 @@ def write_all(out, jobs, size):
         jobs: name -> (case, keyword arguments of `save_case`).
         size: tensor-parallel size.
     """
-    tests = Path(__file__).resolve().parent
-    torch.save(jobs, Path(out) / f"jobs{size}.pt")
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
-        "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(size), __file__, str(out),
-    ]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200
-    )
+    done = forks.launch(size, _write_jobs, Path(out), jobs, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(Path(out) / f"expected{size}.pt", weights_only=True)
 
 
-def _write_jobs(out):
+def _write_jobs(out, jobs):
     from lirpa_megatron.parallel import runtime
 
     with runtime.session():
-        size = runtime.tp_size()
-        jobs = torch.load(out / f"jobs{size}.pt", weights_only=True)
         expected = {
             name: save_case(case, out / name, **options)
             for name, (case, options) in jobs.items()
         }
         if runtime.is_rank0():
-            torch.save(expected, out / f"expected{size}.pt")
-
-
-if __name__ == "__main__":
-    _write_jobs(Path(sys.argv[1]))
+            torch.save(expected, out / f"expected{runtime.tp_size()}.pt")

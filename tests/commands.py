@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from forks import launch
 from onnx.reference import ReferenceEvaluator
 from small_networks import others_win, property_text, save, stack
 
@@ -51,6 +52,11 @@ def torchrun(size, *arguments, timeout=300):
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=timeout
     )
+
+
+def on_ranks(size, *arguments):
+    """The same in processes forked from one that has the libraries: seconds less of a processor."""
+    return launch(size, main, [*map(str, arguments)])
 
 
 def largest_difference(first, second):

@@ -1,8 +1,7 @@
 """Tensor-parallel ranks for tests: processes that stay alive and run functions by name.
 
-Starting a process costs seconds (torch, megatron-core, auto_LiRPA), so one pool per number of
-processes serves the whole test run. A function that ends with an error on some rank is reported
-with every rank's outcome; a pool that does not answer in time is killed.
+One pool per number of processes serves the whole test run. A function that ends with an error on
+some rank is reported with every rank's outcome; a pool that does not answer in time is killed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
+import torch
+from forks import fork
 
 TIMEOUT = 240.0
 """Seconds after which a call counts as hung."""
@@ -37,8 +37,7 @@ class Outcome:
     """Its traceback."""
 
 
-def _serve(rank: int, size: int, tp: int, store: str, pipe: Any) -> None:
-    import torch
+def _serve(pipe: Any, rank: int, size: int, tp: int, store: str) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -70,17 +69,9 @@ class RankPool:
     """`size` processes in groups of `tp` tensor-parallel ranks."""
 
     def __init__(self, size: int, tp: int | None = None) -> None:
-        context = mp.get_context("spawn")
         store = str(Path(tempfile.mkdtemp()) / "store")
-        self.pipes, self.processes = [], []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, size, tp or size, store, theirs), daemon=True
-            )
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self.children = [fork(rank, _serve, rank, size, tp or size, store) for rank in range(size)]
+        self.pipes = [child.pipe for child in self.children]
 
     def outcomes(self, function: Callable, *args: Any, timeout: float = TIMEOUT, **kwargs: Any
                  ) -> list[Outcome]:
@@ -110,11 +101,11 @@ class RankPool:
 
     @property
     def alive(self) -> bool:
-        return all(process.is_alive() for process in self.processes)
+        return all(child.alive for child in self.children)
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
+        for child in self.children:
+            child.kill()
 
 
 _pools: dict[tuple[int, int], RankPool] = {}

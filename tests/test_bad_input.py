@@ -1,23 +1,25 @@
 """Bad input: one clear line on rank 0, exit status 2, nothing half-written, no rank waiting."""
 
+import contextlib
+import faulthandler
+import io
 import json
 import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
+import time
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import launch
 from small_networks import model, others_win, property_text, save, stack
 
 from lirpa_megatron.cli.commands import main
-
-ROOT = Path(__file__).resolve().parents[1]
+from lirpa_megatron.parallel import runtime
 
 pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
@@ -166,44 +168,39 @@ def test_bad_input_ends_with_one_clear_line(name, folder, monkeypatch, capsys):
     assert snapshot(folder) == before  # nothing written, nothing run
 
 
-UNDER_TORCHRUN = (
+ON_RANKS = (
     "missing property", "truncated network", "operator", "variable count", "hostile pickle",
     "NaN in a checkpoint", "empty instances", "unknown method", "output is a folder",
     "import of a truncated file", "import over a checkpoint",
 )
-# Runs the cases one after the other on each rank and writes down what each rank said. The process
-# groups are made once: torchrun's store keeps the keys of groups that are gone.
-RANK_PROGRAM = """
-import contextlib, faulthandler, io, json, os, sys, time
-from lirpa_megatron.cli.commands import main
-from lirpa_megatron.parallel import runtime
-faulthandler.dump_traceback_later(200, exit=True)
-runtime.initialize()
-said = []
-for arguments in json.loads(sys.argv[1]):
-    out, err, begin = io.StringIO(), io.StringIO(), time.monotonic()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(arguments)
-    said.append([status, out.getvalue(), err.getvalue(), time.monotonic() - begin])
-open(sys.argv[2] + os.environ["RANK"], "w").write(json.dumps(said))
-"""
 
 
-def test_bad_input_ends_all_ranks_and_only_rank_0_speaks(folder, tmp_path):
-    (tmp_path / "ranks.py").write_text(RANK_PROGRAM)
-    cases = [CASES[name] for name in UNDER_TORCHRUN]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", str(tmp_path / "ranks.py"), json.dumps([arguments for arguments, _ in cases]),
-               str(tmp_path / "said")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def _run_one_after_the_other(commands, path):
+    """What a rank says to each command, in a file of its own.
+
+    The process groups are made once for all.
+    """
+    faulthandler.dump_traceback_later(200, exit=True)
+    runtime.initialize()
+    said = []
+    for arguments in commands:
+        out, err, begin = io.StringIO(), io.StringIO(), time.monotonic()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(arguments)
+        said.append([status, out.getvalue(), err.getvalue(), time.monotonic() - begin])
+    Path(f"{path}{os.environ['RANK']}").write_text(json.dumps(said))
+
+
+def test_bad_input_ends_all_ranks_and_only_rank_0_speaks(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    cases = [CASES[name] for name in ON_RANKS]
     before = snapshot(folder)
-    run = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280
-    )
+    commands = [arguments for arguments, _ in cases]
+    run = launch(2, _run_one_after_the_other, commands, tmp_path / "said", timeout=280)
     assert run.returncode == 0, run.stderr
     first, second = (json.loads((tmp_path / f"said{rank}").read_text()) for rank in (0, 1))
     for name, (_, message), spoken, silent in zip(
-        UNDER_TORCHRUN, cases, first, second, strict=True
+        ON_RANKS, cases, first, second, strict=True
     ):
         assert spoken[0] == silent[0] == 2, (name, spoken, silent)
         assert silent[1:3] == ["", ""], (name, silent)

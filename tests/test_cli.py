@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import CENTER, SIZES, largest_difference, read, torchrun, verify, write_instances
+from commands import (
+    CENTER,
+    SIZES,
+    largest_difference,
+    on_ranks,
+    read,
+    torchrun,
+    verify,
+    write_instances,
+)
 from onnx.reference import ReferenceEvaluator
 from small_networks import MNIST_FC, needs_mnist_fc, others_win, property_text, save, stack
 
@@ -252,7 +261,7 @@ def test_version_is_shown(capsys):
 
 
 def test_two_processes_import_and_verify_as_one_does(folder, tmp_path):
-    written = torchrun(2, "import-onnx", folder / "net.onnx", tmp_path / "ckpt")
+    written = on_ranks(2, "import-onnx", folder / "net.onnx", tmp_path / "ckpt")
     assert written.returncode == 0, written.stderr
     names = {path.name for path in (tmp_path / "ckpt" / "release").iterdir()}
     assert "__1_0.distcp" in names  # the second rank's shards

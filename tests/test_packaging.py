@@ -5,11 +5,13 @@ import importlib.util
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lirpa_megatron"
@@ -213,24 +215,37 @@ def test_every_script_in_the_documents_is_run_here():
     assert shown == {(document, number) for document, number, _ in EXAMPLES.values()}
 
 
-@pytest.mark.parametrize(
-    "example", ["README", "library", pytest.param("GPT", marks=pytest.mark.slow)]
-)
-def test_the_documents_examples_print_the_same_bounds_on_one_process_and_on_two(example, tmp_path):
+def as_the_readme_says(size, script):
+    """A script under python, or under torchrun."""
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {size}".split()
+    return subprocess.run(
+        [sys.executable, *(launcher if size > 1 else []), str(script)], capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300,
+    )
+
+
+def on_ranks(size, script):
+    """A script as the program of processes that have the libraries already."""
+    return launch(size, runpy.run_path, str(script), None, "__main__")
+
+
+@pytest.mark.parametrize("example, run", [
+    ("README", as_the_readme_says), ("library", on_ranks),
+    pytest.param("GPT", as_the_readme_says, marks=pytest.mark.slow),
+])
+def test_the_documents_examples_print_the_same_bounds_on_one_process_and_on_two(
+    example, run, tmp_path, monkeypatch
+):
     document, number, count = EXAMPLES[example]
     shown = scripts(document)[number]
     assert len(shown.splitlines()) <= 20
     script = tmp_path / "example.py"
     script.write_text(shown)
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    monkeypatch.chdir(ROOT)
     bounds = []
-    for launcher in ([], launch):
-        command = [sys.executable, *launcher, str(script)]
-        process = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
-            check=True,
-        )
+    for size in (1, 2):
+        process = run(size, script)
+        assert process.returncode == 0, process.stderr
         bounds.append([float(number) for number in re.findall(r"-?\d+\.\d+", process.stdout)])
     assert len(bounds[0]) == count
     assert bounds[0] == pytest.approx(bounds[1], abs=1e-4)  # four digits are printed, or more

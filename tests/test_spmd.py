@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import launch
 from ranks import RankPool, pool
 from torch import nn
 
@@ -49,6 +50,11 @@ def _together(function, size=2):
     outcomes = pool(size).outcomes(function, timeout=BOUNDED_TIME)
     assert time.monotonic() - start < BOUNDED_TIME
     return outcomes
+
+
+def test_the_ranks_of_tests_order_sets_differently_as_torchruns_do():
+    first, second = pool(2).run(hash, "a word")
+    assert first != second
 
 
 def _one_rank_raises_inside_a_pass():
@@ -318,33 +324,27 @@ def test_without_the_cpu_shim_the_error_says_what_to_call():
         assert outcome.error == "UserError" and "megatron_cpu.install()" in outcome.message
 
 
-BROKEN_RANK = """
-import os, sys
-from lirpa_megatron.cli import commands
-from lirpa_megatron.verify.properties import instance
+def _verify_with_a_broken_rank(*arguments):
+    from lirpa_megatron.cli.commands import main
+    from lirpa_megatron.verify.properties import instance
 
-def broken(*args, **kwargs):
-    raise MemoryError("rank 1 is out of memory")
+    def broken(*args, **kwargs):
+        raise MemoryError("rank 1 is out of memory")
 
-if os.environ["RANK"] == "1":
-    instance.find_candidates = broken
-sys.exit(commands.main(sys.argv[1:]))
-"""
+    if os.environ["RANK"] == "1":
+        instance.find_candidates = broken
+    return main(["verify", *arguments])
 
 
 def test_an_error_on_one_rank_of_the_command_line_is_every_ranks_and_the_run_goes_on(tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    digits = root / "examples" / "digits"
-    script, output = tmp_path / "broken.py", tmp_path / "results.jsonl"
-    script.write_text(BROKEN_RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", "2", str(script), "verify",
-               "--onnx", str(digits / "digits.onnx"),
-               "--instances", str(digits / "instances.csv"), "--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    digits = Path(__file__).resolve().parents[1] / "examples" / "digits"
+    output = tmp_path / "results.jsonl"
     start = time.monotonic()
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert time.monotonic() - start < 4 * BOUNDED_TIME  # two processes start, on busy cores
+    process = launch(
+        2, _verify_with_a_broken_rank, "--onnx", str(digits / "digits.onnx"), "--instances",
+        str(digits / "instances.csv"), "--output", str(output),
+    )
+    assert time.monotonic() - start < 4 * BOUNDED_TIME  # on busy cores
     assert process.returncode != 0
     results = [json.loads(line) for line in output.read_text().splitlines()]
     words = Counter(result["result"] for result in results)
