@@ -1,18 +1,20 @@
 # Every target does its own set-up in .venv; a set-up that is already there is not repeated.
 # TORCH and AUTO_LIRPA choose what is installed: see tools/setup_env.sh.
+# MEGATRON=0.19.2 uses that release of megatron-core, in an environment of its own.
 # ARGS is passed on: make test ARGS='-k column -x'
 
-PY := .venv/bin/python
+PY := .venv$(addprefix -megatron-,$(MEGATRON))/bin/python
 # Several ranks share the cores: one thread each, unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-digits test test-all lint bench docs clean
+.PHONY: help setup demo demo-digits test test-all test-newest lint bench docs clean
 
 help:
 	@echo 'make setup     .venv with torch, lirpa_megatron and auto_LiRPA'
 	@echo 'make demo      certify sentences from a Megatron checkpoint, with two processes and with one'
 	@echo 'make demo-digits  the same for a network of digits from an ONNX file'
 	@echo 'make test      the tests; make test-all adds the slow ones'
+	@echo 'make test-newest  imports, adapters and checkpoints with the newest megatron-core, 0.19.2'
 	@echo 'make lint      ruff'
 	@echo 'make bench     memory and time against plain auto_LiRPA and the number of ranks; figures'
 	@echo 'make docs      the documentation, in build/docs'
@@ -20,6 +22,7 @@ help:
 
 setup:
 	@tools/setup_env.sh
+	@$(addprefix tools/setup_megatron.sh ,$(MEGATRON))
 
 demo: setup
 	$(PY) examples/sst/demo.py $(ARGS)
@@ -32,6 +35,11 @@ test: setup
 
 test-all: setup
 	$(PY) -m pytest -m '' $(ARGS)
+
+# One minute. `make test MEGATRON=0.19.2` runs all tests.
+test-newest:
+	@$(MAKE) --no-print-directory test MEGATRON=0.19.2 \
+		ARGS='tests/test_packaging.py tests/test_adapters.py tests/test_checkpoint.py $(ARGS)'
 
 lint: setup
 	$(PY) -m ruff check .
@@ -56,5 +64,5 @@ docs: setup
 	@echo 'open build/docs/index.html'
 
 clean:
-	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-megatron-* build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ from pathlib import Path
 import forks
 import torch
 import transformers
+from releases import WRITES_COMMON_ITEM
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = 10
@@ -133,7 +134,8 @@ def save_case(case, out, dtype=torch.float64, metadata=None, common_item=False, 
         out: the checkpoint's directory.
         dtype: of the weights.
         metadata: for `sharded_state_dict`, besides the group.
-        common_item: without `common.pt`, as releases from 0.19 on write.
+        common_item: without `common.pt`, as releases from 0.19 on write; otherwise with it, as
+            older ones do.
         **changes: of the arguments.
 
     Returns:
@@ -165,14 +167,17 @@ def save_model(built, out, args, iteration=ITERATION, metadata=None, common_item
         "rng_state": ShardedObject("rng_state", [{"seed": 1}], (1, 1), (0, 0),
                                    replica_id=dist.get_rank()),
     }
-    if common_item:
+    if common_item and not WRITES_COMMON_ITEM:
         state["common_state"] = ShardedObject("common_state", common, (1,), (0,),
                                               replica_id=dist.get_rank())
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save(state, str(directory), strategy)
     dist.barrier()
-    if common_item and dist.get_rank() == 0:
-        (directory / "common.pt").unlink()
+    if dist.get_rank() == 0 and common_item != WRITES_COMMON_ITEM:
+        if common_item:
+            (directory / "common.pt").unlink()
+        else:
+            torch.save(common, directory / "common.pt")
 
 
 def load_logits(checkpoint, dtype=None, rows=None, **options):

@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from releases import WRITES_COMMON_ITEM
 from small_networks import save, stack
 
 from lirpa_megatron.checkpoint.reader import load_network, read_description
@@ -191,10 +192,19 @@ def test_tracker_that_names_nothing(checkpoint, word):
     refused(checkpoint, "tracker")
 
 
-@pytest.mark.parametrize("name", [".metadata", "common.pt"])
-def test_missing_file(checkpoint, name):
-    (checkpoint / "release" / name).unlink()
-    refused(checkpoint, f"{name} does not exist")
+def test_missing_metadata(checkpoint):
+    (checkpoint / "release" / ".metadata").unlink()
+    refused(checkpoint, r"\.metadata does not exist")
+
+
+def test_missing_common_file(checkpoint):
+    """Releases from 0.19 on store what it says a second time, in an item."""
+    expected = read_description(checkpoint)
+    (checkpoint / "release" / "common.pt").unlink()
+    if WRITES_COMMON_ITEM:
+        assert read_description(checkpoint) == expected
+    else:
+        refused(checkpoint, r"common\.pt does not exist")
 
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt"])

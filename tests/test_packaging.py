@@ -121,6 +121,16 @@ def test_what_megatron_needs_and_does_not_declare_is_one_line(tmp_path, missing,
     assert f"`pip install {missing}`" in line
 
 
+@pytest.mark.parametrize("release", ["0.13.1", "0.20.0", "0.19.2-or-so"])
+def test_an_environment_of_an_unsupported_release_is_refused_in_one_line(release):
+    process = subprocess.run(
+        [ROOT / "tools" / "setup_megatron.sh", release], capture_output=True, text=True,
+        env={**os.environ, "VENV": sys.prefix}, timeout=60,
+    )
+    said = f"MEGATRON={release}: supported are releases >=0.14,<0.20\n"
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", said)
+
+
 def test_a_package_that_takes_megatrons_name_is_one_line(tmp_path):
     fake = tmp_path / "megatron"
     fake.mkdir()
@@ -187,7 +197,8 @@ def test_every_imported_package_is_a_declared_dependency():
 def test_the_files_of_the_project_name_no_path_of_a_machine():
     homes = re.compile(r"(?<![\w.~-])/(?:home|root|Users)/\w")
     for path in ROOT.rglob("*"):
-        if not path.is_file() or NOT_OURS & set(path.relative_to(ROOT).parts):
+        parts = path.relative_to(ROOT).parts
+        if NOT_OURS & set(parts) or parts[0].startswith(".venv") or not path.is_file():
             continue
         text = path.read_bytes().decode("utf-8", "ignore")
         assert f"{ROOT}/" not in text and not homes.search(text), path.relative_to(ROOT)

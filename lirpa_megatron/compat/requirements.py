@@ -44,6 +44,16 @@ def check() -> None:
     _check_apex()
 
 
+def undeclared_and_missing() -> list[str]:
+    """Packages that the installed megatron-core needs, does not declare, and that are not there."""
+    release = Version(importlib.metadata.version("megatron-core"))
+    return [
+        package
+        for package, (first, _) in _UNDECLARED.items()
+        if release >= Version(first) and importlib.util.find_spec(package) is None
+    ]
+
+
 def _check_megatron() -> None:
     """PyPI's megatron is an unrelated package that takes the name of megatron-core's folder."""
     spec = importlib.util.find_spec("megatron")
@@ -58,12 +68,9 @@ def _check_megatron() -> None:
 
 
 def _check_undeclared(megatron: Version) -> None:
-    for package, (first, why) in _UNDECLARED.items():
-        if megatron >= Version(first) and importlib.util.find_spec(package) is None:
-            raise ImportError(
-                f"{package} is not installed, and {why.format(megatron)}: run "
-                f"`pip install {package}`"
-            )
+    for package in undeclared_and_missing():
+        why = _UNDECLARED[package][1].format(megatron)
+        raise ImportError(f"{package} is not installed, and {why}: run `pip install {package}`")
 
 
 def _check_apex() -> None:
