@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import current_process
@@ -171,8 +172,10 @@ def _launched(
 def _be_a_parent(address: str) -> None:
     with Client(address, "AF_UNIX") as pipe:
         current_process().authkey = pipe.recv()  # torch shares tensors with those who know it
-        for name in IMPORTED:
-            importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # megatron-core's, on optional packages
+            for name in IMPORTED:
+                importlib.import_module(name)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
         while True:
             try:
