@@ -7,6 +7,7 @@ import signal
 
 import psutil
 import pytest
+from forks import launch
 from sentences import (
     CERTIFY,
     finish,
@@ -107,10 +108,9 @@ def test_a_full_disk_is_one_line_and_resume_goes_on(folder, tmp_path, capsys):
 def test_replicas_share_the_sentences(folder, tmp_path):
     output = tmp_path / "r.jsonl"
     arguments = ("--load", folder / "bert", "--data", folder / "data.jsonl", *CERTIFY)
-    status, out, err = finish(
-        start(2, *arguments, "--tensor-parallel-size", 1, "--output", output), 200
-    )
-    assert status == 0, err
+    arguments += ("--tensor-parallel-size", 1, "--output", output)
+    run = launch(2, main, ["verify", *map(str, arguments)], timeout=200)
+    assert run.returncode == 0, run.stderr
     results = read(output)
     (tmp_path / "alone").mkdir()
     _, alone = verify(folder, *CERTIFY, output=tmp_path / "alone" / "r.jsonl")
@@ -118,7 +118,7 @@ def test_replicas_share_the_sentences(folder, tmp_path):
     assert len(results) == len(by_name) == len(alone)
     assert [by_name[r["property"]] for r in alone] == without_times(alone)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "r.jsonl", "summary.json"]
-    assert out.count("seconds per input") == 1
+    assert run.stdout.count("seconds per input") == 1
 
 
 def test_what_replicas_left_is_kept_by_resume_alone(folder, tmp_path, capsys):
