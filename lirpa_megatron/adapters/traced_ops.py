@@ -12,34 +12,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from lirpa_megatron.adapters.tracing import operator
 from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
 from lirpa_megatron.operators.functional import heads_first, heads_last, normalized, rotate
 
-_KINDS = {
+_OPERATORS = {
     "gelu": "GeluErf", "gelu_tanh": "GeluTanh", "silu": "Silu", "quick_gelu": "QuickGelu",
     "squared_relu": "SquaredRelu", "tanh": "Tanh",
 }
 ACTIVATIONS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-    kind: (name, FUNCTIONS[name].curve().run) for kind, name in _KINDS.items()
+    kind: (name, FUNCTIONS[name].curve().run) for kind, name in _OPERATORS.items()
 }
 """What the configurations of models call a function -> (operator of the graph, the function)."""
 
 
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
     """An elementwise activation of `ACTIVATIONS` (or 'relu', which is the host's)."""
-    if kind == "relu":
-        return F.relu(x)
-    return _elementwise(kind).apply(x) if torch.jit.is_tracing() else ACTIVATIONS[kind][1](x)
+    return F.relu(x) if kind == "relu" else _activations[kind](x)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a * b, elementwise, shapes equal (a gate)."""
-    return _ProductSymbol.apply(a, b) if torch.jit.is_tracing() else a * b
+    return _product(a, b)
 
 
 def norm(
@@ -56,10 +54,7 @@ def norm(
         rms: whether the mean is left in.
         groups: heads, for the norms of queries and keys.
     """
-    if torch.jit.is_tracing():
-        inputs = (x, weight) if bias is None else (x, weight, bias)
-        return _NormSymbol.apply(float(eps), int(rms), int(groups), *inputs)
-    return normalized(x, weight, bias, eps, rms, groups)
+    return _norm(float(eps), int(rms), int(groups), x, weight, *([] if bias is None else [bias]))
 
 
 def rotary(
@@ -73,16 +68,12 @@ def rotary(
         heads: on this rank.
         interleaved: pairs are neighbours (2i, 2i + 1) instead of halves (i, i + r/2).
     """
-    if torch.jit.is_tracing():
-        return _RotarySymbol.apply(heads, int(interleaved), x, cos, sin)
-    return rotate(x, cos, sin, heads, interleaved)
+    return _rotary(heads, int(interleaved), x, cos, sin)
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, head_dim: int, scale: float) -> torch.Tensor:
     """Attention scores: q [B, Q, n d], k [B, S, g d], n a multiple of g -> [B, n, Q, S]."""
-    if torch.jit.is_tracing():
-        return _ScoresSymbol.apply(head_dim, float(scale), q, k)
-    return _ScoresSymbol.forward(None, head_dim, scale, q, k)
+    return _scores(head_dim, float(scale), q, k)
 
 
 def attend(
@@ -102,148 +93,60 @@ def attend(
     Returns:
         [B, Q, n d].
     """
-    inputs = (s, v) if mask is None else (s, v, mask)
-    query = -1 if query is None else query
-    if torch.jit.is_tracing():
-        return _AttendSymbol.apply(head_dim, float(fill), query, *inputs)
-    return _AttendSymbol.forward(None, head_dim, fill, query, *inputs)
+    finite = math.isfinite(fill)  # an attribute of a graph has to be
+    numbers = head_dim, int(finite), float(fill) if finite else 0.0, -1 if query is None else query
+    return _attend(*numbers, s, v, *([] if mask is None else [mask]))
 
 
 def select_position(x: torch.Tensor, position: int, keep: bool = False) -> torch.Tensor:
     """[B, S, h] -> [B, h], or [B, 1, h] (`keep`), at one position (negative: from the end)."""
-    if torch.jit.is_tracing():
-        return _PositionSymbol.apply(position, int(keep), x)
-    return _PositionSymbol.forward(None, position, int(keep), x)
+    return _select_position(position, int(keep), x)
 
 
-# ------------------------------------------------------------------------- shapes
+def _run_norm(eps: float, rms: int, groups: int, *inputs: torch.Tensor) -> torch.Tensor:
+    x, weight, bias = (*inputs, None)[:3]
+    return normalized(x, weight, bias, eps, bool(rms), groups)
 
 
-# ------------------------------------------------------------------ the graph's nodes
+def _run_scores(head_dim: int, scale: float, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    q, k = heads_first(q, head_dim), heads_first(k, head_dim)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (q @ k.transpose(-1, -2)) * scale
 
 
-def _op(
-    g: Any, name: str, *inputs: Any, sizes: Callable[[list[int]], list[int]] | None = None,
-    **attributes: Any,
-) -> Any:
-    """A node of the traced graph; its shape follows from the first input's where that is known.
-
-    Args:
-        g: the graph.
-        name: of the operator.
-        *inputs: its inputs.
-        sizes: shape of the first input -> shape of the result; the same shape by default.
-        **attributes: as torch.onnx wants them, with their type as suffix.
-    """
-    out = g.op(f"lirpa_megatron::{name}", *inputs, **attributes)
-    like = inputs[0].type()
-    known = like.sizes() if like.kind() == "TensorType" else None
-    if known is None:
-        return out
-    return out.setType(like if sizes is None else like.with_sizes(sizes(known)))
+def _run_attend(
+    head_dim: int, finite: int, fill: float, query: int, s: torch.Tensor, v: torch.Tensor,
+    *mask: torch.Tensor,
+) -> torch.Tensor:
+    if mask:
+        rows = mask[0] if query < 0 else mask[0][:, :, query : query + 1]
+        s = s.masked_fill(rows != 0, fill if finite else -math.inf)
+    v = heads_first(v, head_dim)
+    v = v.repeat_interleave(s.shape[1] // v.shape[1], dim=1)
+    return heads_last(torch.softmax(s, dim=-1) @ v)
 
 
-def _elementwise(kind: str) -> type[torch.autograd.Function]:
-    return _ELEMENTWISE[kind]
+def _run_position(position: int, keep: int, x: torch.Tensor) -> torch.Tensor:
+    y = x[:, position].clone()
+    return y.unsqueeze(1) if keep else y
 
 
-def _make_elementwise(name: str, function: Callable) -> type[torch.autograd.Function]:
-    class Symbol(torch.autograd.Function):
-        @staticmethod
-        def symbolic(g: Any, x: Any) -> Any:
-            return _op(g, name, x)
-
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return function(x)
-
-    Symbol.__name__ = f"_{name}Symbol"
-    return Symbol
-
-
-_ELEMENTWISE = {kind: _make_elementwise(*entry) for kind, entry in ACTIVATIONS.items()}
-
-
-class _ProductSymbol(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, a: Any, b: Any) -> Any:
-        return _op(g, "Product", a, b)
-
-    @staticmethod
-    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a * b
-
-
-class _NormSymbol(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, eps: float, rms: int, groups: int, *inputs: Any) -> Any:
-        return _op(g, "Norm", *inputs, eps_f=eps, rms_i=rms, groups_i=groups)
-
-    @staticmethod
-    def forward(ctx: Any, eps: float, rms: int, groups: int, *inputs: Any) -> torch.Tensor:
-        x, weight, bias = (*inputs, None)[:3]
-        return normalized(x, weight, bias, eps, bool(rms), groups)
-
-
-class _RotarySymbol(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, heads: int, interleaved: int, x: Any, cos: Any, sin: Any) -> Any:
-        return _op(g, "Rotary", x, cos, sin, heads_i=heads, interleaved_i=interleaved)
-
-    @staticmethod
-    def forward(ctx: Any, heads: int, interleaved: int, x: Any, cos: Any, sin: Any) -> Any:
-        return rotate(x, cos, sin, heads, bool(interleaved))
-
-
-class _ScoresSymbol(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, head_dim: int, scale: float, q: Any, k: Any) -> Any:
-        keys = k.type().sizes() if k.type().kind() == "TensorType" else None
-        return _op(
-            g, "Scores", q, k, head_dim_i=head_dim, scale_f=scale,
-            sizes=lambda q: [q[0], q[2] // head_dim, q[1], (keys or q)[1]],
-        )
-
-    @staticmethod
-    def forward(ctx: Any, head_dim: int, scale: float, q: Any, k: Any) -> torch.Tensor:
-        q, k = heads_first(q, head_dim), heads_first(k, head_dim)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        return (q @ k.transpose(-1, -2)) * scale
-
-
-class _AttendSymbol(torch.autograd.Function):
-    @staticmethod
-    def symbolic(
-        g: Any, head_dim: int, fill: float, query: int, s: Any, v: Any, *mask: Any
-    ) -> Any:
-        finite = int(math.isfinite(fill))
-        return _op(
-            g, "Attend", s, v, *mask, sizes=lambda s: [s[0], s[2], s[1] * head_dim],
-            head_dim_i=head_dim, finite_fill_i=finite, fill_f=fill if finite else 0.0,
-            query_i=query,
-        )
-
-    @staticmethod
-    def forward(
-        ctx: Any, head_dim: int, fill: float, query: int, s: Any, v: Any, *mask: Any
-    ) -> torch.Tensor:
-        if mask:
-            rows = mask[0] if query < 0 else mask[0][:, :, query : query + 1]
-            s = s.masked_fill(rows != 0, fill)
-        v = heads_first(v, head_dim)
-        v = v.repeat_interleave(s.shape[1] // v.shape[1], dim=1)
-        return heads_last(torch.softmax(s, dim=-1) @ v)
-
-
-class _PositionSymbol(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, position: int, keep: int, x: Any) -> Any:
-        return _op(
-            g, "SelectPosition", x, position_i=position, keep_i=keep,
-            sizes=lambda x: [x[0], *([1] if keep else []), x[2]],
-        )
-
-    @staticmethod
-    def forward(ctx: Any, position: int, keep: int, x: torch.Tensor) -> torch.Tensor:
-        y = x[:, position].clone()
-        return y.unsqueeze(1) if keep else y
+_activations = {kind: operator(*entry) for kind, entry in ACTIVATIONS.items()}
+_product = operator("Product", lambda a, b: a * b)
+_norm = operator("Norm", _run_norm, ("eps_f", "rms_i", "groups_i"))
+_rotary = operator(
+    "Rotary", lambda heads, interleaved, *x: rotate(*x, heads, bool(interleaved)),
+    ("heads_i", "interleaved_i"),
+)
+_scores = operator(
+    "Scores", _run_scores, ("head_dim_i", "scale_f"),
+    sizes=lambda head_dim, scale, q, k: [q[0], q[2] // head_dim, q[1], (k or q)[1]],
+)
+_attend = operator(
+    "Attend", _run_attend, ("head_dim_i", "finite_fill_i", "fill_f", "query_i"),
+    sizes=lambda head_dim, finite, fill, query, s, *others: [s[0], s[2], s[1] * head_dim],
+)
+_select_position = operator(
+    "SelectPosition", _run_position, ("position_i", "keep_i"),
+    sizes=lambda position, keep, x: [x[0], *([1] if keep else []), x[2]],
+)

@@ -6,110 +6,41 @@ Plain torch when run; one node of the graph each when the host traces a network,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.adapters import traced_ops
-from lirpa_megatron.adapters.traced_ops import _op
-from lirpa_megatron.adapters.tracing import untraced
+from lirpa_megatron.adapters.tracing import operator, untraced
 
 
 def select(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x[:, index], index [m] int64 -> [B, m]."""
-    if not torch.jit.is_tracing():
-        return x.index_select(-1, index)
-    return _Select.apply(len(index), x, index)
+    return _select(x, index)
 
 
 def join(*x: torch.Tensor) -> torch.Tensor:
     """Side by side: [B, n_1], [B, n_2] ... -> [B, n_1 + n_2 ...]."""
-    if not torch.jit.is_tracing():
-        return torch.cat(x, dim=-1)
-    return _Join.apply(sum(int(part.shape[-1]) for part in x), *x)
+    return _join(*x)
 
 
 def sum_groups(x: torch.Tensor, group: torch.Tensor, width: int) -> torch.Tensor:
     """y[:, j] = the sum of the x[:, i] with group[i] == j: group [n] int64 -> [B, width]."""
-    if torch.jit.is_tracing():
-        return _Sum.apply(width, x, group)
-    return x.new_zeros(x.shape[0], width).index_add(-1, group, x)
+    return _sum_groups(width, x, group)
 
 
 def shift(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """x + c, c [n]."""
-    return _Shift.apply(x, c) if torch.jit.is_tracing() else x + c
+    return _shift(x, c)
 
 
 def scale(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """x c, c [n]."""
-    return _Scale.apply(x, c) if torch.jit.is_tracing() else x * c
+    return _scale(x, c)
 
 
 def divide(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """x / c, c [n] without zeros."""
-    return _Divide.apply(x, c) if torch.jit.is_tracing() else x / c
-
-
-class _Select(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, width: int, x: Any, index: Any) -> Any:
-        return _op(g, "SelectColumns", x, index, sizes=lambda s: [s[0], width])
-
-    @staticmethod
-    def forward(ctx: Any, width: int, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return x.index_select(-1, index)
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, width: int, *x: Any) -> Any:
-        return _op(g, "JoinColumns", *x, sizes=lambda s: [s[0], width])
-
-    @staticmethod
-    def forward(ctx: Any, width: int, *x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(x, dim=-1)
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, width: int, x: Any, group: Any) -> Any:
-        return _op(g, "SumColumns", x, group, sizes=lambda s: [s[0], width], width_i=width)
-
-    @staticmethod
-    def forward(ctx: Any, width: int, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(x.shape[0], width).index_add(-1, group, x)
-
-
-class _Shift(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, x: Any, c: Any) -> Any:
-        return _op(g, "ShiftColumns", x, c)
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return x + c
-
-
-class _Scale(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, x: Any, c: Any) -> Any:
-        return _op(g, "ScaleColumns", x, c)
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return x * c
-
-
-class _Divide(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, x: Any, c: Any) -> Any:
-        return _op(g, "DivideColumns", x, c)
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return x / c
+    return _divide(x, c)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -146,32 +77,33 @@ def layer_norm(x: torch.Tensor, size: int, eps: float) -> torch.Tensor:
 
 def parts(x: torch.Tensor, count: int) -> torch.Tensor:
     """[B, T n] -> [B, T, n], T the count."""
-    if torch.jit.is_tracing():
-        return _Parts.apply(int(count), x)
-    return x.unflatten(-1, (count, -1))
+    return _parts(int(count), x)
 
 
 def columns(x: torch.Tensor) -> torch.Tensor:
     """[B, T, n] -> [B, T n]."""
-    return _Columns.apply(x) if torch.jit.is_tracing() else x.flatten(1)
+    return _columns(x)
 
 
-class _Parts(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, count: int, x: Any) -> Any:
-        return _op(g, "PartsOfColumns", x, count_i=count,
-                   sizes=lambda s: [s[0], count, s[1] // count])
-
-    @staticmethod
-    def forward(ctx: Any, count: int, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (count, -1)).clone()
-
-
-class _Columns(torch.autograd.Function):
-    @staticmethod
-    def symbolic(g: Any, x: Any) -> Any:
-        return _op(g, "ColumnsOfParts", x, sizes=lambda s: [s[0], s[1] * s[2]])
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1).clone()
+_select = operator(
+    "SelectColumns", lambda x, index: x.index_select(-1, index),
+    sizes=lambda x, index: [x[0], index[0]],
+)
+_join = operator(
+    "JoinColumns", lambda *x: torch.cat(x, dim=-1), sizes=lambda *x: [x[0][0], sum(s[1] for s in x)]
+)
+_sum_groups = operator(
+    "SumColumns",
+    lambda width, x, group: x.new_zeros(x.shape[0], width).index_add(-1, group, x),
+    ("width_i",), sizes=lambda width, x, group: [x[0], width],
+)
+_shift = operator("ShiftColumns", lambda x, c: x + c)
+_scale = operator("ScaleColumns", lambda x, c: x * c)
+_divide = operator("DivideColumns", lambda x, c: x / c)
+_parts = operator(
+    "PartsOfColumns", lambda count, x: x.unflatten(-1, (count, -1)).clone(), ("count_i",),
+    sizes=lambda count, x: [x[0], count, x[1] // count],
+)
+_columns = operator(
+    "ColumnsOfParts", lambda x: x.flatten(1).clone(), sizes=lambda x: [x[0], x[1] * x[2]]
+)
