@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.verify.options import RunOptions
 
 QUESTIONS = ("certify", "radius", "synonyms")
 NORMS = {"inf": math.inf, "2": 2.0, "1": 1.0}
 
 
 @dataclass(frozen=True)
-class SentenceOptions:
+class SentenceOptions(RunOptions):
     """Options of a run over sentences; every field has the name of its command-line option."""
 
-    # CROWN, ...: one of lirpa_megatron.METHODS, or auto
-    method: str = "CROWN"
-    # a key of networks.network.DTYPES; None: what the checkpoint stores, at least float32
-    dtype: str | None = None
     # "classification", "label-tokens", "next-token"; None: what the model is made for
     task: str | None = None
     # one of QUESTIONS
@@ -41,34 +38,12 @@ class SentenceOptions:
     labels: Sequence[str] | None = None
     # the text that a GPT is asked, around "{text}"
     prompt: str = "{text}"
-    # gradient steps and starting points of the attack; 0 steps: no attack
-    attack_steps: int = 40
-    attack_restarts: int = 20
-    seed: int = 0
-    # gradient steps and step size of alpha-CROWN
-    alpha_iterations: int = 20
+    # step size of alpha-CROWN
     lr_alpha: float = 0.1
-    # seconds for each sentence
-    timeout: float | None = None
-    # most rows of A that a rank carries at once
-    max_spec_rows: int | None = None
-    # the model's own forward is not compared with its bounds (`OwnOptions.check_live`)
-    no_live_check: bool = False
     # of the checkpoint; None: what its tracker names
     iteration: str | None = None
     # only the first so many lines of the data
     limit: int | None = None
-    # bounds that hold in real arithmetic (`lirpa_megatron.rounding`), in float64
-    outward: bool = False
-
-    def __post_init__(self) -> None:
-        if self.outward and self.dtype in (None, "float64"):
-            object.__setattr__(self, "dtype", "float64")
-
-    @property
-    def rounding(self) -> str:
-        """`OwnOptions.rounding`."""
-        return "outward" if self.outward else "nearest"
 
     def check(self) -> None:
         """Raises UserError for options that do not go together."""
@@ -80,23 +55,11 @@ class SentenceOptions:
             raise UserError(f"--question synonyms uses a box or a hull, not --norm {self.norm}")
         if self.question == "synonyms" and self.eps is not None and self.shape == "hull":
             raise UserError("--eps around substitutes needs --shape box")
-        if self.outward and self.dtype != "float64":
-            raise UserError(
-                f"--outward computes bounds in float64, --dtype says {self.dtype}: leave it out"
-            )
+        super().check()
         if "{text}" not in self.prompt:
             raise UserError(f"--prompt {self.prompt!r} has no {{text}}, the place of the sentence")
         if self.prompt.count("{text}") > 1:
             raise UserError(f"--prompt {self.prompt!r} has {{text}} more than once")
-
-    def bound_opts(self) -> dict[str, Any]:
-        """Options of `BoundedModule`."""
-        return {
-            "max_spec_rows": self.max_spec_rows,
-            "rounding": self.rounding,
-            "check_live": not self.no_live_check,
-            "optimize_bound_args": {"iteration": self.alpha_iterations, "lr_alpha": self.lr_alpha},
-        }
 
     def key(self) -> dict[str, Any]:
         """What tells the results of one question from those of another, as they are written."""
