@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
 import os
 import sys
@@ -164,7 +163,7 @@ def _together(parts) -> str:
     return f"{sum(ratios) / len(ratios):.3f} ({max(ratios):.4f}){note}"
 
 
-def _worker(task: dict) -> None:
+def _worker(task: dict) -> dict:
     import torch
 
     torch.set_num_threads(1)
@@ -182,7 +181,7 @@ def _worker(task: dict) -> None:
             cells += [_network(name, f, positive, m, task["seeds"]) for m in METHODS[1:]]
             found[name] = cells
             print(name, cells, file=sys.stderr, flush=True)
-    print(json.dumps({"result": found}), flush=True)
+    return {"result": found}
 
 
 def main() -> None:
@@ -193,21 +192,18 @@ def main() -> None:
     parser.add_argument("--auto-lirpa", default=os.environ.get("AUTO_LIRPA"),
                         help="a folder with auto_LiRPA; by default the one that is installed")
     arguments = parser.parse_args()
-    from transformer_models import host_version, launch
+    from workers import host_version, result
 
     os.environ["PYTHONBREAKPOINT"] = "0"  # auto_LiRPA's alpha loop stops in the debugger at NaN
     task = {"only": arguments.only, "seeds": arguments.seeds}
-    ranks = launch(__file__, task, 1, arguments.limit, arguments.auto_lirpa)
-    if ranks is None:
-        raise SystemExit(f"not done in {arguments.limit:g} seconds")
+    found = result(__file__, task, arguments.limit, arguments.auto_lirpa)
     print(f"widths / those of auto_LiRPA {host_version(arguments.auto_lirpa)}\n")
     print("| function | alone, IBP | CROWN | alpha | network, CROWN | alpha |\n" + "|---" * 6 + "|")
-    for name, cells in ranks[0]["result"].items():
+    for name, cells in found.items():
         print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        _worker(json.loads(sys.argv[-1]))
-    else:
-        main()
+    from workers import start
+
+    start(main, _worker)

@@ -13,9 +13,7 @@ them); 'unsound': a point violates its bounds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 
 TOKENS, HIDDEN, FFN, HEADS = 4, 32, 64, 2
 
@@ -179,7 +177,7 @@ def _ratio(make, eps: float, seeds: int) -> float | str:
     return sum(ratios) / len(ratios)
 
 
-def _worker(task: dict) -> None:
+def _worker(task: dict) -> dict:
     import torch
 
     torch.set_num_threads(1)
@@ -192,7 +190,7 @@ def _worker(task: dict) -> None:
             if task["only"] not in name:
                 continue
             found[name] = [_ratio(make, eps, task["seeds"]) for eps in task["eps"]]
-    print(json.dumps({"result": found}), flush=True)
+    return {"result": found}
 
 
 def main() -> None:
@@ -204,22 +202,19 @@ def main() -> None:
     parser.add_argument("--auto-lirpa", default=os.environ.get("AUTO_LIRPA"),
                         help="a folder with auto_LiRPA; by default the one that is installed")
     arguments = parser.parse_args()
-    from transformer_models import host_version, launch
+    from workers import host_version, result
 
     task = {"eps": arguments.eps, "seeds": arguments.seeds, "only": arguments.only}
-    ranks = launch(__file__, task, 1, arguments.limit, arguments.auto_lirpa)
-    if ranks is None:
-        raise SystemExit(f"not done in {arguments.limit:g} seconds")
+    found = result(__file__, task, arguments.limit, arguments.auto_lirpa)
     print(f"widths of CROWN's bounds / those of auto_LiRPA {host_version(arguments.auto_lirpa)}\n")
     print("| network | " + " | ".join(f"eps {eps:g}" for eps in arguments.eps) + " |")
     print("|---" * (1 + len(arguments.eps)) + "|")
-    for name, ratios in ranks[0]["result"].items():
+    for name, ratios in found.items():
         cells = [r if isinstance(r, str) else f"{r:.3f}" for r in ratios]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        _worker(json.loads(sys.argv[-1]))
-    else:
-        main()
+    from workers import start
+
+    start(main, _worker)

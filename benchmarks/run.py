@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -172,29 +171,12 @@ def predicted_bytes(
     return round(total)
 
 
-def printed(text: str) -> list[dict]:
-    """The JSON objects in what ranks printed; two ranks may write into one line."""
-    results, at, decoder = [], text.find("{"), json.JSONDecoder()
-    while at >= 0:
-        result, end = decoder.raw_decode(text, at)
-        results.append(result)
-        at = text.find("{", end)
-    return results
-
-
 def _launch(task: dict) -> dict:
     """The figures of one mode: the worst rank's."""
     ranks = MODES[task["mode"]]
-    command = [sys.executable, "-W", "ignore"]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [__file__, "--worker", json.dumps(task)]
-    from memory import environment
+    from workers import launch
 
-    out = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    results = printed(out.stdout)
-    if out.returncode != 0 or len(results) != ranks:
-        raise SystemExit(f"{task['model']} {task['mode']} failed:\n{out.stderr[-2000:]}")
+    results = launch(__file__, task, ranks, None, None)
     worst = {key: max(r[key] for r in results) for key in ("seconds", "mib")}
     return {**results[0], **worst}
 
@@ -260,7 +242,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        print(json.dumps(_one_mode(json.loads(sys.argv[-1]))), flush=True)
-    else:
-        main()
+    from workers import start
+
+    start(main, _one_mode)

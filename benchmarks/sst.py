@@ -115,7 +115,7 @@ def _depth_mode(task: dict) -> dict:
     return radius(bounded, x, 0, task["most"], task["steps"], method)
 
 
-def _worker(task: dict) -> None:
+def _worker(task: dict) -> dict:
     import torch
 
     torch.set_num_threads(1)
@@ -123,7 +123,7 @@ def _worker(task: dict) -> None:
 
     with runtime.session():
         result = _depth_mode(task) if task["depth"] else _sst_mode(task)
-    print(json.dumps({"result": result}), flush=True)
+    return {"result": result}
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -205,7 +205,7 @@ def main() -> None:
     if not arguments.depth and not DATA.is_dir():
         print("the SST data are not there: ../shared/data/sst", file=sys.stderr)
         raise SystemExit(2)
-    from transformer_models import host_version, launch
+    from workers import host_version, launch
 
     version = host_version(arguments.auto_lirpa)
     common = {"depth": arguments.depth, "steps": arguments.steps, "device": arguments.device,
@@ -224,7 +224,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        _worker(json.loads(sys.argv[-1]))
-    else:
-        main()
+    from workers import start
+
+    start(main, _worker)

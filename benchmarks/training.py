@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for one mode")
     parser.add_argument("--json", type=Path, help="write every figure there")
     arguments = parser.parse_args()
-    from transformer_models import launch
+    from workers import launch
 
     figures = {}
     for model in arguments.models:
@@ -167,7 +167,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        print(json.dumps(_one_mode(json.loads(sys.argv[-1]))), flush=True)
-    else:
-        main()
+    from workers import start
+
+    start(main, _one_mode)

@@ -1,7 +1,6 @@
 """Pre-LN transformers for the benchmarks: in plain torch, of this package's symbols, of Megatron.
 
-The plain one has the weights; a Megatron model takes this rank's part of them. Every mode of a
-benchmark runs in processes of its own (`launch`), which end at a time limit.
+The plain one has the weights; a Megatron model takes this rank's part of them.
 """
 
 from __future__ import annotations
@@ -9,19 +8,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import memory
 import torch
 import torch.nn.functional as F
-from run import printed
 from torch import nn
 
 PARTS = ("norm", "attention", "gelu")
@@ -227,55 +218,3 @@ def profiled():
     finally:
         for owner, name, value in saved:
             setattr(owner, name, value)
-
-
-# --------------------------------------------------------------------------------- processes
-
-
-def environment(auto_lirpa: str | None) -> dict[str, str]:
-    """For a worker, with auto_LiRPA from a folder."""
-    found = memory.environment()
-    if auto_lirpa and Path(auto_lirpa).is_dir():
-        paths = [str(Path(auto_lirpa).resolve()), os.environ.get("PYTHONPATH")]
-        found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return found
-
-
-def launch(script: str, task: dict, ranks: int, limit: float, auto_lirpa: str | None):
-    """Runs `script --worker TASK` with some ranks.
-
-    Returns:
-        What each rank printed as its last JSON line; None past the time limit.
-
-    Raises:
-        SystemExit: a rank failed, with the end of its messages.
-    """
-    command = [sys.executable, "-W", "ignore"]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [script, "--worker", json.dumps(task)]
-    process = subprocess.Popen(
-        command, env=environment(auto_lirpa), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM if ranks > 1 else signal.SIGKILL)
-        process.communicate()
-        return None
-    results = printed(out)
-    if process.returncode != 0 or len(results) != ranks:
-        raise SystemExit(f"{task} failed:\n{err[-2000:]}")
-    return results
-
-
-def host_version(auto_lirpa: str | None) -> str:
-    """The version of auto_LiRPA that workers will use."""
-    code = "from lirpa_megatron.compat import auto_lirpa; print(auto_lirpa.VERSION)"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    out = subprocess.run(command, env=environment(auto_lirpa), capture_output=True, text=True)
-    if out.returncode != 0:
-        raise SystemExit(out.stderr[-2000:])
-    return out.stdout.split()[-1]

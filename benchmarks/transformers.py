@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -200,7 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.layers, arguments.sequence = [1], [8]
-    from transformer_models import host_version, launch
+    from workers import host_version, launch
 
     version = host_version(arguments.auto_lirpa)
     modes = [m for m in arguments.modes if m != "plain" or version != "0.3"]
@@ -234,7 +233,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        print(json.dumps(_one_mode(json.loads(sys.argv[-1]))), flush=True)
-    else:
-        main()
+    from workers import start
+
+    start(main, _one_mode)
