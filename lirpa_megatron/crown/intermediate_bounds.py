@@ -20,6 +20,7 @@ from lirpa_megatron.crown.relu_sparsity import (
     unstable_rows,
     with_rows,
 )
+from lirpa_megatron.operators import cut_with_range
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.problem.perturbations import is_box
 
@@ -100,9 +101,7 @@ class Intermediate:
                 call.to_be_read(node.name, use)
         found = without_nan(node.lower, node.upper)
         if use and len(node.inputs) == 1 and auto_lirpa.reads_bounds(node):
-            # The range of an activation is that on its input's bounds; lines around it know less.
-            lower, upper = without_nan(*self.ibp(node))
-            found = torch.maximum(found[0], lower), torch.minimum(found[1], upper)
+            found = cut_with_range(node, *found)
         if graph.own_options.compare_crown_with_ibp:
             found = _tighter(found, self.ibp(node))
         if node.name in graph.reference_bounds:

@@ -65,7 +65,7 @@ def normalized(
     x = x.unflatten(-1, (groups, -1)) if groups > 1 else x
     if not rms:
         x = x - x.mean(-1, keepdim=True)
-    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    y = x * (x.square().sum(-1, keepdim=True) / x.shape[-1] + eps).rsqrt() * weight
     return (y if bias is None else y + bias).reshape(shape)
 
 

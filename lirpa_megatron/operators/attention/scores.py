@@ -10,6 +10,7 @@ import torch
 from lirpa_megatron.arithmetic.near import chosen
 from lirpa_megatron.operators.affine.products import product_range
 from lirpa_megatron.operators.context import OperatorInputs
+from lirpa_megatron.operators.mccormick import mixed, turned
 from lirpa_megatron.operators.numerics import least_product, mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed
 
@@ -54,10 +55,10 @@ class BoundScores(RowRelaxed):
     boxes, -+ sum_d |dq_d| |dk_d|, and from the affine forms of q and k, whose deviations come from
     one input (`product_range`); both hold, so their intersection does. q0 and k0 are the
     forms' centers, else the boxes' midpoints. (The planes through the midpoints are the mean of
-    McCormick's, 1976.)
+    McCormick's.)
 
     **Alpha** [B, n, T, T], a number m in [-1, 1] for each row and pair, mixes this plane with
-    McCormick's two of the boxes |dq| <= rq, |dk| <= rk, each below <dq, dk>:
+    McCormick's two (`mccormick`) of the boxes |dq| <= rq, |dk| <= rk, each below <dq, dk>:
 
         (1 - |m|) low - |m| <rq, rk> - m (<rq, dk> + <rk, dq>)
 
@@ -135,13 +136,11 @@ class BoundScores(RowRelaxed):
         if move is not None:
             m = torch.where(x.box.isfinite(), move.unflatten(-3, (k0.shape[-4], -1)), 0.0)
             rq, rk, box = (torch.where(r.isfinite(), r, 0.0) for r in (x.rq, x.rk, x.box))
-            turned_q, turned_k = (m * A.abs()) @ rk, (m * A).transpose(-1, -2) @ rq
-            A_q, A_k = A_q - turned_q, A_k - turned_k
-            # Each by itself: there may be fewer queries than keys.
-            bias = (turned_q * q0).flatten(2).sum(-1) + (turned_k * k0).flatten(2).sum(-1)
-            plain = 1 - m.abs()
-            low = torch.where(plain == 1, low, plain * low - (1 - plain) * box)
-            high = torch.where(plain == 1, high, plain * high + (1 - plain) * box)
+            to_q, to_k, bias = turned(
+                A, A.abs(), m, q0, k0, lambda x: x @ rk, lambda x: x.transpose(-1, -2) @ rq
+            )
+            A_q, A_k = A_q - to_q, A_k - to_k
+            low, high = mixed(m, low, high, box)
         bias = bias + (rest + least_product(A, low, high)).flatten(2).sum(-1)
         A_q = A_q.movedim(-2, -4).flatten(-3)
         A_k = A_k.sum(-3).movedim(-2, -3).flatten(-2)

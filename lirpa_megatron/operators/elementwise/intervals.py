@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.operators.numerics import without_nan
 
 Range = tuple[torch.Tensor, torch.Tensor]
 
@@ -28,6 +29,7 @@ def within(node: Any, lower: torch.Tensor, upper: torch.Tensor, gradients: bool)
     found = _through(node, _DEEPEST)
     if found is None or found[0].shape != lower.shape:
         return lower, upper
+    found = without_nan(*found)
     if not gradients:
         found = found[0].detach(), found[1].detach()
     low, high = torch.maximum(lower, found[0]), torch.minimum(upper, found[1])
@@ -38,13 +40,13 @@ def within(node: Any, lower: torch.Tensor, upper: torch.Tensor, gradients: bool)
 def cut_with_range(
     node: Any, lower: torch.Tensor | None, upper: torch.Tensor | None
 ) -> tuple:
-    """Bounds of the output, as CROWN has them, cut with the output's range as `within` has it.
+    """Bounds of a node, as CROWN has them, cut with the node's range as `within` has it.
 
     The line below a curve has to be below it everywhere, and it is lowest at an end: where the
-    output is the curve itself, its range is tighter (bounds of a sigmoid stay in [0, 1]).
+    node is the curve itself, its range is tighter (bounds of a sigmoid stay in [0, 1]).
 
     Args:
-        node: the output, whose inputs have bounds.
+        node: its inputs have bounds.
         lower, upper: its bounds [B, *shape], or None.
     """
     both = [torch.full_like(upper, -math.inf) if lower is None else lower,

@@ -12,6 +12,7 @@ from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.affine.products import elementwise_range
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import OperatorInputs, Visit
+from lirpa_megatron.operators.mccormick import mixed, turned
 from lirpa_megatron.operators.numerics import clamp_through, row_sum
 from lirpa_megatron.operators.operator import boxed
 from lirpa_megatron.operators.optimizable import OptimizableOperator
@@ -54,13 +55,11 @@ class BoundProduct(OptimizableOperator):
 
     One input perturbed: linear, A_a = A b.
 
-    Both: with midpoints a0, b0 and half-widths ra, rb, McCormick's two lower planes are
+    Both: with midpoints a0, b0 and half-widths ra, rb, the lower planes of `mccormick` are
 
-        (b0 - d rb) a + (a0 - d ra) b - (a0 b0 + ra rb) + d (a0 rb + b0 ra),     d = 1 and -1
+        (b0 - d rb) a + (a0 - d ra) b - (a0 b0 + ra rb) + d (a0 rb + b0 ra),     d in [-1, 1]
 
-    (at a0 + da, b0 + db their distance to a b is (ra + da)(rb + db) and (ra - da)(rb - db)), and
-    its upper ones (b0 + d rb) a + (a0 - d ra) b - (a0 b0 - ra rb) - d (a0 rb - b0 ra). Any d in
-    [-1, 1] is a mixture of the two and sound.
+    and its upper ones (b0 + d rb) a + (a0 - d ra) b - (a0 b0 - ra rb) - d (a0 rb - b0 ra).
 
     At the midpoint, and so on average over the box, all planes are ra rb away. Without alpha d = 1,
     auto_LiRPA's, which leaves a gate that falls to 0 only the plane in a. Alpha m in [-1, 1] gives
@@ -123,17 +122,19 @@ class BoundProduct(OptimizableOperator):
             if last_A is None:
                 return None, None, 0
             A = dense(last_A)
-            size = A.abs() if side == 0 else -A.abs()
             d = _mixture(self.move(visit, side), box)
-            bias = _remainder(A, box, d, side) - row_sum(A, box.a0 * box.b0)
-            A_a, A_b = A * box.b0, A * box.a0
+            A_a, A_b, bias = A * box.b0, A * box.a0, -row_sum(A, box.a0 * box.b0)
+            low, high = box.low, box.high
             if d is not None:
-                turned, straight = d * size, d * A
-                A_a, A_b = A_a - turned * box.rb, A_b - straight * box.ra
-                bias = bias + row_sum(turned, box.a0 * box.rb) + row_sum(straight, box.b0 * box.ra)
+                size = A.abs() if side == 0 else -A.abs()
+                to_a, to_b, more = turned(
+                    A, size, d, box.a0, box.b0, lambda x: x * box.rb, lambda x: x * box.ra
+                )
+                A_a, A_b, bias = A_a - to_a, A_b - to_b, bias + more
+                low, high = mixed(d, low, high, box.gap)
+            bias = bias + _extreme(A, low, high, side)
             if any_infinite:
-                up, down = (box.least, box.most) if side == 0 else (box.most, box.least)
-                bias = bias + row_sum(A.clamp(min=0), up) + row_sum(A.clamp(max=0), down)
+                bias = bias + _extreme(A, box.least, box.most, side)
             return A_a, A_b, bias
 
         A_a, A_b, bias = (
@@ -178,12 +179,8 @@ def _mixture(move: torch.Tensor | None, box: _Box) -> torch.Tensor | None:
     return clamp_through(moved, -1, 1)
 
 
-def _remainder(A: torch.Tensor, box: _Box, d: torch.Tensor | None, side: int) -> torch.Tensor:
-    """The least (side 0) or largest sum of A times what lies beside the plane, [R, B]."""
-    low, high = box.low, box.high
-    if d is not None:
-        share = d.abs()
-        low, high = low - share * (low + box.gap), high + share * (box.gap - high)
+def _extreme(A: torch.Tensor, low: torch.Tensor, high: torch.Tensor, side: int) -> torch.Tensor:
+    """The least (side 0) or largest sum of A times numbers in [low, high], [R, B]."""
     up, down = (low, high) if side == 0 else (high, low)
     return row_sum(A.clamp(min=0), up) + row_sum(A.clamp(max=0), down)
 

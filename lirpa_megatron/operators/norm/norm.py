@@ -12,6 +12,7 @@ from lirpa_megatron.arithmetic.near import exact
 from lirpa_megatron.operators.affine.form import AffineForm, LinearFormBounds
 from lirpa_megatron.operators.coefficients import LowerUpper, Propagated
 from lirpa_megatron.operators.context import CallState, OperatorInputs, Visit
+from lirpa_megatron.operators.functional import normalized
 from lirpa_megatron.operators.norm.planes import LARGEST, NormPlanes, Vectors
 from lirpa_megatron.operators.numerics import mask_overflow
 from lirpa_megatron.operators.relaxed import RowRelaxed, rows_below
@@ -113,9 +114,8 @@ class BoundNorm(NormPlanes, RowRelaxed):
         self.requires_input_bounds = [0]
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, b: Any = None) -> torch.Tensor:
-        z = self._project(self._split(x))
-        y = z * self._r(z.square().sum(-1, keepdim=True)) * self.replicated(w)
-        return (y if b is None else y + self.replicated(b)).reshape(x.shape)
+        w, b = self.replicated(w), None if b is None else self.replicated(b)
+        return normalized(x, w, b, self.eps, self.rms, self.groups)
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.groups, -1))
