@@ -54,7 +54,10 @@ LLAMA = dict(
     swiglu=True, normalization="RMSNorm", layernorm_epsilon=1e-5, position_embedding_type="rope",
     untie_embeddings_and_output_weights=True,
 )
-MODELS = {"gpt": transformers.gpt, "llama": transformers.llama, "bert": transformers.bert}
+MODELS = {
+    "gpt": transformers.gpt, "llama": transformers.llama, "bert": transformers.bert,
+    "hybrid": transformers.hybrid, "hybrid llama": transformers.hybrid_llama,
+}
 
 
 # name: (model, its settings as keyword arguments, the arguments that say the same)
@@ -91,6 +94,19 @@ CASES = {
     ),
     "vocabulary of 34": (
         "gpt", dict(model=dict(vocab_size=34)), dict(padded_vocab_size=34, vocab_size=32),
+    ),
+    "hybrid": (
+        "hybrid", dict(pattern="**--"),
+        dict(num_layers=4, hybrid_layer_pattern="**--", is_hybrid_model=True,
+             hybrid_attention_ratio=0.0,
+             spec=["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]),
+    ),
+    "hybrid llama": (
+        "hybrid llama", dict(pattern="-*--*", spec=dict(qk_layernorm=True), qk_layernorm=True,
+                             model=dict(rotary_base=500)),
+        {**LLAMA, "num_layers": 5, "hybrid_override_pattern": "-*|--*", "is_hybrid_model": True,
+         "qk_layernorm": True, "rotary_base": 500,
+         "spec": ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]},
     ),
     "scaled rotary": (
         "llama", dict(model=dict(rope_scaling=True)), {**LLAMA, "use_rope_scaling": True},
@@ -327,6 +343,8 @@ JOBS = {
     "indexed": ("llama", dict(metadata={"singleton_local_shards": True})),
     "bert": ("bert", {}),
     "bfloat16": ("llama", dict(dtype=torch.bfloat16)),
+    "hybrid": ("hybrid", {}),
+    "hybrid llama": ("hybrid llama", {}),
 }
 
 

@@ -163,14 +163,7 @@ def hybrid(out, state, args):
     """A GPT model as HybridModel's checkpoint has it (torch_dist): two layers for one."""
     import json
 
-    renamed = {}
-    for name, tensor in state.items():
-        name = checkpoints.fused_name(name).replace("final_layernorm", "final_norm")
-        if ".layers." in name:
-            block, rest = name.split(".layers.")
-            index, rest = rest.split(".", 1)
-            name = f"{block}.layers.{2 * int(index) + rest.startswith('mlp.')}.{rest}"
-        renamed[name] = tensor
+    renamed = {hybrid_name(name): tensor for name, tensor in state.items()}
     args.num_layers *= 2
     args.is_hybrid_model = True
     fsdp(out, renamed, args, prefix="", keep=())
@@ -178,3 +171,15 @@ def hybrid(out, state, args):
     (out / DATA / "metadata.json").write_text(json.dumps(backend))
     common = {"args": args, "checkpoint_version": 3.0, "iteration": checkpoints.ITERATION}
     torch.save(common, out / DATA / "common.pt")
+
+
+def hybrid_name(name, fused=True):
+    """HybridModel's name for a parameter of a GPTModel, of which a layer is two."""
+    local = name.replace("final_layernorm", "final_norm")
+    name = checkpoints.fused_name(local) if fused else local
+    if ".layers." in name:
+        block, rest = name.split(".layers.")
+        index, rest = rest.split(".", 1)
+        second = rest.startswith(("mlp.", "pre_mlp_layernorm."))
+        name = f"{block}.layers.{2 * int(index) + second}.{rest}"
+    return name

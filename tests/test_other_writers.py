@@ -1,4 +1,4 @@
-"""Checkpoints of NeMo 2.0, Megatron-FSDP and HybridModel: the function of the writer, not run."""
+"""Checkpoints of NeMo 2.0 and Megatron-FSDP: the function of the writer, not run."""
 
 import os
 import shutil
@@ -136,53 +136,4 @@ def test_other_tensors_of_fsdp_dtensor(change, message, tmp_path):
     state, _ = checkpoints.whole_state("gpt")
     change(state)
     foreign_folders.fsdp(tmp_path / "c", state, checkpoints.arguments())
-    refused(tmp_path / "c", message)
-
-
-# HybridModel.
-
-
-def hybrid(out, case, **changes):
-    state, expected = checkpoints.whole_state(case)
-    state = dict(state)
-    change = changes.pop("change", None)
-    if change:
-        change(state)
-    settings = {"hybrid_layer_pattern": "*-*-", **checkpoints.CASES[case][2], **changes}
-    foreign_folders.hybrid(out, state, checkpoints.arguments(**settings))
-    return expected
-
-
-@pytest.mark.parametrize("case, pattern", [
-    ("gpt", dict(hybrid_layer_pattern="*-*-")), ("llama", dict(hybrid_layer_pattern="*-|*-")),
-    ("llama", dict(hybrid_layer_pattern=None, hybrid_override_pattern="*-*-")),
-])
-def test_a_hybrid_model_of_attention_and_mlp_in_turn_is_a_gpt(case, pattern, tmp_path):
-    expected = hybrid(tmp_path / "c", case, **pattern)
-    got, description = checkpoints.load_logits(tmp_path / "c")
-    same(got, expected)
-    assert description.num_layers == 2
-
-
-HYBRID = {
-    "Mamba": (dict(hybrid_layer_pattern="M-*-"), "M is Mamba layers"),
-    "experts": (dict(hybrid_layer_pattern="*E*-"), r"E is MoE \(expert\) layers"),
-    "delta nets": (dict(hybrid_layer_pattern="G-*-"), "G is gated delta nets"),
-    "latent attention": (dict(hybrid_layer_pattern="L-L-"), "L is multi-latent attention"),
-    "more tokens": (dict(hybrid_layer_pattern="*-*-/*-"), "/ is multi-token prediction"),
-    "another order": (dict(hybrid_layer_pattern="**--"), r"only attention and MLP in turn"),
-    "one letter": (dict(hybrid_layer_pattern="*-*"), r"only attention and MLP in turn"),
-    "an unknown letter": (dict(hybrid_layer_pattern="*-X-"), r"only attention and MLP in turn"),
-    "a list": (dict(hybrid_layer_pattern=["*", "-"]), "is malformed"),
-    "two patterns": (dict(hybrid_override_pattern="*-*-"), "is malformed"),
-    "no pattern": (dict(hybrid_layer_pattern=None), "Mamba and other hybrid models"),
-    "a scale": (dict(use_rope_scaling=True), "use_rope_scaling or mtp_num_layers"),
-    "more layers": (dict(hybrid_layer_pattern="*-*-*-"), "has no tensor"),
-    "fewer layers": (dict(hybrid_layer_pattern="*-"), "left over"),
-}
-
-
-@pytest.mark.parametrize("changes, message", HYBRID.values(), ids=HYBRID)
-def test_hybrid_models_that_are_refused(changes, message, tmp_path):
-    hybrid(tmp_path / "c", "gpt", **changes)
     refused(tmp_path / "c", message)

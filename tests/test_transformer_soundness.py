@@ -16,7 +16,7 @@ from lirpa_megatron.adapters.traceable import traceable
 _SLOW = pytest.mark.slow
 
 
-def _attacked(name, eps, dtype, methods=ROUNDS, options=None):
+def attacked(name, eps, dtype, methods=ROUNDS, options=None):
     """Largest violation by random points, corners and gradient ascent, relative to the size.
 
     Returns:
@@ -51,7 +51,7 @@ def _attacked(name, eps, dtype, methods=ROUNDS, options=None):
 @pytest.mark.parametrize("name", CASES)
 def test_no_point_violates_a_bound(name):
     for eps in (0.003, 0.05, 0.5):
-        gaps, _ = pool(1).run(_attacked, name, eps, torch.float64)[0]
+        gaps, _ = pool(1).run(attacked, name, eps, torch.float64)[0]
         for method, gap in gaps.items():
             assert gap < 1e-12, (method, eps)
 
@@ -59,7 +59,7 @@ def test_no_point_violates_a_bound(name):
 def test_alpha_crown_is_tighter_than_crown_and_no_point_violates_it():
     options = {"optimize_bound_args": {"iteration": 8}}  # at auto_LiRPA's learning rate
     methods = ("CROWN", "CROWN-Optimized")
-    run = (_attacked, "gpt", 0.02, torch.float64, methods, options)
+    run = (attacked, "gpt", 0.02, torch.float64, methods, options)
     gaps, widths = pool(1).run(*run)[0]
     assert gaps["CROWN-Optimized"] < 1e-12
     assert widths["CROWN-Optimized"] < 0.98 * widths["CROWN"]

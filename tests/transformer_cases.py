@@ -33,6 +33,11 @@ def build_case(name, dtype):
         model = transformers.llama(dtype, spec={"qk_layernorm": True}, num_query_groups=1,
                                    qk_layernorm=True)
         return model, from_layer(at_position(model, -1), 1), {}
+    if name.startswith("hybrid"):  # "hybrid *--*", "hybrid llama *--*"
+        *kind, pattern = name.split()
+        make = transformers.hybrid_llama if "llama" in kind else transformers.hybrid
+        model = make(dtype, pattern=pattern)
+        return model, at_position(model, -2), {}
     model = transformers.bert(dtype)
     _, _, padding, types = transformers.tokens()
     further = {"attention_mask": padding, "tokentype_ids": types}

@@ -12,6 +12,12 @@ from torch import nn
 HIDDEN, FFN, HEADS, LAYERS, VOCABULARY, LENGTH = 16, 32, 4, 2, 32, 8
 
 
+LLAMA = dict(
+    num_query_groups=2, add_bias_linear=False, activation_func=F.silu, gated_linear_unit=True,
+    normalization="RMSNorm", layernorm_epsilon=1e-5,
+)
+
+
 def config(dtype=torch.float64, **flags):
     """A TransformerConfig for a CPU; `flags` replace its settings."""
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -53,10 +59,7 @@ def gpt(dtype=torch.float64, model=None, spec=None, **flags):
 
 def llama(dtype=torch.float64, model=None, spec=None, **flags):
     """RMSNorm, SwiGLU, rotary positions, two query groups, no biases, untied output layer."""
-    flags = {**dict(
-        num_query_groups=2, add_bias_linear=False, activation_func=F.silu, gated_linear_unit=True,
-        normalization="RMSNorm", layernorm_epsilon=1e-5,
-    ), **flags}
+    flags = {**LLAMA, **flags}
     model = {
         "position_embedding_type": "rope", "share_embeddings_and_output_weights": False,
         **(model or {}),
@@ -76,6 +79,70 @@ def bert(dtype=torch.float64, model=None, **flags):
     built = BertModel(config=config(dtype, **flags), transformer_layer_spec=bert_layer_local_spec,
                       **{**settings, **(model or {})})
     return filled(built, dtype)
+
+
+def hybrid(dtype=torch.float64, model=None, spec=None, pattern="*-*-", **flags):
+    """A HybridModel (MambaModel up to 0.17) of layers of attention `*` and MLP `-`.
+
+    megatron-core's own specification of the stack asks for TransformerEngine, as does its last
+    norm; here they are those of the local specification.
+
+    Args:
+        dtype, spec, **flags: as for `gpt`.
+        model: replaces arguments of HybridModel.
+        pattern: a letter for each layer; letters of other layers get an MLP in their place.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
+
+    from lirpa_megatron.compat import megatron_hybrid as names
+
+    settings = dict(
+        vocab_size=VOCABULARY, max_sequence_length=LENGTH, parallel_output=False,
+        position_embedding_type="learned_absolute", share_embeddings_and_output_weights=True,
+    )
+    cfg = config(dtype, num_layers=len(pattern), **flags)
+    parts = get_gpt_layer_local_spec(normalization=cfg.normalization, **(spec or {})).submodules
+    attention = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+        input_layernorm=parts.input_layernorm, self_attention=parts.self_attention,
+        self_attn_bda=parts.self_attn_bda,
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    ))
+    mlp = ModuleSpec(module=MLPLayer, submodules=TransformerLayerSubmodules(
+        pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda,
+        sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+    ))
+    known = names.HybridStackSubmodules.__dataclass_fields__
+    layers = {name: mlp for name in known if name.endswith("_layer")} | {
+        "attention_layer": attention}
+    stack = ModuleSpec(
+        module=names.HybridStack, submodules=names.HybridStackSubmodules(**layers),
+        params={"post_layer_norm": False},
+    )
+    built = names.HybridModel(
+        config=cfg, **{names.STACK_SPEC: stack, names.PATTERN: pattern},
+        **{**settings, **(model or {})},
+    )
+    built.decoder.post_layer_norm = True
+    built.decoder.final_norm = WrappedTorchNorm(cfg, cfg.hidden_size, eps=cfg.layernorm_epsilon)
+    return filled(built, dtype)
+
+
+def hybrid_llama(dtype=torch.float64, model=None, spec=None, pattern="*-*-", **flags):
+    """As `llama`, with a layer for each letter of a pattern."""
+    flags = {**LLAMA, **flags}
+    model = {
+        "position_embedding_type": "rope", "share_embeddings_and_output_weights": False,
+        **(model or {}),
+    }
+    return hybrid(dtype, model, spec, pattern, **flags)
 
 
 def filled(model, dtype=torch.float64):

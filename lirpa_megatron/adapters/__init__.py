@@ -5,4 +5,4 @@ from lirpa_megatron.compat import requirements
 requirements.check()
 
 # They register their facades when they are imported.
-from lirpa_megatron.adapters import language_models, margins, transformer  # noqa: E402, F401
+from lirpa_megatron.adapters import hybrid, language_models, margins, transformer  # noqa: E402, F401

@@ -27,7 +27,7 @@ from lirpa_megatron.errors import UserError
 class _LanguageModelFacade(nn.Module):
     """What GPTModel and BertModel have in common: the output layer and the rotary tables."""
 
-    def __init__(self, model: GPTModel | BertModel, name: str, copy: Copy) -> None:
+    def __init__(self, model: nn.Module, name: str, copy: Copy) -> None:
         super().__init__()
         refusals.check_config(model, name)
         if not (model.pre_process and model.post_process):
@@ -68,7 +68,7 @@ class _LanguageModelFacade(nn.Module):
         return weight, None if layer.skip_bias_add else layer.bias
 
 
-def _checked_rotary(model: GPTModel | BertModel, name: str, copy: Copy) -> nn.Module:
+def _checked_rotary(model: nn.Module, name: str, copy: Copy) -> nn.Module:
     rotary, name = model.rotary_pos_emb, joined(name, "rotary_pos_emb")
     refusals.check_methods(rotary, name, RotaryEmbedding)
     if getattr(model.config, "yarn_rotary_scaling_factor", None) is not None:
@@ -87,12 +87,14 @@ class GPTFacade(_LanguageModelFacade):
         position: of the sequence where logits are wanted ([B, V] or [B, V/p]); None: everywhere.
     """
 
+    model_class: type = GPTModel
+
     def __init__(
-        self, model: GPTModel, name: str, copy: Copy, start_layer: int = 0,
+        self, model: nn.Module, name: str, copy: Copy, start_layer: int = 0,
         position: int | None = None,
     ) -> None:
         super().__init__(model, name, copy)
-        refusals.check_methods(model, name, GPTModel)
+        refusals.check_methods(model, name, self.model_class)
         if getattr(model, "mtp_process", False):
             raise refusals.refusal(model, name, "multi-token prediction is not supported")
         mup = getattr(model.config, "use_mup", False)

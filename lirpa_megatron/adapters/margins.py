@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.bert.bert_model import BertModel
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import nn
 
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.linear_facades import gather_features
 from lirpa_megatron.adapters.registry import Copy, register
-from lirpa_megatron.adapters.views import View, facade_of_part
+from lirpa_megatron.adapters.views import LANGUAGE_MODELS, View, facade_of_part
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.functional import margins
 from lirpa_megatron.parallel.collectives import Collectives
@@ -24,7 +23,7 @@ class TokenMargins(View):
     """logit[t] - logit[j] at one position, as a module: hidden [B, S, h], mask, targets -> margins.
 
     Args:
-        model: a GPTModel or BertModel.
+        model: a GPTModel, HybridModel or BertModel.
         targets: t, the same for all samples; None: they are the last input [B], one for each.
         against: j; None: the whole vocabulary.
         start_layer, position, head: as for `View`; the position is the last one by default, and
@@ -41,9 +40,12 @@ class TokenMargins(View):
         head: str | None = None, gather_output: bool = True,
     ) -> None:
         model = hooks.unwrapped(model)
-        if not isinstance(model, (GPTModel, BertModel)) or head == "binary":
+        if not isinstance(model, LANGUAGE_MODELS) or head == "binary":
             kind = "the binary head" if head == "binary" else type(model).__name__
-            raise UserError(f"margins need a GPTModel or the 'lm' head of a BertModel, not {kind}")
+            raise UserError(
+                "margins need a GPTModel, a HybridModel or the 'lm' head of a BertModel, not "
+                f"{kind}"
+            )
         head = "lm" if isinstance(model, BertModel) else None
         super().__init__(model, start_layer, -1 if position is None else position, head)
         self.targets = None if targets is None else _ids(model, targets, "the labels")

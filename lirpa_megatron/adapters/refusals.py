@@ -30,7 +30,6 @@ _CLASSES = {
     "CrossAttention": "cross attention is not supported",
     "MultiTokenPredictionBlock": "multi-token prediction is not supported",
     "MambaLayer": "Mamba layers are not supported",
-    "MambaModel": "Mamba models are not supported",
     "T5Model": "T5 models (cross attention) are not supported",
 }
 """Class, or base class, by name: it need not be importable in every release of megatron-core."""

@@ -20,7 +20,7 @@ from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -245,6 +245,9 @@ class TransformerLayerFacade(nn.Module):
 
     With a position, what it returns of that position alone, [B, 1, h]: nothing else of the layer's
     queries and of its MLP is computed, and so nothing else bounded.
+
+    A layer of a hybrid model has one of the two parts alone: in place of the other, of its norm
+    and of its residual are identities.
     """
 
     def __init__(self, layer: TransformerLayer, name: str, copy: Copy) -> None:
@@ -256,14 +259,13 @@ class TransformerLayerFacade(nn.Module):
             if type(getattr(layer, part)) is not IdentityOp:
                 why = "cross attention is not supported"
                 raise refusals.refusal(layer, joined(name, part), why)
-        for part in ("self_attn_bda", "mlp_bda"):
-            if getattr(layer, part) is not get_bias_dropout_add:
-                why = "only get_bias_dropout_add, a residual connection, is supported"
-                raise refusals.refusal(layer, joined(name, part), why)
-        self.input_layernorm = _optional_norm(layer, "input_layernorm", name, copy)
-        self.self_attention = child(layer, "self_attention", name, copy, SelfAttentionFacade)
-        self.pre_mlp_layernorm = _optional_norm(layer, "pre_mlp_layernorm", name, copy)
-        self.mlp = child(layer, "mlp", name, copy, MLPFacade)
+        self.input_layernorm = self.self_attention = self.pre_mlp_layernorm = self.mlp = None
+        if _has_part(layer, name, "self_attention", "input_layernorm", "self_attn_bda"):
+            self.input_layernorm = _optional_norm(layer, "input_layernorm", name, copy)
+            self.self_attention = child(layer, "self_attention", name, copy, SelfAttentionFacade)
+        if _has_part(layer, name, "mlp", "pre_mlp_layernorm", "mlp_bda"):
+            self.pre_mlp_layernorm = _optional_norm(layer, "pre_mlp_layernorm", name, copy)
+            self.mlp = child(layer, "mlp", name, copy, MLPFacade)
         self.train(layer.training)
 
     def forward(
@@ -273,9 +275,26 @@ class TransformerLayerFacade(nn.Module):
         x = hidden if self.input_layernorm is None else self.input_layernorm(hidden)
         if position is not None:
             hidden = traced_ops.select_position(hidden, position, keep=True)
-        hidden = hidden + self.self_attention(x, mask, rotary, position)
+        if self.self_attention is not None:
+            hidden = hidden + self.self_attention(x, mask, rotary, position)
+        if self.mlp is None:
+            return hidden
         x = hidden if self.pre_mlp_layernorm is None else self.pre_mlp_layernorm(hidden)
         return hidden + self.mlp(x)
+
+
+def _has_part(layer: TransformerLayer, name: str, part: str, norm: str, residual: str) -> bool:
+    """Whether a layer has its attention or MLP; refuses a part of which half is there."""
+    if type(getattr(layer, part)) is not IdentityOp:
+        if getattr(layer, residual) is not get_bias_dropout_add:
+            why = "only get_bias_dropout_add, a residual connection, is supported"
+            raise refusals.refusal(layer, joined(name, residual), why)
+        return True
+    for other, kind in ((norm, IdentityOp), (residual, IdentityFuncOp)):
+        if type(getattr(layer, other)) is not kind:
+            why = f"the layer has no {part}, but it is not {kind.__name__}: not supported"
+            raise refusals.refusal(layer, joined(name, other), why)
+    return False
 
 
 class TransformerBlockFacade(nn.Module):
@@ -286,15 +305,19 @@ class TransformerBlockFacade(nn.Module):
         name: of the block in its model.
         copy: gives facades of submodules.
         start_layer: the layer (from 0) that `hidden` enters.
-        position: of the sequence, taken where the last layer has read all of them; None keeps all.
+        position: of the sequence, taken where the last layer with attention has read all of them;
+            None keeps all.
     """
 
+    block_class: type = TransformerBlock
+    last_norm = "final_layernorm"
+
     def __init__(
-        self, block: TransformerBlock, name: str, copy: Copy, start_layer: int = 0,
+        self, block: nn.Module, name: str, copy: Copy, start_layer: int = 0,
         position: int | None = None,
     ) -> None:
         super().__init__()
-        refusals.check_methods(block, name, TransformerBlock)
+        refusals.check_methods(block, name, self.block_class)
         refusals.check_config(block, name)
         if not block.pre_process:
             raise refusals.refusal(block, name, "pipeline stages after the first have no input")
@@ -304,20 +327,31 @@ class TransformerBlockFacade(nn.Module):
         )
         if not 0 <= start_layer < len(self.layers):
             raise UserError(f"there is no layer {start_layer}: the model has {len(self.layers)}")
-        self.final_layernorm = _optional_norm(block, "final_layernorm", name, copy)
+        norm = None
+        if self.has_last_norm(block):
+            norm = _optional_norm(block, self.last_norm, name, copy)
+        setattr(self, self.last_norm, norm)
         self.start_layer, self.position = start_layer, position
         self.train(block.training)
+
+    @staticmethod
+    def has_last_norm(block: nn.Module) -> bool:
+        """Whether the norm at the end, if there is one, is applied."""
+        return True
 
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor | None = None, rotary: Rotary | None = None
     ) -> torch.Tensor:
-        layers = self.layers[self.start_layer :]
-        for layer in layers[:-1]:
-            hidden = layer(hidden, mask, rotary)
-        hidden = layers[-1](hidden, mask, rotary, self.position)
-        if self.position is not None:
+        layers, position = self.layers[self.start_layer :], self.position
+        # Layers after the last attention look at each position for itself.
+        reads = [index for index, layer in enumerate(layers) if layer.self_attention is not None]
+        last = reads[-1] if reads else 0
+        for index, layer in enumerate(layers):
+            hidden = layer(hidden, mask, rotary, position if index == last else None)
+        if position is not None:
             hidden = traced_ops.select_position(hidden, 0)
-        return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
+        norm = getattr(self, self.last_norm)
+        return hidden if norm is None else norm(hidden)
 
 
 def child(parent: nn.Module, attribute: str, name: str, copy: Copy, facade: type) -> nn.Module:

@@ -17,14 +17,19 @@ from torch import nn
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.refusals import joined
 from lirpa_megatron.adapters.registry import Copy, register
+from lirpa_megatron.compat.megatron_hybrid import HybridModel, HybridStack
 from lirpa_megatron.errors import UserError
+
+DECODERS = (GPTModel, HybridModel)
+LANGUAGE_MODELS = (*DECODERS, BertModel)
+BLOCKS = (TransformerBlock, HybridStack)
 
 
 class View(nn.Module):
     """Part of a model's function, as a module: hidden [B, S, h], mask -> the part's output.
 
     Args:
-        model: a GPTModel, BertModel or TransformerBlock, or a wrapper of one (`hooks`); its
+        model: a GPTModel, HybridModel or BertModel, the block of one, or a wrapper (`hooks`); its
             parameters are `model.…` here.
         start_layer: the layer (from 0) that the hidden states enter; for layer 0 they are the
             embedding's output.
@@ -42,10 +47,10 @@ class View(nn.Module):
     ) -> None:
         super().__init__()
         model = hooks.unwrapped(model)
-        if not isinstance(model, (GPTModel, BertModel, TransformerBlock)):
+        if not isinstance(model, (*LANGUAGE_MODELS, *BLOCKS)):
             raise UserError(
                 f"{type(model).__name__}: from_layer, at_position and bert_head take a GPTModel, "
-                "a BertModel or a TransformerBlock"
+                "a HybridModel, a BertModel or the block of one"
             )
         if head not in (None, "lm", "binary"):
             raise UserError(f"there is no head {head!r}: choose 'lm' or 'binary'")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lirpa_megatron.checkpoint.hybrid import PATTERN, with_pattern
 from lirpa_megatron.errors import UserError
 
 _DEFAULTS: dict[str, Any] = {
@@ -26,7 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "glu_linear_offset": 0.0, "activation_func_clamp_value": None,
     "untie_embeddings_and_output_weights": False, "vocab_size": None, "padded_vocab_size": None,
     "seq_length": None, "tensor_model_parallel_size": None, "pipeline_model_parallel_size": None,
-    "softmax_type": "vanilla", "window_size": None,
+    "softmax_type": "vanilla", "window_size": None, PATTERN: None,
 }
 """What is read, with the default of Megatron's parser, for releases that do not know the name."""
 
@@ -81,9 +82,8 @@ _REFUSED: dict[str, str] = {
     "kitchen_config_file": "quantised layers are not supported",
     "kitchen_recipe_number": "quantised layers are not supported",
     "use_kitchen_attention": "quantised layers are not supported",
-    "is_hybrid_model": "Mamba and other hybrid models are not supported",
-    "hybrid_layer_pattern": "Mamba and other hybrid models are not supported",
-    "hybrid_override_pattern": "Mamba and other hybrid models are not supported",
+    "is_hybrid_model": "Mamba and other hybrid models without a pattern of layers are not "
+        "supported",
     "experimental_attention_variant": "attention variants are not supported",
     "linear_attention_freq": "linear attention is not supported",
     "heterogeneous_layers_config_path": "layers that differ from each other are not supported",
@@ -160,6 +160,7 @@ def merged(
     """
     check_overrides(overrides)
     given = _renamed(dict(stored or {})) | _renamed(dict(overrides))
+    given = with_pattern(given, f"checkpoint {where}")
     _check_decided(given, stored is not None, of_parser, where)
     _check_supported(given, where)
     values = {name: given.get(name, default) for name, default in _DEFAULTS.items()}
@@ -253,7 +254,7 @@ def _check_types(values: Mapping[str, Any], where: str) -> None:
                 isinstance(value, (list, tuple)) and len(value) == 2
                 and type(value[0]) is int and value[0] >= 0 and value[1] == 0
             )
-        elif isinstance(default, str):
+        elif isinstance(default, str) or name == PATTERN:
             good = isinstance(value, str)
         elif isinstance(default, float) or name in ("rotary_base", "softmax_scale",
                                                     "rotary_seq_len_interpolation_factor",

@@ -9,11 +9,13 @@ import torch
 
 from lirpa_megatron.checkpoint import arguments
 from lirpa_megatron.checkpoint.description import (
+    HYBRID,
     ModelDescription,
     ParameterDescription,
     StoredForm,
 )
 from lirpa_megatron.checkpoint.hugging_face import FORMAT as HUGGING_FACE
+from lirpa_megatron.checkpoint.hybrid import PATTERN
 from lirpa_megatron.checkpoint.nemo import is_nemo
 from lirpa_megatron.checkpoint.source import Weights
 from lirpa_megatron.errors import UserError
@@ -45,7 +47,9 @@ def describe(
     if words not in found:
         raise UserError(f"checkpoint {checkpoint} has no tensor {words}")
     rows = weights.shape(words, ParameterDescription((), 0))[0]
-    bert = kind == "BERT"
+    bert, layers = kind == "BERT", values[PATTERN]
+    if bert and layers is not None:
+        raise UserError(f"checkpoint {checkpoint}: a BERT model has no hybrid layers")
     if bert and (values["position_embedding_type"] != "learned_absolute"
                  or values["normalization"] != "LayerNorm"):
         raise UserError(
@@ -65,7 +69,7 @@ def describe(
         described_by=source,
     )
     return ModelDescription(
-        kind=kind, **{name: values[name] for name in (
+        kind=kind if layers is None else HYBRID, layers=layers, **{name: values[name] for name in (
             "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
             "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings",
             "position_embedding_type", "rotary_percent", "rotary_base", "rotary_interleaved",

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from lirpa_megatron.errors import UserError
 
+HYBRID = "Hybrid"
+"""The kind of megatron-core's HybridModel."""
+
 
 @dataclass(frozen=True)
 class ParameterDescription:
@@ -47,8 +50,11 @@ class StoredForm:
 class ModelDescription:
     """A GPT, LLaMA-like or BERT model."""
 
-    # "GPT" or "BERT"
+    # "GPT", "BERT" or "Hybrid"
     kind: str
+    # letters of a Hybrid's layers, `*` attention and `-` MLP; None: each layer of a GPT or BERT has
+    # both
+    layers: str | None
     num_layers: int
     hidden_size: int
     # of one of the two halves, if gated
@@ -112,7 +118,7 @@ class ModelDescription:
     @property
     def block(self) -> str:
         """The name of the stack of layers in Megatron's model."""
-        return "decoder" if self.kind == "GPT" else "encoder"
+        return "encoder" if self.kind == "BERT" else "decoder"
 
     @property
     def qkv_size(self) -> int:
@@ -164,10 +170,10 @@ class ModelDescription:
             described["embedding.tokentype_embeddings.weight"] = ParameterDescription(
                 (self.num_tokentypes, h)
             )
-        layer = self._layer_parameters()
         for i in range(self.num_layers):
-            described |= {f"{self.block}.layers.{i}.{name}": p for name, p in layer.items()}
-        described |= self._norm(f"{self.block}.final_layernorm", h)
+            described |= self.layer_parameters(i)
+        last = "final_norm" if self.kind == HYBRID else "final_layernorm"
+        described |= self._norm(f"{self.block}.{last}", h)
         if self.kind == "BERT":
             described |= self._linear("lm_head.dense", h, h)
             described |= self._norm("lm_head.layer_norm", h)
@@ -178,16 +184,30 @@ class ModelDescription:
             described |= self._linear("pooler.dense", h, h) | self._linear("binary_head", 2, h)
         return described
 
-    def _layer_parameters(self) -> dict[str, ParameterDescription]:
-        h, ffn = self.hidden_size, self.ffn_hidden_size
-        attention = self.num_attention_heads * self.kv_channels
+    def has_attention(self, layer: int) -> bool:
+        """Whether a layer has attention."""
+        return self.layers is None or self.layers[layer] == "*"
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether a layer has an MLP."""
+        return self.layers is None or self.layers[layer] == "-"
+
+    def layer_parameters(self, layer: int) -> dict[str, ParameterDescription]:
+        """Those of `parameters` that are a layer's."""
+        described: dict[str, ParameterDescription] = {}
+        if self.has_attention(layer):
+            described |= self._attention_parameters()
+        if self.has_mlp(layer):
+            described |= self._mlp_parameters()
+        return {f"{self.block}.layers.{layer}.{name}": p for name, p in described.items()}
+
+    def _attention_parameters(self) -> dict[str, ParameterDescription]:
+        h, attention = self.hidden_size, self.num_attention_heads * self.kv_channels
         described = {
             "self_attention.linear_proj.weight": ParameterDescription((h, attention), 1),
             "self_attention.linear_qkv.weight": ParameterDescription((self.qkv_size, h), 0),
-            "mlp.linear_fc1.weight": ParameterDescription((self.fc1_size, h), 0, self.gated),
-            "mlp.linear_fc2.weight": ParameterDescription((h, ffn), 1),
         }
-        described |= self._norm("input_layernorm", h) | self._norm("pre_mlp_layernorm", h)
+        described |= self._norm("input_layernorm", h)
         if self.qk_layernorm:
             for name in ("q_layernorm", "k_layernorm"):
                 described |= self._norm(f"self_attention.{name}", self.kv_channels)
@@ -195,6 +215,16 @@ class ModelDescription:
             described["self_attention.linear_qkv.bias"] = ParameterDescription((self.qkv_size,), 0)
         if self.add_bias_linear:
             described["self_attention.linear_proj.bias"] = ParameterDescription((h,))
+        return described
+
+    def _mlp_parameters(self) -> dict[str, ParameterDescription]:
+        h, ffn = self.hidden_size, self.ffn_hidden_size
+        described = {
+            "mlp.linear_fc1.weight": ParameterDescription((self.fc1_size, h), 0, self.gated),
+            "mlp.linear_fc2.weight": ParameterDescription((h, ffn), 1),
+        }
+        described |= self._norm("pre_mlp_layernorm", h)
+        if self.add_bias_linear:
             described["mlp.linear_fc1.bias"] = ParameterDescription((self.fc1_size,), 0, self.gated)
             described["mlp.linear_fc2.bias"] = ParameterDescription((h,))
         return described

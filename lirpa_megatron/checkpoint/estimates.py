@@ -87,13 +87,13 @@ def estimate(
     if max_spec_rows is None:
         rows_bytes = min(rows_bytes, CACHE)
     forms = _form_elements(d, tensor_parallel, seq_length) * dtype.itemsize
-    layer = sum(
-        math.prod(p.shape) for name, p in d.parameters().items()
-        if f".layers.{d.num_layers - 1}." in name
-    )
-    starts = seq_length * (2 * d.hidden_size + d.qkv_size + d.fc1_size)
-    passes = d.num_layers * (d.num_layers + 1) // 2
-    operations = _OVERHEAD * 4 * starts * seq_length * layer * passes
+    passed = products = 0
+    for layer in range(d.num_layers):
+        passed += sum(math.prod(p.shape) for p in d.layer_parameters(layer).values())
+        starts = d.has_attention(layer) * (d.hidden_size + d.qkv_size)
+        starts += d.has_mlp(layer) * (d.hidden_size + d.fc1_size)
+        products += starts * seq_length * passed
+    operations = _OVERHEAD * 4 * products * seq_length
     return Estimate(
         weight_bytes=weight_elements(d, tensor_parallel) * dtype.itemsize,
         a_bytes=_ALIVE * rows_bytes // tensor_parallel + forms,
@@ -104,14 +104,16 @@ def estimate(
 def _form_elements(d: ModelDescription, tensor_parallel: int, seq_length: int) -> int:
     """Numbers in the affine forms of one rank."""
     coefficients, total = seq_length * d.hidden_size, 0
-    for numbers, share in (
-        (seq_length * d.hidden_size, 1), (seq_length * d.hidden_size, 1),
-        (seq_length * d.qkv_size, tensor_parallel),
-        (seq_length**2 * d.num_attention_heads, tensor_parallel),
+    attention = sum(map(d.has_attention, range(d.num_layers)))
+    norms = attention + sum(map(d.has_mlp, range(d.num_layers)))
+    for times, numbers, share in (
+        (norms, seq_length * d.hidden_size, 1),
+        (attention, seq_length * d.qkv_size, tensor_parallel),
+        (attention, seq_length**2 * d.num_attention_heads, tensor_parallel),
     ):
         if numbers * coefficients <= FORM_LIMIT:
-            total += numbers * coefficients // share
-    return total * d.num_layers
+            total += times * (numbers * coefficients // share)
+    return total
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 768) -> float:

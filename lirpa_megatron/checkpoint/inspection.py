@@ -77,7 +77,7 @@ def _model_facts(checkpoint: Path, d: ModelDescription) -> list[tuple[str, str]]
         ("written with", sizes),
         ("described by", stored.described_by),
         ("stored as", stored.dtype),
-        ("architecture", f"{d.kind}, {d.num_layers} layers"),
+        ("architecture", f"{d.kind}, {d.num_layers} layers{_letters(d.layers)}"),
         ("parameters", f"{parameter_count(d):,}"),
         ("hidden size", f"{d.hidden_size:,}"),
         ("FFN size", f"{d.ffn_hidden_size:,}, {d.activation}{gate}"),
@@ -92,8 +92,14 @@ def _model_facts(checkpoint: Path, d: ModelDescription) -> list[tuple[str, str]]
     ]
 
 
+def _letters(layers: str | None) -> str:
+    if layers is None:
+        return ""
+    return f": {layers if len(layers) <= 40 else layers[:40] + '...'} (* attention, - MLP)"
+
+
 def _tasks(d: ModelDescription) -> str:
-    if d.kind == "GPT":
+    if d.kind != "BERT":
         return "the next token (next_token_margins); classes by label tokens (label_token_margins)"
     masked = "the word at a masked position (next_token_margins)"
     if d.binary_head:

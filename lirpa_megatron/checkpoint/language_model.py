@@ -23,6 +23,7 @@ from lirpa_megatron.checkpoint.description import ModelDescription
 from lirpa_megatron.checkpoint.model_builder import build
 from lirpa_megatron.checkpoint.shards import read_shard
 from lirpa_megatron.checkpoint.source import PARSER, Weights, read_source
+from lirpa_megatron.compat.megatron_hybrid import HybridModel
 from lirpa_megatron.errors import UserError
 
 
@@ -54,7 +55,7 @@ def load_language_model(
     device: torch.device | str = "cpu",
     iteration: int | str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> tuple[ModelDescription, GPTModel | BertModel]:
+) -> tuple[ModelDescription, GPTModel | HybridModel | BertModel]:
     """Builds Megatron's model and reads this rank's shard of its weights.
 
     Every rank of the group calls this, after `runtime.initialize`; there are no collectives. The

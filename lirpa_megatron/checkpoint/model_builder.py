@@ -18,9 +18,22 @@ from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
-from lirpa_megatron.checkpoint.description import ModelDescription
+from lirpa_megatron.checkpoint.description import HYBRID, ModelDescription
+from lirpa_megatron.compat.megatron_hybrid import (
+    PATTERN,
+    STACK_SPEC,
+    HybridModel,
+    HybridStack,
+    HybridStackSubmodules,
+)
 from lirpa_megatron.errors import UserError
 
 _ACTIVATIONS = {
@@ -31,7 +44,7 @@ _ACTIVATIONS = {
 
 def build(
     description: ModelDescription, group: dist.ProcessGroup | None, dtype: torch.dtype
-) -> GPTModel | BertModel:
+) -> GPTModel | HybridModel | BertModel:
     """This rank's part of the model, its parameters on the meta device.
 
     Args:
@@ -49,9 +62,8 @@ def build(
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = _config(description, size, dtype)
-            if description.kind == "GPT":
-                return _gpt(description, config, size).to(dtype).eval()
-            return _bert(description, config, size).to(dtype).eval()
+            make = {"GPT": _gpt, "BERT": _bert, HYBRID: _hybrid}[description.kind]
+            return make(description, config, size).to(dtype).eval()
     except (ValueError, AssertionError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"megatron-core does not build the checkpoint's model: {reason}") from None
@@ -117,6 +129,39 @@ def _gpt(d: ModelDescription, config: TransformerConfig, size: int) -> GPTModel:
         rope_scaling_factor=d.rope_scaling_factor,
         seq_len_interpolation_factor=d.seq_len_interpolation_factor,
     )
+
+
+def _hybrid(d: ModelDescription, config: TransformerConfig, size: int) -> HybridModel:
+    """The stack's last norm is made here: Megatron's stack asks for TransformerEngine's."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=d.qk_layernorm, normalization=d.normalization)
+    parts = spec.submodules
+    attention = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+        input_layernorm=parts.input_layernorm, self_attention=parts.self_attention,
+        self_attn_bda=parts.self_attn_bda,
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    ))
+    mlp = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+        pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda,
+        sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+    ))
+    stack = ModuleSpec(
+        module=HybridStack, params={"post_layer_norm": False},
+        submodules=HybridStackSubmodules(attention_layer=attention, mlp_layer=mlp),
+    )
+    model = HybridModel(
+        config=config, vocab_size=d.vocabulary_rows(size),
+        max_sequence_length=d.max_position_embeddings, parallel_output=False,
+        share_embeddings_and_output_weights=d.tied,
+        position_embedding_type=d.position_embedding_type, rotary_percent=d.rotary_percent,
+        rotary_base=d.rotary_base, seq_len_interpolation_factor=d.seq_len_interpolation_factor,
+        **{STACK_SPEC: stack, PATTERN: d.layers},
+    )
+    model.decoder.post_layer_norm = True
+    model.decoder.final_norm = WrappedTorchNorm(
+        config, config.hidden_size, eps=config.layernorm_epsilon
+    )
+    return model
 
 
 def _bert(d: ModelDescription, config: TransformerConfig, size: int) -> BertModel:

@@ -15,7 +15,6 @@ from lirpa_megatron.checkpoint import arguments
 from lirpa_megatron.checkpoint.description import ParameterDescription
 from lirpa_megatron.checkpoint.hugging_face import HuggingFaceWeights
 from lirpa_megatron.checkpoint.hugging_face_config import CONFIG, is_hugging_face
-from lirpa_megatron.checkpoint.hybrid import PairedLayers, as_gpt
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.legacy import LegacyWeights, is_legacy
 from lirpa_megatron.checkpoint.nemo import NAME as NEMO
@@ -83,9 +82,6 @@ def read_source(
     stored, source = _arguments_of(common, checkpoint), PARSER
     if stored is not None and common.get("writer") == HUGGING_FACE_WRITER:
         source = HUGGING_FACE_WRITER
-    paired = None if stored is None else as_gpt(stored, str(checkpoint))
-    if paired is not None:
-        return PairedLayers(weights), paired, source
     run_config = read_run_config(directory) if stored is None else None
     return (weights, run_config, RUN_CONFIG) if run_config else (weights, stored, source)
 

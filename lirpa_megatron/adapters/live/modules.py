@@ -14,21 +14,19 @@ from typing import Any
 
 import torch
 from megatron.core.models.bert.bert_model import BertModel
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.margins import TokenMargins
 from lirpa_megatron.adapters.registry import adapter_of
-from lirpa_megatron.adapters.views import View
+from lirpa_megatron.adapters.views import BLOCKS, DECODERS, LANGUAGE_MODELS, View
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel.collectives import Collectives
 
-_MEGATRON = (GPTModel, BertModel, TransformerBlock, TransformerLayer, SelfAttention, MLP)
+_MEGATRON = (*LANGUAGE_MODELS, *BLOCKS, TransformerLayer, SelfAttention, MLP)
 
 
 def live(model: nn.Module, tp: Collectives) -> nn.Module:
@@ -83,7 +81,7 @@ class _Live(nn.Module):
             return _margins(module, hidden, inputs, self.tp)
         if isinstance(module, View):
             return _view(module, hidden, *inputs, tp=self.tp)
-        if isinstance(module, (GPTModel, BertModel)):
+        if isinstance(module, LANGUAGE_MODELS):
             return language_model(module, hidden, *inputs, tp=self.tp)
         return _part(module, hidden, *inputs, tp=self.tp)
 
@@ -92,13 +90,14 @@ class _Live(nn.Module):
 
 
 def language_model(
-    model: GPTModel | BertModel, hidden: torch.Tensor, mask: torch.Tensor | None = None, *,
+    model: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None = None, *,
     tp: Collectives, start_layer: int = 0, head: str | None = None,
 ) -> torch.Tensor:
     """What the model's own forward makes of hidden states that enter a layer.
 
-    A GPTModel takes them as `decoder_input`; a BertModel embeds token 0, and a hook on its encoder
-    (for a later layer: on that) puts the hidden states there. The hook is gone afterwards.
+    A GPTModel or HybridModel takes them as `decoder_input`; a BertModel embeds token 0, and a hook
+    on its encoder (for a later layer: on that) puts the hidden states there. The hook is gone
+    afterwards.
 
     Args:
         model: live.
@@ -113,7 +112,7 @@ def language_model(
     """
     first = _entering(hidden, model.config, tp)
     mask = None if mask is None else mask != 0
-    if isinstance(model, GPTModel):
+    if isinstance(model, DECODERS):
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with _replaced(model.decoder, start_layer, first):
             return model(
@@ -133,7 +132,7 @@ def language_model(
 
 
 def entering_layer(
-    model: GPTModel | BertModel, hidden: torch.Tensor, mask: torch.Tensor | None, layer: int,
+    model: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, layer: int,
     tp: Collectives,
 ) -> torch.Tensor:
     """What enters a layer of the live model, [S, B, h] or the rank's positions of it.
@@ -165,7 +164,7 @@ def _view(
     view: View, hidden: torch.Tensor, mask: torch.Tensor | None = None, *, tp: Collectives
 ) -> torch.Tensor:
     model = view.model
-    if isinstance(model, TransformerBlock):
+    if isinstance(model, BLOCKS):
         with _replaced(model, view.start_layer, _entering(hidden, model.config, tp)):
             y = _part(model, hidden, mask, tp=tp, whole=True)
         return y if view.position is None else y[:, view.position]
@@ -220,7 +219,7 @@ def _part(
         else:
             mask = None if mask is None else mask != 0
             y = module(hidden_states=x, attention_mask=mask, **further)
-    y = y if isinstance(module, TransformerBlock) else _without_tuple(y, module)
+    y = y if isinstance(module, BLOCKS) else _without_tuple(y, module)
     if is_sequence_parallel(module.config, tp):
         y = tp.gather_results(y.contiguous())
     y = y.transpose(0, 1)
@@ -258,7 +257,7 @@ def _entering(hidden: torch.Tensor, config: Any, tp: Collectives) -> torch.Tenso
 
 @contextlib.contextmanager
 def _replaced(
-    block: TransformerBlock, start_layer: int, hidden: torch.Tensor,
+    block: Any, start_layer: int, hidden: torch.Tensor,
     further: dict[str, Any] | None = None,
 ) -> Iterator[None]:
     """While it runs, `hidden` enters a layer of the block, and `further` arguments the block."""
