@@ -36,8 +36,10 @@ setup(
             "scipy",  # linear programs that contradictions between constraints are compared with
             "mpmath",  # values of 200 bits that rounding errors are compared with
             "tokenizers",  # the tests of tokenizer.json
+            "sentencepiece",  # the tests of tokenizer.model
         ],
         "tokenizers": ["tokenizers"],  # reads the tokenizer.json of verify --data --tokenizer
+        "sentencepiece": ["sentencepiece"],  # reads a tokenizer.model
         "examples": [
             "scikit-learn",  # bundles the images of handwritten digits
             "matplotlib",  # draws the curves of certified_training.py

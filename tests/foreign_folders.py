@@ -49,6 +49,27 @@ def provider(name, **changes):
     return {**target, **fields, **PROVIDER, **own, **changes}
 
 
+_HYBRID = "megatron.bridge.models.hybrid.hybrid_provider."
+HYBRID_PROVIDER = dict(
+    _target_=f"{_HYBRID}HybridModelProvider", hybrid_attention_ratio=0.0, hybrid_mlp_ratio=0.0,
+    hybrid_override_pattern=None, hybrid_layer_pattern="**--", mtp_num_layers=None,
+    hybrid_stack_spec={"_target_": f"{_HYBRID}get_default_hybrid_stack_spec", "_call_": False},
+    mtp_hybrid_override_pattern=None, keep_mtp_spec_in_bf16=False, mamba_chunk_size=128,
+    num_layers=4,
+)
+_OF_GPT = (
+    "rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "transformer_layer_spec",
+    "use_transformer_engine_full_layer_spec", "scatter_embedding_sequence_parallel",
+    "dense_grouped_gemm", "use_arbitrary_attention_mask", "mtp_enabled",
+)
+
+
+def hybrid_provider(**changes):
+    """The section `model` for the checkpoint "hybrid" of `checkpoints.JOBS`."""
+    fields = {name: value for name, value in provider("stacked").items() if name not in _OF_GPT}
+    return {**fields, **HYBRID_PROVIDER, **changes}
+
+
 def _dumped(value):
     """As the representers of megatron's yaml_utils write it."""
     if isinstance(value, enum.Enum):

@@ -99,7 +99,7 @@ FIELDS = {
         "_call_": False}), "modelopt_transformer_layer_spec"),
     "a class of a stranger": (dict(_target_="builtins.eval"), "class builtins.eval are not"),
     "Mamba": (dict(_target_="megatron.bridge.models.mamba.mamba_provider.MambaModelProvider"),
-              "class .*MambaModelProvider are not supported"),
+              "has no hybrid_layer_pattern: models of Mamba layers are not supported"),
     "experts of Qwen": (
         dict(_target_="megatron.bridge.models.qwen.qwen_provider.Qwen3MoEModelProvider"),
         "Qwen3MoEModelProvider are not supported"),

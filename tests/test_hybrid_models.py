@@ -223,3 +223,55 @@ def test_a_model_config_cannot_scale_the_positions_of_a_hybrid_model(tmp_path):
     by_hand(tmp_path / "c", "llama")
     refused(tmp_path / "c", "use_rope_scaling", overrides={"use_rope_scaling": True})
     refused(tmp_path / "c", "left over", overrides={"hybrid_layer_pattern": "*-"})
+
+
+# Megatron-Bridge.
+
+BRIDGE = "megatron.bridge.models."
+NAMES = {
+    "Hybrid": dict(),
+    "Mamba": dict(
+        _target_=f"{BRIDGE}mamba.mamba_provider.MambaModelProvider", hybrid_stack_spec=None,
+        hybrid_layer_pattern=None, hybrid_override_pattern="**--", mamba_stack_spec={
+            "_target_": f"{BRIDGE}mamba.mamba_provider.get_default_mamba_stack_spec",
+            "_call_": False},
+    ),
+    "a configuration": dict(
+        _target_="megatron.training.models.hybrid.HybridModelConfig", hybrid_stack_spec=None),
+}
+
+
+@pytest.mark.parametrize("changes", NAMES.values(), ids=NAMES)
+def test_a_hybrid_provider_of_bridge_holds_the_writers_function(changes, tmp_path):
+    model = foreign_folders.hybrid_provider(**changes)
+    expected = foreign_folders.bridge(tmp_path / "c", "hybrid", model)
+    got, description = checkpoints.load_logits(tmp_path / "c")
+    same(got, expected)
+    assert description.layers == "**--" and description.stored.described_by == "run_config.yaml"
+
+
+PROVIDERS = {
+    "Mamba layers": (dict(hybrid_layer_pattern="M*--"), "'M' is a Mamba layer"),
+    "no pattern": (dict(hybrid_layer_pattern=None), "has no hybrid_layer_pattern: models of Mamba"),
+    "two": (dict(hybrid_override_pattern="**--"), "is malformed"),
+    "ratios": (dict(hybrid_attention_ratio=0.5), r"hybrid_attention_ratio=0.5\): it is not supp"),
+    "more tokens": (dict(mtp_hybrid_override_pattern="*-"), "mtp_hybrid_override_pattern='\\*-'"),
+    "layers of ModelOpt": (
+        dict(hybrid_stack_spec={"_target_": f"{BRIDGE}hybrid.hybrid_provider.modelopt_hybrid_"
+                                            "stack_spec", "_call_": False}), "modelopt_hybrid"),
+    "layers of a stranger": (dict(hybrid_stack_spec={"_target_": "os.system"}), "os.system"),
+    "a scale": (dict(rope_scaling=True), "use_rope_scaling"),
+    "muP": (dict(use_mup=True), "use_mup=True"),
+    "a newer field": (dict(rotate_twice=False), "field 'rotate_twice' is not known"),
+    "another class": (dict(_target_=f"{BRIDGE}hybrid.hybrid_provider.NemotronProvider"),
+                      "NemotronProvider are not supported"),
+    "a GPT's class": (
+        dict(_target_=f"{BRIDGE}gpt_provider.GPTModelProvider"), "field 'hybrid_.* is not known"),
+}
+
+
+@pytest.mark.parametrize("changes, message", PROVIDERS.values(), ids=PROVIDERS)
+def test_hybrid_providers_that_are_refused(changes, message, tmp_path):
+    model = foreign_folders.hybrid_provider(**changes)
+    foreign_folders.bridge(tmp_path / "c", "hybrid", model)
+    refused(tmp_path / "c", message)

@@ -37,7 +37,7 @@ def byte_level(folder, words=("ab", "abc"), **config):
     ".", "tokenizer", "context", "context/nemo_tokenizer", "iter_0000010",
     "iter_0000010/tokenizer", "iter_0000010/context",
 ])
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "tokenizer.model"])
 def test_a_tokenizer_is_found_where_writers_leave_it(place, name, tmp_path):
     folder = checkpoint(tmp_path / "c")
     path = folder / place / name
@@ -95,12 +95,6 @@ def test_damaged_vocabularies_are_one_line(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_sentencepiece_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x00")
-    with pytest.raises(UserError, match="save the tokenizer as tokenizer.json"):
-        read_tokenizer(tmp_path / "tokenizer.model")
-
-
 def test_a_result_says_which_tokenizer_was_used(tmp_path, capfd):
     folder = hugging_face.save(tmp_path / "hf", "gpt2")
     words = "\n".join(["[UNK]", *(f"w{i}" for i in range(31))])
@@ -120,3 +114,22 @@ def test_a_tokenizer_that_is_too_large_for_the_vocabulary_is_refused(tmp_path, c
     (tmp_path / "d.jsonl").write_text('{"sentence": "abc"}\n')
     assert main(["verify", "--load", str(folder), "--data", str(tmp_path / "d.jsonl")]) == 2
     assert "vocab.json has 259 tokens, the checkpoint's vocabulary 32" in capfd.readouterr().err
+
+
+def test_forms_of_one_tokenizer_agree_on_the_number_of_tokens(tmp_path, capfd):
+    folder = hugging_face.save(tmp_path / "hf", "gpt2")
+    ids = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 32)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(folder / "tokenizer.json"))
+    (tmp_path / "d.jsonl").write_text('{"sentence": "w3 w4 w5"}\n')
+    arguments = ["verify", "--load", str(folder), "--data", str(tmp_path / "d.jsonl"),
+                 "--question", "certify", "--eps", "1e-6", "--attack-steps", "0"]
+    (folder / "vocab.txt").write_text("\n".join([*ids]))
+    assert main(arguments) == 0
+    capfd.readouterr()
+    (folder / "vocab.txt").write_text("\n".join([*ids, "more"]))
+    assert main(arguments) == 2
+    said = capfd.readouterr().err
+    assert "has 32 tokens, vocab.txt beside it 33: they are not forms of one tokenizer" in said
+    assert main([*arguments, "--tokenizer", str(folder / "tokenizer.json")]) == 0

@@ -13,7 +13,7 @@ from lirpa_megatron.adapters.hybrid import ATTENTION, LETTERS, MLP
 from lirpa_megatron.errors import UserError
 
 PATTERN = "hybrid_layer_pattern"
-_OLD_PATTERN = "hybrid_override_pattern"
+OLD_PATTERN = "hybrid_override_pattern"
 _SPECS = (
     ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
     ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
@@ -32,7 +32,7 @@ def with_pattern(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         UserError: layers that are not supported, by their letter, or what HybridModel has not.
     """
     values = dict(given)
-    found = [values.pop(name) for name in (PATTERN, _OLD_PATTERN) if name in values]
+    found = [values.pop(name) for name in (PATTERN, OLD_PATTERN) if name in values]
     found = [pattern for pattern in found if pattern]
     if not found:
         return values

@@ -16,6 +16,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lirpa_megatron.adapters import config_fields
+from lirpa_megatron.checkpoint.hybrid import OLD_PATTERN, PATTERN, with_pattern
 from lirpa_megatron.errors import UserError
 
 _SAME = (
@@ -63,6 +64,14 @@ _NEUTRAL_IF_OFF = frozenset("""
 """.split())
 """Of providers: another function where they are set."""
 
+_HYBRID_NEUTRAL = frozenset(("mamba_chunk_size",))
+_HYBRID_NEUTRAL_IF_OFF = frozenset((
+    "hybrid_attention_ratio", "hybrid_mlp_ratio", "mtp_hybrid_override_pattern",
+))
+"""Of providers of HybridModel: neutral without Mamba layers; another model where they are set."""
+_HYBRID_SPECS = ("hybrid_stack_spec", "mamba_stack_spec", "mtp_mamba_stack_spec")
+_HYBRID_READ = frozenset((PATTERN, OLD_PATTERN, *_HYBRID_SPECS))
+
 _SCALE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 
 _FUNCTIONS = {
@@ -87,21 +96,31 @@ _SPECS = re.compile(
 )
 """Layers of TransformerEngine or Megatron's own, which compute the same."""
 
+_STACKS = re.compile(
+    r"megatron\.bridge\.models\.(mamba\.mamba_(provider|builder)|hybrid\.hybrid_(provider|builder))"
+    r"\.(get_default|transformer_engine)_(mamba|hybrid)_stack_spec"
+)
+"""As `_SPECS`, for stacks of hybrid layers."""
 
-def arguments_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+
+def arguments_of(
+    fields: Mapping[str, Any], where: str, hybrid: bool = False
+) -> dict[str, Any]:
     """Megatron-LM's arguments of a provider.
 
     Args:
         fields: by name, `_target_` among them, as a file holds them; those of a nested
             `transformer` count as the provider's own.
         where: the file, for messages.
+        hybrid: whether the provider's model is a HybridModel.
 
     Raises:
         UserError: a field that is not known, that makes another function, or malformed.
     """
     fields = _flat(fields, where)
     for name in sorted(fields, key=str):
-        _check_field(name, fields[name], where)
+        if not (hybrid and _is_hybrid_field(name, fields[name], where)):
+            _check_field(name, fields[name], where)
     values = {name: fields[name] for name in _SAME if name in fields}
     values |= {name: fields.get(name, default) for name, default in _LATER.items()}
     values |= {new: fields[old] for old, new in _RENAMED.items() if old in fields}
@@ -113,15 +132,27 @@ def arguments_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     shared = fields.get("share_embeddings_and_output_weights")
     if type(shared) is bool:
         values["untie_embeddings_and_output_weights"] = not shared
-    if fields.get("transformer_layer_spec") is not None:
-        spec = target_of(fields["transformer_layer_spec"])
-        if spec is None or not _SPECS.fullmatch(spec):
+    for name in _HYBRID_SPECS if hybrid else ("transformer_layer_spec",):
+        spec = target_of(fields.get(name))
+        known = _STACKS if hybrid else _SPECS
+        if fields.get(name) is not None and (spec is None or not known.fullmatch(spec)):
             raise UserError(
-                f"{where} (transformer_layer_spec={_shown(fields['transformer_layer_spec'])}): "
-                "layers of this kind are not known"
+                f"{where} ({name}={_shown(fields[name])}): layers of this kind are not known"
             )
+    if hybrid:
+        values |= {name: fields[name] for name in (PATTERN, OLD_PATTERN) if fields.get(name)}
+        values = with_pattern(values, where)
+        if PATTERN not in values:
+            raise UserError(f"{where} has no {PATTERN}: models of Mamba layers are not supported")
     values |= _activation(fields, where)
     return values
+
+
+def _is_hybrid_field(name: Any, value: Any, where: str) -> bool:
+    """Whether a field is one of hybrid providers alone; refuses those that are set."""
+    if name in _HYBRID_NEUTRAL_IF_OFF and not _is_off(name, value):
+        raise UserError(f"{where} ({name}={_shown(value)}): it is not supported")
+    return name in _HYBRID_READ | _HYBRID_NEUTRAL | _HYBRID_NEUTRAL_IF_OFF
 
 
 def llama_31_scale(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

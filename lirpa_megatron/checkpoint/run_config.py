@@ -31,6 +31,14 @@ _SCALED = re.compile(
     r"megatron\.bridge\.models\.llama\.llama_provider\.Llama3[12]ModelProvider(\d+B)?"
 )
 """Providers that scale the rotary frequencies themselves, with fields of their own."""
+_HYBRIDS = re.compile(
+    r"megatron\.bridge\.models\.(mamba\.mamba_provider\.Mamba|hybrid\.hybrid_provider\.Hybrid)"
+    r"ModelProvider"
+    r"|megatron\.bridge\.models\.(mamba\.mamba_builder\.Mamba|hybrid\.hybrid_builder\.Hybrid)"
+    r"ModelConfig"
+    r"|megatron\.training\.models\.hybrid\.HybridModelConfig"
+)
+"""Providers of HybridModel: read if all layers are attention or MLP."""
 
 _ELSEWHERE = ("peft", "mixed_precision_quantization", "quant_recipe")
 """Sections beside `model` that change the function, where they are set."""
@@ -56,6 +64,8 @@ def read_run_config(directory: Path) -> dict[str, Any] | None:
     target = model.get("_target_")
     if not isinstance(target, str):
         raise UserError(f"{where}: its model has no class (_target_)")
+    if _HYBRIDS.fullmatch(target):
+        return arguments_of(model, where, hybrid=True)
     fields = dict(model)
     if _SCALED.fullmatch(target):
         fields = llama_31_scale(fields, where)

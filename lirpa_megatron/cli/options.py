@@ -210,8 +210,8 @@ def add_question(add: Any) -> None:
     add("--prompt", metavar="TEXT", help="prompt for a GPT, containing {text} (default {text})")
     add(
         "--tokenizer", metavar="FILE", type=Path,
-        help="tokenizer.json, or a vocabulary with one token per line (default: the one that lies "
-        "with the checkpoint)",
+        help="tokenizer.json, tokenizer.model of sentencepiece, or a vocabulary with one token per "
+        "line (default: the one that lies with the checkpoint)",
     )
     add(
         "--iteration", metavar="N", type=_iteration,

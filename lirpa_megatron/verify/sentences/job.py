@@ -25,6 +25,7 @@ from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.report.summary import summarise, summary_table
 from lirpa_megatron.verify.agreement import agreed
 from lirpa_megatron.verify.sentences.data import Item, read_items
+from lirpa_megatron.verify.sentences.encoded import Encoded, Tokenizer
 from lirpa_megatron.verify.sentences.files import (
     Files,
     ResultsFile,
@@ -43,13 +44,11 @@ from lirpa_megatron.verify.sentences.results import (
 from lirpa_megatron.verify.sentences.sentence import SentenceVerifier
 from lirpa_megatron.verify.sentences.task import Task, make_task
 from lirpa_megatron.verify.sentences.tokenizer import (
-    Encoded,
     Substitutes,
-    Tokenizer,
     read_tokenizer,
     substitutes_of,
 )
-from lirpa_megatron.verify.sentences.tokenizer_files import find_tokenizer, said_of
+from lirpa_megatron.verify.sentences.tokenizer_files import check_forms, find_tokenizer, said_of
 
 TERMINATED = 143
 """Exit status of a run that SIGTERM ended between two sentences; --resume goes on."""
@@ -107,6 +106,8 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
         overrides = read_model_config(files.model_config) if files.model_config else None
         path = files.tokenizer or find_tokenizer(files.load, options.iteration)
         tokenizer = None if path is None else read_tokenizer(path)
+        if tokenizer is not None and files.tokenizer is None:
+            check_forms(path, tokenizer)
         if tokenizer is None and any(item.text is not None for item in items):
             # What is wrong may be the checkpoint, in whose folder a tokenizer was looked for.
             read_model_description(files.load, options.iteration, overrides)

@@ -10,9 +10,10 @@ from typing import Any
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.report.reader import checked
 from lirpa_megatron.verify.sentences.data import Item
+from lirpa_megatron.verify.sentences.encoded import Encoded
 from lirpa_megatron.verify.sentences.sentence import Finding, Verdict
 from lirpa_megatron.verify.sentences.task import Task
-from lirpa_megatron.verify.sentences.tokenizer import Encoded, Substitutes
+from lirpa_megatron.verify.sentences.tokenizer import Substitutes
 
 _KEY = (
     "network", "iteration", "property", "task", "method", "question", "norm", "eps", "words",

@@ -19,7 +19,7 @@ from lirpa_megatron.problem.margins import (
     smallest_margin,
 )
 from lirpa_megatron.verify.sentences.data import Item
-from lirpa_megatron.verify.sentences.tokenizer import Tokenizer
+from lirpa_megatron.verify.sentences.encoded import Tokenizer
 
 TASKS = ("classification", "label-tokens", "next-token")
 

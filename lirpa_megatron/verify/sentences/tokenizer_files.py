@@ -8,6 +8,9 @@ from pathlib import Path
 from lirpa_megatron.checkpoint.hugging_face_config import is_hugging_face
 from lirpa_megatron.checkpoint.layout import data_directory, split_iteration
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.verify.sentences.encoded import Tokenizer
+from lirpa_megatron.verify.sentences.sentencepiece_tokenizer import ADDED, CONFIG
+from lirpa_megatron.verify.sentences.tokenizer import read_tokenizer
 
 _NAMES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 """In one folder the first of them counts: they are forms of one tokenizer."""
@@ -44,6 +47,34 @@ def find_tokenizer(checkpoint: Path, iteration: int | str | None = None) -> Path
     return next(iter(found.values()), None)
 
 
+def check_forms(path: Path, tokenizer: Tokenizer) -> None:
+    """Refuses other tokenizers in a folder that are not forms of the one that is used.
+
+    The first of `_NAMES` has all tokens, those added to the others too. What cannot be read here
+    (its package is missing, it is malformed) is not looked at.
+
+    Args:
+        path: of the file in use, found by `find_tokenizer`.
+        tokenizer: read from it.
+
+    Raises:
+        UserError: a form with more tokens.
+    """
+    for name in _NAMES[_NAMES.index(path.name) + 1 :]:
+        other = path.with_name(name)
+        if not other.is_file():
+            continue
+        try:
+            size = read_tokenizer(other).size
+        except UserError:
+            continue
+        if size > tokenizer.size:
+            raise UserError(
+                f"tokenizer {path} has {tokenizer.size} tokens, {name} beside it {size}: they are "
+                "not forms of one tokenizer: choose one with --tokenizer"
+            )
+
+
 def said_of(path: Path, checkpoint: Path) -> str:
     """What a result says of the tokenizer: its place, and the beginning of its SHA-256."""
     resolved, root = path.resolve(), split_iteration(checkpoint.resolve())[0]
@@ -52,10 +83,11 @@ def said_of(path: Path, checkpoint: Path) -> str:
 
 
 def _digest(path: Path) -> bytes:
-    """Of what decides the tokens; merges too."""
+    """Of what decides the tokens: merges too, and what stands around sentencepiece's."""
     state = hashlib.sha256()
-    beside = (path.with_name("merges.txt"),) if path.name == "vocab.json" else ()
-    for file in (path, *beside):
+    names = {"vocab.json": ("merges.txt",), "tokenizer.model": (CONFIG, ADDED)}
+    beside = [path.with_name(name) for name in names.get(path.name, ())]
+    for file in (path, *(other for other in beside if other.is_file())):
         try:
             state.update(file.read_bytes())
         except OSError as error:
