@@ -102,9 +102,9 @@ CASES = {
              spec=["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]),
     ),
     "hybrid llama": (
-        "hybrid llama", dict(pattern="-*--*", spec=dict(qk_layernorm=True), qk_layernorm=True,
+        "hybrid llama", dict(pattern="-*--**", spec=dict(qk_layernorm=True), qk_layernorm=True,
                              model=dict(rotary_base=500)),
-        {**LLAMA, "num_layers": 5, "hybrid_override_pattern": "-*|--*", "is_hybrid_model": True,
+        {**LLAMA, "num_layers": 6, "hybrid_override_pattern": "-*-|-**", "is_hybrid_model": True,
          "qk_layernorm": True, "rotary_base": 500,
          "spec": ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]},
     ),

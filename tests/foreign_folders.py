@@ -124,7 +124,21 @@ def nemo(out, name, model=None, **settings):
     checkpoints.rewrite_metadata(out / "weights", lambda m: prefix_keys(m, "module."))
     (out / "context").mkdir()
     kind = "base.GPT" if name == "stacked" else "llama.Llama"
-    config = {key: value for key, value in provider(name).items() if "rope_scaling" not in key}
+    content = nemo_context(kind, provider(name), **settings) | (model or {})
+    (out / "context" / "model.yaml").write_text(yaml.safe_dump(content))
+    (out / "context" / "io.json").write_text("{")  # is not read
+    return expected[name]
+
+
+def nemo_context(kind, provider, **settings):
+    """`context/model.yaml` for fields as Megatron-Bridge has them.
+
+    Args:
+        kind: of the model: "base.GPT", "llama.Llama".
+        provider: the fields.
+        **settings: replace some of the config's.
+    """
+    config = {key: value for key, value in provider.items() if "rope_scaling" not in key}
     config |= {
         "_target_": f"nemo.collections.llm.gpt.model.{kind}Config", "vocab_size": None,
         "forward_step_fn": {"_target_": "nemo.collections.llm.gpt.model.base.gpt_forward_step",
@@ -132,15 +146,12 @@ def nemo(out, name, model=None, **settings):
         "transformer_layer_spec": {
             "_target_": "nemo.collections.llm.gpt.model.base.default_layer_spec", "_call_": False},
     }
-    content = {
+    return {
         "_target_": f"nemo.collections.llm.gpt.model.{kind}Model", "config": config | settings,
         "optim": {"_target_": "nemo.lightning.pytorch.optim.megatron.MegatronOptimizerModule"},
         "tokenizer": {"_target_": "nemo.collections.common.tokenizers.x.AutoTokenizer"},
-        "model_transform": None, **(model or {}),
+        "model_transform": None,
     }
-    (out / "context" / "model.yaml").write_text(yaml.safe_dump(content))
-    (out / "context" / "io.json").write_text("{")  # is not read
-    return expected[name]
 
 
 def prefix_keys(metadata, prefix):

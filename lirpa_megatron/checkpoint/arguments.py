@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lirpa_megatron.checkpoint.hybrid import PATTERN, with_pattern
+from lirpa_megatron.checkpoint.hybrid import OLD_PATTERN, PATTERN, with_pattern
 from lirpa_megatron.errors import UserError
 
 _DEFAULTS: dict[str, Any] = {
@@ -140,6 +140,12 @@ def check_overrides(overrides: Mapping[str, Any], where: str = "overrides") -> N
                 f"{where}: unknown model argument {name!r}; known are "
                 f"{', '.join(sorted({*_DEFAULTS, *_RENAMED}))}"
             )
+
+
+def ignored_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of Megatron-LM that no model is built from: of training, data, logs."""
+    looked_at = {*_DEFAULTS, *_RENAMED, *_REFUSED, OLD_PATTERN, "spec"}
+    return {name: value for name, value in stored.items() if name not in looked_at}
 
 
 def merged(

@@ -98,6 +98,12 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     return kind, _llama(content, kind, where)
 
 
+def ignored_of_config(folder: Path) -> dict[str, Any]:
+    """The keys that are read and ignored: on the list of neutral ones, or off."""
+    content = read_json(folder / CONFIG, f"config {folder / CONFIG}")
+    return {key: value for key, value in content.items() if key in _NEUTRAL or key in _OFF}
+
+
 def _check_keys(content: Mapping[str, Any], kind: str, where: str) -> None:
     for key, value in content.items():
         if key in _NEUTRAL or key in _READ[kind]:

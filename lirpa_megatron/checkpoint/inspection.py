@@ -12,6 +12,7 @@ import torch
 from lirpa_megatron.checkpoint.description import ModelDescription
 from lirpa_megatron.checkpoint.estimates import estimate, matmul_rate, parameter_count
 from lirpa_megatron.checkpoint.hugging_face_config import is_hugging_face
+from lirpa_megatron.checkpoint.ignored import ignored_lines
 from lirpa_megatron.checkpoint.language_model import read_model_description
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.reader import holds_network, read_description
@@ -27,6 +28,7 @@ def inspect(
     overrides: Mapping[str, Any] | None = None,
     seq_length: int | None = None,
     max_spec_rows: int | None = None,
+    verbose: bool = False,
 ) -> str:
     """The report, lines of text; weights are not loaded.
 
@@ -34,6 +36,7 @@ def inspect(
         checkpoint, iteration, overrides: as for `read_model_description`.
         seq_length: tokens of an input, for the estimates (default 32, or what the model takes).
         max_spec_rows: of the estimates.
+        verbose: whether to list what was read and ignored.
 
     Raises:
         UserError: whatever is wrong with the checkpoint.
@@ -44,7 +47,10 @@ def inspect(
     if seq_length is None:
         seq_length = min(SEQ_LENGTH, description.max_position_embeddings)
     lines = _facts(_model_facts(checkpoint, description))
-    return "\n".join([*lines, "", *_estimates(description, seq_length, max_spec_rows)])
+    lines += ["", *_estimates(description, seq_length, max_spec_rows)]
+    if verbose:
+        lines += ["", *ignored_lines(checkpoint, iteration)]
+    return "\n".join(lines)
 
 
 def _facts(facts: list[tuple[str, str]]) -> list[str]:

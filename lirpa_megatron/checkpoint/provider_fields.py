@@ -137,7 +137,7 @@ def arguments_of(
         known = _STACKS if hybrid else _SPECS
         if fields.get(name) is not None and (spec is None or not known.fullmatch(spec)):
             raise UserError(
-                f"{where} ({name}={_shown(fields[name])}): layers of this kind are not known"
+                f"{where} ({name}={shown(fields[name])}): layers of this kind are not known"
             )
     if hybrid:
         values |= {name: fields[name] for name in (PATTERN, OLD_PATTERN) if fields.get(name)}
@@ -148,10 +148,20 @@ def arguments_of(
     return values
 
 
+def ignored_of(fields: Mapping[str, Any], where: str, hybrid: bool = False) -> dict[str, Any]:
+    """The fields of a provider that no model is built from, by name; as for `arguments_of`.
+
+    Those are on a list of fields that have no effect on the function, or have none while they are
+    off; others would have been refused.
+    """
+    read = _READ | _HYBRID_READ if hybrid else _READ
+    return {name: value for name, value in _flat(fields, where).items() if name not in read}
+
+
 def _is_hybrid_field(name: Any, value: Any, where: str) -> bool:
     """Whether a field is one of hybrid providers alone; refuses those that are set."""
     if name in _HYBRID_NEUTRAL_IF_OFF and not _is_off(name, value):
-        raise UserError(f"{where} ({name}={_shown(value)}): it is not supported")
+        raise UserError(f"{where} ({name}={shown(value)}): it is not supported")
     return name in _HYBRID_READ | _HYBRID_NEUTRAL | _HYBRID_NEUTRAL_IF_OFF
 
 
@@ -166,7 +176,7 @@ def llama_31_scale(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     for name, value in _SCALE.items():
         if fields.get(name) != value:
-            raise UserError(f"{where} ({name}={_shown(fields.get(name))}): only {value} is "
+            raise UserError(f"{where} ({name}={shown(fields.get(name))}): only {value} is "
                             "supported")
     if "scale_factor" not in fields:
         raise UserError(f"{where} has no field scale_factor")
@@ -190,13 +200,13 @@ def _flat(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     inner = flat.pop("transformer", None)
     if inner is not None:
         if not isinstance(inner, Mapping):
-            raise UserError(f"{where}: transformer={_shown(inner)} is malformed")
+            raise UserError(f"{where}: transformer={shown(inner)} is malformed")
         target = inner.get("_target_")
         if target not in (
             None, "megatron.core.transformer.transformer_config.TransformerConfig",
             "megatron.bridge.models.transformer_config.TransformerConfig",
         ):
-            raise UserError(f"{where}: transformer has the class {_shown(target)}, not known")
+            raise UserError(f"{where}: transformer has the class {shown(target)}, not known")
         twice = sorted((set(flat) & set(inner)) - {"_target_"}, key=str)
         if twice:
             raise UserError(f"{where}: {twice[0]!r} stands there twice")
@@ -214,7 +224,7 @@ def _check_field(name: Any, value: Any, where: str) -> None:
     if name in config_fields.REFUSED or name in _NEUTRAL_IF_OFF:
         if not _is_off(name, value):
             why = config_fields.REFUSED.get(name, "it is")
-            raise UserError(f"{where} ({name}={_shown(value)}): {why} not supported")
+            raise UserError(f"{where} ({name}={shown(value)}): {why} not supported")
         return
     raise UserError(
         f"{where}: the field {name!r} is not known (of a newer release?), and it may change the "
@@ -249,7 +259,7 @@ def _activation(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         flags["gelu_tanh", False] = {"bias_gelu_fusion": True}
     if (name, gated) not in flags or name == "gelu" and fused and not biased:
         raise UserError(
-            f"{where} (activation_func={_shown(fields['activation_func'])}, gated_linear_unit="
+            f"{where} (activation_func={shown(fields['activation_func'])}, gated_linear_unit="
             f"{gated}, bias_activation_fusion={fused}, add_bias_linear={biased}): this activation "
             "is not supported"
         )
@@ -257,7 +267,7 @@ def _activation(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     return off | flags[name, gated]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in a message: short, whatever the file holds."""
     if isinstance(value, Mapping):
         return str(value.get("_target_", "a mapping"))[:80]

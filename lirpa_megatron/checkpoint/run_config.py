@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lirpa_megatron.checkpoint.plain_files import read_yaml
-from lirpa_megatron.checkpoint.provider_fields import arguments_of, llama_31_scale
+from lirpa_megatron.checkpoint.provider_fields import arguments_of, ignored_of, llama_31_scale
 from lirpa_megatron.errors import UserError
 
 NAME = "run_config.yaml"
@@ -53,22 +53,43 @@ def read_run_config(directory: Path) -> dict[str, Any] | None:
     path = directory / NAME
     if not path.is_file():
         return None
-    content = read_yaml(path, f"checkpoint file {path}")
     where = f"checkpoint file {path}"
-    model = content.get("model") if isinstance(content, Mapping) else None
-    if not isinstance(model, Mapping):
-        raise UserError(f"{where} has no section 'model'")
+    content = _content(path, where)
     for section in _ELSEWHERE:
         if content.get(section):
             raise UserError(f"{where}: models with {section} are not supported")
-    target = model.get("_target_")
+    target = content["model"].get("_target_")
     if not isinstance(target, str):
         raise UserError(f"{where}: its model has no class (_target_)")
+    fields = dict(content["model"])
     if _HYBRIDS.fullmatch(target):
-        return arguments_of(model, where, hybrid=True)
-    fields = dict(model)
+        return arguments_of(fields, where, hybrid=True)
     if _SCALED.fullmatch(target):
         fields = llama_31_scale(fields, where)
     elif not _PROVIDERS.fullmatch(target):
         raise UserError(f"{where}: models of the class {target[:100]} are not supported")
     return arguments_of(fields, where)
+
+
+def ignored_of_run_config(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    """(fields of the model that are read and ignored, sections that are not looked at).
+
+    Args:
+        directory: of a file that `read_run_config` has accepted.
+    """
+    where = f"checkpoint file {directory / NAME}"
+    content = _content(directory / NAME, where)
+    fields, target = dict(content["model"]), content["model"]["_target_"]
+    if _SCALED.fullmatch(target):
+        fields = llama_31_scale(fields, where)
+    sections = [str(name) for name in content if name not in ("model", *_ELSEWHERE)]
+    return ignored_of(fields, where, bool(_HYBRIDS.fullmatch(target))), sections
+
+
+def _content(path: Path, where: str) -> Mapping[str, Any]:
+    """What the file holds: sections, `model` among them."""
+    content = read_yaml(path, where)
+    model = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(model, Mapping):
+        raise UserError(f"{where} has no section 'model'")
+    return content

@@ -166,6 +166,7 @@ def _inspect(arguments: dict[str, Any]) -> int:
                 arguments["checkpoint"], arguments.get("iteration"),
                 None if config is None else read_model_config(config),
                 arguments.get("seq_length"), arguments.get("max_spec_rows"),
+                arguments.get("verbose", False),
             ), flush=True)
     return 0
 

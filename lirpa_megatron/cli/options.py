@@ -133,6 +133,10 @@ def _add_inspect(commands: Any) -> None:
         "--max-spec-rows", metavar="N", type=_number(int, 1),
         help="maximum rows of bounds at once, for the estimate (default: all)",
     )
+    add(
+        "--verbose", action="store_true",
+        help="also list what the folder says and the model does not depend on",
+    )
 
 
 def _add_verify(commands: Any) -> None:
