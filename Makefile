@@ -7,12 +7,13 @@ PY := .venv$(addprefix -megatron-,$(MEGATRON))/bin/python
 # Several ranks share the cores: one thread each, unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-digits test test-all test-newest lint bench docs clean
+.PHONY: help setup demo demo-digits demo-gpt2 test test-all test-newest lint bench docs clean
 
 help:
 	@echo 'make setup     .venv with torch, lirpa_megatron and auto_LiRPA'
 	@echo 'make demo      certify sentences from a Megatron checkpoint, with two processes and with one'
 	@echo 'make demo-digits  the same for a network of digits from an ONNX file'
+	@echo 'make demo-gpt2 HF=FOLDER  what GPT-2 says next, from your Hugging Face folder'
 	@echo 'make test      the tests; make test-all adds the slow ones'
 	@echo 'make test-newest  imports, adapters and checkpoints with the newest megatron-core, 0.19.2'
 	@echo 'make lint      ruff'
@@ -29,6 +30,10 @@ demo: setup
 
 demo-digits: setup
 	$(PY) examples/digits/demo.py $(ARGS)
+
+demo-gpt2: setup
+	@test -n "$(HF)" || { echo 'say which folder holds GPT-2: make demo-gpt2 HF=FOLDER'; exit 2; }
+	$(PY) -W ignore examples/gpt2/demo.py $(HF) $(ARGS)
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
