@@ -142,6 +142,7 @@ def _sequence_parallel():
         gather_from_sequence_parallel_region,
         scatter_to_sequence_parallel_region,
     )
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.spec_utils import build_module
 
     from lirpa_megatron.adapters.embeddings import embed
@@ -151,7 +152,8 @@ def _sequence_parallel():
     model.config = transformers.config(sequence_parallel=True)
     specs = get_gpt_layer_local_spec().submodules
     model.attention = build_module(specs.self_attention, config=model.config, layer_number=1)
-    model.mlp = build_module(specs.mlp, config=model.config)
+    # A ModuleSpec; from 0.18 on a functools.partial.
+    model.mlp = MLP(model.config, getattr(specs.mlp, "keywords", vars(specs.mlp))["submodules"])
     model.embedding = LanguageModelEmbedding(model.config, 32, 8)
     transformers.filled(model)
     ids, positions, _, _ = transformers.tokens()

@@ -92,7 +92,8 @@ def load_language_model(
             "this release of megatron-core builds another model than the checkpoint's: "
             f"{', '.join(sorted(set(built) ^ set(described))[:5])}"
         )
-    for name, parameter in built.items():
+    # The largest first: of what is read at a time, a second copy is held.
+    for name, parameter in sorted(built.items(), key=lambda item: -item[1].numel()):
         value = read_shard(weights, description, name, described[name], rank, size, dtype)
         if value.shape != parameter.shape:
             raise UserError(
