@@ -298,6 +298,7 @@ def _traced():
     from megatron.core.activations import squared_relu
     from torch.onnx.utils import _optimize_graph
 
+    from lirpa_megatron.adapters.plain.exported import own_operators
     from lirpa_megatron.adapters.traceable import traceable
     from lirpa_megatron.adapters.views import at_position, bert_head, from_layer
     from lirpa_megatron.compat import auto_lirpa
@@ -322,7 +323,7 @@ def _traced():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(facade, inputs, check_trace=False)
             errors[name] = _error(traced(other, *inputs[1:]), facade(other, *inputs[1:]))
-        with auto_lirpa.conversion(inputs), auto_lirpa.running():
+        with own_operators(), auto_lirpa.conversion(inputs), auto_lirpa.running():
             graph, _ = torch.jit._get_trace_graph(facade, inputs)
             export = torch.onnx.OperatorExportTypes.ONNX_ATEN_FALLBACK
             graph = _optimize_graph(graph, export, params_dict={})
@@ -368,7 +369,6 @@ def _plain_norms():
         transformers.FusedLayerNorm(weight, bias, 1e-3),
         transformers.FusedLayerNorm(weight, bias, 1e-3, zero_centered_gamma=True),
         transformers.RMSNorm(weight, 1e-3), transformers.RMSNorm(weight, 1e-3, True),
-        nn.GELU(), nn.GELU("tanh"), nn.SiLU(),
     ]
     torch.manual_seed(0)
     for module in modules:
@@ -379,8 +379,10 @@ def _plain_norms():
     single, l2 = x.float(), L2Norm(8)  # it computes in float32
     with torch.compiler.set_stance("force_eager"):
         assert _error(traceable(nn.Sequential(l2))(single), l2(single)) < 1e-6
-    kept = nn.Sequential(nn.Tanh(), nn.ReLU(), nn.Sigmoid())
-    assert [type(m) for m in traceable(kept)] == [nn.Tanh, nn.ReLU, nn.Sigmoid]
+    kept = nn.Sequential(nn.Tanh(), nn.ReLU(), nn.Sigmoid(), nn.GELU(), nn.GELU("tanh"), nn.SiLU())
+    copied = traceable(kept)
+    assert [type(m) for m in copied] == [type(m) for m in kept]
+    assert copied[4].approximate == "tanh"
     return [_error(facade(x), module(x)) for facade, module in zip(facades, modules, strict=True)]
 
 

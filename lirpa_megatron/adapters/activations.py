@@ -12,8 +12,6 @@ from megatron.core.fusions import fused_bias_geglu
 from megatron.core.transformer import utils
 from torch import nn
 
-from lirpa_megatron.adapters import traced_ops
-
 _KINDS: list[tuple[Any, str]] = [
     (F.gelu, "gelu"),
     (F.silu, "silu"),
@@ -42,15 +40,3 @@ def kind_of(function: Any) -> str | None:
     if type(function) in _MODULES:
         return _MODULES[type(function)]
     return next((kind for known, kind in _KINDS if function is known), None)
-
-
-class ActivationFacade(nn.Module):
-    """nn.GELU or nn.SiLU as one operator: x of any shape -> the same shape."""
-
-    def __init__(self, module: nn.GELU | nn.SiLU) -> None:
-        super().__init__()
-        self.kind = kind_of(module)
-        self.train(module.training)
-
-    def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        return traced_ops.activation(input_, self.kind)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import nn
 
 from lirpa_megatron.adapters import hooks, refusals
-from lirpa_megatron.adapters.activations import ActivationFacade
 from lirpa_megatron.adapters.linear_facades import is_column, is_row, linear_facade
 from lirpa_megatron.adapters.norms import NormFacade, is_norm
 from lirpa_megatron.adapters.registry import adapter_of
@@ -107,8 +106,6 @@ class _Copier:
             return nn.Identity()  # also when the bounded module is trained later
         if is_norm(module):
             return NormFacade(module, name)
-        if type(module) in (nn.GELU, nn.SiLU):
-            return ActivationFacade(module)
         return linear_facade(module, name, self.tp)
 
     def _copy(self, original: nn.Module, module: nn.Module, name: str) -> nn.Module:
