@@ -57,8 +57,8 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
 
     Args:
         model: a plain nn.Module, batch first, which may contain megatron-core's
-            ColumnParallelLinear and RowParallelLinear; a GPTModel or BertModel; or a view or
-            margins of one.
+            ColumnParallelLinear and RowParallelLinear; a GPTModel, HybridModel or BertModel; or a
+            view or margins of one.
         global_input: an example input (or a tuple of them), replicated. It gives the shapes, and
             the live check runs the model on it.
         bound_opts: auto_LiRPA's options, and those of `OwnOptions` (`max_spec_rows`, ...).

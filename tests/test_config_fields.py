@@ -19,7 +19,7 @@ from lirpa_megatron.adapters import config_fields
 LISTS = (config_fields.NEUTRAL, config_fields.MODELLED, frozenset(config_fields.REFUSED))
 ARGUMENTS = (
     config_fields.NEUTRAL_ARGUMENTS, config_fields.MODELLED_ARGUMENTS,
-    config_fields.REFUSED_ARGUMENTS,
+    config_fields.REFUSED_ARGUMENTS, config_fields.HYBRID_ARGUMENTS,
 )
 
 
@@ -40,9 +40,12 @@ def test_every_field_of_the_installed_release_is_on_one_list():
 def test_every_argument_of_the_models_is_on_one_list():
     from megatron.core.models.bert.bert_model import BertModel
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.models.mamba.mamba_model import MambaModel
 
-    for cls in (GPTModel, BertModel):
-        arguments = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    from lirpa_megatron.compat.megatron_hybrid import HybridModel
+
+    for cls in (GPTModel, BertModel, HybridModel, MambaModel):
+        arguments = set(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}
         assert {name: [name in names for names in ARGUMENTS].count(True) for name in arguments} == (
             dict.fromkeys(arguments, 1)
         )

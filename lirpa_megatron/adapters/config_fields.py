@@ -202,6 +202,12 @@ of a pipeline, other position embeddings) is refused there."""
 REFUSED_ARGUMENTS = _names("mtp_block_spec return_embeddings")
 """Of them: anything but the default is refused."""
 
+HYBRID_ARGUMENTS = _names("""
+    hybrid_stack_spec mamba_stack_spec hybrid_layer_pattern hybrid_override_pattern
+    hybrid_attention_ratio hybrid_mlp_ratio
+""")
+"""Of HybridModel (MambaModel) alone: which layers it is built of; those are looked at."""
+
 # Configurations of Megatron-Bridge hold the models' arguments too.
-KNOWN = NEUTRAL | MODELLED | NEUTRAL_ARGUMENTS | MODELLED_ARGUMENTS
+KNOWN = NEUTRAL | MODELLED | NEUTRAL_ARGUMENTS | MODELLED_ARGUMENTS | HYBRID_ARGUMENTS
 """Fields that need no look."""

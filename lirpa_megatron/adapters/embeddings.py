@@ -39,7 +39,7 @@ def embed(
     the embedding's parameters.
 
     Args:
-        model: a GPTModel or BertModel.
+        model: a GPTModel, HybridModel or BertModel.
         ids: token ids [B, S].
         position_ids: [B, S]; by default 0, 1, ... in each sequence.
         tokentype_ids: [B, S], for a model with token types.

@@ -32,8 +32,12 @@ class HybridStackFacade(TransformerBlockFacade):
         self, block: HybridStack, name: str, copy: Copy, start_layer: int = 0,
         position: int | None = None,
     ) -> None:
-        # Before 0.15 the list is not kept, and the layers' classes are refused.
-        for index, letter in enumerate(getattr(block, "layer_type_list", None) or ()):
+        # Early releases keep the pattern alone. A list that is wrong changes nothing: the layers
+        # themselves are looked at below.
+        letters = getattr(block, "layer_type_list", None) or getattr(
+            block, "hybrid_override_pattern", None
+        )
+        for index, letter in enumerate(letters or ()):
             if letter not in (ATTENTION, MLP):
                 what = LETTERS.get(letter, "a layer of an unknown kind")
                 raise refusals.refusal(

@@ -65,8 +65,8 @@ def next_token_margins(
     if `against` is a large part of V.
 
     Args:
-        model: a GPTModel, a BertModel (its 'lm' head: the word at a position) or a view of one;
-            without `at_position` the last position is meant.
+        model: a GPTModel, HybridModel or BertModel (its 'lm' head: the word at a position), or a
+            view of one; without `at_position` the last position is meant.
         against: token ids j; None for the whole vocabulary.
         gather_output: False leaves on each rank the margins over its own entries, [B, V/p], as
             Megatron's parallel_output does with logits.

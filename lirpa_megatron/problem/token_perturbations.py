@@ -53,7 +53,8 @@ def perturb_tokens(
     layers before `start_layer`), in eval mode the result is constant.
 
     Args:
-        model: a GPTModel or BertModel, or a view of one (`at_position`, ..., margins of tokens).
+        model: a GPTModel, HybridModel or BertModel, or a view of one (`at_position`, ..., margins
+            of tokens).
         ids: token ids [B, S].
         eps: radius at each position: a number, [S] or [B, S]; 0 leaves a position unperturbed.
         norm: inf, 2 or 1. With inf, each coordinate of an embedding changes by up to eps. With 2
@@ -66,7 +67,7 @@ def perturb_tokens(
             independent.
         shape: shape of the sets of substitutes: 'box', the smallest box that contains the
             embeddings, or 'hull', their convex hull, which is tighter.
-        attention_mask: as Megatron's forward takes it: for a GPTModel [B or 1, 1, S, S], nonzero
+        attention_mask: as Megatron's forward takes it: for a decoder [B or 1, 1, S, S], nonzero
             (True) where masked; for a BertModel the padding mask [B, S], 1 where kept.
         position_ids: [B, S], as for `embed`.
         tokentype_ids: [B, S], as for `embed`.
@@ -156,7 +157,7 @@ def perturb_tokens(
 
 
 def _opened(model: nn.Module, start_layer: int | None) -> tuple[nn.Module, int]:
-    """(GPTModel or BertModel, the layer where the hidden states enter)."""
+    """(The language model, the layer where the hidden states enter)."""
     model = hooks.unwrapped(model)
     if isinstance(model, View):
         if start_layer not in (None, model.start_layer):
@@ -166,7 +167,9 @@ def _opened(model: nn.Module, start_layer: int | None) -> tuple[nn.Module, int]:
             )
         model, start_layer = model.model, model.start_layer
     if not hasattr(model, "embedding"):
-        raise UserError(f"{type(model).__name__} has no embedding: give a GPTModel or a BertModel")
+        raise UserError(
+            f"{type(model).__name__} has no embedding: give a GPTModel, HybridModel or BertModel"
+        )
     block = model.encoder if isinstance(model, BertModel) else model.decoder
     first = start_layer or 0
     if not 0 <= first < len(block.layers):
@@ -205,7 +208,7 @@ def _mask(model: nn.Module, mask: torch.Tensor, ids: torch.Tensor) -> torch.Tens
         return (keep.unsqueeze(1) * keep.unsqueeze(2)).unsqueeze(1) < 0.5
     if given not in ((batch, 1, length, length), (1, 1, length, length)):
         raise UserError(
-            f"attention_mask has shape {given}: a GPTModel's is {(batch, 1, length, length)} or "
+            f"attention_mask has shape {given}: a decoder's is {(batch, 1, length, length)} or "
             f"{(1, 1, length, length)}, True where masked"
         )
     return (mask != 0).expand(batch, -1, -1, -1)

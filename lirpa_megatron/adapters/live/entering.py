@@ -25,7 +25,7 @@ def check_entering(
     """Raises on every rank unless the live model's layers before `layer` make `hidden`.
 
     Args:
-        model: a GPTModel or BertModel.
+        model: a GPTModel, HybridModel or BertModel.
         embedded: what enters the first layer, [B, S, h], replicated.
         mask: [B or 1, 1, S, S], nonzero where masked, or None.
         layer: from 1 on.

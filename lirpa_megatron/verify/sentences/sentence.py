@@ -62,7 +62,7 @@ class SentenceVerifier:
     """Answers one question about one sentence after another; bound graphs are reused.
 
     Args:
-        model: GPTModel or BertModel, in eval mode.
+        model: GPTModel, HybridModel or BertModel, in eval mode.
         task: how its output is read.
         options: the question.
         group: the tensor-parallel group; every rank calls `verify` with the same sentences.

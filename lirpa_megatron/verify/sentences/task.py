@@ -122,7 +122,7 @@ class LabelTokens(Task):
     margin logit[t] - logit[j] above 0: the smallest over j of the largest over t.
 
     Args:
-        model: a GPTModel.
+        model: a GPTModel or HybridModel.
         tokens: for each class its token ids.
         names: of the classes.
     """
@@ -158,7 +158,7 @@ class NextToken(Task):
     """The next token, among the whole vocabulary.
 
     Args:
-        model: a GPTModel.
+        model: a GPTModel or HybridModel.
         vocab_size: entries from here on only pad the vocabulary.
         tokenizer: gives names, if there is one.
     """
@@ -194,7 +194,7 @@ def make_task(
     Args:
         name: of TASKS, or None: classification for a BertModel, label-tokens for a GPTModel if
             these are given, else next-token.
-        model: GPTModel or BertModel.
+        model: GPTModel, HybridModel or BertModel.
         vocab_size: its tokens that are not padding.
         label_tokens: "bad,awful|good,great": words of class 0, 1, ...
         tokenizer: that knows them.
