@@ -1,7 +1,7 @@
 """Affine forms of nodes in the model's input, from the rows of a backward pass.
 
-`operators.affine.form` says what they are; here they are made: from the coefficients of one rank's
-rows, for the perturbations that have a box or a ball.
+`operators.affine.form` defines them. This module computes them from the coefficients of one rank's
+rows, for perturbation sets that are boxes or balls, or lie in a box.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ class InputSet:
     """The perturbed coordinates of a model's inputs as center + radii * u, u in a unit ball.
 
     Args:
-        leaves: all perturbed input nodes of the model, in one order for all start nodes: the same
-            column of two forms is the same coordinate.
+        leaves: all perturbed input nodes of the model, in the same order for every start node, so
+            that a column means the same coordinate in all forms.
 
     Attributes:
-        norm: of the ball: inf for boxes (and what lies in them), its own for one L1 or L2 ball.
+        norm: norm of the unit ball: inf for boxes and sets inside boxes; 1 or 2 for a single L1 or
+            L2 ball.
     """
 
     def __init__(self, leaves: Sequence[auto_lirpa.Bound]) -> None:
@@ -39,7 +40,7 @@ class InputSet:
         return known and 0 < numel * self.columns() <= limit
 
     def columns(self) -> int:
-        """How many coordinates move: the columns of a form."""
+        """Number of perturbed coordinates: the columns of a form."""
         return sum(int((self.box(leaf)[1] > 0).flatten(1).any(0).sum()) for leaf in self.leaves)
 
     def box(self, leaf: auto_lirpa.Bound) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +58,7 @@ class InputSet:
 
         Args:
             bounds: with lA and uA [rows, B, *input shape] of every leaf that the pass reached.
-            shared: gives a replicated value for use on this rank's rows.
+            shared: maps a replicated value to the one that this rank's rows use (copy_to).
         """
         middle, half = [], []
         low, high = bounds.lbias, bounds.ubias
@@ -90,10 +91,11 @@ class InputSet:
 class FormRows:
     """A rank's rows of a form, chunk after chunk.
 
-    They are written into one tensor, unless gradients flow: a chunk's own does not outlive it then.
+    Without gradients all chunks are written into one tensor, so that no chunk's own tensor outlives
+    the chunk.
 
     Args:
-        total: of the rank's rows.
+        total: number of the rank's rows.
     """
 
     def __init__(self, total: int) -> None:
@@ -117,7 +119,7 @@ class FormRows:
 
 
 def readers_of_form(node: auto_lirpa.Bound, readers: Sequence[Any]) -> set[str]:
-    """Names of the operators among a node's readers that make use of its form."""
+    """Names of a node's readers that use its affine form."""
     return {
         reader.name for reader in readers
         if any(reader.inputs[i] is node for i in getattr(reader, "reads_form", ()))

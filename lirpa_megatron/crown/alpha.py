@@ -1,4 +1,4 @@
-"""alpha-CROWN where there is nothing to optimise, and where gradients are off."""
+"""alpha-CROWN when there is nothing to optimise, and when gradients are disabled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_asked_for(kwargs: Mapping[str, Any]) -> bool:
 
 
 def without_gradients(module: Any, x: Any, aux: Any, C: Any, kwargs: dict[str, Any]) -> Any:
-    """alpha-CROWN under no_grad: alpha needs gradients of its own, the result has none."""
+    """Runs alpha-CROWN under no_grad: optimising alpha needs gradients, but the result has none."""
     training = module.training
     module.eval()
     try:
@@ -32,12 +32,12 @@ def without_gradients(module: Any, x: Any, aux: Any, C: Any, kwargs: dict[str, A
 
 
 def is_of_use(module: Any, final: auto_lirpa.Bound, x: Any) -> bool:
-    """Whether an operator with alpha leads from a perturbed input to `final`: by the graph alone.
+    """Whether a path from a perturbed input to `final` has an operator with alpha (from the graph).
 
     Args:
         module: the BoundedModule.
         final: the node to bound.
-        x: the tuple of inputs, or None for those of the last call.
+        x: the tuple of inputs; None means the inputs of the last call.
     """
     moving: dict[str, bool] = {}
     todo = [final]
@@ -56,7 +56,7 @@ def is_of_use(module: Any, final: auto_lirpa.Bound, x: Any) -> bool:
 
 
 def same_without(method: str) -> str:
-    """The method that gives the same bounds where there is no alpha."""
+    """The method that gives the same bounds when there is no alpha."""
     return "CROWN" if method == "CROWN-Optimized" else method
 
 

@@ -1,4 +1,4 @@
-"""How many rows of alpha an operator has, for each start node whose passes go through it."""
+"""Number of alpha rows of an operator, for each start node whose passes go through it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lirpa_megatron.compat import auto_lirpa
 def alpha_start_nodes(
     module: Any, node: auto_lirpa.Bound, c: Any, share_alphas: bool, final_name: str
 ) -> list[tuple]:
-    """Start nodes whose passes go through `node`, each with the rows of alpha it has there.
+    """Start nodes whose passes go through `node`, each with its number of alpha rows there.
 
     Args:
         module: a BoundedModule.
         node: the operator that relaxes with alpha.
         c: the specification [B, S, ...] of the final pass.
-        share_alphas: the rows of an intermediate start node share theirs.
-        final_name: of the final node.
+        share_alphas: whether all rows of an intermediate start node share one alpha.
+        final_name: name of the final node.
 
     Returns:
         Entries as the host keeps them (`auto_lirpa.alpha_start_node`).

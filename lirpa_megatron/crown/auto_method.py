@@ -1,4 +1,4 @@
-"""Method 'auto': IBP, CROWN-IBP, CROWN and CROWN-Optimized, until one of them has proved it."""
+"""Method 'auto': tries IBP, CROWN-IBP, CROWN and CROWN-Optimized until one of them succeeds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lirpa_megatron.problem.perturbations import check_perturbations
 def cheaper_first(
     module: Any, x: Any, aux: Any, C: torch.Tensor | None, kwargs: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The best bounds of the methods tried, cheapest first, until all lower ones are positive.
+    """Tries methods, cheapest first, until all lower bounds are positive; returns the best bounds.
 
-    A method that is not available for this output or set is passed over. Whether all is proved is
-    agreed between the ranks.
+    Methods that are not available for this output or set are skipped. The ranks agree on whether
+    all bounds are positive.
 
     Args:
         module: a BoundedModule.
@@ -30,8 +30,8 @@ def cheaper_first(
         (lower, upper), shaped and sharded as `compute_bounds` gives them; upper None if not asked.
 
     Raises:
-        ValueError: lower bounds are not asked for, or A is, which is one method's.
-        NotImplementedError: what cannot be bounded, by name.
+        ValueError: lower bounds were not requested, or `return_A` was (A belongs to one method).
+        NotImplementedError: a module or operator that cannot be bounded, by name.
     """
     if kwargs.get("return_A") or not kwargs.get("bound_lower", True):
         raise ValueError("method 'auto' asks whether lower bounds are positive: choose a method "
@@ -65,6 +65,6 @@ def _is_available(module: Any, x: Any, C: Any, kwargs: Mapping[str, Any]) -> boo
 
 
 def _all_proved(lower: Any, tp: Collectives) -> bool:
-    """Whether all numbers are positive and finite, those of features on other ranks too."""
+    """Whether all numbers are positive and finite, including features on other ranks."""
     here = bool(((lower > 0) & lower.isfinite()).all())
     return not tp.largest(torch.tensor(0.0 if here else 1.0, device=lower.device)).item()

@@ -1,8 +1,8 @@
-"""Rows that operators have bounded besides those of their inputs' coordinates.
+"""Linear forms of an operator's inputs that a pass bounds in addition to their coordinates.
 
-A norm needs the range of <v, x> for a few vectors v. What is known of x coordinate by coordinate
-leaves much more open than a pass of v's own, because the coordinates' remainders do not all lie at
-their ends at once.
+A norm needs the range of <v, x> for a few vectors v. A separate backward pass for v gives a much
+tighter range than bounds of x's coordinates do, because the remainders of the coordinates are not
+all extreme at the same point.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lirpa_megatron.operators.operator import Operator
 
 
 class DirectionRows:
-    """Rows that each read one vector of a node, built when they are asked for.
+    """Rows that each read one vector of a node; built on request.
 
     Args:
         vectors: v [R, B, L, d] for a node of L vectors of d numbers.
-        shape: of the node, without the batch.
+        shape: shape of the node, without the batch.
 
     Row r L + i is <v_ri, x_i>.
     """
@@ -47,7 +47,7 @@ class DirectionRows:
 
 
 class Directions:
-    """Bounds such rows by passes of one bound graph."""
+    """Bounds such rows by backward passes on one bound graph."""
 
     def __init__(self, graph: BoundGraph) -> None:
         self.graph, self.tp = graph, graph.context.collectives
@@ -55,12 +55,13 @@ class Directions:
     def along(
         self, node: auto_lirpa.Bound, vectors: torch.Tensor, shared: bool = False
     ) -> LinearFormBounds:
-        """What a pass finds of <v, x_i> for the vectors x_i of an intermediate node; no alpha.
+        """Bounds <v, x_i> for the vectors x_i of an intermediate node, in a pass without alpha.
 
         Args:
             node: of L vectors of d numbers; sharded: the rank's own L.
-            vectors: v [R, B, L, d]; of a replicated node the same on every rank.
-            shared: whether their gradients, on a replicated node, are summed up already.
+            vectors: v [R, B, L, d]; for a replicated node, the same on every rank.
+            shared: whether gradients of the vectors of a replicated node are already summed over
+                the ranks.
 
         Returns:
             [R, B, L] numbers, the same on every rank for a replicated node.
@@ -77,17 +78,18 @@ class Directions:
 
     @staticmethod
     def are_few(S: int, d: int) -> bool:
-        """Whether S rows of a pass are few beside the d numbers of a vector on their way."""
+        """Whether the S rows of a pass are few compared with a vector's d numbers."""
         return 4 * S <= d
 
     def answer(
         self, S: int, split: bool
     ) -> Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds | None]:
-        """`along` for the operators on the way of S rows, where these are few beside a vector's.
+        """`along` for the operators that a pass of S rows visits, if S is small compared with d.
 
         Args:
-            S: of all ranks together; what is decided by it is the same at every size.
-            split: whether each rank has its own of them.
+            S: number of rows on all ranks together, so that the decision is the same at every
+                tensor-parallel size.
+            split: whether each rank carries its own share of them.
         """
 
         def answer(node: auto_lirpa.Bound, vectors: torch.Tensor) -> LinearFormBounds | None:
@@ -95,7 +97,7 @@ class Directions:
                 return None
             if not split:
                 return self.along(node, vectors)
-            # Each rank reads its own of what all have found.
+            # Each rank takes its own rows from the results of all ranks.
             found = self.along(node, self.tp.gather_rows(vectors), shared=True)
             first, n = self.tp.rank * len(vectors), len(vectors)
             return found.mapped(lambda x: self.tp.copy_to(x)[first : first + n])
@@ -104,11 +106,11 @@ class Directions:
 
 
 class CenteredRows:
-    """The rows e_ij - sum_k p_ik e_ik of an attention's scores, built when they are asked for.
+    """The rows e_ij - sum_k p_ik e_ik of attention scores; built on request.
 
     Args:
         weights: p [B, n, T, T], clean softmax weights.
-        keep: [n, T, T], the pairs that some sample of the batch does not mask.
+        keep: [n, T, T], pairs that are unmasked in at least one sample of the batch.
     """
 
     def __init__(self, weights: torch.Tensor, keep: torch.Tensor) -> None:
@@ -133,10 +135,10 @@ class CenteredRows:
 
 
 def bound_centered(graph: BoundGraph, node: auto_lirpa.Bound, attend: Operator) -> LinearFormBounds:
-    """Bounds the scores as an attention reads them: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
+    """Bounds scores relative to their weighted mean: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
 
-    Softmax does not see what all scores of a query have in common, which is most of their range.
-    The rows are those of the rank's heads; a head's masked pairs are left out.
+    Adding a constant to all scores of a query does not change its softmax, and most of the scores'
+    range is such a constant. Each rank bounds the rows of its own heads, without masked pairs.
 
     Args:
         graph: the bound graph.
@@ -153,7 +155,7 @@ def bound_centered(graph: BoundGraph, node: auto_lirpa.Bound, attend: Operator) 
 
 
 def reader_of_scores(node: auto_lirpa.Bound, readers: Sequence[Any]) -> Any:
-    """The attention that reads the node as its scores; None if anything else reads it too."""
+    """The attention that reads the node as its scores; None if the node has other readers."""
     if len(readers) != 1:
         return None
     index = getattr(readers[0], "reads_centered", None)

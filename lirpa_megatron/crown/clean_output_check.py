@@ -1,4 +1,4 @@
-"""A last look at bounds before they are handed out: the model's own output lies between them."""
+"""Checks, before bounds are returned, that they contain the model's output at the clean input."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lirpa_megatron.errors import BoundsError
 from lirpa_megatron.problem.perturbations import PerturbationInBox
 
 SLACK = 1e3
-"""How many roundings (of the numbers' own type) of what is added up pass for rounding: the most
-that was seen, in all calls of the tests, is 57."""
+"""Tolerance, in units of the number type's rounding error times the sum of magnitudes. The largest
+value in all calls of the tests is 57."""
 
 
 def check_outputs(
     graph: BoundGraph, final: auto_lirpa.Bound, C: torch.Tensor | None, lower: Any, upper: Any,
     bounds_too: bool,
 ) -> None:
-    """Compares the graph's value at the clean input with the model's own, and bounds with it.
+    """Compares the graph's value at the clean input with the model's output, and with the bounds.
 
     Args:
-        graph: in a call of `compute_bounds`.
+        graph: the bound graph, during a call of `compute_bounds`.
         final: the node that was bounded.
         C: [B, S, features of the node], or None for the node itself.
-        lower, upper: bounds; None where not asked for.
-        bounds_too: whether the clean input is among those bounded, as far as the caller knows.
+        lower, upper: bounds; None if not requested.
+        bounds_too: False if the caller knows that the bounded set may not contain the clean input.
     """
     outputs, name = {}, graph.final_name
     if graph.live is not None and graph.live.due:
@@ -45,10 +45,10 @@ def check_outputs(
 
 
 def clean_is_inside(inputs: Sequence[auto_lirpa.Bound]) -> bool:
-    """Whether the clean values of the perturbed inputs are known to be among those bounded.
+    """Whether the perturbation sets are known to contain the clean values of their inputs.
 
-    They are the centre of balls and of boxes given by a radius; a box given by its corners can lie
-    anywhere, and other sets (`PerturbationInBox`) say themselves.
+    Balls, and boxes given by a radius, are centred there. A box given by its corners can lie
+    anywhere; other sets (`PerturbationInBox`) decide themselves.
 
     Args:
         inputs: the graph's perturbed inputs; their values and sets are the same on every rank.
@@ -73,19 +73,19 @@ def check_contains(
     upper: torch.Tensor | None,
     total: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Raises where bounds exclude the model's own output by more than rounding explains.
+    """Raises an error if bounds exclude the model's output by more than rounding explains.
 
-    Sound bounds cannot: l <= C y <= u holds for every input bounded, the clean one among them. What
-    is allowed for rounding is SLACK eps (|C| (1 + |y|)), eps the numbers' own (2^-23, 2^-52): 1 is
-    there because hidden values, which the roundings are relative to, can be larger than outputs.
-    NaN and infinite outputs say nothing.
+    Sound bounds contain it: l <= C y <= u holds for every input in the set, including the clean
+    one. The tolerance is SLACK eps (|C| (1 + |y|)) with eps of the number type (2^-23, 2^-52). The
+    1 is there because rounding errors scale with hidden values, which can be larger than outputs.
+    NaN and infinite outputs are not checked.
 
     Args:
         y: outputs at the clean input, [B, *output shape]; the rank's own features where the output
             is sharded.
         C: [B, S, *output shape], or None for the outputs themselves.
-        lower, upper: [B, S], or [B, *output shape] without C; None where not asked for.
-        total: sums over ranks what C makes of sharded outputs; else the identity.
+        lower, upper: [B, S], or [B, *output shape] without C; None if not requested.
+        total: sums C y over ranks for a sharded output; the identity otherwise.
 
     Raises:
         BoundsError: with the output, the bound and the model's value.

@@ -11,7 +11,7 @@ from lirpa_megatron.compat import auto_lirpa
 
 
 def clean_value(module: Any, node: auto_lirpa.Bound) -> torch.Tensor:
-    """A node's value at the clean input; values of other nodes that it took are not kept.
+    """A node's value at the clean input; the values of other nodes computed for it are not kept.
 
     Args:
         module: a BoundedModule whose inputs are set.

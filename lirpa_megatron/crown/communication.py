@@ -1,15 +1,15 @@
-"""What a spec-sharded pass brings to the other ranks: rows of A, or weights and relaxations.
+"""Decides what a spec-sharded pass exchanges: rows of A, or weights and relaxations.
 
-A region is a set of sharded nodes that hang together: between ColumnParallelLinear layers and the
-RowParallelLinear that reads them. A pass whose ranks carry n rows each of p ranks goes through it
-in one of two ways (`crown.placement`), with the same bounds:
+A region is a connected set of sharded nodes, between ColumnParallelLinear layers and the
+RowParallelLinear that reads them. A pass in which each of p ranks carries n rows traverses it in
+one of two ways (`crown.placement`), which give the same bounds:
 
-- A moves: gathered where the pass enters it, (p-1) |A| bytes for A [n, B, h], and reduce-scattered
-  where it leaves it, the same again;
-- weights move: each rank keeps its own rows with all features, and for each chunk of them the
-  region's weights and relaxations (`sharded_relaxation`) are gathered: (p-1) |shards| bytes.
+- A moves: it is gathered where the pass enters, (p-1) |A| bytes for A [n, B, h], and
+  reduce-scattered where the pass leaves, which costs the same again;
+- weights move: each rank keeps its own rows with all features, and the region's weights and
+  relaxations (`sharded_relaxation`) are gathered for each chunk of rows: (p-1) |shards| bytes.
 
-Which is less is counted before each pass, from shapes alone, and so alike on every rank.
+The cheaper way is chosen before each pass, from shapes alone, so all ranks choose the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def find_regions(nodes: Iterable[auto_lirpa.Bound], sharded: dict[str, bool]) ->
     """The regions of a bound graph.
 
     Args:
-        nodes: of the graph.
+        nodes: the graph's nodes.
         sharded: node name -> whether its value is feature-sharded.
     """
     computed = [node for node in nodes if node.inputs]
@@ -59,7 +59,7 @@ def find_regions(nodes: Iterable[auto_lirpa.Bound], sharded: dict[str, bool]) ->
 
 
 def features_of(node: auto_lirpa.Bound, inputs: OperatorInputs) -> tuple[Any, int]:
-    """What other ranks need of this one's features there: a tree, and its tensors' feature dim."""
+    """What other ranks need from this rank's features: a tree of tensors, and their feature dim."""
     if type(node) is auto_lirpa.BoundRelu:
         return (inputs[0].lower, inputs[0].upper), -1
     return node.sharded_relaxation(inputs), node.feature_dim
@@ -75,15 +75,15 @@ def _can_be_gathered(node: auto_lirpa.Bound) -> bool:
 
 
 class CommunicationPlan:
-    """Chooses for each pass what moves, and counts.
+    """Chooses what moves in each pass, and counts the bytes.
 
     Args:
         graph: the bound graph.
 
     Attributes:
-        counted: bytes that a rank sends into, within and out of regions, over all passes since
-            it was cleared: with everything moved as 'A', as 'weights' (where they can move), and
-            as 'chosen'.
+        counted: bytes that a rank sends into, within and out of regions, in all passes since it was
+            cleared: if A always moved ('A'), if weights moved wherever they can ('weights'), and
+            as it was done ('chosen').
     """
 
     def __init__(self, graph: BoundGraph) -> None:
@@ -94,15 +94,16 @@ class CommunicationPlan:
     def choose(
         self, plan: PassPlan, rows: int, chunks: int, sides: int, dtype: torch.dtype, identity: bool
     ) -> list[Region]:
-        """The regions to which weights move in a spec-sharded pass.
+        """The regions in which weights move, for a spec-sharded pass.
 
         Args:
-            plan: of the pass, in which A moves.
-            rows: of A that a rank carries, all chunks together.
+            plan: the pass's plan with A moving everywhere.
+            rows: number of rows of A on a rank, over all chunks.
             chunks: how often weights would be gathered.
-            sides: 2 where lower and upper bounds are asked for.
-            dtype: of A.
-            identity: whether the start node's rows are the identity's, which nobody has to ask for.
+            sides: 2 if lower and upper bounds are requested, otherwise 1.
+            dtype: dtype of A.
+            identity: whether the start node's rows are rows of the identity, which every rank can
+                build without communication.
         """
         wanted, chosen = self.graph.own_options.moves, []
         for region in self.regions:
@@ -127,7 +128,7 @@ class CommunicationPlan:
     def _row_bytes(
         self, plan: PassPlan, inside: list, readers: list, dtype: torch.dtype, identity: bool
     ) -> int:
-        """Bytes of one row of A, where the pass enters and where it leaves a region."""
+        """Bytes of one row of A at the places where the pass enters and leaves a region."""
         entered = [x for x in readers if not (identity and x is plan.start)]
         left = {
             x.name: x for node in inside for x in node.inputs
@@ -137,7 +138,7 @@ class CommunicationPlan:
         return self.graph.batch_size * numbers * dtype.itemsize
 
     def _size(self, node: auto_lirpa.Bound, dtype: torch.dtype) -> int:
-        """Bytes of a rank's features at a node."""
+        """Bytes of one rank's features at a node."""
         context, call = self.graph.context, self.graph.call
         if node.name not in call.sizes:
             for x in node.inputs:  # clean values are kept, and later uses may need their gradient

@@ -1,6 +1,6 @@
-"""Gradients in a backward pass of bounds: replicated values that each rank uses differently.
+"""Gradients of replicated values that each rank uses differently in a pass of bounds.
 
-They pass Megatron's copy_to: the identity whose backward pass sums over ranks.
+Such values pass Megatron's copy_to: the identity, whose backward pass sums over the ranks.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from lirpa_megatron.parallel.collectives import Collectives
 def inputs_in_pass(
     node: auto_lirpa.Bound, context: GraphContext, call: CallState, spec_sharded: bool
 ) -> OperatorInputs:
-    """What a pass shows an operator of its inputs.
+    """The inputs of an operator as a pass sees them.
 
-    At a replicated node of a spec-sharded pass each rank applies replicated values to its own rows,
-    at a sharded node to its own features. Without copy_to their gradient is one rank's part of it.
+    Each rank applies replicated values to its own rows (at a replicated node of a spec-sharded
+    pass) or to its own features (at a sharded node). Without copy_to each rank would compute only
+    its own part of their gradient.
 
     Args:
         node: the operator.
-        context: of the graph.
-        call: that is running.
-        spec_sharded: whether ranks carry their own rows.
+        context: the graph's context.
+        call: state of the running call.
+        spec_sharded: whether each rank carries its own rows.
     """
     inputs = OperatorInputs.of(node, context, call)
     tp, sharded = context.collectives, context.sharded
@@ -59,7 +60,7 @@ def _conjugated(x: InputView, tp: Collectives) -> InputView:
 def conjugates_of_set(
     leaf: auto_lirpa.Bound, spec_sharded: bool, copy_to: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[None]:
-    """copy_to for the perturbation set, which each rank of a spec-sharded pass uses on its rows."""
+    """Applies copy_to to the perturbation set, which ranks of a spec-sharded pass use on own rows."""
     saved = []
     if spec_sharded and torch.is_grad_enabled():
         names = ("x_L", "x_U", "eps", "vertices", "radii")

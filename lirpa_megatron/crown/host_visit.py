@@ -1,7 +1,7 @@
-"""auto_LiRPA's own operators in a pass: what a visit holds is shown to them by swapping attributes.
+"""Runs auto_LiRPA's own operators in a pass by temporarily swapping attributes of graph nodes.
 
-They read bounds, values and alpha from the nodes of the graph. This is the only place where a pass
-changes those, for the length of one call.
+These operators read bounds, values and alpha from the nodes. Only this module changes them during a
+pass, and only while one operator runs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def visit_host(
     Args:
         node: the operator.
         A: [R, B, *node shape] for each side.
-        visit: of the pass.
-        start: the node where it began, by whose name the host keeps alpha.
+        visit: the visit of the pass.
+        start: the start node of the pass; the host keeps alpha under its name.
     """
     with _shown(visit.inputs), _shown_alpha(node, visit, start):
         As, lower, upper = auto_lirpa.bound_backward(node, A.lower, A.upper, start, visit.rows)

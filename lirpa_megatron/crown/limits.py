@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 CACHE = 2**24
-"""Bytes of A that CPU passes carry at once, shared by the ranks: more of them leave the processor's
-cache between operators (16 MiB was the fastest of 2 to 128 for a transformer on 2 cores)."""
+"""Bytes of A that a CPU pass carries at once, on all ranks together. More would not stay in the
+processor's cache between operators (for a transformer on 2 cores, 16 MiB was the fastest of 2 to
+128)."""
 
 FORM_LIMIT = 2**26
-"""Numbers in the affine form of one node (`OwnOptions.form_limit`)."""
+"""Maximum size of one node's affine form, in numbers (`OwnOptions.form_limit`)."""

@@ -83,9 +83,9 @@ class OwnOptions:
     `compute_bounds`, and compare it with the graph's value (`live_check`). False skips this, for
     models that are too large to run; nothing then shows that the bounds describe this model."""
     check_live_every: int = 100
-    """In training, the check runs only in every so many calls of `compute_bounds`."""
+    """In training, the check runs once in this many calls of `compute_bounds`."""
     tuning: Tuning = field(default_factory=Tuning)
-    """Sizes from which on work is cut in another way. Cannot be changed once the module is built.
+    """Sizes above which work is split differently. Cannot be changed once the module is built.
     """
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class OwnOptions:
             )
 
     def for_host(self) -> dict[str, bool]:
-        """What the host's own loop of alpha-CROWN has to know: to keep the best bounds so far."""
+        """Options that the host's alpha-CROWN loop needs, to keep the best bounds so far."""
         return {
             "sparse_intermediate_bounds": self.sparse_intermediate_bounds and self.sparse_spec_alpha
         }
@@ -130,7 +130,7 @@ class OwnOptions:
     def split(
         cls, bound_opts: Mapping[str, Any] | None, base: OwnOptions | None = None
     ) -> tuple[OwnOptions, dict[str, Any]]:
-        """This package's options (over `base`) and the rest, which are the host's."""
+        """Splits options into this package's (applied over `base`) and the host's."""
         names = {f.name for f in fields(cls)}
         given = dict(bound_opts or {})
         own = {name: given.pop(name) for name in list(given) if name in names}
@@ -138,7 +138,7 @@ class OwnOptions:
 
 
 def check_options(bound_opts: Mapping[str, Any]) -> None:
-    """Refuses auto_LiRPA's options that are not exact or not rank-safe on shards.
+    """Refuses auto_LiRPA options that are not exact or not rank-safe on shards.
 
     Raises:
         NotImplementedError: naming the option.
@@ -163,7 +163,7 @@ def check_options(bound_opts: Mapping[str, Any]) -> None:
 
 
 def check_set_later(old: OwnOptions, new: OwnOptions) -> None:
-    """Refuses options that a BoundedModule is built with.
+    """Refuses invalid options of a BoundedModule.
 
     Raises:
         ValueError: naming the option.
@@ -177,7 +177,7 @@ def check_set_later(old: OwnOptions, new: OwnOptions) -> None:
 
 
 def check_method(method: str | None) -> str:
-    """The method under one of the names in `METHODS`.
+    """The method's name in `METHODS`.
 
     Raises:
         NotImplementedError: a method of auto_LiRPA that is not available on shards.
@@ -210,11 +210,11 @@ def check_compute_bounds(kwargs: Mapping[str, Any]) -> None:
 
 
 def check_output(final: auto_lirpa.Bound, is_sharded: bool, C: Any, method: str) -> None:
-    """Refuses methods and specifications that a final node does not go with.
+    """Refuses methods and specifications that the final node does not allow.
 
     Args:
         final: the node to bound.
-        is_sharded: whether each rank has its own features of it.
+        is_sharded: whether each rank has its own features of the node.
         C: the specification [B, S, features] or None.
         method: one of `METHODS`.
     """
@@ -231,6 +231,6 @@ def check_output(final: auto_lirpa.Bound, is_sharded: bool, C: Any, method: str)
 
 
 def text_of(kwargs: Mapping[str, Any]) -> str:
-    """Keyword arguments that must agree between ranks (tensors in them have ranks' own shapes)."""
+    """Keyword arguments that must agree between ranks (tensors in them may differ in shape)."""
     plain = {k: v for k, v in kwargs.items() if isinstance(v, (str, bool, int, float))}
     return repr(sorted(plain.items()))

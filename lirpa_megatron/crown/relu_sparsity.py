@@ -1,16 +1,16 @@
-"""What ReLUs make unnecessary: rows of neurons that they do not cut, columns that they cut off.
+"""Skips work that ReLUs make unnecessary: rows of stable neurons, columns of inactive ones.
 
 CROWN's lines of y = relu(x) for x in [l, u] (Zhang et al. 2018, eq. 7) are y = x where l >= 0 and
 y = 0 where u <= 0, whatever l and u are beyond that:
 
-- a neuron that cheaper bounds show to be stable needs no row of its own (auto_LiRPA's
-  `sparse_intermediate_bounds`): its bounds are the cheaper ones, interval arithmetic from what is
-  known of the layer before;
-- a neuron with u <= 0 for the whole batch has 0 in its column of A below the ReLU, exactly, so the
-  products on both sides of the ReLU leave the column out.
+- a neuron that cheaper bounds prove stable needs no row of its own (auto_LiRPA's
+  `sparse_intermediate_bounds`): it keeps the cheaper bounds, which are interval arithmetic from the
+  bounds of the previous layer;
+- a neuron with u <= 0 for the whole batch has exactly 0 in its column of A below the ReLU, so the
+  products on both sides of the ReLU skip that column.
 
-Which they are is decided by values, and how many by the rank that has them. So the ranks agree: on
-the largest number of rows, to which the others fill up, and on which columns of a replicated node.
+Both depend on values that differ between ranks. Therefore the ranks agree on the largest number of
+rows, to which the others pad, and on the columns of a replicated node.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.parallel.collectives import Collectives
 
 _WORTH = 1 / 16
-"""Part of the columns to leave out that is worth picking the others."""
+"""Minimum share of columns to skip; below it, selecting the others does not pay."""
 
 
 @dataclass(frozen=True)
 class UnstableRows:
-    """Which rows of a start node are to be bounded."""
+    """The rows of a start node that need bounds."""
 
     own: torch.Tensor
-    """Indices of the rank's neurons, or of a replicated node's (the same on every rank): [k]."""
+    """Indices of the rank's neurons, or of a replicated node's (equal on every rank): [k]."""
     filled: torch.Tensor
-    """The same, filled up with 0 to the largest k that any rank has."""
+    """The same, padded with 0 to the largest k of all ranks."""
     share: float
-    """Their part of all neurons of all ranks."""
+    """Their share of all neurons on all ranks."""
 
 
 def relus_decide(readers: Sequence[auto_lirpa.Bound]) -> bool:
-    """Whether nothing but ReLUs makes use of the bounds of a node with these readers.
+    """Whether only ReLUs use the bounds of a node that has these readers.
 
-    As for auto_LiRPA, a ReLU has to be the first of them.
+    As in auto_LiRPA, the first reader has to be a ReLU.
     """
     return bool(readers) and type(readers[0]) is auto_lirpa.BoundRelu and all(
         type(reader) is auto_lirpa.BoundRelu or not auto_lirpa.reads_bounds(reader)
@@ -52,10 +52,11 @@ def relus_decide(readers: Sequence[auto_lirpa.Bound]) -> bool:
 
 
 def between_linears(nodes: Iterable[auto_lirpa.Bound]) -> dict[str, auto_lirpa.Bound]:
-    """Name of a linear layer -> the ReLU that alone reads it, itself read by linear layers alone.
+    """Maps a linear layer's name to the ReLU after it, if that ReLU is its only reader and is
+    itself read only by linear layers.
 
     Args:
-        nodes: of the bound graph.
+        nodes: the nodes of the bound graph.
     """
     readers: dict[str, list[auto_lirpa.Bound]] = {}
     for node in nodes:
@@ -77,21 +78,21 @@ def _leaves_out_columns(node: auto_lirpa.Bound) -> bool:
 
 
 def _on_any_rank(tp: Collectives, mask: torch.Tensor) -> torch.Tensor:
-    """Where a replicated mask is set; one and the same on all ranks whatever they had."""
+    """Where a replicated mask is set; equal on all ranks even if their masks differ."""
     return tp.largest(mask.to(torch.uint8)).bool()
 
 
 def live_columns(upper: torch.Tensor, shared_by: Collectives | None = None) -> torch.Tensor | None:
-    """Features that a ReLU does not cut off for the whole batch.
+    """Features that are not inactive for the whole batch.
 
     Args:
-        upper: [B, ..., features], of the ReLU's input.
-        shared_by: the ranks that are to agree on them, where they are replicated.
+        upper: upper bounds of the ReLU's input, [B, ..., features].
+        shared_by: for replicated features, the ranks that have to agree.
 
     Returns:
-        Their indices, or None for all.
+        Their indices, or None for all features.
     """
-    live = (~(upper.detach() <= 0)).flatten(0, -2).any(0)  # NaN cuts nothing off
+    live = (~(upper.detach() <= 0)).flatten(0, -2).any(0)  # with NaN nothing is inactive
     if shared_by is not None:
         live = _on_any_rank(shared_by, live)
     columns = live.nonzero().flatten()
@@ -102,16 +103,16 @@ def unstable_rows(
     tp: Collectives, known: tuple[torch.Tensor, torch.Tensor], sharded: bool,
     skip: torch.Tensor | None = None,
 ) -> UnstableRows:
-    """The neurons that bounds leave unstable, for some sample of the batch.
+    """The neurons that bounds do not prove stable for every sample of the batch.
 
     Args:
-        tp: the ranks that are to agree.
+        tp: the ranks that have to agree.
         known: bounds (lower, upper) of a node, each [B, *node shape].
-        sharded: whether they are of the rank's own features.
-        skip: neurons that do not count, [k], as `UnstableRows.own`.
+        sharded: whether they belong to the rank's own features.
+        skip: neurons to ignore, [k], as in `UnstableRows.own`.
     """
     lower, upper = (bound.detach().flatten(1) for bound in known)
-    some = (~((lower >= 0) | (upper <= 0))).any(0)  # of NaN nothing is known
+    some = (~((lower >= 0) | (upper <= 0))).any(0)  # NaN proves nothing
     if skip is not None:
         some[skip] = False
     if not sharded:
@@ -128,12 +129,12 @@ def unstable_rows(
 def with_rows(
     known: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, lower: Any, upper: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds of which some rows are replaced by computed ones.
+    """Replaces some rows of bounds by computed ones.
 
     Args:
         known: (lower, upper), each [B, *node shape].
-        rows: which rows of the flattened node, [k].
-        lower, upper: computed, [k or more, B]; what is beyond k filled up.
+        rows: indices of the rows in the flattened node, [k].
+        lower, upper: computed bounds, [k or more, B]; rows beyond k are padding.
     """
     def replaced(bound: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
         found = bound.flatten(1).index_copy(1, rows, computed[: len(rows)].t())

@@ -1,6 +1,6 @@
-"""Which rows of a start node each rank carries, chunk by chunk, and their order once gathered.
+"""Assigns the rows of a start node to ranks and chunks, and gives their order after gathering.
 
-Index arithmetic alone: no values, no communication.
+Only index arithmetic: no values, no communication.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from lirpa_megatron.crown.placement import StartRows
 class RowOrder:
     """The rows of a start node in chunks.
 
-    Without `blocks` the ranks share each chunk, so that all do the same: under a causal mask late
-    rows are more work than early ones. With them rank r has rows r n to (r + 1) n. The last rows
-    are filled up with repetitions of the last one.
+    Without `blocks` the ranks share each chunk, which balances their work: under a causal mask late
+    rows cost more than early ones. With `blocks`, rank r has rows r n to (r + 1) n. The last chunk
+    is padded by repeating the last row.
     """
 
     rows: StartRows
     limit: int
-    """Most rows of a chunk on a rank."""
+    """Maximum number of a chunk's rows on one rank."""
     blocks: bool
     gathered_width: int | None
-    """The width of a rank's features, where the rows are those of features that the start node
-    gathers; else None."""
+    """Features per rank, if the rows are features that the start node gathers; otherwise None."""
     device: torch.device
 
     @property
@@ -35,8 +34,8 @@ class RowOrder:
         return self.limit >= self.rows.own
 
     def chunk(self, first: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The places of a chunk's rows on the rank, from `first` on, [rows]; and which rows of S
-        they are on each rank, [p, rows] (None: the same, on every rank)."""
+        """Positions of a chunk's rows on the rank, starting at `first`, [rows]; and their indices
+        among the S rows for each rank, [p, rows] (None: equal to the positions on every rank)."""
         n, ranks = self.rows.own, self.rows.ranks
         local = torch.arange(first, min(first + self.limit, n), device=self.device)
         if not self.rows.split:
@@ -46,7 +45,7 @@ class RowOrder:
         return local, (before + local + rank * step).clamp(max=self.rows.total - 1)
 
     def in_order(self, found: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks, one rank's after the other's, as the start node has them."""
+        """Brings rows that are concatenated in rank order into the start node's order."""
         if self.gathered_width is not None:
             parts = found.unflatten(0, (self.rows.ranks, -1, self.gathered_width))
             return parts.transpose(0, 1).flatten(0, 2)
@@ -57,7 +56,7 @@ class RowOrder:
         return found[: self.rows.total]
 
     def _places(self) -> torch.Tensor:
-        """Where each row is among the n rows of rank 0, those of rank 1, ...: [p n]."""
+        """Position of each row in the concatenation of rank 0's n rows, rank 1's, ...: [p n]."""
         ranks, n = self.rows.ranks, self.rows.own
         places = torch.arange(ranks * n, device=self.device).view(ranks, n)
         return torch.cat([chunk.flatten() for chunk in places.split(self.limit, 1)])

@@ -1,4 +1,4 @@
-"""Which nodes of a bound graph are sharded: it follows from the operators alone."""
+"""Derives from the operators which nodes of a bound graph are sharded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def mark_sharded(nodes: Iterable[auto_lirpa.Bound], ranks: int) -> dict[str, boo
     """Node name -> whether its value is feature-sharded.
 
     Args:
-        nodes: of the bound graph.
+        nodes: the nodes of the bound graph.
         ranks: tensor-parallel size.
 
     Raises:
-        NotImplementedError: layers whose sharding does not fit together, by name.
+        NotImplementedError: names layers whose shardings do not fit together.
     """
     sharded: dict[str, bool] = {}
     shards = {
@@ -28,7 +28,7 @@ def mark_sharded(nodes: Iterable[auto_lirpa.Bound], ranks: int) -> dict[str, boo
         if node.name not in sharded:
             inputs = [visit(x) for x in node.inputs]
             if isinstance(node, auto_lirpa.BoundParams):
-                # Megatron marks no weight that it did not initialise itself.
+                # Megatron does not mark weights that it did not initialise.
                 value = node.name in shards or getattr(node.param, "tensor_model_parallel", False)
             else:
                 value = _is_sharded(node, inputs, ranks)
@@ -41,7 +41,7 @@ def mark_sharded(nodes: Iterable[auto_lirpa.Bound], ranks: int) -> dict[str, boo
 
 
 def _is_sharded(node: auto_lirpa.Bound, inputs: Sequence[bool], ranks: int) -> bool:
-    """Whether a node's value is sharded, from its inputs'."""
+    """Whether a node's value is sharded, given whether its inputs are."""
     how = getattr(node, "sharding", Sharding.AS_INPUTS)
     if how is Sharding.SPLITS:
         if inputs[0]:
