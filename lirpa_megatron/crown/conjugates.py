@@ -60,7 +60,7 @@ def _conjugated(x: InputView, tp: Collectives) -> InputView:
 def conjugates_of_set(
     leaf: auto_lirpa.Bound, spec_sharded: bool, copy_to: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[None]:
-    """Applies copy_to to the perturbation set, which ranks of a spec-sharded pass use on own rows."""
+    """Applies copy_to to the perturbation set: ranks of a spec-sharded pass use it on own rows."""
     saved = []
     if spec_sharded and torch.is_grad_enabled():
         names = ("x_L", "x_U", "eps", "vertices", "radii")

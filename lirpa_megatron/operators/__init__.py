@@ -78,9 +78,10 @@ CUSTOM_OPS: dict[str, type[auto_lirpa.Bound]] = {
     "lirpa_megatron::LogSoftmax": BoundLogSoftmax,
     **elementwise_operators(),
 }
-"""Operators of the traced graph -> Bound classes; handed to each host module, not global."""
+"""Operators of the traced graph -> Bound classes; passed to each host module, not registered
+globally."""
 
 
 def custom_operators() -> dict[str, type[auto_lirpa.Bound]]:
-    """`CUSTOM_OPS`, with the elementwise functions that were entered since."""
+    """`CUSTOM_OPS`, including elementwise functions added to the table since import."""
     return {**CUSTOM_OPS, **elementwise_operators()}

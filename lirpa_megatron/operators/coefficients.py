@@ -1,4 +1,4 @@
-"""Coefficients A of a backward pass and the bounds that it finds, for the lower and upper side."""
+"""The coefficients A of a backward pass, and the bounds it computes, for both sides."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class RowBounds:
     """Bounds of the rows that this rank carried.
 
     Attributes:
-        lower, upper: concrete bounds [rows, B]; None where not asked for.
+        lower, upper: concrete bounds [rows, B]; None if not requested.
         lA, uA: input node name -> coefficients [rows, B, *input shape].
         lbias, ubias: the constant terms [rows, B], without the inputs' share.
-        off: "lower", "upper" -> what the bounds were widened by, where rounding counts.
+        off: "lower", "upper" -> by how much the bounds were widened, with outward rounding.
     """
 
     lower: torch.Tensor | None
@@ -32,9 +32,9 @@ class RowBounds:
 
 @dataclass
 class LowerUpper:
-    """A value for the lower and for the upper side; None where a side has none.
+    """A value for the lower and the upper side; None for a side that was not requested.
 
-    The two sides stay one object for as long as nothing made them differ.
+    Both sides are the same object until an operator makes them differ.
     """
 
     lower: Any = None
@@ -47,19 +47,19 @@ class LowerUpper:
         self.upper = self.lower if shared else _plus(self.upper, upper)
 
     def map(self, function: Callable[[Any], Any]) -> LowerUpper:
-        """`function` of both sides, once where they are one object (and None of None)."""
+        """Applies `function` to both sides, once if they are the same object; None stays None."""
         lower = None if self.lower is None else function(self.lower)
         if self.upper is self.lower:
             return LowerUpper(lower, lower)
         return LowerUpper(lower, None if self.upper is None else function(self.upper))
 
     def dense(self) -> LowerUpper:
-        """Both sides as tensors."""
+        """Both sides as dense tensors."""
         return self.map(dense)
 
     @property
     def either(self) -> Any:
-        """The lower side, or the upper one where there is no lower."""
+        """The lower side, or the upper one if there is no lower side."""
         return self.upper if self.lower is None else self.lower
 
     def __iter__(self) -> Iterator[Any]:
@@ -68,12 +68,12 @@ class LowerUpper:
 
 @dataclass(frozen=True)
 class Propagated:
-    """What leaves an operator towards its inputs in a backward pass.
+    """What an operator passes on to its inputs in a backward pass.
 
     Attributes:
-        A: for each input its coefficients [R, B, *input shape]; without sides where none leave.
-            Inputs beyond the last entry get none.
-        bias: [R, B] for each side; None or 0 where there is none.
+        A: the coefficients of each input, [R, B, *input shape]; both sides None for an input that
+            gets none. Inputs beyond the last entry get none either.
+        bias: [R, B] for each side; None or 0 if there is none.
     """
 
     A: tuple[LowerUpper, ...]
@@ -91,11 +91,11 @@ class IdentityRows:
     """Rows of the identity at a start node, not materialised.
 
     Attributes:
-        own: this rank's rows, indices into the node's flattened output, [n].
-        all: every rank's rows in rank order, [p n] (for a replicated start node whose operator
-            needs them all: no rank has to be asked), or None.
+        own: this rank's rows as indices into the node's flattened output, [n].
+        all: the rows of all ranks in rank order, [p n], for a replicated start node whose operator
+            needs them (without communication); otherwise None.
         shape: shape of A, [n, B, *node shape].
-        dtype, device: of the A that they stand for.
+        dtype, device: those of A.
     """
 
     own: torch.Tensor
@@ -105,7 +105,7 @@ class IdentityRows:
     device: torch.device
 
     def dense(self) -> torch.Tensor:
-        """The rows as a tensor [n, B, *node shape] (expanded over the batch)."""
+        """The rows as a tensor [n, B, *node shape], expanded over the batch."""
         n, batch, *node_shape = self.shape
         rows = torch.zeros(n, math.prod(node_shape), dtype=self.dtype, device=self.device)
         rows.scatter_(1, self.own.unsqueeze(1), 1.0)
@@ -113,7 +113,7 @@ class IdentityRows:
 
 
 def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
-    """lA and uA as one tensor [R, sides, ...], and a function that takes them apart again."""
+    """lA and uA as one tensor [R, sides, ...], and a function that splits such a tensor."""
     if lA is None or uA is None:
         one = lA if lA is not None else uA
         if lA is not None:
@@ -123,5 +123,5 @@ def stack_sides(lA: Any, uA: Any) -> tuple[torch.Tensor, Any]:
 
 
 def dense(A: Any) -> torch.Tensor:
-    """A as a tensor."""
+    """A as a dense tensor."""
     return A.dense() if isinstance(A, IdentityRows) else A

@@ -1,9 +1,9 @@
-"""What operators are given: their graph, the call that is running, and one visit of a pass.
+"""What operators get: the graph's context, the state of the running call, and one visit of a pass.
 
-    GraphContext    of a BoundedModule: made with it, never changed
-    CallState       of one `compute_bounds`: made anew by each, filled while it runs
-    OperatorInputs  what is known of an operator's inputs
-    Visit           all that a backward pass hands to the operator that it goes through: a value
+    GraphContext    one for each BoundedModule; never changes
+    CallState       one for each `compute_bounds`; filled while it runs
+    OperatorInputs  bounds, values and forms of an operator's inputs
+    Visit           everything a backward pass hands to an operator that it visits; a value
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _NO_COLUMNS: Mapping[str, torch.Tensor] = {}
 
 @dataclass(frozen=True)
 class GraphContext:
-    """A bound graph, as its operators know it; handed to them through the host's `bound_opts`."""
+    """What operators need from their graph; passed to them through the host's `bound_opts`."""
 
     collectives: Collectives
-    """The guarded mappings of the model's tensor-parallel group."""
+    """Guarded collectives of the model's tensor-parallel group."""
     value_of: Callable[[Any], torch.Tensor]
-    """A node's value at the clean input."""
+    """Gives a node's value at the clean input."""
     tuning: Tuning = field(default_factory=Tuning)
-    """Sizes from which on operators and passes cut their work in another way."""
+    """Sizes above which operators and passes split their work differently."""
     sharded: dict[str, bool] = field(default_factory=dict)
-    """Node name -> whether its value is feature-sharded; filled when the graph is complete."""
+    """Node name -> whether its value is feature-sharded; filled once the graph is complete."""
     calls: list[Callable[..., Any]] = field(default_factory=list)
-    """Functions of constants that the model calls, by their number in the graph."""
+    """Functions of constants that the model calls; nodes of the graph refer to them by index."""
 
     def is_sharded(self, node: Any) -> bool:
         """Whether a node's value is feature-sharded; False while the graph is being built."""
@@ -47,10 +47,10 @@ class GraphContext:
 
 @dataclass
 class CallState:
-    """What one call of `compute_bounds` was asked for, and what it has found so far.
+    """What one call of `compute_bounds` has to compute, and its results so far.
 
-    An affine form is freed when the operators that read it have made their relaxations of it,
-    unless they may have to read it again (`rereads`: gradients, alpha).
+    An affine form is freed after all operators that read it have made their relaxations, unless
+    they may read it again (`rereads`: gradients, alpha).
     """
 
     method: str | None = None
@@ -58,35 +58,36 @@ class CallState:
     final_is_identity: bool = False
     """Whether the output itself is bounded, without a specification C."""
     form_limit: int = 0
-    """Maximum size of a table that is made of forms."""
+    """Maximum size of a table that is computed from forms."""
     form_room: float = 0.0
-    """Bytes that remain for forms of replicated nodes that every rank holds in full."""
+    """Bytes that remain for forms that every rank holds in full (of replicated nodes)."""
     rereads: bool = True
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
-    """Node name -> bounds that hold for the whole call; None if alpha iterations recompute them."""
+    """Node name -> bounds that stay valid for the whole call; None if alpha iterations recompute
+    them."""
     before_alpha: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Node name -> bounds of all its rows, without alpha."""
+    """Node name -> bounds of all its rows, computed without alpha."""
     forms: dict[str, AffineForm] = field(default_factory=dict)
-    """Node name -> its affine form, found by a pass."""
+    """Node name -> its affine form, computed by a pass."""
     centered: dict[str, LinearFormBounds] = field(default_factory=dict)
-    """Scores of an attention -> what is known of them relative to their weighted mean."""
+    """Name of attention scores -> their bounds relative to their weighted mean."""
     directions: dict[str, LinearFormBounds] = field(default_factory=dict)
-    """Operator's name -> what is known of its `directions()`."""
+    """Operator's name -> bounds of its `directions()`."""
     active_columns: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Linear layer's name -> its features that the ReLU after it does not cut off."""
+    """Linear layer's name -> its features that are not inactive at the ReLU after it."""
     shared_relaxations: dict[str, tuple[list[Any], Any]] = field(default_factory=dict)
-    """Node name -> what its relaxation was made of, and the relaxation."""
+    """Node name -> the inputs of its relaxation, and the relaxation."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Node name -> bytes of the rank's `sharded_relaxation` there."""
+    """Node name -> bytes of the rank's `sharded_relaxation` of the node."""
     _unread: dict[str, set[str]] = field(default_factory=dict)
 
     def to_be_read(self, node: str, operators: set[str]) -> None:
-        """Notes which operators will read a node's form."""
+        """Records which operators will read a node's form."""
         if not self.rereads:
             self._unread[node] = operators
 
     def has_read(self, operator: str, nodes: Iterable[str]) -> None:
-        """Notes that an operator has made its relaxation of its inputs' forms."""
+        """Records that an operator has made its relaxation from its inputs' forms."""
         for name in nodes:
             if operator not in self._unread.get(name, ()):
                 continue
@@ -98,20 +99,20 @@ class CallState:
 
 @dataclass(frozen=True)
 class InputView:
-    """What an operator is shown of one of its inputs.
+    """One input of an operator, as a pass presents it.
 
-    In a pass whose ranks use a replicated value each in its own way, its tensors have passed
-    Megatron's copy_to, so that gradients are summed over the ranks (`crown.conjugates`).
+    If each rank of a pass uses a replicated value differently, its tensors have passed Megatron's
+    copy_to, so that gradients are summed over the ranks (`crown.conjugates`).
     """
 
     node: Any
     lower: torch.Tensor | None
-    """Bounds [B, *node shape]; None where they are not known (yet). A parameter's are its value."""
+    """Bounds [B, *node shape]; None if not computed (yet). A parameter's bounds are its value."""
     upper: torch.Tensor | None
     form: AffineForm | None = None
-    """The node's affine form, if a pass of this call has found it."""
+    """The node's affine form, if a pass of this call has computed it."""
     centered: LinearFormBounds | None = None
-    """Of attention scores: what is known of them relative to their weighted mean."""
+    """For attention scores: their bounds relative to their weighted mean."""
     read_value: Callable[[Any], torch.Tensor] | None = None
 
     @functools.cached_property
@@ -134,16 +135,16 @@ class InputView:
 
 @dataclass(frozen=True)
 class OperatorInputs:
-    """What an operator's relaxation is made of."""
+    """The inputs of an operator's relaxation."""
 
     views: tuple[InputView, ...]
     call: CallState
     directions: LinearFormBounds | None = None
-    """What a pass has found of the operator's `directions()`."""
+    """Bounds of the operator's `directions()`, from a pass."""
 
     @classmethod
     def of(cls, node: Any, context: GraphContext, call: CallState) -> OperatorInputs:
-        """Of a node, as they are."""
+        """Inputs of a node, unchanged."""
         views = tuple(
             InputView(
                 x, getattr(x, "lower", None), getattr(x, "upper", None), call.forms.get(x.name),
@@ -161,24 +162,24 @@ class OperatorInputs:
 
 @dataclass(frozen=True)
 class Visit:
-    """One backward pass at one operator."""
+    """The visit of one backward pass to one operator."""
 
     inputs: OperatorInputs
     spec_sharded: bool = False
-    """Whether the ranks carry their own rows."""
+    """Whether each rank carries its own rows."""
     rows: int = 0
-    """Rows of A here."""
+    """Number of rows of A at this operator."""
     alpha: torch.Tensor | None = None
-    """[2, rows or 1, B, *alpha shape] for the lower and the upper side; None without."""
+    """[2, rows or 1, B, *alpha shape] for the lower and the upper side; None without alpha."""
     gathered: Any = None
-    """`sharded_relaxation` of all ranks, where weights move in place of A; else None."""
+    """`sharded_relaxation` of all ranks if weights move instead of A; otherwise None."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=lambda: _NO_COLUMNS)
-    """Node name -> the features that A has there; all where there is no entry."""
+    """Node name -> features that A has at that node; without an entry, all of them."""
     entered: tuple[torch.Tensor, Callable[[torch.Tensor], Any]] | None = None
-    """Where the pass enters sharded features: A of both sides [R, sides, ...] as the rows of the
-    sharded input are laid out, and a function that takes it apart."""
+    """If the pass enters a sharded region here: A of both sides [R, sides, ...], laid out like the
+    rows of the sharded input, and a function that splits it."""
     answers: tuple[LinearFormBounds | None, ...] = ()
-    """What is known of the rows that the operator wanted to know of (`Operator.wanted_rows`)."""
+    """Bounds of the rows that the operator requested (`Operator.wanted_rows`)."""
 
     @property
     def call(self) -> CallState:

@@ -1,4 +1,4 @@
-"""Forward passes that are computed in more than one place, as functions of tensors."""
+"""Forward passes that are used in several places, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def rotate(
     Args:
         x: [..., S, heads * d].
         cos, sin: [S, r], r <= d even: the first r coordinates of each head are rotated.
-        heads: on this rank.
-        interleaved: whether neighbours are rotated together, not halves.
+        heads: number of heads on this rank.
+        interleaved: whether neighbours are rotated together instead of halves.
     """
     x = x.unflatten(-1, (heads, -1))
     r = cos.shape[-1]
@@ -31,13 +31,13 @@ def rotate(
 def margins(
     x: torch.Tensor, wt: torch.Tensor, bt: torch.Tensor | None, logits: torch.Tensor, shared: bool
 ) -> torch.Tensor:
-    """Logits of the targets less `logits`.
+    """Logits of the targets minus `logits`.
 
     Args:
         x: [B, h].
         wt, bt: rows [B or T, h] of the targets, and their biases [B or T] or None.
         logits: [B, m].
-        shared: whether the targets are the same for all samples.
+        shared: whether all samples have the same targets.
 
     Returns:
         [B, m], or [B, T, m] for shared targets.
@@ -56,10 +56,10 @@ def normalized(
 
     Args:
         x: [..., groups d].
-        weight, bias: [d], the same for all parts.
+        weight, bias: [d], shared by all parts.
         eps: added to the mean square.
-        rms: whether the mean stays.
-        groups: 1 for the norm of all features.
+        rms: RMSNorm: the mean is not subtracted.
+        groups: number of parts; 1 normalises all features together.
     """
     shape = x.shape
     x = x.unflatten(-1, (groups, -1)) if groups > 1 else x

@@ -1,4 +1,4 @@
-"""Arithmetic that several operators share: products with infinities, roots, norms, margins."""
+"""Arithmetic shared by several operators: products with infinities, roots, dual norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lirpa_megatron.arithmetic.near import Near, chosen, maybe_nonzero
 
 
 def least_product(A: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Least A z for z in [low, high], elementwise; 0 where A is 0, whatever the bounds."""
+    """Smallest A z for z in [low, high], elementwise; 0 where A is 0, even for infinite bounds."""
     if isinstance(A, Near):
         return torch.where(maybe_nonzero(A), torch.minimum(A * low, A * high), 0.0)
     value = torch.where(A > 0, A * low, A * high)
@@ -25,21 +25,21 @@ def mask_overflow(l: torch.Tensor, u: torch.Tensor, limit: float) -> tuple:
         limit: of their magnitude.
 
     Returns:
-        (l, u, wild): `wild` says where a bound exceeds the limit or is NaN; there l and u are 0,
-        and what is computed from them must not be used.
+        (l, u, wild): `wild` is set where a bound exceeds the limit or is NaN. There l and u are 0,
+        and results computed from them must not be used.
     """
     wild = ~((l.abs() <= limit) & (u.abs() <= limit))
     return torch.where(wild, 0.0, l), torch.where(wild, 0.0, u), wild
 
 
 def clamp_through(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """x within [low, high], with the gradient of x also where it is outside: what alpha moves to an
-    end can come back."""
+    """Clamps x to [low, high] with gradient 1 everywhere, so that an alpha that has reached an end
+    can move back."""
     return chosen(x + (x.clamp(low, high) - x).detach())  # the sum is exact
 
 
 def row_sum(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sum A b for each row; where A is 0 nothing even of an infinite b, which has no gradient.
+    """sum A b for each row; 0 times an infinite b is 0. Infinite entries of b get no gradient.
 
     Args:
         A: [R, B, *shape].
@@ -63,7 +63,7 @@ def dot(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def intersect(a: tuple, b: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """The intersection of two ranges (least, most) that have a point in common."""
+    """The intersection of two ranges (least, most) that overlap."""
     least = torch.maximum(a[0], b[0])
     return least, torch.maximum(least, torch.minimum(a[1], b[1]))
 
@@ -87,7 +87,7 @@ def dual_norm(x: torch.Tensor, norm: float) -> torch.Tensor:
 
 
 def without_nan(lower: Any, upper: Any) -> tuple[Any, Any]:
-    """Bounds that say nothing where arithmetic gave NaN: -inf and inf."""
+    """Replaces NaN by -inf in lower and by inf in upper bounds (vacuous bounds)."""
     inf = float("inf")
     return (
         None if lower is None else torch.where(lower.isnan(), -inf, lower),

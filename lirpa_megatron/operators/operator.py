@@ -1,14 +1,14 @@
 """The contract between the backward engine (`lirpa_megatron.crown`) and an operator of a graph.
 
-The engine knows operators by what they declare here, never by their class. An operator computes:
-it communicates only where its forward pass does, and it starts no pass of its own. What it wants
-to know beyond its inputs' bounds it declares, and is given:
+The engine uses only what operators declare here, never their classes. An operator computes: it
+communicates only where its forward pass does, and it never starts a pass. If it needs more than its
+inputs' bounds, it declares that, and the engine provides it:
 
-1. `directions()` and the forms of `reads_form`, found before its input's bounds are;
-2. in a pass, `wanted_rows(A, visit)`; the engine bounds these rows and visits it with the answers;
+1. `directions()` and the forms of `reads_form` are computed before its input's bounds;
+2. in a pass, the engine bounds the rows of `wanted_rows(A, visit)` and passes on the answers;
 3. `bound_backward(A, visit)` relaxes and propagates.
 
-auto_LiRPA's own operators, which know none of this, are run by `crown.host_visit`.
+auto_LiRPA's own operators do not follow this contract; `crown.host_visit` runs them.
 """
 
 from __future__ import annotations
@@ -25,69 +25,69 @@ from lirpa_megatron.operators.context import CallState, GraphContext, OperatorIn
 
 
 def boxed(interval: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lower, upper) of what `interval_propagate` is given; of the box around a ball (L1, L2)
-    straight from the input."""
+    """(lower, upper) of an argument of `interval_propagate`; for an L1 or L2 ball at the model's
+    input, those of the box around it."""
     norm, eps = auto_lirpa.Interval.get_perturbation(interval)[:2]
     wider = 0.0 if norm == float("inf") else eps
     return interval[0] - wider, interval[1] + wider
 
 
 class Sharding(enum.Enum):
-    """How an operator's value lies on the ranks."""
+    """How an operator's value is distributed over the ranks."""
 
     AS_INPUTS = enum.auto()
-    """Sharded where an input is."""
+    """Sharded if an input is sharded."""
     SPLITS = enum.auto()
-    """Sharded, of a replicated input: a sharded region begins."""
+    """Sharded, with a replicated input: a sharded region begins."""
     JOINS = enum.auto()
-    """Replicated, of a sharded input: a sharded region ends."""
+    """Replicated, with a sharded input: a sharded region ends."""
     REPLICATED = enum.auto()
 
 
 class Operator:
-    """Base of this package's operators, mixed in before a class of auto_LiRPA's.
+    """Base of this package's operators, mixed in before an auto_LiRPA class.
 
-    Shapes: R rows of A (as the placement at the node has it, `crown.placement`), B batch.
+    Shapes: R rows of A (see `crown.placement`), B batch.
 
     ==================  =======================  =============================================
     tensor              shape                    on the ranks
     ==================  =======================  =============================================
     an input's bounds   [B, *input shape]        replicated; sharded: the rank's own features
     A_y                 [R, B, *node shape]      as the rows are placed at the node
-    A_x                 [R, B, *input shape]     the same rows; of a replicated input of a sharded
-                                                 node the rank's term of a sum over features
-    bias                [R, B]                   complete; at a sharded node the rank's term
-    alpha               [2, R or 1, B, ...]      the rows of A_y
+    A_x                 [R, B, *input shape]     the same rows; for a replicated input of a sharded
+                                                 node, the rank's term of a sum over features
+    bias                [R, B]                   complete; at a sharded node, the rank's term
+    alpha               [2, R or 1, B, ...]      for the rows of A_y
     ==================  =======================  =============================================
     """
 
-    # ---- how the value lies on the ranks
+    # ---- how the value is distributed over the ranks
     sharding = Sharding.AS_INPUTS
     sharded_dim = -1
-    """The dimension of the value (batch first) that is sharded where it is sharded."""
+    """The dimension (batch first) along which a sharded value is sharded."""
     weight_shards: slice = slice(0, 0)
-    """Which inputs are a rank's part of a sharded parameter."""
+    """Inputs that are a rank's part of a sharded parameter."""
     feature_dim: int | None = None
-    """The dimension of the tensors of `sharded_relaxation` with the rank's features; None: they
-    are not to be gathered, so that A has to move."""
+    """The feature dimension of the tensors of `sharded_relaxation`; None: they cannot be gathered,
+    so A has to move."""
 
     # ---- rows of A
     takes_identity = False
-    """Whether `bound_backward` takes `IdentityRows` as they are."""
+    """Whether `bound_backward` accepts `IdentityRows`."""
     identity_starts_at_input = False
-    """Whether the identity's rows here are those of the input: a pass begins there."""
+    """Whether identity rows here are identity rows of the input, where the pass then begins."""
     leaves_out_columns = False
-    """Whether `bound_backward` takes A without the columns that a ReLU cuts off (see `Visit`)."""
+    """Whether `bound_backward` accepts A without the columns of inactive features (see `Visit`)."""
     exact_by_intervals = False
-    """Whether interval arithmetic from a perturbed input gives what a backward pass gives."""
+    """Whether interval arithmetic from a perturbed input is as tight as a backward pass."""
     merges_own_specification = False
-    """Whether `interval_propagate` takes a specification C of the rank's own features."""
+    """Whether `interval_propagate` accepts a specification C of the rank's own features."""
 
-    # ---- what it wants to know
+    # ---- what it needs from the engine
     reads_form: frozenset[int] = frozenset()
-    """The inputs whose affine form (`operators.affine.form`) it makes use of."""
+    """Inputs whose affine form (`operators.affine.form`) it uses."""
     reads_centered: int | None = None
-    """The input that it reads as attention scores, relative to their weighted mean."""
+    """The input that it reads as attention scores relative to their weighted mean."""
     relaxes_rows = False
     """Whether it relaxes <A, y> for each row of A as a whole (`RowRelaxed`)."""
     asks_directions = False
@@ -98,49 +98,49 @@ class Operator:
     context: GraphContext
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
-        """Linear bounds of <A, y> in the inputs: <A, y> >= sum <A_x, x> + bias for the lower side,
-        <= for the upper one, for all inputs within their bounds.
+        """Bounds <A, y> linearly in the inputs: for all inputs within their bounds,
+        <A, y> >= sum <A_x, x> + bias for the lower side, and <= for the upper side.
 
         Args:
-            A: coefficients at the node's output; a side that is not asked for is None.
-            visit: everything else; what it holds is not to be changed.
+            A: coefficients at the node's output; a side that was not requested is None.
+            visit: everything else; read-only.
         """
         raise NotImplementedError
 
     def sharded_relaxation(self, inputs: OperatorInputs) -> Any:
-        """What other ranks need of this one's features to go through with whole rows of A: a tree
-        of tensors (nothing, unless a subclass says so)."""
+        """What other ranks need from this rank's features to propagate rows of A with all features:
+        a tree of tensors (empty by default)."""
         return ()
 
     def directions(self) -> torch.Tensor:
-        """Vectors v whose products <v, x> with the first input are worth a pass before its bounds
-        are: [1, B, vectors, d]."""
+        """Vectors v for which a pass bounds <v, x> before the bounds of the first input x are
+        computed: [1, B, vectors, d]."""
         raise NotImplementedError
 
     def of_vectors(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, B, vectors, ...] of `directions` -> [B, *lead, ...]."""
+        """Maps [1, B, vectors, ...], as in `directions`, to [B, *lead, ...]."""
         raise NotImplementedError
 
     def wanted_rows(self, A: LowerUpper, visit: Visit) -> Sequence[torch.Tensor]:
-        """Vectors v whose products <v, x> with the first input are worth a pass in this visit:
-        [R, B, vectors, d] each, answered in `Visit.answers`."""
+        """Vectors v for which a pass bounds <v, x> of the first input x in this visit:
+        [R, B, vectors, d] each. The bounds arrive in `Visit.answers`."""
         return ()
 
     def numbers_at_once(self, batch: int, form_columns: int | None, call: CallState) -> int:
-        """Most numbers that one row of A becomes for each sample while it is relaxed, on devices
-        that do all at once.
+        """Peak count of numbers for one row of A and one sample during relaxation, on devices that
+        process everything at once.
 
         Args:
-            batch: samples.
-            form_columns: coefficients of the first input's form, if it will have one.
-            call: for its limits.
+            batch: number of samples.
+            form_columns: number of columns of the first input's form; None if it gets no form.
+            call: the running call, for its limits.
         """
         return 0
 
     def check_sharded(self, sharded: Sequence[bool], where: str) -> None:
-        """Refuses inputs whose shards the operator cannot take, by name.
+        """Refuses sharded inputs that the operator cannot handle.
 
         Args:
-            sharded: whether each input is; some input is.
-            where: the operator, for the message.
+            sharded: whether each input is sharded; at least one is.
+            where: name of the operator, for the message.
         """

@@ -1,10 +1,10 @@
 """Base of the operators with alpha, for both versions of the host.
 
-Alpha of a start node is [2, R, B, *alpha shape] (or 1 for R where rows share it): index 0 serves
-the pass for lower bounds, 1 that for upper ones. For elementwise operators the alpha shape is that
-of the node: an entry needs one number, because the sign of A decides which of the two lines it
-uses. Alpha runs over [-`alpha_range`, `alpha_range`]: every value is sound, 0 is the line without
-alpha, and values outside are clamped where they are used.
+Alpha of a start node is [2, R, B, *alpha shape] (with 1 instead of R if rows share it): index 0 is
+used for lower bounds, 1 for upper bounds. For elementwise operators the alpha shape is the node's
+shape: one number for each entry suffices, because the sign of A decides which of the two lines is
+used. Alpha lies in [-`alpha_range`, `alpha_range`]: every value is sound, 0 gives the line without
+alpha, and values outside are clamped when they are used.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lirpa_megatron.operators.operator import Operator
 class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
     """An operator whose lines or planes depend on alpha.
 
-    A subclass defines `relaxation(inputs)`, what all rows of A have in common there.
+    A subclass defines `relaxation(inputs)`: what all rows of A share at this operator.
     """
 
     alpha_range = 2.0
-    """Where alpha ends. With auto_LiRPA's learning rate of 0.5, Adam takes four steps from the
-    middle to an end (with 1 it went back and forth: after 20 steps bounds of GELU networks were up
-    to 10% wider)."""
+    """The largest |alpha|. With auto_LiRPA's learning rate of 0.5, Adam takes four steps from the
+    middle to an end. (With a range of 1 it oscillated: after 20 steps, bounds of GELU networks were
+    up to 10% wider.)"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,7 +37,7 @@ class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
         self.splittable = False
 
     def init_opt_parameters(self, start_nodes: list[tuple]) -> None:
-        """Makes alpha for each start node (name, shape of its rows, ...)."""
+        """Creates alpha for each start node (name, shape of its rows, ...)."""
         like = self.inputs[0].lower
         self.alpha = {
             entry[0]: torch.zeros(
@@ -47,7 +47,7 @@ class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
         }
 
     def alpha_shape(self) -> tuple[int, ...]:
-        """Shape of one row's alpha, [B, *alpha shape]; that of the first input by default."""
+        """Shape of one row's alpha, [B, *alpha shape]; by default the shape of the first input."""
         return tuple(self.inputs[0].lower.shape)
 
     def clip_alpha(self) -> None:
@@ -57,35 +57,35 @@ class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
     clip_alpha_ = clip_alpha  # 0.3's name
 
     def dump_optimized_params(self) -> dict[str, Any]:
-        """Alpha, as auto_LiRPA 0.3 asks for it (0.7.1: `dump_alpha`)."""
+        """Alpha, under the name that auto_LiRPA 0.3 uses (0.7.1: `dump_alpha`)."""
         return {"alpha": self.alpha}
 
     def restore_optimized_params(self, saved: dict[str, Any]) -> None:
         self.alpha = saved["alpha"]
 
     def move(self, visit: Visit, side: int) -> torch.Tensor | None:
-        """Alpha [R or 1, B, *alpha shape] of one side, in [-1, 1]; None where not in use."""
+        """Alpha [R or 1, B, *alpha shape] of one side, scaled to [-1, 1]; None if not in use."""
         if visit.alpha is None:
             return None
         return (visit.alpha[side] / self.alpha_range).clamp(-1, 1)
 
     def relaxation(self, inputs: OperatorInputs) -> Any:
-        """What all rows have in common, for the bounds that the inputs have."""
+        """What all rows share, computed from the inputs' bounds."""
         raise NotImplementedError
 
     def sharded_relaxation(self, inputs: OperatorInputs) -> Any:
-        """What rows without alpha need of `relaxation`, of the rank's features."""
+        """The part of `relaxation` that rows without alpha need, for the rank's features."""
         return self.shared_relaxation(inputs)
 
     def relaxation_at(self, visit: Visit) -> Any:
-        """What all rows have in common in a visit; where weights move, that of all ranks."""
+        """What all rows share in a visit; for the features of all ranks if weights move."""
         return self.shared_relaxation(visit.inputs) if visit.gathered is None else visit.gathered
 
     def shared_relaxation(self, inputs: OperatorInputs) -> Any:
-        """`relaxation(inputs)`, once for the bounds that it is made of.
+        """`relaxation(inputs)`, computed once for the same inputs.
 
-        Every pass through the operator needs it, every chunk of rows, and with the same bounds.
-        What gradients flow to is made each time: its graph belongs to the pass.
+        Every chunk of every pass through the operator needs it. With gradients it is computed each
+        time, because its autograd graph belongs to one pass.
         """
         call = inputs.call
         reads: list[Any] = [torch.is_grad_enabled(), inputs.directions]
@@ -114,7 +114,7 @@ class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
 
 
 def _requires_grad(value: Any) -> bool:
-    """Whether a gradient flows to any tensor in it."""
+    """Whether any tensor in it requires a gradient."""
     if isinstance(value, torch.Tensor):
         return value.requires_grad
     parts = value if isinstance(value, (tuple, list)) else getattr(value, "__dict__", {}).values()

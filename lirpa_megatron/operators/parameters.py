@@ -14,13 +14,13 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def own_value(node: auto_lirpa.BoundParams, share: float = 1.0) -> Callable[[], torch.Tensor]:
-    """What a parameter's node computes: the very parameter, detached in evaluation mode.
+    """The value of a parameter's node: the parameter itself, detached in evaluation mode.
 
-    A parameter of half precision is given as float32, in which bounds are computed.
+    A half-precision parameter is converted to float32, in which bounds are computed.
 
     Args:
-        node: of the parameter.
-        share: of the gradient, that reaches the parameter.
+        node: the parameter's node.
+        share: share of the gradient that reaches the parameter.
     """
 
     def forward() -> torch.Tensor:
@@ -33,7 +33,7 @@ def own_value(node: auto_lirpa.BoundParams, share: float = 1.0) -> Callable[[], 
 
 
 class _Share(torch.autograd.Function):
-    """Identity whose gradient is a share of what it is given."""
+    """The identity, which scales its gradient by a share."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, share: float) -> torch.Tensor:
@@ -47,9 +47,9 @@ class _Share(torch.autograd.Function):
 
 @contextlib.contextmanager
 def widened(model: torch.nn.Module) -> Iterator[None]:
-    """Parameters of half precision hold float32 for a block: the host traces with float32 inputs.
+    """Holds half-precision parameters in float32 for a block: the host traces with float32.
 
-    Buffers of half precision stay as they are.
+    Half-precision buffers are not converted.
     """
     kept = {p: p.data for p in model.parameters() if p.dtype in HALF}
     try:

@@ -15,19 +15,19 @@ from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 
 class RowRelaxed(OptimizableOperator):
-    """y of several inputs, bounded from below row by row; from above by minus the bound of -A.
+    """Bounds <A, y> from below, row by row; the upper bound is minus the lower bound for -A.
 
-    A CROWN operator usually relaxes each coordinate of y by itself. Knowing the row A of what is
-    wanted of y, the scalar <A, y> can be relaxed instead, which is tighter where y's coordinates
-    share what makes them nonlinear (the length of a vector, the denominator of a softmax).
+    A CROWN operator usually relaxes each coordinate of y separately. Given the row A, the scalar
+    <A, y> can be relaxed instead. This is tighter if the coordinates of y share their nonlinear
+    part (the length of a vector, the denominator of a softmax).
 
     A subclass defines
 
-    - `relaxation(inputs)`: what all rows have in common;
-    - `lower_plane(A, relaxation, move, known)`: coefficients for each input that can be perturbed,
-      in order, and a bias [R, B], of a plane below <A, y> on the inputs' bounds, for every alpha
-      `move` in [-1, 1] (None: no alpha, the same as 0); `known` is the answer to `wanted_rows`;
-    - `reads_form`: the inputs whose affine form (`affine.form`) it makes use of.
+    - `relaxation(inputs)`: what all rows share;
+    - `lower_plane(A, relaxation, move, known)`: a plane below <A, y> on the inputs' bounds, as
+      coefficients for each perturbable input, in order, and a bias [R, B]. It is sound for every
+      alpha `move` in [-1, 1] (None means no alpha, as 0); `known` answers `wanted_rows`;
+    - `reads_form`: the inputs whose affine form (`affine.form`) it uses.
     """
 
     relaxes_rows = True
@@ -41,12 +41,12 @@ class RowRelaxed(OptimizableOperator):
         return self.context.value_of(self.inputs[index])
 
     def affords(self, numel: int, call: CallState) -> bool:
-        """Whether a table of `numel` numbers here, for all ranks together, is within form_limit."""
+        """Whether a table of `numel` numbers on each rank is within form_limit, over all ranks."""
         ranks = self.context.collectives.size if self.context.is_sharded(self) else 1
         return numel * ranks <= call.form_limit
 
     def replicated(self, x: torch.Tensor) -> torch.Tensor:
-        """A replicated value for use on this operator's features: with the right gradient."""
+        """A replicated value for use on this operator's features, with the right gradient."""
         if not self.context.is_sharded(self):
             return x
         if isinstance(x, Near):
@@ -60,7 +60,7 @@ class RowRelaxed(OptimizableOperator):
         raise NotImplementedError
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
-        """A and bias of both sides. Shapes: see the class; a bias is [R, B]."""
+        """A at the inputs and the bias [R, B], for both sides. Shapes: see the class."""
         shared = self.relaxation_at(visit)
         moves = [self.move(visit, side) for side in (0, 1)]
         blocks = rows_below(A, self.context.tuning.few)
@@ -83,7 +83,7 @@ class RowRelaxed(OptimizableOperator):
             block, known = next(rest)
             planes, below = self.lower_plane(block, shared, moves[1], known)
             upper, ubias = tuple(-A_x for A_x in planes), -below
-        # Inputs beyond the planes' (weights, masks) are not perturbed.
+        # Further inputs (weights, masks) are not perturbed.
         return Propagated(
             tuple(LowerUpper(*sides) for sides in itertools.zip_longest(lower, upper)),
             LowerUpper(lbias, ubias),
@@ -91,8 +91,8 @@ class RowRelaxed(OptimizableOperator):
 
 
 def rows_below(A: LowerUpper, few: int) -> list[torch.Tensor]:
-    """Rows a of which <a, y> is bounded from below: A's lower side and minus its upper side, in one
-    block where they are few (`Tuning.few`)."""
+    """Rows a for which <a, y> is bounded from below: A's lower side and minus its upper side, in
+    one block if they are few (`Tuning.few`)."""
     lower, upper = (None if side is None else dense(side) for side in A)
     if lower is not None and upper is not None and _are_few(lower, few):
         return [torch.cat((lower, -upper))]
@@ -101,6 +101,6 @@ def rows_below(A: LowerUpper, few: int) -> list[torch.Tensor]:
 
 
 def _are_few(A: torch.Tensor, few: int) -> bool:
-    """Whether rows of both sides are bounded together: where starting an operator is its cost."""
+    """Whether rows of both sides are bounded together, to start fewer small operators."""
     return A.device.type != "cpu" or A.numel() <= few
 

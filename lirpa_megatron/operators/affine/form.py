@@ -1,9 +1,9 @@
-"""What a backward pass has found of a node besides its box: an affine form in the model's input.
+"""Affine forms: what a backward pass says about a node beyond its box.
 
-The products inside norms and attention leave remainders of second order, delta a * delta b. Bounded
-over the *boxes* of a and b they are most of what makes transformers' bounds loose, because both
-deviations come from the same input. The passes that gave the boxes also gave lines in the input;
-they make one affine form per node, over which linear forms and products of them are bounded here.
+The products inside norms and attention leave second-order remainders delta a * delta b. Bounding
+them over the *boxes* of a and b causes most of the looseness of transformers' bounds, because both
+deviations come from the same input. The passes that gave the boxes also gave linear bounds in the
+input. They become one affine form per node, over which linear forms and their products are bounded.
 
 Shapes: B batch, N perturbed coordinates of the input, d the last dimension of the node.
 """
@@ -20,9 +20,9 @@ from lirpa_megatron.operators.numerics import dual_norm
 
 @dataclass
 class AffineForm:
-    """z in center + A u +- slack for a u of the unit ball, the same u for all of the node.
+    """z in center + A u +- slack for some u in the unit ball; u is the same for the whole node.
 
-    Made from CROWN's lines lA x + lb <= z <= uA x + ub, with x = m + R u and R the radii:
+    Computed from CROWN's lines lA x + lb <= z <= uA x + ub, with x = m + R u and R the radii:
 
         A = (lA + uA)/2 R          center = (lA m + lb + uA m + ub)/2
         slack = (uA m + ub - lA m - lb)/2 + |(uA - lA)/2 R|_dual
@@ -31,7 +31,7 @@ class AffineForm:
         center: [B, *node shape].
         A: [B, *node shape, N].
         slack: [B, *node shape], not negative.
-        norm: of the ball of u: inf (a box), 2 or 1.
+        norm: norm of the unit ball: inf (a box), 2 or 1.
     """
 
     center: torch.Tensor
@@ -55,23 +55,23 @@ class AffineForm:
         return AffineForm(function(self.center), A, function(self.slack), self.norm)
 
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> AffineForm:
-        """The form with each of its tensors replaced by what the function makes of it."""
+        """Applies a function to each tensor of the form."""
         return AffineForm(
             function(self.center), function(self.A), function(self.slack), self.norm
         )
 
     def split(self, size: int) -> AffineForm:
-        """The last dimension in parts of `size`."""
+        """Splits the last dimension into parts of `size`."""
         return self.view(lambda x: x.unflatten(-1, (-1, size)))
 
     def free(self) -> None:
-        """Frees its tensors, when nobody has use for them any more. Other forms may share them."""
+        """Drops references to its tensors once they are not needed. Other forms may share them."""
         self.center = self.A = self.slack = None
 
     def at(self, dim: int, index: int) -> AffineForm:
-        """The form of one part of a dimension, which is kept, without the last columns of zeros.
+        """The form of one part of a dimension (which stays), without trailing columns of zeros.
 
-        What a causal mask keeps from a position are such columns.
+        A causal mask causes such columns: a position does not depend on later ones.
         """
         A = self.A.narrow(dim, index, 1)
         used = (A != 0).flatten(0, -2).any(0).nonzero()
@@ -92,12 +92,12 @@ class AffineForm:
 
 @dataclass
 class LinearFormBounds:
-    """What a pass has found of linear forms of a node, beside the node's own coordinates.
+    """Results of a pass for linear forms of a node, in addition to its coordinates.
 
     Attributes:
-        lower, upper: bounds, [B, *shape], or for the rows of a pass [R, B, *shape].
-        form: of the same shape; None where it is too large.
-        rows: the coefficients of the linear forms, as they are in the pass: [*the same shape, d].
+        lower, upper: bounds, [B, *shape]; for the rows of a pass, [R, B, *shape].
+        form: affine form of the same shape; None if it would be too large.
+        rows: coefficients of the linear forms as used in the pass: [*the same shape, d].
     """
 
     lower: torch.Tensor
@@ -114,13 +114,13 @@ class LinearFormBounds:
     def mapped(
         self, function: Callable[[torch.Tensor], torch.Tensor]
     ) -> LinearFormBounds:
-        """With each of its tensors replaced by what the function makes of it."""
+        """Applies a function to each of its tensors."""
         form = None if self.form is None else self.form.mapped(function)
         rows = None if self.rows is None else function(self.rows)
         return LinearFormBounds(function(self.lower), function(self.upper), form, rows)
 
     def at(self, dim: int, index: int) -> LinearFormBounds:
-        """What is known of one part of a dimension, which is kept (`AffineForm.at`)."""
+        """The results for one part of a dimension, which stays (`AffineForm.at`)."""
         form = None if self.form is None else self.form.at(dim, index)
         rows = None if self.rows is None else self.rows.narrow(dim, index, 1)
         return LinearFormBounds(

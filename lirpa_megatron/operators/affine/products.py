@@ -5,8 +5,8 @@ all weights D > 0 (Cauchy and Schwarz), and over it, with <b, b'>_D = (sum D) su
 
     max <b, u> = |b|_D        <b, u> <b', u> in ( <b, b'>_D -+ |b|_D |b'|_D ) / 2.
 
-D is taken as the mean size of the columns concerned. Over a Euclidean ball D = 1 / N is exact; an
-L1 ball lies in it.
+D is the mean size of the columns of the forms in question. For a Euclidean ball D = 1 / N is exact;
+an L1 ball is contained in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 def _weights(*squares: torch.Tensor) -> torch.Tensor:
     """(sum D) / D_n from the squared sizes [..., N] of the columns of several matrices.
 
-    A constant for gradients: every D gives a bound.
+    Detached from gradients: every D gives a sound bound.
     """
     shares = [s / s.sum(-1, keepdim=True).clamp_min(1e-30) for s in squares]
     D = torch.stack(torch.broadcast_tensors(*shares)).sum(0).detach().sqrt()
@@ -49,12 +49,12 @@ def product_range(
     Args:
         a: [*lead, T, d].
         b: [*lead, U, d].
-        at_once: coefficients of pairs that are made at once; at least those of one query are.
+        at_once: how many coefficients of pairs to compute at once; at least those of one query.
 
     Returns:
         (lower, upper), each [*lead, T, U].
     """
-    # Not of all queries: the weighted coefficients of all pairs would fill the memory.
+    # Not all queries at once: the weighted coefficients of all pairs would fill the memory.
     pairs = [
         _pairs_range(own, b.A, a.norm)
         for own in a.A.split(_queries_at_once(b.A, at_once), -3)
@@ -66,7 +66,7 @@ def product_range(
 
 
 def _queries_at_once(A: torch.Tensor, at_once: int) -> int:
-    """How many queries to look at together, each with all that A has the coefficients of."""
+    """How many queries to process together, each with all keys of A."""
     return max(1, at_once // max(1, A.numel()))
 
 
@@ -117,12 +117,12 @@ def elementwise_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch
 
 
 def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
-    """Of symmetric positive semidefinite matrices, or a bit more; NaN where one is not finite."""
+    """For symmetric positive semidefinite matrices: exact or a bit more; NaN if not finite."""
     if isinstance(G, Near):
         return G.largest_eigenvalue(_largest_eigenvalue)
     finite = torch.isfinite(G).all(-1).all(-1)
     G = torch.where(finite[..., None, None], G, 0.0)
-    if G.is_cuda and G.shape[-1] > 32:  # cuSOLVER takes those one after another
+    if G.is_cuda and G.shape[-1] > 32:  # cuSOLVER processes a batch one by one
         largest = above_largest_eigenvalue(G)
     else:
         largest = torch.linalg.eigvalsh(G)[..., -1].clamp_min(0)
@@ -130,9 +130,9 @@ def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
 
 
 def above_largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
-    """A bound by products alone: lambda_max^m <= |G^m|_F <= sqrt(d) lambda_max^m, m = 64.
+    """An upper bound from matrix products: lambda_max^m <= |G^m|_F <= sqrt(d) lambda_max^m, m = 64.
 
-    At most 4% too large for d = 128, and by next to nothing where one eigenvalue leads.
+    At most 4% too large for d = 128, and nearly exact if one eigenvalue dominates.
 
     Args:
         G: [..., d, d], symmetric, positive semidefinite and finite.
@@ -144,7 +144,7 @@ def above_largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
     G = G / torch.where(largest > 0, largest, 1.0)[..., None, None]
     for squarings in range(7):
         G = G @ G if squarings else G
-        size = safe_root(G.square().sum((-2, -1)))  # powers would leave the numbers' range
+        size = safe_root(G.square().sum((-2, -1)))  # powers would overflow or underflow
         largest = largest * size**share
         G, share = G / torch.where(size > 0, size, 1.0)[..., None, None], share / 2
     return largest
@@ -152,15 +152,15 @@ def above_largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Pairs:
-    """For query i and key j: v_j less its mean over i's keys, and the score t_ij, as forms.
+    """For query i and key j, the forms of v_j minus its mean over i's keys, and of the score t_ij.
 
-    With A' [d, N] the coefficients of v_j - sum_k p_ik v_k and alpha [N] those of t_ij, in groups
-    of G queries, of which the first K <= U keys are of interest.
+    A' [d, N] are the coefficients of v_j - sum_k p_ik v_k, and alpha [N] those of t_ij. Queries are
+    processed in groups of G, for which only the first K <= U keys matter.
 
     Attributes:
         Q: for each group [B, n, G, d, K d]; a^T Q a = |A'^T a|_D^2 for each key's [d, d].
         cross: [B, n, G, d, K]; <a, cross> = <A'^T a, alpha>_D.
-        slack: [B, n, G, d, K], of the centred value.
+        slack: [B, n, G, d, K], slack of the centred value.
         size: [B, n, T, U], |alpha|_D.
     """
 
@@ -174,11 +174,11 @@ class Pairs:
         cls, values: AffineForm, p: torch.Tensor, scores: AffineForm | None,
         keys: Sequence[int] | None = None, at_once: int = 1,
     ) -> Pairs:
-        """Of values [B, n, U, d], weights p [B, n, T, U] and, if known, scores [B, n, T, U].
+        """Pairs of values [B, n, U, d], weights p [B, n, T, U] and, if known, scores [B, n, T, U].
 
         Args:
             values, p, scores: as above.
-            keys: how many of the first keys are of interest, for each query (None: all).
+            keys: for each query, how many of the first keys matter (None: all).
             at_once: as in `product_range`.
         """
         rows, every, step = [], p.shape[-1], _queries_at_once(values.A, at_once)
@@ -209,11 +209,11 @@ class Pairs:
         return cls(Q, cross, slack, torch.cat(size, 2))
 
     def reaches(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Bounds for rows a [R, B, n, T, d], each [R, B, n, T, U]; 0 for pairs of no interest.
+        """Bounds for rows a [R, B, n, T, d], each [R, B, n, T, U]; 0 for pairs that do not matter.
 
         Returns:
-            (W, s, c): |<a_i, delta v'_j>| <= W + s, s from the slack alone; the product of its part
-            W with the affine part of t_ij is at least (c - W size)/2.
+            (W, s, c): |<a_i, delta v'_j>| <= W + s, where s comes from the slack. The product of
+            the affine part, bounded by W, with the affine part of t_ij is at least (c - W size)/2.
         """
         found, first = [], 0
         d, keys = a.shape[-1], self.size.shape[-1]
@@ -221,7 +221,7 @@ class Pairs:
         for Q, cross, slack in zip(self.Q, self.cross, self.slack, strict=True):
             own = a[..., first : first + Q.shape[2], :].movedim(0, -2)  # [B, n, G, R, d]
             first += Q.shape[2]
-            if passes_over and not own.any():  # what a causal mask keeps from it
+            if passes_over and not own.any():  # the row is 0 here because of a causal mask
                 found.append((exact(a.new_zeros(*a.shape[:-2], Q.shape[2], keys)),) * 3)
                 continue
             through = (own @ Q).unflatten(-1, (-1, d))

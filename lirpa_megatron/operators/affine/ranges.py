@@ -1,4 +1,4 @@
-"""Ranges of linear forms of vectors that lie in a box and, if it is known, in an affine form."""
+"""Ranges of linear forms of vectors that lie in a box and, if given, in an affine form."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from lirpa_megatron.operators.numerics import ROUNDING, dot, dual_norm, intersec
 
 @dataclass
 class Deviations:
-    """Where dx = x - c of some vectors may lie, the same for all rows.
+    """The set in which dx = x - c of some vectors lies, shared by all rows.
 
     Shapes: [*lead, d]; v [R, *lead, d].
     """
 
     middle: torch.Tensor
-    """Of the box of dx."""
+    """Center of the box of dx."""
     half: torch.Tensor
-    """Half of its width, rounded up."""
+    """Half of the box's width, rounded up."""
     form: AffineForm | None
     off: torch.Tensor | None
-    """The form's center less c."""
+    """The form's center minus c."""
 
     @classmethod
     def of(
         cls, dl: torch.Tensor, du: torch.Tensor, c: torch.Tensor, form: AffineForm | None
     ) -> Deviations:
-        """Of the box [dl, du] and a form of c + dx."""
+        """From the box [dl, du] and a form of c + dx."""
         noise = torch.finfo(dl.dtype).eps * (dl.abs() + du.abs())
         off = None if form is None else form.center - c
         return cls((dl + du) / 2, (du - dl) / 2 + noise, form, off)
 
     @property
     def reach(self) -> torch.Tensor:
-        """Most that |dx| is."""
+        """The largest |dx|."""
         return self.middle.abs() + self.half
 
     def box(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(least, most) <v, dx> over the box, [R, *lead]."""
+        """(least, most) of <v, dx> over the box, [R, *lead]."""
         middle, half = dot(v, self.middle), dot(v.abs(), self.half)
         return middle - half, middle + half
 
     def line(self, v: torch.Tensor) -> Line | None:
-        """<v, dx> for rows v [R, *lead, d], from the form; None without one."""
+        """<v, dx> for rows v [R, *lead, d], from the form; None without a form."""
         if self.form is None:
             return None
         slack = dot(v.abs(), self.form.slack)
@@ -56,7 +56,7 @@ class Deviations:
     def range(
         self, v: torch.Tensor, line: Line | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(least, most) <v, dx> over the box and within `line`, that of v or of more than v.
+        """(least, most) of <v, dx> over the box, intersected with `line`, which contains <v, dx>.
 
         Args:
             v: [R, *lead, d].
@@ -68,7 +68,7 @@ class Deviations:
 
 @dataclass
 class Line:
-    """Numbers within center + through u +- slack, u of the unit ball of `norm`; [R, *lead]."""
+    """Numbers in center + through u +- slack for u in the unit ball of `norm`; [R, *lead]."""
 
     through: torch.Tensor
     """[R, *lead, N]."""
@@ -83,9 +83,9 @@ class Line:
         return self.center - radius, self.center + radius
 
     def plus(self, times: torch.Tensor, other: Line) -> Line:
-        """These numbers plus others `times` [R, *lead] as large."""
+        """These numbers plus `times` [R, *lead] other numbers."""
         short, long = sorted((self.through, other.through), key=lambda x: x.shape[-1])
-        if short.shape[-1] < long.shape[-1]:  # columns of zeros at the end had been left out
+        if short.shape[-1] < long.shape[-1]:  # trailing columns of zeros were dropped
             short = F.pad(short, (0, long.shape[-1] - short.shape[-1]))
         own, added = (short, long) if long is other.through else (long, short)
         return Line(
@@ -94,7 +94,7 @@ class Line:
         )
 
     def times(self, factor: torch.Tensor) -> Line:
-        """These numbers `factor` [R, *lead] as large."""
+        """These numbers times `factor` [R, *lead]."""
         return Line(
             self.through * factor.unsqueeze(-1), self.center * factor, self.slack * factor.abs(),
             self.norm,
@@ -104,19 +104,19 @@ class Line:
 def off_clean(
     known: LinearFormBounds, v: torch.Tensor, c: torch.Tensor, reach: torch.Tensor
 ) -> tuple[tuple, Line | None]:
-    """What is known of <v, x>, as what it says of <v, x - c>, both [R, *lead].
+    """Converts bounds of <v, x> to bounds of <v, x - c>, both [R, *lead].
 
     Args:
-        known: [R, *lead].
+        known: bounds of <v, x>, [R, *lead].
         v: [R, *lead, d].
         c: [*lead, d].
-        reach: most that |x - c| is, [*lead, d].
+        reach: the largest |x - c|, [*lead, d].
 
     Returns:
         ((least, most), line).
     """
     rows = v
-    if isinstance(v, Near):  # what is known is of the rows that a pass had
+    if isinstance(v, Near):  # a pass bounded rows that differ from v by rounding
         rows = known.rows
     at_c, noise = dot(rows, c), 4 * torch.finfo(c.dtype).eps * dot(rows.abs(), c.abs())
     if isinstance(v, Near):
