@@ -1,1 +1,1 @@
-"""Functions of one number, or of two, number by number."""
+"""Elementwise functions of one or two values."""

@@ -21,7 +21,7 @@ from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 @dataclass(frozen=True)
 class _Lines:
-    """Of a curve on [l, u]."""
+    """The relaxation of a curve on [l, u]."""
 
     lower: tuple[torch.Tensor, torch.Tensor]
     """(slope, intercept) of the lower line without alpha, [B, *shape]."""
@@ -45,15 +45,15 @@ class BoundCurve(OptimizableOperator):
         A_x = A+ kl + A- ku          bias = sum A+ bl + A- bu,   A+ = max(A, 0), A- = min(A, 0)
 
     and for upper bounds with the lines exchanged. With alpha (`operators.optimizable`) each entry
-    of A has its own line: alpha moves its touch point from the best place without alpha towards the
-    ends of where it may be.
+    of A has its own line: alpha moves the point of tangency from its default towards the ends of
+    its range.
 
-    IBP is the exact image of [l, u]; a zero-width interval gives one.
+    IBP gives the exact image of [l, u], of zero width if [l, u] has zero width.
 
-    Degenerate intervals: see `tangent_lines`. Where [l, u] leaves the domain of f, or holds a
-    pole, y is unbounded: -infinity to infinity. The planes of CROWN leave a domain that intervals
-    do not (x^2 + 1 lies above a line that is negative somewhere), so that for such f [l, u] is cut
-    with the range that interval arithmetic gives for the operators in front (`intervals`).
+    Degenerate intervals: see `tangent_lines`. If [l, u] leaves the domain of f or contains a
+    pole, y is unbounded: -infinity to infinity. CROWN's bounds may leave a domain that intervals
+    do not leave (the line below x^2 + 1 can be negative), so for such f [l, u] is intersected with
+    the range that interval arithmetic gives for the preceding operators (`intervals`).
     """
 
     function: Function
@@ -61,7 +61,7 @@ class BoundCurve(OptimizableOperator):
     elementwise = True
     feature_dim = -1
     alpha_range = 4.0
-    """With 2 alpha-CROWN's bounds of wide intervals were up to 4% wider after 20 steps."""
+    """With 2, alpha-CROWN's bounds on wide intervals were up to 4% wider after 20 steps."""
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
@@ -85,7 +85,7 @@ class BoundCurve(OptimizableOperator):
         return replace(self.shared_relaxation(inputs), movable=None)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image of [l, u]; that of the box around it for a ball straight from the input."""
+        """The image of [l, u]; for a ball at the model's input, of the box around it."""
         return self.curve.image(*boxed(v[0]))
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
@@ -123,7 +123,7 @@ _MADE: dict[str, type[BoundCurve]] = {}
 
 
 def elementwise_operators() -> dict[str, type[auto_lirpa.Bound]]:
-    """Operator of the graph -> Bound class, for all entries that the table has by now."""
+    """Operator of the graph -> Bound class, for all current entries of the table."""
     for name, function in FUNCTIONS.items():
         known = _MADE.get(name)
         if known is None or known.function is not function:

@@ -1,12 +1,12 @@
-"""Functions of one number: what the relaxations need to know of them, and what follows from it.
+"""Functions of one variable: what relaxations need from them, and what is derived from that.
 
-A function is cut at `breaks` into pieces that bend one way each. Everything else is found from
-that, in float64, when it is first asked for: within a piece the derivative is monotone, so that it
-has at most one zero there (the extrema), and at a break the one-sided derivatives say whether it is
-an inflection point, a kink or a jump.
+`breaks` split a function into pieces, each convex, concave or straight. Everything else is derived
+from the pieces, in float64, on first use: the derivative is monotone within a piece and has at most
+one zero there (an extremum), and one-sided derivatives tell whether a break is an inflection point,
+a kink or a jump.
 
-A lower line may touch f inside of a convex piece, or at a kink or jump from which f rises to both
-sides against the line; an upper line where -f has these.
+A lower line can touch f inside a convex piece, or at a kink or jump where f rises above the line on
+both sides; an upper line can touch f where -f has such a place.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 
 _FAR = 1e3
-"""Pieces that have no end are looked at up to here."""
+"""Unbounded pieces are examined up to this distance."""
 _SMALL = 1e-12
-"""How far from a break the one-sided values are taken; also what counts as no kink."""
+"""Distance from a break at which one-sided values are taken; also the tolerance for kinks."""
 
 Both = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,7 +32,7 @@ class Corner(NamedTuple):
 
     x: float
     below: float
-    """The lesser of the two one-sided values."""
+    """The smaller of the two one-sided values."""
     above: float
     left: float
     """One-sided derivatives."""
@@ -40,7 +40,7 @@ class Corner(NamedTuple):
     jump: bool
 
     def value(self, sign: int) -> float:
-        """What lower (sign 1) or upper (sign -1) lines have to pass."""
+        """The value that lower (sign 1) or upper (sign -1) lines must not cross."""
         return self.below if sign > 0 else self.above
 
 
@@ -49,34 +49,34 @@ class Curve:
     """A function f: its value, its derivative and where it bends."""
 
     value: Callable[[torch.Tensor], torch.Tensor]
-    """f, accurate to some units in the last place; as a rule torch's own function."""
+    """f, accurate to a few units in the last place; usually torch's function."""
     slope: Callable[[torch.Tensor], torch.Tensor]
-    """f'. At a break it is that of the curved piece (of either, if both are)."""
+    """f'. At a break, the derivative of the curved piece (of either, if both are curved)."""
     bends: str = "+"
     """For each piece, from left to right: '+' convex, '-' concave, '0' straight."""
     breaks: tuple[float, ...] = ()
-    """Where the pieces meet: inflection points, kinks, jumps; one fewer than pieces."""
+    """Boundaries between pieces: inflection points, kinks, jumps; one fewer than pieces."""
     left: tuple[float, float] = (-math.inf, math.nan)
-    """(k, b): f(x) - k x -> b for x -> -infinity. An infinite k: f grows faster than any line; an
-    infinite b: no line is near."""
+    """(k, b): f(x) - k x -> b for x -> -infinity. Infinite k: f grows faster than any line;
+    infinite b: f has no asymptote."""
     right: tuple[float, float] = (math.inf, math.nan)
     domain: tuple[float, float] = (-math.inf, math.inf)
-    """Where f is a number (also +-infinity); elsewhere it is NaN."""
+    """Where f has a value (including +-infinity); elsewhere it is NaN."""
     pole: float | None = None
     """A break at which f is infinite."""
     grain: float = 1.0
-    """f is straight on intervals much shorter than this (or than their distance from 0)."""
+    """f is nearly straight on intervals much shorter than this (or than their distance from 0)."""
     steep: bool = False
     """f' is infinite at an end of the domain."""
     reach: float = math.inf
-    """Lower lines without alpha touch at most this far right of lo (left of hi, if negative), where
-    there is a best place nearer to the middle: farther out they sink below all of f."""
+    """Without alpha, lower lines touch at most this far right of lo (left of hi, if negative), even
+    if touching nearer to the middle were best: farther out they fall below all values of f."""
     unit: float = 10.0
     """f is accurate to units in the last place of f(x) or of min(|x|, unit), whichever is more."""
     forward: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """What a model computes, where `value` is a more accurate formula."""
+    """What a model computes, if `value` is a more accurate formula."""
     together: Callable[[torch.Tensor], Both] | None = None
-    """(f, f') at once, where they share their work."""
+    """(f, f') computed together, if they share work."""
 
     def __post_init__(self) -> None:
         if len(self.bends) != len(self.breaks) + 1 or set(self.bends) - set("+-0"):
@@ -101,7 +101,7 @@ class Curve:
 
     @cached_property
     def _ends(self) -> tuple[float, ...]:
-        """The ends of the pieces, infinite ones cut."""
+        """The ends of the pieces, with infinite ends truncated."""
         first, last = self.domain
         low = max(first + _SMALL, -_FAR) if math.isfinite(first) else -_FAR
         high = min(last - _SMALL, _FAR) if math.isfinite(last) else _FAR
@@ -129,7 +129,7 @@ class Curve:
         return tuple(found)
 
     def _zeros(self, k: float) -> list[float]:
-        """Where f' passes through k inside of the pieces."""
+        """Where f' equals k inside pieces."""
         found = []
         for a, b in zip(self._ends, self._ends[1:], strict=False):
             step = 2 * _SMALL * max(1.0, abs(a), abs(b))
@@ -148,7 +148,7 @@ class Curve:
 
     @cached_property
     def extrema(self) -> tuple[tuple[float, float], ...]:
-        """(x, f(x)) of the local extrema, and both values where f jumps."""
+        """(x, f(x)) of the local extrema, and both one-sided values where f jumps."""
         smooth = [(x, self._at(x)[0]) for x in self._zeros(0.0)]
         turns = [c for c in self.corners if c.jump or c.left * c.right < 0]
         return tuple(smooth + [(c.x, y) for c in turns for y in {c.below, c.above}])
@@ -159,9 +159,9 @@ class Curve:
         return min(self.extrema, key=lambda point: point[1], default=None)
 
     def stretches(self, sign: int) -> tuple[tuple[float, float], ...]:
-        """Where lower (sign 1) or upper (-1) lines may touch inside: the convex or concave pieces.
+        """Where lower (sign 1) or upper (-1) lines can be tangent: the convex or concave pieces.
 
-        Beyond the point where f' is that of the asymptote in float64 nothing is to be touched.
+        They end where f' equals the asymptote's slope in float64.
         """
         return self._stretches[0 if sign > 0 else 1]
 
@@ -183,7 +183,7 @@ class Curve:
         return sides[0], sides[1]
 
     def _tail(self, way: int) -> float:
-        """The distance from 0 at which f' is its limit, to float64; infinite if it is far."""
+        """The distance from 0 at which f' reaches its limit in float64; infinite if it is far."""
         limit, x = (self.right if way > 0 else self.left)[0], 1.0
         furthest = max((abs(b) for b in self.breaks), default=0.0)
         if not math.isfinite(limit) or math.isfinite(self.domain[0 if way < 0 else 1]):
@@ -196,11 +196,11 @@ class Curve:
 
     @cached_property
     def turning(self) -> tuple[float, float]:
-        """For lower and for upper lines: the slope that divides a left stretch from a right one.
+        """For lower and for upper lines: the slope that separates a left stretch from a right one.
 
-        Two stretches between which f bends the other way: if f' on the left one is steeper (as the
-        line's side has it) than on the right one, no line that stays on its side touches both. The
-        chord's slope says which it can be.
+        Between the two stretches f bends the other way. If f' is larger on the left stretch than on
+        the right one (for upper lines: smaller), no line on its side of f touches both, and the
+        chord's slope decides which stretch a tangent can touch.
         """
         return self._turning(1), self._turning(-1)
 
@@ -223,7 +223,7 @@ class Curve:
         return (first + second) / 2
 
     def flattest(self, sign: int) -> float | None:
-        """Where sign f is lowest of all, maybe at infinity; None where it has no least value."""
+        """Where sign f is smallest, possibly at infinity; None if it has no minimum."""
         return self._flattest[0 if sign > 0 else 1]
 
     @cached_property
@@ -254,7 +254,7 @@ class Curve:
         return self.touch(lo, hi, -1)
 
     def touch(self, lo: torch.Tensor, hi: torch.Tensor, sign: int) -> Both:
-        """The stretch in question for each interval; p > q where there is none."""
+        """The relevant stretch for each interval; p > q if there is none."""
         found = self.stretches(sign)
         if not found:
             return torch.full_like(lo, math.inf), torch.full_like(lo, -math.inf)
@@ -276,7 +276,7 @@ class Curve:
     def image(self, lo: torch.Tensor, hi: torch.Tensor) -> Both:
         """The exact range of f on [lo, hi], rounded outwards by 4 last places unless lo = hi.
 
-        -infinity to infinity where the interval leaves the domain or holds a pole.
+        -infinity to infinity if the interval leaves the domain or contains a pole.
         """
         outside = self.outside(lo, hi)
         a, b = (torch.where(outside, self.safe, x) for x in (lo, hi))
@@ -292,7 +292,7 @@ class Curve:
         with torch.no_grad():
             eps, wide = 4 * torch.finfo(lo.dtype).eps, b > a
             down, up = (torch.where(wide & x.isfinite(), eps * x.abs(), 0.0) for x in (low, high))
-        largest = torch.finfo(lo.dtype).max  # what overflows is some number beyond it
+        largest = torch.finfo(lo.dtype).max  # overflow: some larger number
         low, high = (low - down).clamp(max=largest), (high + up).clamp(min=-largest)
         inf = torch.full_like(low, math.inf)
         wrong = outside | low.isnan() | high.isnan()
@@ -300,7 +300,7 @@ class Curve:
 
     @property
     def limited(self) -> bool:
-        """Whether there are numbers that f has no value for."""
+        """Whether f is undefined for some numbers."""
         return self.pole is not None or any(math.isfinite(x) for x in self.domain)
 
     @cached_property
@@ -309,22 +309,22 @@ class Curve:
         return 0.0 if self.domain[0] < 0 < self.domain[1] and self.pole != 0 else 1.0
 
     def gentle(self, x: torch.Tensor) -> torch.Tensor:
-        """x, without a gradient where f's is too steep for numbers."""
+        """x, without a gradient where f's derivative is infinite."""
         if not (self.steep and x.requires_grad):
             return x
         near = (x - self.domain[0]).abs() < torch.finfo(x.dtype).tiny ** 0.25
         return torch.where(near, x.detach(), x)
 
     def outside(self, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
-        """Where f is not a number on all of [lo, hi]."""
+        """Where f is undefined somewhere in [lo, hi]."""
         found = ~((lo >= self.domain[0]) & (hi <= self.domain[1]))
         if self.pole is not None:
             found = found | ((lo <= self.pole) & (hi >= self.pole))
         return found
 
     def beyond(self, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
-        """Where there are no lines through lo and hi: an end is infinite, or f there (or they are
-        too large for the number type), or f is not a number everywhere between.
+        """Where no lines through lo and hi exist: an end, or f there, is infinite or overflows, or
+        f is undefined somewhere in between.
         """
         limit = torch.finfo(lo.dtype).max / 16
         with torch.no_grad():
@@ -336,24 +336,24 @@ class Curve:
     def level(
         self, lo: torch.Tensor, hi: torch.Tensor, sign: int
     ) -> tuple[torch.Tensor, float] | None:
-        """Where the best line is a constant, and that; None where that needs no saying."""
+        """Where the best line is a constant, and the constant; None if tangents cover this case."""
         return None
 
     def lowest(
         self, found: torch.Tensor, sign: torch.Tensor, k: torch.Tensor, lo: torch.Tensor,
         hi: torch.Tensor,
     ) -> torch.Tensor:
-        """The least of sign (f(x) - k x) on [lo, hi].
+        """The minimum of sign (f(x) - k x) on [lo, hi].
 
         Args:
-            found: the least of it at lo, hi and the touching point, where that is not all.
+            found: its minimum at lo, hi and the point of tangency.
             sign, k: [R, B, *shape] or [B, *shape].
             lo, hi: [B, *shape].
         """
         return found
 
     def asymptotic(self, k: float, sign: int) -> float:
-        """The least of sign (f(x) - k x) over all stationary points and corners, for one slope."""
+        """The minimum of sign (f(x) - k x) over stationary points and corners, for one slope."""
         points = [self._at(x)[0] - k * x for x in self._zeros(k)]
         points += [c.value(sign) - k * c.x for c in self.corners]
         return min((sign * y for y in points), default=math.inf)

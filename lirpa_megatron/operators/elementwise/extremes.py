@@ -26,9 +26,9 @@ class BoundMaximum(BoundCurve):
 
     CROWN: exactly max(a, b) = b + relu(d). With the lines kl d + bl <= relu(d) <= ku d + bu
     (`tangent_lines`, a corner at 0), A_b = A_y and A_d as in `BoundCurve`: the plane is
-    (1 - k) b + k a + const. Where d keeps its sign it is a or b itself. d is a node of the graph
-    (the host's subtraction), so that its bounds see what a and b have in common; the range of a
-    less that of b does not. With alpha each entry of A has its own k in [0, 1] below.
+    (1 - k) b + k a + const, and a or b itself if d does not change sign. d is a node of the graph
+    (the host's subtraction), so its bounds exploit that a and b depend on the same input;
+    subtracting their ranges would not. With alpha each entry of A has its own k in [0, 1] below.
 
     IBP: [max(al, bl), max(au, bu)], exact. Degenerate (zero width) d: exact up to the margin of the
     lines; infinite: the bounds of `tangent_lines`.
@@ -49,7 +49,7 @@ class BoundMaximum(BoundCurve):
         return max(x)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Element by element; of the box around it for a ball straight from the input."""
+        """Elementwise; a ball at the model's input becomes the box around it."""
         (al, au), (bl, bu) = (boxed(interval) for interval in v[1:])
         return self.forward(al, al, bl), self.forward(au, au, bu)
 

@@ -4,10 +4,10 @@
     def softplus(beta: float = 1.0, threshold: float = 20.0) -> Curve:
         return Curve(value=..., slope=..., bends="+0", breaks=(threshold / beta,), left=..., ...)
 
-makes the operator `lirpa_megatron::Softplus` of the graph, what torch's tracer needs to reach it
-from nn.Softplus, F.softplus or a method, its forward, IBP, CROWN and alpha-CROWN
-(`tangent_lines`). An entry names the operators of the trace and their arguments after x, in
-torch's order, or a dict of fixed values; arguments that the model leaves out keep their defaults.
+defines the operator `lirpa_megatron::Softplus`: its tracing from nn.Softplus, F.softplus or a
+method, its forward, IBP, CROWN and alpha-CROWN (`tangent_lines`). An entry maps operators of the
+trace to the names of their arguments after x, in torch's order, or to a dict of fixed values.
+Arguments that the model omits keep their defaults.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class Function:
     """An entry of the table."""
 
     name: str
-    """Of the operator in the graph."""
+    """Name of the operator in the graph."""
     make: Callable[..., Curve]
-    """Numbers -> the curve."""
+    """Parameters -> the curve."""
     aten: Mapping[str, Sequence[str] | Mapping[str, float]] = field(default_factory=dict)
     """Operators of the trace -> names of their arguments after x, or fixed values."""
 
     @property
     def parameters(self) -> list[str]:
-        """Names of the numbers that the curve depends on."""
+        """Names of the curve's parameters."""
         return list(inspect.signature(self.make).parameters)
 
     def curve(self, **numbers: float) -> Curve:
-        """The curve for these numbers (defaults for the others)."""
+        """The curve for these parameters (defaults for the others)."""
         return _curve(self.make, tuple(sorted(numbers.items())))
 
 
@@ -62,7 +62,7 @@ INF = math.inf
 def elementwise(
     name: str, aten: Mapping[str, Sequence[str] | Mapping[str, float]] | None = None
 ) -> Callable[[Callable[..., Curve]], Callable[..., Curve]]:
-    """Enters a function in the table."""
+    """Adds a function to the table."""
 
     def enter(make: Callable[..., Curve]) -> Callable[..., Curve]:
         FUNCTIONS[name] = Function(name, make, aten or {})

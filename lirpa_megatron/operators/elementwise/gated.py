@@ -1,9 +1,9 @@
 """Gated curves: x s(x) with s increasing from 0 to 1 (all GELUs, SiLU, Mish).
 
-Such a curve falls, rises and falls again in its derivative: it is concave left of one point, convex
-up to another, concave right of that, and has one minimum in between. f' lies below 0 on the left
-stretch and above 1 on the right one, so that no upper line touches both (`Curve.turning`): one
-across the middle part is a chord.
+The derivative of such a curve falls, rises and falls again: the curve is concave up to one point,
+convex up to another, then concave, and has one minimum in between. f' is below 0 on the left
+concave piece and above 1 on the right one, so no upper line touches both (`Curve.turning`): an
+upper line across the middle is a chord.
 
 The points are found by bisection in float64 when this module is imported.
 """
@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from lirpa_megatron.operators.elementwise.curves import Curve
 
 _FAR = 1e3
-"""Beyond +-this every s(x) is 0 or 1 in float64: its argument is clamped, so that nothing
-overflows."""
+"""Beyond +-this, every s(x) is 0 or 1 in float64. Arguments are clamped to it to avoid overflow."""
 
 
 def _root(function: Callable[[float], float], a: float, b: float) -> float:

@@ -1,4 +1,4 @@
-"""Interval arithmetic from the nearest nodes whose bounds are known."""
+"""Interval arithmetic from the nearest nodes that have bounds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _DEEPEST = 8
 
 
 def within(node: Any, lower: torch.Tensor, upper: torch.Tensor, gradients: bool) -> Range:
-    """Bounds of a node, cut with its range by interval arithmetic over the operators before it.
+    """Intersects bounds of a node with its range by interval arithmetic over preceding operators.
 
-    Both hold, so what they have in common does. Without `gradients` the range is a constant: on
-    several ranks the bounds farther back are not those that the pass has prepared for this node.
-    Operators that move or mix features (linear layers, what communicates) are not gone through:
-    every rank does the same, with what it has.
+    Both are sound, so their intersection is. Without `gradients` the range is a constant, because
+    on several ranks the bounds of earlier nodes have not passed copy_to for this pass. Operators
+    that move or mix features (linear layers, communication) are not traversed: every rank does the
+    same with its own features.
     """
     inputs = getattr(node, "inputs", ())
     if not inputs:
@@ -40,13 +40,13 @@ def within(node: Any, lower: torch.Tensor, upper: torch.Tensor, gradients: bool)
 def cut_with_range(
     node: Any, lower: torch.Tensor | None, upper: torch.Tensor | None
 ) -> tuple:
-    """Bounds of a node, as CROWN has them, cut with the node's range as `within` has it.
+    """Intersects CROWN's bounds of a node with the node's range (`within`).
 
-    The line below a curve has to be below it everywhere, and it is lowest at an end: where the
-    node is the curve itself, its range is tighter (bounds of a sigmoid stay in [0, 1]).
+    A line below a curve is below it everywhere and lowest at an end of the interval. If the node is
+    the curve itself, its range is tighter (bounds of a sigmoid stay in [0, 1]).
 
     Args:
-        node: its inputs have bounds.
+        node: a node whose inputs have bounds.
         lower, upper: its bounds [B, *shape], or None.
     """
     both = [torch.full_like(upper, -math.inf) if lower is None else lower,
@@ -78,6 +78,6 @@ def _through(node: Any, depth: int) -> Range | None:
 
 
 _ELEMENTWISE = frozenset({
-    "BoundSoftmax", "BoundLogSoftmax",  # of whole vectors, which each rank has
+    "BoundSoftmax", "BoundLogSoftmax",  # over whole vectors: no rank holds only a part of one
     "BoundAdd", "BoundSub", "BoundMul", "BoundNeg", "BoundRelu", "BoundCombine", "BoundScale",
 })

@@ -1,20 +1,20 @@
-"""Sine and cosine: a curve with stretches without end.
+"""Sine and cosine: curves with infinitely many convex stretches.
 
-Let s f be the function that the lower lines are sought of (s = 1), or the upper ones (s = -1), and
-a the last minimum of s f left of the middle of [lo, hi], b the first one right of it. It is convex
-for a quarter of a period around each.
+For lower lines let s = 1, for upper lines s = -1. Let a be the last minimum of s f left of the
+middle of [lo, hi], and b the first one right of it. s f is convex for a quarter of a period around
+each.
 
 - a and b in [lo, hi]: the constant -1 (nothing is higher at the middle).
-- one of them alone: its convex part is the stretch. From another minimum farther out no line comes
-  that is higher at the middle, and the tangents on its side of the minimum pass below that one: the
-  stretch then ends at the minimum.
-- none: [lo, hi] lies between two minima, and has at most two convex parts, left of the maximum,
-  rising, and right of it, falling. The slopes of an envelope increase, so it has tangents to one of
-  them alone: the left one if s f(hi) >= s f(lo), as its slopes are positive, else the right one.
+- only one of them: its convex part is the stretch. If there is another minimum farther out, no line
+  touching there is higher at the middle, and tangents on that side of the nearer minimum pass below
+  the farther one: the stretch then ends at the nearer minimum.
+- none: [lo, hi] lies between two minima and has at most two convex parts, a rising one left of the
+  maximum and a falling one right of it. The slopes of an envelope increase, so it has tangents to
+  only one of them: the left one, with positive slopes, if s f(hi) >= s f(lo); else the right one.
 
-Soundness does not rest on this choice. The least of s f(x) - K x is at lo, hi, or where s f' = K
-and s f is convex: at x = a + arcsin K + 2 pi n, where it is -sqrt(1 - K^2) - K x, which is least
-for the largest such x in [lo, hi], or the smallest.
+Soundness does not depend on this choice. The minimum of s f(x) - K x is at lo, at hi, or where
+s f' = K and s f is convex: at x = a + arcsin K + 2 pi n its value is -sqrt(1 - K^2) - K x, which is
+smallest for the largest or the smallest such x in [lo, hi].
 
 Positions are computed in float64. Beyond 1e8 the lines are the constants -1 and 1.
 """

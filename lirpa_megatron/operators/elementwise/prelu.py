@@ -26,11 +26,11 @@ class BoundPRelu(BoundCurve):
     ========  ===================  =============================================================
 
     y = w x + (1 - w) relu(x), exactly. With the lines kl x + bl <= relu(x) <= ku x + bu
-    (`tangent_lines`) and A' = (1 - w) A, for lower bounds A_x = w A + A'+ kl + A'- ku: the hull
-    of f, whatever w is. With alpha each entry of A has its own line below relu. Gradients flow to
-    w.
+    (`tangent_lines`) and A' = (1 - w) A, for lower bounds A_x = w A + A'+ kl + A'- ku. This is the
+    convex hull of f for any w. With alpha each entry of A has its own line below relu. Gradients
+    flow to w.
 
-    IBP is exact: the values at both ends, and 0 where the interval holds it. Degenerate intervals:
+    IBP is exact: the values at both ends, and 0 if the interval contains it. Degenerate intervals:
     see `tangent_lines`.
     """
 
@@ -42,19 +42,19 @@ class BoundPRelu(BoundCurve):
 
     @property
     def feature_dim(self) -> int | None:  # type: ignore[override]
-        """Slopes of several channels are not gathered with the lines."""
+        """The slopes of several channels cannot be gathered with the lines."""
         return -1 if self.inputs[1].output_shape.numel() == 1 else None
 
     @staticmethod
     def _slopes(w: torch.Tensor, dims: int) -> torch.Tensor:
-        """w for a tensor [B, C, ...] of `dims` dimensions (without those of rows)."""
+        """w, broadcast to a tensor [B, C, ...] of `dims` dimensions (not counting rows)."""
         return w.reshape(-1, *[1] * (dims - 2)) if dims > 1 else w
 
     def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return F.prelu(x, w)
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image of [l, u]; that of the box around it for a ball straight from the input."""
+        """The image of [l, u]; for a ball at the model's input, of the box around it."""
         (lower, upper), w = boxed(v[0]), v[1][0]
         ends = [self.forward(x, w) for x in (lower, upper)]
         zero = torch.where((lower < 0) & (upper > 0), 0.0, ends[0])

@@ -20,14 +20,14 @@ from lirpa_megatron.operators.optimizable import OptimizableOperator
 
 @dataclass(frozen=True)
 class _Box:
-    """The boxes [a0 - ra, a0 + ra] x [b0 - rb, b0 + rb], and what bounds a b there.
+    """The boxes [a0 - ra, a0 + ra] x [b0 - rb, b0 + rb], and bounds of a b on them.
 
     Attributes:
         a0, ra, b0, rb: [B, *shape]; all 0 where `infinite`.
         gap: ra rb, rounded up.
         low, high: bounds of (a - a0)(b - b0), at least as tight as -+ gap.
         infinite: where no plane exists; there `least` <= a b <= `most`.
-        corner: whether d is 1 without alpha.
+        corner: whether d = 1 without alpha (otherwise 0).
     """
 
     a0: torch.Tensor
@@ -65,19 +65,20 @@ class BoundProduct(OptimizableOperator):
     auto_LiRPA's, which leaves a gate that falls to 0 only the plane in a. Alpha m in [-1, 1] gives
     each entry of A its own d = 1 + 2 m, at most 1.
 
-    With s = +1 for lower and -1 for upper bounds both planes are one formula:
+    With s = +1 for lower and -1 for upper bounds, one formula gives both planes:
 
         A_a = A b0 - s |A| d rb        A_b = A (a0 - d ra)
         bias = sum - A a0 b0 - s |A| ra rb + d (s |A| a0 rb + A b0 ra)
 
-    Where the affine forms of a and b in the model's input are known (`affine.form`), a0 and b0 are
-    their centers, d = 0 without alpha, the linear part of a b, and its remainder is da db in
-    [low, high] instead of -+ ra rb: both deviations come from one input. Alpha is d; it mixes this
-    plane with McCormick's: -+ ra rb becomes (1 - |d|) low - |d| ra rb, (1 - |d|) high + |d| ra rb.
+    If the affine forms of a and b in the model's input are known (`affine.form`), a0 and b0 are
+    their centers, and without alpha d = 0: the plane is the linear part of a b. Its remainder da db
+    lies in [low, high] instead of -+ ra rb, because both deviations come from one input. Alpha is d
+    and mixes this plane with McCormick's: the remainder's range becomes (1 - |d|) low - |d| ra rb
+    to (1 - |d|) high + |d| ra rb.
 
-    IBP: least and largest of the four corners. Infinite ends (or such as overflow) leave only the
-    constants of IBP; 0 times an infinite end is 0. Zero width: exact up to the rounding margin of
-    4 units in the last place.
+    IBP: smallest and largest of the four corner products. Infinite or overflowing ends leave only
+    IBP's constants; 0 times an infinite end is 0. Zero width: exact up to the rounding margin of 4
+    units in the last place.
     """
 
     reads_form = frozenset({0, 1})
@@ -107,7 +108,7 @@ class BoundProduct(OptimizableOperator):
         return a * b
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range of a b; that of the box around it for a ball straight from the input."""
+        """The range of a b; a ball at the model's input becomes the box around it."""
         a, b = (boxed(interval) for interval in v)
         return _corners(*a, *b)
 
@@ -144,7 +145,7 @@ class BoundProduct(OptimizableOperator):
         return Propagated((A_a, A_b), bias)
 
     def relaxation(self, inputs: OperatorInputs) -> _Box:
-        """The box of two nodes' bounds, within their forms if they are known."""
+        """The box of two nodes' bounds, and bounds from their forms if these are known."""
         forms = [x.form for x in inputs.views]
         return _box(*inputs.views, None if None in forms else forms)
 
@@ -159,7 +160,7 @@ class BoundProduct(OptimizableOperator):
 def _corners(
     al: torch.Tensor, au: torch.Tensor, bl: torch.Tensor, bu: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least and largest of the four products; 0 times infinity is 0."""
+    """Smallest and largest of the four products; 0 times infinity is 0."""
     products = []
     for a in (al, au):
         for b in (bl, bu):
@@ -186,7 +187,7 @@ def _extreme(A: torch.Tensor, low: torch.Tensor, high: torch.Tensor, side: int) 
 
 
 def _box(a: Any, b: Any, forms: list[AffineForm] | None) -> _Box:
-    """The box of two nodes' bounds, and their forms if they are known."""
+    """The box of two nodes' bounds; `forms` are their affine forms, if known."""
     al, au, bl, bu = a.lower, a.upper, b.lower, b.upper
     info = torch.finfo(al.dtype)
     limit = info.max**0.5 / 16

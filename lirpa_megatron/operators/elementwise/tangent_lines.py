@@ -1,49 +1,49 @@
-"""Lines below and above a curve on an interval, as tight as lines can be, with one free number.
+"""The tightest lines below and above a curve on an interval, as a family with one parameter.
 
-Written for lower lines; upper lines are lower lines of -f (`sign` -1). The lines that no other line
-beats are those that support f's convex envelope on [lo, hi]. Each is of one of three kinds:
+Written for lower lines; upper lines are lower lines of -f (`sign` -1). The tightest lines are those
+that support f's convex envelope on [lo, hi]. There are three kinds:
 
-- a **tangent** at t of a convex stretch [p, q] of f: t in [t1, t2], where t1 is the first point of
-  the stretch whose tangent does not pass above f at lo, and t2 the last one whose tangent does not
-  at hi. (If t1 > t2 there is none.)
-- a line about a **corner** c (a kink or a jump of f): through f's lower value there, with a slope
-  in [s1, s2]: s1 the largest slope from lo, or from a corner left of c, up to c, and s2 the least
-  one from c to hi or to a corner right of c; where f is convex beside c, its one-sided derivative
-  bounds the slope too. (If s1 > s2 there is none.)
-- the **chord**, where there are neither.
+- a **tangent** at a point t of a convex stretch [p, q] of f, for t in [t1, t2]: t1 is the first
+  point of the stretch whose tangent does not pass above f at lo, and t2 the last one whose tangent
+  does not pass above f at hi. (If t1 > t2 there is no tangent.)
+- a line about a **corner** c (a kink or a jump of f): it passes through f's lower value at c, with
+  a slope in [s1, s2]. s1 is the largest slope from lo, or from a corner left of c, to c; s2 is the
+  smallest slope from c to hi, or to a corner right of c. If f is convex next to c, its one-sided
+  derivative bounds the slope too. (If s1 > s2 there is no such line.)
+- the **chord**, if there is neither of these.
 
-Their mean distance to f is smallest where they are highest at the middle of the interval: that is
-the line without alpha (t = middle, clamped to [t1, t2]; s1 or s2), but for two kinds of interval. A
-line that lies far below f at an end makes bounds of few neurons wide. So where the flattest of the
-lines costs little at the middle (`_LITTLE`) it is taken (wide intervals: the constant 0 below x^2
-or abs, 1 above tanh), and the exponential's touches at most 1 from its flat end (`Curve.reach`).
-Alpha moves t, or turns the slope between s1 and s2.
+A line's mean distance to f is smallest if the line is highest at the middle of the interval. This
+is the line without alpha (t = middle, clamped to [t1, t2]; s1 or s2), with two exceptions, because
+a line that lies far below f at an end makes bounds of few neurons wide. The flattest line is taken
+if it costs little at the middle (`_LITTLE`; on wide intervals the constant 0 below x^2 or abs, 1
+above tanh), and the exponential's line touches at most 1 from its flat end (`Curve.reach`). Alpha
+moves t, or turns the slope between s1 and s2.
 
-**Soundness does not rest on t.** For a slope k the largest sound intercept is the minimum of
-f(x) - k x over [lo, hi]. Where f is concave or straight, that is at an end of the interval or at a
-corner; where it is convex, at the point with f' = k, or at an end of the stretch. So with
-k = f'(t), *whatever* t in the stretch is,
+**Soundness does not depend on t.** For a slope k the largest sound intercept is the minimum of
+f(x) - k x over [lo, hi]. Where f is concave or straight, the minimum is at an end of the interval
+or at a corner; where it is convex, at the point with f' = k or at an end of the stretch. So with
+k = f'(t), for *any* t in the stretch,
 
     intercept = min(f(lo) - k lo, f(hi) - k hi, f(t) - k t, f(c) - k c for all corners c) - margin.
 
-A chord or a line about a corner has no point with f' = k in a convex stretch but the one it passes
-through; nor has a tangent in another stretch than its own (`Curve.turning`). Curves without an end
-of stretches (sine) give the minimum themselves (`Curve.lowest`).
+For a chord or a line about a corner, the only point of a convex stretch with f' = k is the one it
+passes through; for a tangent, no other stretch has such a point (`Curve.turning`). Curves with
+infinitely many stretches (sine) compute the minimum themselves (`Curve.lowest`).
 
-Rounding: f'(t) is off by some units in the last place, so that the true minimum is at a point near
-t, and of second order below (at worst the error of k times the length of the stretch); `margin` is
-4 units in the last place of the terms. The chord is handled alike, with t in the middle of t1 and
-t2, which is where a chord that wins by rounding alone would touch.
+Rounding: f'(t) is off by a few units in the last place, so the true minimum is near t and lower by
+a second-order term (at worst the error of k times the length of the stretch). `margin` is 4 units
+in the last place of the terms. The chord is treated in the same way, with t midway between t1 and
+t2, where a chord that is chosen only because of rounding would touch.
 
-Degenerate intervals: of zero or tiny width (the chord's slope would be rounding noise) k = f'(t) at
-the middle. Infinite ends, or ends whose f overflows: a constant, or the slope of an asymptote where
-that alone gives a line; an intercept is infinite only where no line is found. An interval that
-leaves the domain or holds a pole has none: the bounds are infinite. Slopes are always finite, and
-intercepts no NaN.
+Degenerate intervals: for zero or tiny width (where the chord's slope would be rounding noise), k =
+f'(t) at the middle. For infinite ends, or ends where f overflows: a constant, or the slope of an
+asymptote if only that gives a line. An intercept is infinite only if no line is found. An interval
+that leaves the domain or contains a pole has no line: the bounds are infinite. Slopes are always
+finite, and intercepts are never NaN.
 
 Lines are differentiable in lo, hi and alpha; t1 and t2 by the implicit function theorem.
 
-Shapes: lo, hi [B, *shape]; lines for all rows alike, or for each row [R, B, *shape].
+Shapes: lo, hi [B, *shape]; lines [B, *shape] for all rows, or [R, B, *shape] for each row.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ from lirpa_megatron.operators.elementwise.curves import Corner, Curve
 
 _HALVINGS = 20
 _LITTLE = 0.1
-"""Share of the distance to the chord, at the middle, that the flattest line may lie below the best.
-In 8-16-8 networks with intervals of width 100 CROWN's bounds are 2 (x^2) to 25% (abs) narrower."""
+"""How far the flattest line may lie below the best at the middle, as a share of the chord's
+distance. In 8-16-8 networks with intervals of width 100 this narrows CROWN's bounds by 2% (x^2) to
+25% (abs)."""
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -68,22 +69,22 @@ class TangentFamily:
 
     sign: torch.Tensor
     touch: torch.Tensor
-    """t of the best line without alpha."""
+    """Point of tangency t without alpha."""
     left: torch.Tensor
     right: torch.Tensor
-    """How far t may move from there: to touch - left, to touch + right; 0 but for tangents."""
+    """How far alpha can move t: from touch - left to touch + right; 0 unless a tangent."""
     turn: torch.Tensor
     """Slope of the best line minus f'(touch); 0 for tangents."""
     down: torch.Tensor
     up: torch.Tensor
-    """How far the slope may turn from there, about a corner; 0 elsewhere."""
+    """How far alpha can turn the slope about a corner; 0 elsewhere."""
     corners: tuple[torch.Tensor, ...]
-    """For each corner of the curve its lower value, for upper lines its upper one."""
+    """The lower value at each corner of the curve; for upper lines the upper value."""
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
-    """Where the line is (slope, intercept) instead, and these; None if nowhere."""
+    """A mask, and (slope, intercept) that replace the line where it is set; None if unused."""
 
     def where(self, mask: torch.Tensor, other: TangentFamily) -> TangentFamily:
-        """This side where `mask` [R, B, *shape], else the other."""
+        """This side where `mask` [R, B, *shape] is set, otherwise the other side."""
 
         def choose(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return torch.where(mask, a, b)
@@ -103,18 +104,18 @@ class TangentFamily:
 
 
 def _moved(move: torch.Tensor, below: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
-    """From -below to above for move in [-1, 1]; where one is next to nothing, both halves go
-    to the other (a half with nothing to gain would have no gradient to leave it by).
+    """Maps [-1, 1] to [-below, above]. If one of the two is negligible, both halves map to the
+    other (alpha could not leave a half in which it has no gradient).
     """
-    little = 1e-3 * (below + above)  # what is 0 but for rounding is 0 on every rank
+    little = 1e-3 * (below + above)  # 0 up to rounding is treated as 0, so that all ranks agree
     up = torch.where(above > little, above, -below)
     down = torch.where(below > little, below, -above)
     return torch.where(move > 0, move * up, move * down)
 
 
 def _finer(move: torch.Tensor) -> torch.Tensor:
-    """From [-1, 1] to itself, in smaller steps near 0: the best place is seldom far away, and of a
-    wide interval most is where f' hardly changes (20 steps of Adam then find no better line)."""
+    """Maps [-1, 1] to itself with smaller steps near 0. The best point is rarely far away, and in
+    most of a wide interval f' hardly changes (20 steps of Adam would find no better line)."""
     size = move.abs()
     return move / (size + 3 * (1 - size))
 
@@ -124,13 +125,13 @@ class Relaxation:
 
     Args:
         curve: f.
-        lo, hi: [B, *shape], lo <= hi, maybe infinite.
+        lo, hi: [B, *shape], lo <= hi, possibly infinite.
     """
 
     def __init__(self, curve: Curve, lo: torch.Tensor, hi: torch.Tensor) -> None:
         self.curve, self._given = curve, (lo, hi)
         infinite = curve.beyond(lo, hi)
-        if curve.limited:  # at the very end of the domain f' may be infinite
+        if curve.limited:  # at the end of the domain f' may be infinite
             with torch.no_grad():
                 middle = torch.where(infinite, curve.safe, lo / 2 + hi / 2)
                 infinite = infinite | ~curve.slope(middle).isfinite()
@@ -153,17 +154,17 @@ class Relaxation:
         self.lower, self.upper = self._side(1, far[0]), self._side(-1, far[1])
 
     def line(self, side: TangentFamily, move: torch.Tensor | None = None) -> Pair:
-        """(slope, intercept) of the best lines, or of those that alpha asks for.
+        """(slope, intercept) of the lines without alpha, or of those that alpha selects.
 
         Args:
             side: `lower`, `upper` or a mixture of them.
-            move: in [-1, 1]: t from its leftmost to its rightmost place, or the slope from its
-                least to its largest; 0 is the best.
+            move: in [-1, 1]: moves t from its leftmost to its rightmost position, or the slope from
+                its smallest to its largest value; 0 is the line without alpha.
         """
         t, turn = side.touch, side.turn
         if move is not None:
             t = t + _moved(_finer(move), side.left, side.right)
-            with torch.no_grad():  # alpha has a gradient at an end, whatever rounding does there
+            with torch.no_grad():  # alpha keeps its gradient at an end despite rounding
                 outside = torch.minimum(torch.maximum(t, self.lo), self.hi) - t
             t = t + outside
             turn = turn + _moved(move, side.down, side.up)
@@ -191,7 +192,7 @@ class Relaxation:
         return slope, intercept
 
     def _inside(self, corner: Corner) -> torch.Tensor:
-        """Whether a corner lies in the interval, or so near that rounding may put a jump there."""
+        """Whether a corner lies in the interval, or so close that rounding may move it inside."""
         if not corner.jump:
             return (self.lo < corner.x) & (self.hi > corner.x)
         reach = 4 * torch.finfo(self.lo.dtype).eps * abs(corner.x)
@@ -204,7 +205,7 @@ class Relaxation:
     def _costs_little(
         self, sign: int, best: torch.Tensor, flat: torch.Tensor, middle: torch.Tensor
     ) -> torch.Tensor:
-        """Whether the tangent at `flat` lies hardly lower at the middle than that at `best`."""
+        """Whether the tangent at `flat` is hardly lower at the middle than that at `best`."""
         heights = []
         for t in (best, flat):
             value, slope = self.curve.both(t)
@@ -255,7 +256,7 @@ class Relaxation:
             return lo, hi, torch.ones_like(lo, dtype=torch.bool)
         p, q = curve.touch(lo, hi, sign)
         p, q = torch.maximum(lo, p), torch.minimum(hi, q)
-        if curve.steep:  # the tangent at the very end may stand upright
+        if curve.steep:  # the tangent at the end of the domain may be vertical
             p = torch.maximum(p, lo + (hi - lo) / 1024)
             q = torch.minimum(q, hi - (hi - lo) / 1024)
         found = p < q
@@ -285,7 +286,7 @@ class Relaxation:
             return sign * (value + slope * (anchor - t) - at_anchor)
 
         with torch.no_grad():
-            # A tangent at the anchor passes there, whatever rounding makes of its excess: f in one
+            # A tangent at the anchor passes through it, whatever the rounded excess is: f in one
             # vector of numbers and in another may differ by a unit in the last place.
             at_once = (excess(near) <= 0) | (near == anchor)
             passed = at_once | (excess(away) <= 0) | (away == anchor)
@@ -307,7 +308,8 @@ class Relaxation:
     def _about(
         self, corner: Corner, sign: int, side: TangentFamily, height: torch.Tensor
     ) -> tuple[TangentFamily, torch.Tensor]:
-        """The side with lines about a corner where they are higher at the middle, and how high."""
+        """The side with lines about a corner where they are higher at the middle, and the
+        height."""
         curve, y, c = self.curve, corner.value(sign), corner.x
         inside = (self.lo < c) & (self.hi > c) & ~self._tiny
 
@@ -353,10 +355,10 @@ class Relaxation:
     # ---------------------------------------------------------------- infinite intervals
     @torch.no_grad()
     def _far_lines(self, sign: int) -> Pair:
-        """(slope, intercept) where an end is infinite or f overflows: a constant, or the slope k of
-        an asymptote where f has no bound but f(x) - k x has.
+        """(slope, intercept) if an end is infinite or f overflows: a constant, or the slope k of an
+        asymptote if f is unbounded but f(x) - k x is bounded.
 
-        Constants: the derivative of an infinite bound is no number.
+        Constants, because derivatives of infinite bounds are undefined.
         """
         curve, (lo, hi) = self.curve, self._given
         outside = curve.outside(lo, hi)
@@ -369,7 +371,7 @@ class Relaxation:
             (k, b), (k_other, b_other) = limits[i], limits[1 - i]
             if not math.isfinite(k):
                 continue
-            # Towards the other end, if that is infinite too, sign (f - k x) must not fall.
+            # Towards the other end, if it is infinite too, sign (f - k x) must not decrease.
             rises = sign * (k_other - k) * (1 if i == 0 else -1) > 0
             lowest = min(sign * b, curve.asymptotic(k, sign))
             both = min(lowest, sign * b_other) if k_other == k else lowest if rises else -math.inf
@@ -388,7 +390,7 @@ class Relaxation:
     def _with_level(
         self, far: tuple | None, level: tuple[torch.Tensor, float], sign: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`far` with a constant where the curve has one."""
+        """`far`, with the curve's best constant where it has one."""
         mask, value = level
         noise = 4 * torch.finfo(self.lo.dtype).eps * abs(value)
         flat = torch.zeros_like(self.lo), torch.full_like(self.lo, value - sign * noise)

@@ -1,1 +1,1 @@
-"""Linear layers, and everything else that is linear and thus exact."""
+"""Linear layers and other linear operators, all exact."""

@@ -1,4 +1,4 @@
-"""The borders of a sharded region without a product: gathered, split and selected features."""
+"""Borders of a sharded region without a matrix product: gather, split and select features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lirpa_megatron.operators.operator import Operator, Sharding, boxed
 
 
 class _Border(Operator, auto_lirpa.Bound):
-    """Base: the operators only move features, so every bound is exact."""
+    """Base: the operators only move features, so all bounds are exact."""
 
     feature_dim = 0
 
@@ -22,8 +22,8 @@ class _Border(Operator, auto_lirpa.Bound):
         self.context: GraphContext = self.options["context"]
 
     def interval_propagate(self, *v: Any) -> tuple:
-        """Interval bounds, features moved as in `forward`. A ball straight from the input (L2, L1)
-        becomes the box around it."""
+        """Interval bounds, with features moved as in `forward`. An L1 or L2 ball at the model's
+        input becomes the box around it."""
         lower, upper = boxed(v[0])
         rest = [constant[0] for constant in v[1:]]
         return self.forward(lower, *rest), self.forward(upper, *rest)
@@ -37,8 +37,8 @@ class BoundGatherFromRegion(_Border):
 
     x_r [B, ..., n/p] sharded, y [B, ..., n] replicated. A_x[..., r] = A_y[..., features of r]:
     a slice in a whole pass (no communication); in a spec-sharded pass the rows are gathered first
-    ((p-1) |A_y| bytes), because each rank needs all rows for its features. Where weights move A
-    stays as it is.
+    ((p-1) |A_y| bytes), because each rank needs all rows for its features. If weights move, A is
+    unchanged.
     """
 
     sharding = Sharding.JOINS
@@ -61,7 +61,7 @@ class BoundScatterToRegion(_Border):
     """y_r = the rank's slice of x's last dimension (RowParallelLinear's input_is_parallel=False).
 
     x [B, ..., n] replicated, y_r [B, ..., n/p] sharded. A_x is A_y placed at the rank's features,
-    zero elsewhere: this rank's term of the sum that the pass takes. Where weights move A_x is A_y.
+    zero elsewhere: this rank's term of a sum that the pass computes. If weights move, A_x is A_y.
     """
 
     sharding = Sharding.SPLITS
@@ -85,17 +85,17 @@ class BoundScatterToRegion(_Border):
 
 
 class BoundSelectFromRegion(_Border):
-    """y_r = the rank's own choice of x's features (its query heads and their key/value group).
+    """y_r = the rank's selection of x's features (its query heads and their key/value group).
 
-    x [B, ..., n] replicated, idx [m] int64, y_r [B, ..., m] sharded; ranks may choose the same
-    feature. A_x is A_y added up at idx, zero elsewhere: this rank's term of the sum that the pass
-    takes. Where weights move idx is that of all ranks.
+    x [B, ..., n] replicated, idx [m] int64, y_r [B, ..., m] sharded; ranks may select the same
+    feature. A_x is A_y summed up at idx, zero elsewhere: this rank's term of a sum that the pass
+    computes. If weights move, idx is that of all ranks.
     """
 
     sharding = Sharding.SPLITS
 
     def sharded_relaxation(self, inputs: OperatorInputs) -> tuple[torch.Tensor]:
-        """The rank's choice."""
+        """The rank's selected features."""
         return (inputs[1].lower,)
 
     def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:

@@ -31,17 +31,17 @@ class BoundColumnParallelLinear(LocalLinear):
 
         A_x = sum_r A_y[..., r] W_r          bias = sum_r <A_y[..., r], b_r>
 
-    This operator computes its rank's term of both sums. Taking the sum (once per consumer group,
-    all-reduce or reduce-scatter over rows) is the business of the pass that runs it. A start node
-    here has its own rows of W as A_x: nothing is multiplied. Where weights move (SPEC_SHARDED rows
-    with all features) W and b are whole, and so are A_x and the bias.
+    This operator computes its rank's term of both sums. The pass that runs it computes the sum
+    (once per consumer group; all-reduce, or reduce-scatter over rows). If the layer is the start
+    node, A_x consists of the rank's rows of W, without a product. If weights move (SPEC_SHARDED
+    rows with all features), W and b are whole, and A_x and the bias are complete.
 
-    IBP: [l, u] -> W_r m -+ |W_r| d + b_r with midpoint m and half-width d (for an L2 or L1 ball
-    straight from the input: the dual norm of each row times eps). Exact for each neuron;
-    a zero-width interval gives a zero-width one.
+    IBP: [l, u] -> W_r m -+ |W_r| d + b_r with midpoint m and half-width d (for an L1 or L2 ball at
+    the model's input: the dual norm of each row times eps). Exact for each neuron; a zero-width
+    interval gives a zero-width interval.
 
-    With `rows` the layer is taken for some of the rank's output features only (the queries, keys or
-    values of a packed projection; the gate of a gated MLP): W_r and b_r are then those rows.
+    With `rows`, only some of the rank's output features are computed (the queries, keys or values
+    of a packed projection; the gate of a gated MLP): W_r and b_r consist of those rows.
     """
 
     sharding = Sharding.SPLITS
@@ -55,7 +55,7 @@ class BoundColumnParallelLinear(LocalLinear):
         self.has_rows = bool(attr.get("has_rows", 0))
 
     def _own(self, w: Any, rest: Any) -> tuple[Any, Any]:
-        """(weight, bias or None) of the chosen rows; `rest` is [bias], [rows]."""
+        """(weight, bias or None) of the selected rows; `rest` is [bias], [rows]."""
         *bias, rows = rest if self.has_rows else (*rest, None)
         b = bias[0] if bias else None
         if rows is None:
@@ -80,7 +80,7 @@ class BoundColumnParallelLinear(LocalLinear):
         return F.linear(self.context.collectives.copy_to(x), w, b)
 
     def interval_propagate(self, *v: Any, C: Any = None, w: Any = None) -> tuple:
-        """Interval bounds of y_r, or of C y when `C` [B, S, n/p] (own features) is given."""
+        """Interval bounds of y_r, or of C y if `C` [B, S, n/p] (own features) is given."""
         tp = self.context.collectives
         lower, upper = tp.copy_to(v[0][0]), tp.copy_to(v[0][1])
         if isinstance(v[0], auto_lirpa.Interval):

@@ -1,7 +1,7 @@
-"""Operators on flat activations [B, n] that are linear: moved, joined, summed and scaled columns.
+"""Linear operators on flat activations [B, n]: move, join, sum and scale columns.
 
-All are exact for IBP and CROWN, replicated on every rank, and built of constants that are inputs
-of the graph: `index` and `group` are int64 vectors, `c` a vector of numbers.
+All are exact for IBP and CROWN and replicated on every rank. Their constants are inputs of the
+graph: `index` and `group` are int64 vectors, `c` is a vector of numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lirpa_megatron.operators.operator import Operator, boxed
 
 
 class _Linear(Operator, auto_lirpa.Bound):
-    """Base: y = M x (+ c), M with one row a column of y."""
+    """Base: y = M x (+ c), with one row of M for each column of y."""
 
     feature_dim = 0
 
@@ -25,7 +25,7 @@ class _Linear(Operator, auto_lirpa.Bound):
         raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
 
     def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images of the ends, in order; of the box around an L1 or L2 ball."""
+        """The ordered images of both ends; an L1 or L2 ball becomes the box around it."""
         lower, upper = boxed(v[0])
         rest = [constant[0] for constant in v[1:]]
         ends = self.forward(lower, *rest), self.forward(upper, *rest)
@@ -33,9 +33,9 @@ class _Linear(Operator, auto_lirpa.Bound):
 
 
 class BoundSelectColumns(_Linear):
-    """y = x[:, index]: x [B, n], index [m], y [B, m]; a column may be chosen often, or never.
+    """y = x[:, index]: x [B, n], index [m], y [B, m]; columns may be repeated or left out.
 
-    A_x is A_y added up at the columns chosen, zero elsewhere.
+    A_x is A_y summed up at the selected columns, zero elsewhere.
     """
 
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class BoundSumColumns(_Linear):
 
 
 class BoundJoinColumns(_Linear):
-    """y = [x_1 ... x_k] side by side: x_i [B, n_i], y [B, sum n_i]; A_x_i is its part of A_y."""
+    """y = [x_1 ... x_k] side by side: x_i [B, n_i], y [B, sum n_i]; A_x_i is a slice of A_y."""
 
     def forward(self, *x: torch.Tensor) -> torch.Tensor:
         return torch.cat(x, dim=-1)
@@ -128,7 +128,7 @@ class BoundDivideColumns(_Linear):
 
 
 class BoundPartsOfColumns(_Linear):
-    """Columns as T parts: x [B, T n], y [B, T, n]; A likewise."""
+    """Splits columns into T parts: x [B, T n], y [B, T, n]; A likewise."""
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
@@ -143,7 +143,7 @@ class BoundPartsOfColumns(_Linear):
 
 
 class BoundColumnsOfParts(_Linear):
-    """T parts side by side: x [B, T, n], y [B, T n]; A likewise."""
+    """Joins T parts: x [B, T, n], y [B, T n]; A likewise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1)

@@ -1,7 +1,7 @@
-"""What Column and Row share: products of A with the local weight shard.
+"""Shared by Column and Row: products of A with the local weight shard.
 
-Shapes: rows of A R (as the layout of A has it), B batch, ... token dimensions, o out, i in features
-of the local shard. Weight [o, i], bias [o], as in torch.nn.Linear.
+Shapes: R rows of A (see `crown.placement`), B batch, ... token dimensions, o output and i input
+features of the local shard. Weight [o, i], bias [o], as in torch.nn.Linear.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lirpa_megatron.operators.operator import Operator
 class LocalLinear(Operator, auto_lirpa.BoundLinear):
     """Base of the parallel linear operators: the host's BoundLinear on the local shard.
 
-    Inherits nothing silently that would take the shard for the whole matrix: forward mode, the
-    solver, Jacobians and perturbed weights are refused by name.
+    Inherited features that would mistake the shard for the whole matrix (forward mode, the solver,
+    Jacobians, perturbed weights) raise an error.
     """
 
     takes_identity = True
@@ -29,7 +29,7 @@ class LocalLinear(Operator, auto_lirpa.BoundLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.transB = 1  # [out, in]: the host leaves the weight as it is
+        self.transB = 1  # [out, in]: the host does not transpose the weight
         self.context: GraphContext = self.options["context"]
 
     def _refused(self, what: str) -> NotImplementedError:
@@ -58,8 +58,8 @@ class LocalLinear(Operator, auto_lirpa.BoundLinear):
             raise self._refused("perturbed weights")
 
     def weight_and_bias(self, visit: Visit) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight [o, i] and bias [o] or None that the visit's rows of A are multiplied with:
-        the local ones, or where weights move those of all ranks."""
+        """The weight [o, i] and bias [o] or None that multiply the visit's rows of A: the local
+        shard, or all ranks' shards if weights move."""
         self.check_unperturbed()
         weight, *bias = (_constant(x) for x in visit.inputs.views[1:])
         return weight, bias[0] if bias else None
@@ -67,9 +67,9 @@ class LocalLinear(Operator, auto_lirpa.BoundLinear):
     def of_columns(
         self, w: torch.Tensor, b: torch.Tensor | None, visit: Visit
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight and bias between the columns that A has here and those it has at the input.
+        """Restricts weight and bias to the columns of A here and at the input.
 
-        w [o, i] and b [o] -> [o', i'] and [o'], where a pass left out columns (`relu_sparsity`).
+        w [o, i] and b [o] -> [o', i'] and [o'], if a pass skips columns (`relu_sparsity`).
         """
         out, into = (visit.columns.get(name) for name in (self.name, visit.inputs[0].name))
         if out is not None:
@@ -90,28 +90,28 @@ class LocalLinear(Operator, auto_lirpa.BoundLinear):
 
 
 def _constant(x: InputView) -> torch.Tensor:
-    """A parameter's value; that of what a model computes of parameters, which has no bounds."""
+    """The value of a parameter, or of what a model computes from parameters only."""
     return x.value if x.lower is None or x.node.inputs else x.lower
 
 
 class BoundReplicatedLinear(LocalLinear):
     """nn.Linear, y = x W^T + b, everything replicated; x [B, ..., i], y [B, ..., o].
 
-    The host traces one without a bias, or one on tokens, as a matrix product (and a sum). That
-    product's IBP cannot take a specification on 0.3, and its backward pass bounds both factors and
-    builds the identity. As its BoundLinear it has none of these.
+    The host traces a layer without bias, or on tokens, as a matrix product (and a sum). On 0.3,
+    that product's IBP accepts no specification, and its backward pass bounds both factors and
+    builds the identity. BoundLinear has none of these problems.
     """
 
     exact_by_intervals = True
 
 
 def rows_of_weight(w: torch.Tensor, rows: torch.Tensor, A: IdentityRows) -> torch.Tensor:
-    """Rows of the identity at a linear layer's output, times its weight: nothing is multiplied.
+    """Rows of the identity at a linear layer's output times its weight, without a product.
 
     Args:
         w: [o, i].
         rows: indices into the flattened output [*tokens, o], [R].
-        A: the identity rows; their shape says how many tokens there are.
+        A: the identity rows; their shape gives the number of tokens.
 
     Returns:
         [R, B, *tokens, i]: row (t, f) has w[f] at token t and zero elsewhere.

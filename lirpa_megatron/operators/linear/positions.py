@@ -1,4 +1,4 @@
-"""Operators that only move or turn coordinates: rotary embedding, the choice of one position."""
+"""Operators that only move or rotate coordinates: rotary embedding, selecting one position."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lirpa_megatron.operators.operator import Operator, boxed
 
 
 class _Exact(Operator, auto_lirpa.Bound):
-    """Base: linear in its first input, so CROWN is exact. What is done to one rank's features is
-    done to those of all."""
+    """Base: linear in its first input, so CROWN is exact. All features are treated in the same way,
+    sharded or not."""
 
     feature_dim = 0
 
@@ -24,9 +24,9 @@ class _Exact(Operator, auto_lirpa.Bound):
 
 
 class BoundSelectPosition(_Exact):
-    """y = x[:, position]: x [B, S, h] -> y [B, h], or [B, 1, h]; replicated or sharded alike.
+    """y = x[:, position]: x [B, S, h] -> y [B, h], or [B, 1, h]; both replicated or both sharded.
 
-    A_x is A_y at that position and zero elsewhere. Exact for every bound.
+    A_x is A_y at that position and zero elsewhere. All bounds are exact.
     """
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -57,7 +57,7 @@ class BoundSelectPosition(_Exact):
 class BoundRotary(_Exact):
     """y = x cos + J x sin for each head (Su et al., 2021): x, y [B, S, heads * d], sharded.
 
-    cos and sin [S, r] turn the first r coordinates of each head in r/2 planes: coordinates
+    cos and sin [S, r] rotate the first r coordinates of each head in r/2 planes: coordinates
     (i, i + r/2), or (2i, 2i + 1) with `interleaved`. J takes (a, b) to (-b, a); its transpose is
     -J, so A_x = A_y cos - J (A_y sin): with sin the same for both coordinates of a plane, the
     rotation by the opposite angle.
@@ -88,7 +88,7 @@ class BoundRotary(_Exact):
         lower, upper, cos, sin = v[0][0], v[0][1], v[1][0], v[2][0]
         middle, half = (lower + upper) / 2, (upper - lower) / 2
         turned = self.forward(middle, cos, sin)
-        # J only swaps coordinates and signs: with |sin| and a sign that makes both terms add up.
+        # J only swaps coordinates and signs; with |sin|, both terms add up.
         swapped = self.forward(half, torch.zeros_like(cos), torch.ones_like(sin)).abs()
         kept = half.unflatten(-1, (self.heads, -1)).clone()
         r = cos.shape[-1]

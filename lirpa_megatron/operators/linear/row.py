@@ -32,14 +32,14 @@ class BoundRowParallelLinear(LocalLinear):
 
         A_x[..., r] = A_y W_r (for every row of A)          bias = <A_y, b>
 
-    In a spec-sharded pass the rows of all ranks are gathered first, because each rank has other
-    features for all of them; the lower and upper sides go as one. The bias is complete at each rank
-    for the rows it carries and is counted once. A start node here needs no gathering: every rank
-    knows which rows of the identity the others carry, and takes them from its W_r. Where weights
-    move (SPEC_SHARDED rows with all features of x) W is whole and nothing is gathered.
+    In a spec-sharded pass the rows of all ranks are gathered first (both sides in one collective),
+    because each rank computes its own features for all rows. Each rank's bias is complete for the
+    rows it carries and is counted once. If the layer is the start node, nothing is gathered: every
+    rank knows which rows of the identity the others carry, and takes them from its W_r. If weights
+    move (SPEC_SHARDED rows with all features of x), W is whole and nothing is gathered.
 
     IBP: midpoint and deviation are sums over features, so the sum over ranks of W_r m_r -+ |W_r|
-    d_r is the bound of the whole layer; b is added once. A zero-width interval stays one.
+    d_r bounds the whole layer; b is added once. A zero-width interval keeps zero width.
     """
 
     sharding = Sharding.JOINS
@@ -59,7 +59,7 @@ class BoundRowParallelLinear(LocalLinear):
         return y if b is None else y + b
 
     def interval_propagate(self, *v: Any, C: Any = None, w: Any = None) -> tuple:
-        """Interval bounds of y, or of C y when `C` [B, S, h] is given."""
+        """Interval bounds of y, or of C y if `C` [B, S, h] is given."""
         norm = auto_lirpa.Interval.get_perturbation(v[0])[0]
         if norm != float("inf"):
             raise self._refused(f"IBP straight from an L{norm} ball on its sharded input")

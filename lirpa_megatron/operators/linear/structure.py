@@ -1,18 +1,17 @@
-"""Operators that move, repeat, join or add up the numbers of each sample: linear, so exact.
+"""Operators that move, repeat, join or sum numbers within each sample: linear, so exact.
 
     Rearrange   y[b, i] = x[b, index[i]]          reshape, slice, gather, transpose, pad, ...
     Sum         y[b, i] = scale * sum_k x[b, ...]  sum and mean over dimensions other than the batch
     Concat      y[b] = [x_1[b] ... x_n[b]]         along a dimension other than the batch
 
-All coefficients are at least 0, so IBP takes lower bounds of lower bounds, upper of upper ones,
-and is exact for each number by itself. CROWN's A_x is the transposed map of A_y. Degenerate and
-infinite intervals pass through unchanged; nothing is added to what the arithmetic of a sum rounds.
+All coefficients are nonnegative, so IBP maps lower bounds to lower bounds and upper to upper
+bounds; it is exact for each output number. CROWN's A_x is the transposed map of A_y. Degenerate and
+infinite intervals pass through unchanged; sums get no rounding margin.
 
-A perturbation set that reaches the operator directly (an L1 or L2 ball) becomes the box around it
-in IBP.
+In IBP, an L1 or L2 ball at the model's input becomes the box around it.
 
-Sharded values (the rank's own features on the last dimension) go through where the last dimension
-stays what it is; `sharded_nodes` refuses the others.
+Sharded values (the rank's own features on the last dimension) are allowed if the last dimension is
+unchanged; `sharded_nodes` refuses other cases.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from lirpa_megatron.operators.operator import Operator, boxed
 
 
 class _Structure(Operator, auto_lirpa.Bound):
-    """Base: what is done to one rank's features is done to those of all.
+    """Base: all features are treated in the same way, sharded or not.
 
     Attributes:
-        boxes_balls: IBP takes a ball straight from the input for the box around it.
-        keeps_features: whether the last dimension is the same before and after, number by number.
+        boxes_balls: IBP replaces a ball at the model's input by the box around it.
+        keeps_features: whether the last dimension is unchanged.
     """
 
     feature_dim = -1
@@ -60,14 +59,14 @@ class _Structure(Operator, auto_lirpa.Bound):
 class BoundRearrange(_Structure):
     """y[b].flatten()[i] = x[b].flatten()[index[i]], y [B, *shape].
 
-    Attributes of the graph's node: `shape` of y without the batch; `features`: 1 where the last
-    dimension of x and y is the same, and index is one of the dimensions before it; `batched`: 0 for
-    a constant, which has no batch, so that the map is of all its dimensions.
+    Attributes of the graph's node: `shape`, the shape of y without the batch; `features`, 1 if x
+    and y have the same last dimension and index addresses only the dimensions before it; `batched`,
+    0 for a constant without a batch, where the map covers all dimensions.
 
-    Inputs: x; index [prod(shape)] int64 where numbers change places, without which it is a reshape;
-    an index one past the last number stands for `fill` (padding).
+    Inputs: x; index [prod(shape)] int64 if numbers change places (otherwise a reshape). An index
+    one past the last number stands for `fill` (padding).
 
-    Backward: A_x adds up A_y at index. Padded places add fill times their A_y to the bias.
+    Backward: A_x is A_y summed up at index. Padding adds fill times its A_y to the bias.
     """
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -82,7 +81,7 @@ class BoundRearrange(_Structure):
         return self._moved(x, index, first)
 
     def _moved(self, x: torch.Tensor, index: torch.Tensor | None, first: int) -> torch.Tensor:
-        """The map on the dimensions from `first` on (but the last, where features stay)."""
+        """The map on the dimensions from `first` on (not the last, if features are unchanged)."""
         last = (x.shape[-1],) if self.keeps_features else ()
         shape = self.shape[:-1] if self.keeps_features else self.shape
         x = x.reshape(*x.shape[:first], -1, *last)
@@ -126,9 +125,9 @@ class BoundRearrange(_Structure):
 
 
 class BoundSum(_Structure):
-    """y = scale * sum of x over `dims`: x [B, ...]; kept as 1, or dropped without `keepdim`.
+    """y = scale * sum of x over `dims`: x [B, ...]; `dims` stay with size 1 if `keepdim`.
 
-    Backward: A_x is scale A_y, the same at all places that were added up.
+    Backward: A_x is scale A_y, broadcast over `dims`.
     """
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -161,9 +160,9 @@ class BoundSum(_Structure):
 
 
 class BoundConcat(_Structure):
-    """y = the inputs side by side along `dim` (not the batch); constants may have a batch of 1.
+    """y = the inputs concatenated along `dim` (not the batch); constants may have a batch of 1.
 
-    Backward: each input gets its slice of A_y; a constant's goes into the bias.
+    Backward: each input gets its slice of A_y; a constant's slice contributes to the bias.
     """
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -213,7 +212,7 @@ class BoundConcat(_Structure):
 
 
 def check_alike(node: auto_lirpa.Bound, sharded: Sequence[bool], where: str) -> None:
-    """Refuses values of the model's input of which some are sharded and some are not."""
+    """Refuses a mix of sharded and replicated values."""
     of_inputs = [s for x, s in zip(node.inputs, sharded, strict=True) if x.from_input]
     if len(set(of_inputs)) > 1:
         raise NotImplementedError(
@@ -223,9 +222,9 @@ def check_alike(node: auto_lirpa.Bound, sharded: Sequence[bool], where: str) -> 
 
 
 class BoundOfConstants(_Structure):
-    """What a model computes of its parameters, buffers and constants: a value without bounds.
+    """A value that a model computes from its parameters, buffers and constants only; no bounds.
 
-    Attribute of the graph's node: `call`, the place of the function in `GraphContext.calls`.
+    Attribute of the graph's node: `call`, the function's index in `GraphContext.calls`.
     """
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -234,7 +233,7 @@ class BoundOfConstants(_Structure):
         self.never_perturbed = True
 
     def check_sharded(self, sharded: Sequence[bool], where: str) -> None:
-        """Nothing: constants of every kind are computed as the model does."""
+        """Checks nothing: any constants are allowed."""
 
     def forward(self, *x: torch.Tensor) -> torch.Tensor:
         return self.call(*x)

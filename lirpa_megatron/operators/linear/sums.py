@@ -1,11 +1,10 @@
-"""Sums of two values and products with constants, number by number: linear, so exact.
+"""Elementwise sums of two values and products with constants: linear, so exact.
 
-    Combine   y = s a + t b     s and t numbers; b of the inputs or a constant
-    Scale     y = c a           c a constant
+    Combine   y = s a + t b     s and t are numbers; b may be a constant
+    Scale     y = c a           c is a constant
 
-The host has operators for these too, but tells the batch of a constant by its shape. Here values of
-the inputs have the same shape [B, *shape], and constants whatever shape broadcasts to it, as in
-torch.
+The host has such operators too, but it guesses from a constant's shape whether it has a batch. Here
+values have the same shape [B, *shape], and constants any shape that broadcasts to it, as in torch.
 
 ==========  ==================================  ==============================================
 tensor      shape                               on the ranks
@@ -15,9 +14,9 @@ b           [B, *shape], constants broadcast    as a; constants of sharded value
 A           [R, B, *shape]                      in the layout of the node
 ==========  ==================================  ==============================================
 
-IBP: s a + t b with the end of a and b that the sign of s and t calls for; likewise c a. Rounding
-apart they are exact, infinite ends included (0 times an infinite end is 0).
-CROWN: A_a = s A and A_b = t A, the bias t <A, b> of a constant; A_a = c A.
+IBP: s a + t b, with the ends of a and b chosen by the signs of s and t; c a likewise. Exact up to
+rounding, including infinite ends (0 times an infinite end is 0).
+CROWN: A_a = s A and A_b = t A, or the bias t <A, b> for a constant b; A_a = c A.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lirpa_megatron.operators.operator import Operator, boxed
 
 class _Linear(Operator, auto_lirpa.Bound):
     boxes_balls = True
-    """IBP takes an L1 or L2 ball straight from the input for the box around it."""
+    """IBP replaces an L1 or L2 ball at the model's input by the box around it."""
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""Margins of target tokens over other tokens: differences of logits, formed before bounding them.
+"""Margins of target tokens over other tokens: differences of logits, formed before bounding.
 
-The difference of two bounds would add up the looseness of both; the bound of a difference,
-y = (w_t - w_j) x, is one row of weights. No rank needs the others' rows but those of the targets.
+The difference of two bounds would add the looseness of both, whereas y = (w_t - w_j) x is bounded
+as one row of weights. From other ranks, a rank only needs the rows of the targets.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Margins(Operator, auto_lirpa.Bound):
     y         [B, m]          or [B, T, m] for shared targets
     ========  ==============  =====================================================
 
-    The operator is linear in x, there is no relaxation. With s the sum of A_y over j:
+    The operator is linear in x, so there is no relaxation. With s the sum of A_y over j:
 
         A_x = s w_t - A_y W          bias = s b_t - <A_y, b>
 
     IBP is exact for each y[b, j]: with D_j = w_t - w_j it is D_j m -+ |D_j| d + b_t - b_j for
-    midpoint m and half-width d. Only the rows w_t are fetched (an all-reduce of B or T rows).
+    midpoint m and half-width d. Only the rows w_t are communicated (an all-reduce of B or T rows).
     """
 
     weight_shards = slice(1, None)
@@ -50,15 +50,15 @@ class Margins(Operator, auto_lirpa.Bound):
         self.shared, self.has_bias = bool(attr["shared"]), bool(attr["has_bias"])
 
     def _others(self, shard: torch.Tensor, rest: Sequence[torch.Tensor]) -> torch.Tensor:
-        """w_j (or b_j) of the m tokens: [m, ...]; `rest` are the inputs after the targets."""
+        """w_j (or b_j) of the m tokens: [m, ...]; `rest` holds the inputs after the targets."""
         raise NotImplementedError
 
     def _enter(self, x: torch.Tensor, own_rows: bool = False) -> torch.Tensor:
-        """copy_to for a replicated value where each rank makes something else of it.
+        """Applies copy_to to a replicated value if each rank uses it differently.
 
         Args:
             x: the value.
-            own_rows: whether a backward pass uses it, on rows that are the rank's own.
+            own_rows: whether a backward pass uses it on the rank's own rows.
         """
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class Margins(Operator, auto_lirpa.Bound):
         return tables if bias else [*tables, (None, None)]
 
     def _values(self, inputs: OperatorInputs) -> list[torch.Tensor]:
-        """Weights and ids; refuses perturbed ones."""
+        """Values of weights and ids; refuses perturbed ones."""
         if any(self.is_input_perturbed(i) for i in range(1, len(self.inputs))):
             raise NotImplementedError(f"{type(self).__name__}: only the features may be perturbed")
         return [x.value for x in inputs.views[1:]]
@@ -89,7 +89,7 @@ class Margins(Operator, auto_lirpa.Bound):
         lower, upper = self._enter(v[0][0]), self._enter(v[0][1])
         middle, half = (lower + upper) / 2, (upper - lower) / 2
         centers, deviations = [], []
-        for t in range(len(wt)):  # differences for one target at a time: they are as many as W
+        for t in range(len(wt)):  # one target at a time: its differences are as large as W
             D, own = wt[t] - w, slice(None) if self.shared else slice(t, t + 1)
             center = F.linear(middle[own], D)
             centers.append(center if b is None else center + (bt[t] - b))
@@ -131,10 +131,10 @@ class Margins(Operator, auto_lirpa.Bound):
 
 
 class BoundVocabularyMargins(Margins):
-    """Margins over the whole vocabulary: each rank those over its own tokens, y_r [B, (T,) V/p].
+    """Margins over the whole vocabulary, each rank's over its own tokens: y_r [B, (T,) V/p].
 
-    x and w_t get f (`copy_to`): each rank uses them for other tokens. A_x and the bias are this
-    rank's terms of sums that the pass takes; a start node's own rows are complete.
+    x and w_t pass `copy_to`, because each rank uses them for different tokens. A_x and the bias are
+    this rank's terms of sums that the pass computes; a start node's own rows are complete.
     """
 
     sharding = Sharding.SPLITS
@@ -147,10 +147,10 @@ class BoundVocabularyMargins(Margins):
 
 
 class BoundTokenMargins(Margins):
-    """Margins over a list of tokens, replicated: y [B, (T,) m]. Their rows are fetched too.
+    """Margins over a list of tokens, replicated: y [B, (T,) m]. Their rows are communicated too.
 
-    The ids of the list are the last input. In a spec-sharded pass each rank uses all rows for its
-    own A: they get f there.
+    The list's ids are the last input. In a spec-sharded pass each rank applies all rows to its own
+    A, so they pass `copy_to` there.
     """
 
     sharding = Sharding.REPLICATED
