@@ -1,1 +1,1 @@
-"""Scores, softmax and weighted values."""
+"""Attention scores, softmax, and weighted values."""

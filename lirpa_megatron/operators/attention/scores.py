@@ -19,20 +19,20 @@ _LARGEST = 1e15
 
 @dataclass(frozen=True)
 class _Products:
-    """What is known of queries and keys, for all rows of A alike; split into heads."""
+    """What all rows of A share about queries and keys, split into heads."""
 
     q0: torch.Tensor
-    """Centers of the queries, [B, g, n/g, T, d]."""
+    """Centers of queries, [B, g, n/g, T, d]."""
     k0: torch.Tensor
-    """Of the keys, [B, g, 1, T, d]."""
+    """Centers of keys, [B, g, 1, T, d]."""
     rq: torch.Tensor | None
-    """How far they can be from there; None for rows without alpha."""
+    """Largest deviations from the centers; None for rows without alpha."""
     rk: torch.Tensor | None
     low: torch.Tensor
     """Range of <dq, dk>, [B, g, n/g, T, T]."""
     high: torch.Tensor
     box: torch.Tensor | None
-    """<rq, rk>, the largest that |<dq, dk>| can be on the boxes."""
+    """<rq, rk>, the largest |<dq, dk>| on the boxes."""
 
 
 class BoundScores(RowRelaxed):
@@ -51,11 +51,11 @@ class BoundScores(RowRelaxed):
 
         <q, k> = <q0, k> + <q, k0> - <q0, k0> + <dq, dk>.
 
-    The first three are linear. <dq, dk> lies in [low, high] for each pair of positions: from the
-    boxes, -+ sum_d |dq_d| |dk_d|, and from the affine forms of q and k, whose deviations come from
-    one input (`product_range`); both hold, so their intersection does. q0 and k0 are the
-    forms' centers, else the boxes' midpoints. (The planes through the midpoints are the mean of
-    McCormick's.)
+    The first three are linear. For each pair of positions <dq, dk> lies in [low, high], the
+    intersection of two ranges: -+ sum_d |dq_d| |dk_d| from the boxes, and the range from the affine
+    forms of q and k, whose deviations come from one input (`product_range`). q0 and k0 are the
+    forms' centers if the forms are known, otherwise the boxes' midpoints. (The planes through the
+    midpoints are the mean of McCormick's planes.)
 
     **Alpha** [B, n, T, T], a number m in [-1, 1] for each row and pair, mixes this plane with
     McCormick's two (`mccormick`) of the boxes |dq| <= rq, |dk| <= rk, each below <dq, dk>:
@@ -64,8 +64,8 @@ class BoundScores(RowRelaxed):
 
     and above it (1 - |m|) high + |m| <rq, rk> + m (<rk, dq> - <rq, dk>).
 
-    **IBP.** The same with boxes. Zero-width boxes give the exact plane. Bounds beyond 1e15 or NaN
-    give s its plane through 0 and an infinite remainder where A is not 0.
+    **IBP.** The same with boxes. Zero-width boxes give the exact plane. Bounds that are NaN or
+    beyond 1e15 give an infinite remainder where A is not 0.
     """
 
     reads_form = frozenset({0, 1})
@@ -93,7 +93,7 @@ class BoundScores(RowRelaxed):
         return (q @ k.transpose(-1, -2)).flatten(-4, -3) * self.scale
 
     def relaxation(self, inputs: OperatorInputs) -> _Products:
-        """What rows share."""
+        """See `_Products`."""
         boxes = [mask_overflow(x.lower, x.upper, _LARGEST) for x in inputs.views]
         forms = [x.form for x in inputs.views]
         if None in forms:

@@ -1,4 +1,4 @@
-"""Bounds of softmax and log-softmax on their own."""
+"""Bounds of softmax and log-softmax outside attention."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from lirpa_megatron.operators.operator import boxed
 from lirpa_megatron.operators.relaxed import RowRelaxed
 
 _FAR = 500.0
-"""Deviations of scores beyond this are taken as unbounded: e^(x - y) must be a float32 number."""
+"""Larger deviations of scores are treated as unbounded: e^(x - y) must not overflow float32."""
 
 
 class _OverOneDimension(RowRelaxed):
-    """Of one input x [B, *shape], along the dimension `dim` (negative), which no rank has a part
-    of alone."""
+    """Base: one input x [B, *shape], along the dimension `dim` (negative), which is not sharded."""
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(attr, *args, **kwargs)
@@ -53,19 +52,19 @@ class _OverOneDimension(RowRelaxed):
 
 @dataclass(frozen=True)
 class _Weights:
-    """Along the last dimension, n numbers each."""
+    """What all rows of A share, along the last dimension of size n."""
 
     center: torch.Tensor
     p0: torch.Tensor
     """Softmax of the center."""
     dl: torch.Tensor
     du: torch.Tensor
-    """Range of delta; 0 where `loose`."""
+    """Range of delta is [dl, du]; 0 where `loose`."""
     down: torch.Tensor
     up: torch.Tensor
-    """How far the weights can be below and above p0."""
+    """The weights lie in [p0 - down, p0 + up]."""
     loose: torch.Tensor
-    """Where the range of x is infinite, or too wide: [..., 1]."""
+    """Where the range of x is infinite or too wide: [..., 1]."""
 
 
 class BoundSoftmax(_OverOneDimension):
@@ -78,7 +77,7 @@ class BoundSoftmax(_OverOneDimension):
     A_y, A_x    [R, B, *shape]    in the layout of the node
     ==========  ================  =========================================
 
-    **CROWN.** That of `BoundSoftmaxValues` with unit vectors as values: for a row a of A_y,
+    **CROWN.** As `BoundSoftmaxValues` with unit vectors as values: for a row a of A_y,
     m the center of x's box, p0 = softmax(m), delta_j = (x_j - m_j) - sum_k p0_k (x_k - m_k),
 
         c_j = a_j - sum_k p0_k a_k,     phi_j = e^delta_j - 1 - delta_j >= 0,
@@ -89,17 +88,17 @@ class BoundSoftmax(_OverOneDimension):
         G = sum_j p0_j c_j delta_j = sum_j p0_j c_j (x_j - m_j).
 
     The first two terms are the plane; the quotient is bounded from below with its denominator
-    (`softmax.quotient`). The other plane is constant: p - p0 lies in [-down, up] (`weight_box`)
-    and sums to 0, so <a, y> >= sum p0 a - sum_j max(up_j (mu - c_j), down_j (c_j - mu)) for every
-    mu; and <a, y> >= min a. Without alpha the better one is taken at the center; alpha
-    [B, *shape without dim] mixes them, for each row. Knowing the row, all coordinates are relaxed
-    together: the sum of y is 1 in these bounds, up to rounding (bounds for each coordinate as in
-    Wei et al., *Convex bounds on the softmax function*, AISTATS 2023, lose that).
+    (`softmax.quotient`). A second plane is constant: p - p0 lies in [-down, up] (`weight_box`) and
+    sums to 0, so <a, y> >= sum p0 a - sum_j max(up_j (mu - c_j), down_j (c_j - mu)) for every mu;
+    and <a, y> >= min a. Without alpha, the plane that is better at the center is used; alpha
+    [B, *shape without dim] mixes both, for each row. All coordinates are relaxed together for a
+    given row, so these bounds respect sum y = 1 up to rounding (bounds for each coordinate, as in
+    Wei et al., *Convex bounds on the softmax function*, AISTATS 2023, do not).
 
     **IBP**: the exact range of each weight over the box.
 
     **Degenerate.** Zero width: the value, up to rounding. Infinite or very wide: the constant
-    plane; a range without bounds has weights in [0, 1].
+    plane; with an infinite range, weights lie in [0, 1].
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +116,7 @@ class BoundSoftmax(_OverOneDimension):
 
     def relaxation(self, inputs: OperatorInputs) -> _Weights:
         l, u = self._last(inputs[0].lower), self._last(inputs[0].upper)
-        # Where bounds are not finite, p0 is still to be some weights.
+        # Where bounds are not finite, p0 must still be valid weights.
         l, u, wild = mask_overflow(l, u, torch.finfo(l.dtype).max / 64)
         center = l / 2 + u / 2
         p0 = torch.softmax(center, -1)
@@ -164,20 +163,20 @@ class BoundSoftmax(_OverOneDimension):
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of log sum exp along the last dimension."""
+    """The relaxation of log sum exp along the last dimension."""
 
     center: torch.Tensor
     half: torch.Tensor
-    """Half of the width of x's box; 0 where `wild`."""
+    """Half of the box's width; 0 where `wild`."""
     top: torch.Tensor
-    """Its largest upper end: [..., 1]."""
+    """The largest upper end of x: [..., 1]."""
     k: torch.Tensor
     b: torch.Tensor
     """e^(x_j - top) <= k_j x_j + b_j."""
     most: torch.Tensor
-    """log sum exp of the upper ends, [..., 1]."""
+    """Log sum exp of the upper ends, [..., 1]."""
     wild: torch.Tensor
-    """[..., 1], where a bound is not finite."""
+    """Where a bound is not finite: [..., 1]."""
 
 
 class BoundLogSoftmax(_OverOneDimension):
@@ -189,11 +188,11 @@ class BoundLogSoftmax(_OverOneDimension):
         e^(x_j - M) <= k_j x_j + b_j (the chord, M the largest upper end),
         L <= M + log s + (sum_j (k_j x_j + b_j) - s) / s     for every s > 0,
 
-    as the logarithm is concave (Wei et al., *Convex bounds on the softmax function*, AISTATS 2023),
-    with s the chords' sum at t; or the constant L(u), where that is less at the center. t is the
-    center without alpha, and alpha [B, *shape] moves it to the faces of the box.
+    because the logarithm is concave (Wei et al., *Convex bounds on the softmax function*, AISTATS
+    2023), with s the chords' sum at t; or the constant L(u), if that is smaller at the center. t is
+    the center without alpha; alpha [B, *shape] moves it to the faces of the box.
 
-    **IBP**: exact for each coordinate: least at its own lower end and the others' upper ones.
+    **IBP**: exact for each coordinate: smallest at its own lower end and the others' upper ends.
 
     **Degenerate.** Zero width: the value, up to rounding. Infinite bounds: -infinity where S reads
     them.
@@ -249,7 +248,7 @@ class BoundLogSoftmax(_OverOneDimension):
         constant = ~(at_center <= x.most)
         above = torch.where(constant, x.most, above)
         slope = torch.where(constant, 0.0, slope)
-        # -S L: with the plane above L where S > 0, else with the one below.
+        # -S L: uses the plane above L if S > 0, otherwise the one below.
         plane = torch.where(S > 0, slope, p)
         level = torch.where(S > 0, above, below)
         size = (plane * (x.center.abs() + x.half)).sum(-1, keepdim=True) + level.abs() + 1
@@ -260,7 +259,7 @@ class BoundLogSoftmax(_OverOneDimension):
 
 
 def _others(x: torch.Tensor) -> torch.Tensor:
-    """log sum exp of the other numbers along the last dimension; -infinity where there are none."""
+    """Log sum exp of the other numbers along the last dimension; -infinity if there are none."""
     pad = torch.full_like(x[..., :1], -float("inf"))
     ahead = torch.cat((pad, torch.logcumsumexp(x, -1)[..., :-1]), -1)
     behind = torch.logcumsumexp(x.flip(-1), -1).flip(-1)

@@ -1,4 +1,4 @@
-"""Attention's second half: the softmax of the scores, masked, times the values."""
+"""The second half of attention: masked softmax of the scores, times the values."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from lirpa_megatron.operators.relaxed import RowRelaxed
 
 _LARGEST = 1e15
 _FAR = 40.0
-"""Scores that can move further than this give weights anywhere in [0, 1]."""
+"""If scores can move further than this, weights are only bounded by [0, 1]."""
 
 
 @dataclass
 class _Rows:
-    """What is known of the weights p_ij and values v_j, for all rows of A alike."""
+    """What all rows of A share about weights p_ij and values v_j."""
 
     s0: torch.Tensor
     """Clean scores, [B, n, T, T]; 0 where masked."""
     p0: torch.Tensor
-    """Their softmax."""
+    """Softmax of the clean scores."""
     dl: torch.Tensor
     """t_ij - t0_ij >= dl, t = s - sum_k p0_ik s_k; 0 where masked."""
     du: torch.Tensor
     down: torch.Tensor
-    """p0 - least p."""
+    """p0 - min p."""
     up: torch.Tensor
     loose: torch.Tensor
-    """[B, n, T], queries whose weights may be anywhere: dl and du are of no use."""
+    """[B, n, T], queries whose weights are unrestricted: dl and du must not be used."""
     fixed: torch.Tensor
     """[B, n, T], queries whose keys are all masked: their weights do not depend on s."""
     undefined: torch.Tensor
@@ -50,21 +50,21 @@ class _Rows:
     """[B, n, T, d]."""
     dv: torch.Tensor
     wild: torch.Tensor
-    """Where dv is not finite."""
+    """Where dv is infinite or NaN."""
     pairs: Pairs | None
     score_reach: torch.Tensor | None
-    """max |A u| of the scores' form; [B, n, T, T]."""
+    """max |A u| of the scores' form, [B, n, T, T]."""
     score_rest: torch.Tensor | None
-    """Its slack and the distance of its center from t0."""
+    """The form's slack plus the distance of its center from t0."""
     shared: int
-    """Query heads that share a key/value group."""
+    """Number of query heads that share a key/value group."""
 
 
 class BoundSoftmaxValues(RowRelaxed):
     """y_i = sum_j p_ij v_j, p = softmax of s over the keys j that are not masked.
 
-    (As written here there are T queries; with the attribute `query` there is one, at that
-    position: s is [B, n, 1, T] and y [B, 1, n d], and of the mask only its row counts.)
+    (The shapes below are for T queries. With the attribute `query` there is only the query at that
+    position: s is [B, n, 1, T], y is [B, 1, n d], and only this row of the mask is used.)
 
     ======  ====================  ================================================
     tensor  shape                 on the ranks
@@ -76,15 +76,15 @@ class BoundSoftmaxValues(RowRelaxed):
     A_y     [R, B, T, n d]        REPLICATED, GATHERED or BLOCK (`crown.placement`)
     ======  ====================  ================================================
 
-    **Masks.** Masked scores are `fill`. With -inf the entry is left out, exactly; a query without
-    keys is NaN in the model and -inf..inf here. With Megatron's -10000 a query whose keys are all
-    masked has the constant weights 1/T; any other leaves masked keys out, whose weight is below
-    e^-200 if some score is at least fill + 200 (that is checked against the bounds; where it does
-    not hold the weights may be anything).
+    **Masks.** Masked scores are replaced by `fill`. With -inf, masked keys are left out exactly; a
+    query whose keys are all masked is NaN in the model and has bounds -inf..inf here. With
+    Megatron's -10000, such a query has the constant weights 1/T. For all other queries masked keys
+    are left out: their weight is below e^-200 if some score is at least fill + 200. This is checked
+    against the bounds; if it fails, the weights are unrestricted.
 
     **CROWN.** For head and query i let a be A_y's part, p0 the softmax of the clean scores s0,
-    delta_j = (s_j - s0_j) - sum_k p0_k (s_k - s0_k), and v_j = v0_j + dv_j. Both softmax and delta
-    are blind to a common shift of s, and sum p0 delta = 0. With
+    delta_j = (s_j - s0_j) - sum_k p0_k (s_k - s0_k), and v_j = v0_j + dv_j. A common shift of s
+    changes neither softmax nor delta, and sum p0 delta = 0. With
 
         c_j = <a, v0_j> - sum_k p0_k <a, v0_k>          w_j = <a, dv_j> - sum_k p0_k <a, dv_k>
         phi_j = e^delta_j - 1 - delta_j >= 0            Phi = sum_j p0_j phi_j
@@ -94,31 +94,32 @@ class BoundSoftmaxValues(RowRelaxed):
         <a, y> = sum_j p0_j <a, v_j> + G + sum_j p0_j phi_j (c_j + w_j - G) / (1 + Phi),
         G = sum_j p0_j delta_j (c_j + w_j).
 
-    The first sum is linear in v, sum_j p0_j c_j delta_j is linear in s; they are the plane.
-    What is left is bounded from below:
+    The first sum is linear in v, and sum_j p0_j c_j delta_j is linear in s; these make the plane.
+    The rest is bounded from below:
 
-    - sum_j p0_j delta_j w_j: by the range of delta_j times that of w_j, or by the product of their
-      affine forms in the model's input (`affine.products.Pairs`), which is about half of that;
+    - sum_j p0_j delta_j w_j: by the range of delta_j times the range of w_j, or by the product of
+      their affine forms in the model's input (`affine.products.Pairs`), which is about half of it;
     - the quotient: phi_j lies in [0, phi(ends)], so it is at least minus
       max sum P_j f_j H_j / (1 + sum P_j f_j) over 0 <= f_j <= 1, with H_j an upper bound of
       G - c_j - w_j (`softmax.quotient`). The denominator keeps it bounded for wide scores.
 
-    Where it is better, a plane that does not depend on s is taken: p - p0 lies in [-down, up] and
-    sums to 0, so sum_j (p_j - p0_j)(c_j + w_j) >= -sum_j max(up_j [mu - c_j]+, down_j [c_j - mu]+)
-    for every mu, less sum_j |p_j - p0_j| |w_j|. The weights' box comes from the score's intervals
-    and the simplex. It bounds y by the hull of the values however wide the scores are.
+    If it is better, a plane that does not depend on s is used: p - p0 lies in [-down, up] and sums
+    to 0, so sum_j (p_j - p0_j)(c_j + w_j) >= -sum_j max(up_j [mu - c_j]+, down_j [c_j - mu]+)
+    - sum_j |p_j - p0_j| |w_j| for every mu. The weights' box comes from the scores' intervals and
+    the simplex. This bounds y by the hull of the values, however wide the scores are.
 
-    **Alpha** [B, n, T], for each row, head and query, moves from the plane of the two that is taken
-    without it towards the other: the planes are mixed, w times the one plus 1 - w times the other.
+    **Alpha** [B, n, T], for each row, head and query, mixes the two planes, starting from the one
+    that is used without alpha: w times one plane plus 1 - w times the other.
 
-    delta's range comes from a pass of its own, with the rows e_ij - sum_k p0_ik e_ik (BoundedModule
-    bounds the scores with them); without it, from the scores' box.
+    delta's range comes from a separate pass with the rows e_ij - sum_k p0_ik e_ik (BoundedModule
+    bounds the scores with them), or from the scores' box if there is no such pass.
 
-    **IBP.** Weights' intervals from those of the scores, with sum p = 1 used once: y = v* + sum
-    p_j (v_j - v*), v* the mean of the values' midpoints over the keys that some query sees.
+    **IBP.** The weights' intervals follow from those of the scores, and sum p = 1 is used once:
+    y = v* + sum p_j (v_j - v*), where v* is the mean of the values' midpoints over the keys that
+    some query sees.
 
     **Degenerate.** One key: y = v, exactly. Zero-width scores: linear in v with the right weights.
-    Infinite or NaN bounds: the plane without s; infinite values give -inf where A reads them.
+    Infinite or NaN bounds: the plane without s; infinite values give -inf where A is not 0.
     """
 
     reads_form = frozenset({1})
@@ -147,7 +148,7 @@ class BoundSoftmaxValues(RowRelaxed):
         return x.transpose(-2, -3).flatten(-2)
 
     def _masks(self, mask: torch.Tensor) -> torch.Tensor:
-        """Where the scores that there are count as masked."""
+        """The mask, restricted to the queries that exist."""
         return (mask if self.query < 0 else mask[:, :, self.query : self.query + 1]) != 0
 
     def forward(self, s: torch.Tensor, v: torch.Tensor, mask: Any = None) -> torch.Tensor:
@@ -163,13 +164,13 @@ class BoundSoftmaxValues(RowRelaxed):
         return self._masks(self.value_of(2)).expand(s.shape)
 
     def clean_weights(self) -> torch.Tensor:
-        """p0 [B, n, T, T]: the softmax of the clean scores over what is not masked."""
+        """p0 [B, n, T, T]: softmax of the clean scores over unmasked keys."""
         return masked_softmax(self.value_of(0), self.masked())
 
     # --------------------------------------------------------------------- CROWN
 
     def relaxation(self, inputs: OperatorInputs) -> _Rows:
-        """What rows share."""
+        """See `_Rows`."""
         s, v = inputs[0], inputs[1]
         masked, s0, p0 = self.masked(), self.value_of(0), self.clean_weights()
         empty = masked.all(-1)
@@ -180,7 +181,7 @@ class BoundSoftmaxValues(RowRelaxed):
             best = s.lower.masked_fill(masked, -float("inf")).amax(-1)
             unsure = ~empty & ~(best >= self.fill + 200)
             loose = loose | unsure
-            masked = masked & ~unsure.unsqueeze(-1)  # these keys may matter
+            masked = masked & ~unsure.unsqueeze(-1)  # their masked keys may have weight
         still = masked | (empty | loose).unsqueeze(-1)
         dl = dl.clamp(max=0).masked_fill(still, 0)
         du = du.clamp(min=0).masked_fill(still, 0)
@@ -213,10 +214,10 @@ class BoundSoftmaxValues(RowRelaxed):
         )
 
     def _keys_of_interest(self, pairs: torch.Tensor) -> list[int]:
-        """For each query, how many keys to look at, the same on every rank.
+        """For each query, how many of the first keys matter; the same on every rank.
 
         Args:
-            pairs: [B, n, T, U], whether a query's key is of interest.
+            pairs: [B, n, T, U], whether a query's key matters.
         """
         places = torch.arange(1, pairs.shape[-1] + 1, device=pairs.device)
         keys = (pairs * places).amax((0, 1, 3)).clamp(min=1)
@@ -256,10 +257,10 @@ class BoundSoftmaxValues(RowRelaxed):
         W, first = self._reach(a, x)
         rest = self._tangent_rest(c, g, W, first, x)
         flat_rest = self._flat_rest(c, W, x)
-        # The plane with s is preferred while it is not clearly worse: it goes on to the input.
+        # The plane with s is preferred unless it is clearly worse: it depends on the input.
         gain = (g.clamp(min=0) * x.du + g.clamp(max=0) * x.dl).sum(-1)
         flat = ~(rest + gain / 2 <= flat_rest) | x.loose
-        share = exact((~flat).to(g.dtype))  # of the plane with s
+        share = exact((~flat).to(g.dtype))  # share of the plane with s
         if move is not None:
             share = clamp_through(share + move, 0, 1)
             share = torch.where(x.loose | ~(rest < float("inf")), 0.0, share)
@@ -300,7 +301,7 @@ class BoundSoftmaxValues(RowRelaxed):
     def _tangent_rest(
         c: torch.Tensor, g: torch.Tensor, W: torch.Tensor, first: torch.Tensor, x: _Rows
     ) -> torch.Tensor:
-        """How far <a, y> can lie below the tangent plane, [R, B, n, T]."""
+        """How far <a, y> can be below the tangent plane, [R, B, n, T]."""
         furthest = torch.maximum(x.du, -x.dl)
         G = (g.clamp(min=0) * x.du + g.clamp(max=0) * x.dl).sum(-1, keepdim=True)
         G = G + (x.p0 * furthest * W).sum(-1, keepdim=True)
@@ -309,7 +310,7 @@ class BoundSoftmaxValues(RowRelaxed):
 
     @staticmethod
     def _flat_rest(c: torch.Tensor, W: torch.Tensor, x: _Rows) -> torch.Tensor:
-        """How far <a, y> can lie below the plane that does not depend on s, [R, B, n, T]."""
+        """How far <a, y> can be below the plane that does not depend on s, [R, B, n, T]."""
         move = x.up + x.down
         total = move.sum(-1, keepdim=True).clamp(min=1e-12)
         furthest = torch.maximum(x.up, x.down)
@@ -349,8 +350,8 @@ class BoundSoftmaxValues(RowRelaxed):
 
 
 def _of_other_rows(s: InputView, s0: torch.Tensor, p0: torch.Tensor) -> torch.Tensor | float:
-    """What delta is off where the pass of t had weights p that rounding makes differ from p0:
-    sum |p - p0| |s - s0|, and 1 - p, rounded, for its own key. 0 where rounding does not count."""
+    """Error of delta if the pass for t used weights p that differ from p0 by rounding:
+    sum |p - p0| |s - s0|, and the rounding of 1 - p for its own key. 0 without outward rounding."""
     if not isinstance(s0, Near):
         return 0.0
     reach = most(torch.maximum(s.upper - s0, s0 - s.lower))

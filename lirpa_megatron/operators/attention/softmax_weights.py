@@ -8,34 +8,35 @@ from lirpa_megatron.arithmetic.near import chosen, maybe_nonzero
 
 
 def masked_softmax(s: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Softmax over the keys that are not masked; uniform where all are."""
+    """Softmax over unmasked keys; uniform if all keys are masked."""
     none = masked.all(-1, keepdim=True)
     return torch.softmax(s.masked_fill(masked & ~none, -float("inf")).masked_fill(none, 0.0), -1)
 
 
 def phi(z: torch.Tensor) -> torch.Tensor:
-    """An upper bound of e^z - 1 - z: Taylor's remainder z^2/2 e^(z+), or the function itself."""
+    """An upper bound of e^z - 1 - z: Taylor's remainder z^2/2 e^(z+), or the value itself."""
     series = z.square() / 2 * z.clamp(min=0).exp()
     direct = (torch.expm1(z) - z) + 4 * torch.finfo(z.dtype).eps * (z.abs() + torch.expm1(z).abs())
     return torch.minimum(series, direct.clamp(min=0))
 
 
 def _outward(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor) -> tuple:
-    """Back to the dtype of `like`, with its rounding allowed for, within [0, 1]."""
+    """Converts to the dtype of `like`, rounded outwards and clamped to [0, 1]."""
     eps = 8 * torch.finfo(like.dtype).eps
     low, high = (low * (1 - eps)).to(like.dtype), (high * (1 + eps)).to(like.dtype)
     return low.clamp(0, 1), high.clamp(0, 1)
 
 
 def _others(e: torch.Tensor) -> torch.Tensor:
-    """Sums without each key's own; not total - e, which cancels where a key outweighs the rest."""
+    """For each key, the sum of all others. (total - e would cancel if one key dominates.)"""
     ahead = torch.nn.functional.pad(e, (1, 0))[..., :-1].cumsum(-1)
     behind = torch.nn.functional.pad(e, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
     return ahead + behind
 
 
 def _from_exponentials(el: torch.Tensor, eu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """p_j = e_j / (e_j + the others) for e in [el, eu], float64; then the simplex."""
+    """Range of p_j = e_j / (e_j + the others) for e in [el, eu], in float64, tightened by the
+    simplex."""
     low = el / (_others(eu) + el).clamp(min=1e-300)
     others = _others(el)
     both = others + eu
@@ -55,7 +56,7 @@ def weight_box(
     total = 1 + (p * torch.maximum(phi(l), phi(u))).sum(-1, keepdim=True)
     low, high = _from_exponentials(el, eu)
     low, high = torch.maximum(low, el / total), torch.minimum(high, eu)
-    # A key of weight 0 stays there.
+    # A key of weight 0 keeps weight 0.
     some = maybe_nonzero(p)
     low, high = _outward(torch.where(some, low, 0.0), torch.where(some, high, 0.0), p0)
     return torch.minimum(low, p0), torch.maximum(high, p0)
@@ -80,10 +81,10 @@ def weight_interval(
 def quotient(H: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """An upper bound of max sum_j P_j f_j H_j / (1 + sum_j P_j f_j) over 0 <= f_j <= 1, and of 0.
 
-    The maximum is the root of F(theta) = theta, F(theta) = sum_j P_j [H_j - theta]+, because a
-    value theta is reached exactly if sum_j P_j f_j (H_j - theta) >= theta for some f. F falls and
-    is convex, so Newton's steps from 0 rise towards the root, and F of a point left of the root
-    lies right of it.
+    The maximum is the root of F(theta) = theta with F(theta) = sum_j P_j [H_j - theta]+, because a
+    value theta is attained if and only if sum_j P_j f_j (H_j - theta) >= theta for some f. F is
+    decreasing and convex, so Newton's method from 0 approaches the root from the left, and F at a
+    point left of the root lies right of the root.
     """
     theta = torch.zeros_like(H[..., :1])
     for _ in range(4):

@@ -42,7 +42,6 @@ that leaves the domain or contains a pole has no line: the bounds are infinite. 
 finite, and intercepts are never NaN.
 
 Lines are differentiable in lo, hi and alpha; t1 and t2 by the implicit function theorem.
-
 Shapes: lo, hi [B, *shape]; lines [B, *shape] for all rows, or [R, B, *shape] for each row.
 """
 
@@ -356,9 +355,8 @@ class Relaxation:
     @torch.no_grad()
     def _far_lines(self, sign: int) -> Pair:
         """(slope, intercept) if an end is infinite or f overflows: a constant, or the slope k of an
-        asymptote if f is unbounded but f(x) - k x is bounded.
-
-        Constants, because derivatives of infinite bounds are undefined.
+        asymptote if f is unbounded but f(x) - k x is bounded. No gradients: those of infinite
+        bounds are undefined.
         """
         curve, (lo, hi) = self.curve, self._given
         outside = curve.outside(lo, hi)

@@ -21,12 +21,12 @@ from lirpa_megatron.parallel.round_robin import RoundRobinTensors
 
 @dataclass(frozen=True)
 class _Normalized:
-    """What is known of the vectors, for all rows of A alike."""
+    """What all rows of A share: the vectors, gamma and beta."""
 
     parts: list[Vectors]
-    """All vectors, or those of one position after the other."""
+    """All vectors together, or one entry for each position."""
     dealt: RoundRobinTensors | None
-    """The parts' coefficients where every rank keeps some of them; the parts have none then."""
+    """The parts' coefficients if each rank keeps only some of them; the parts then have none."""
     gamma: torch.Tensor
     """[d]."""
     beta: torch.Tensor | None
@@ -43,19 +43,19 @@ class BoundNorm(NormPlanes, RowRelaxed):
     A_y, A_x      [R, B, ..., groups d]  the layout of y (`crown.placement`)
     ============  =====================  =====================================================
 
-    P takes the mean off (LayerNorm) or is the identity (RMSNorm); each of `groups` equal parts is
-    normalised by itself (the norms of queries and keys).
+    P subtracts the mean (LayerNorm) or is the identity (RMSNorm). Each of `groups` equal parts is
+    normalised separately (the norms of queries and keys).
 
-    **CROWN.** For a row let w = P (gamma * A). Then <gamma * A, z> = <w, x>, and what needs a plane
-    is the scalar s r with s = <w, x>. Around any c, with z0 = P c, x = c + dx, s0 = <w, z0>,
-    ds = <w, dx>, and t = <z0, dx>:
+    **CROWN.** For a row let w = P (gamma * A). Then <gamma * A, z> = <w, x>, and only the scalar s
+    r with s = <w, x> needs a relaxation. Around any c, with z0 = P c, x = c + dx, s0 = <w, z0>, ds
+    = <w, dx>, and t = <z0, dx>:
 
         |z|^2 = q0 + 2 t + n,   q0 = |z0|^2,   0 <= n <= N = sum_i max dx_i^2,
 
-    because |P dx| <= |dx|. f(q) = (q/d + eps)^(-1/2) falls and is convex, so with r0 = f(q0)
+    because |P dx| <= |dx|. f(q) = (q/d + eps)^(-1/2) is decreasing and convex, so with r0 = f(q0)
 
-    - below: r >= f(q1 + 2 t) >= its tangent at any t, at t = 0 without alpha, q1 = q0 + N;
-    - above: r <= min(f(q0 + 2 t), f(q_least)) <= its chord over the t that can be.
+    - below: with q1 = q0 + N, r >= f(q1 + 2 t) >= its tangent at any t (at t = 0 without alpha);
+    - above: r <= min(f(q0 + 2 t), f(q_least)) <= its chord over the range of t.
 
     q_least and q_most come from t's range and from the triangle inequality
     | |z0| - N^(1/2) | <= |z| <= |z0| + N^(1/2); q >= 0 always, so r never meets a negative
@@ -63,8 +63,8 @@ class BoundNorm(NormPlanes, RowRelaxed):
 
         s r = r0 s + (s0 + m_s) dr + ds' dr,   dr = r - r0,   ds' = ds - m_s in [-S, S].
 
-    The second term takes the line above or below, by its sign. The product is linearised in one of
-    two ways, for each row and vector the one with the smaller error:
+    The second term uses the line above or below, depending on its sign. The product is linearised
+    in one of two ways; for each row and vector, the one with the smaller error is used:
 
     - dr = m + dr', |dr'| <= D (the range of r):  ds' dr >= m ds' - S D;
     - dr = k t + rho, k the slope below (k <= 0), t = m_t + t', rho = m_rho + rho', |rho'| <= D_rho:
@@ -72,36 +72,36 @@ class BoundNorm(NormPlanes, RowRelaxed):
           ds' dr >= (k m_t + m_rho) ds' + k max(ds' t') - S D_rho.
 
       ds' and t' are linear in the same dx, and for every lambda > 0
-      ds' t' <= (lambda ds' + t'/lambda)^2 / 4, whose range is that of one linear form: about half
-      of the product of the two ranges, when the two are independent. lambda^2 = T/S.
+      ds' t' <= (lambda ds' + t'/lambda)^2 / 4, which is bounded by the range of one linear form:
+      about half of the product of the two ranges if they are independent. lambda^2 = T/S.
 
-    **Alpha** [.., groups, 2], two numbers in [-1, 1] for each row and vector, any of which is
-    sound: the first mixes McCormick's planes of the product, which replaces ds' dr' >= -S D by
-    ds' dr' >= -S D - a (D ds' + S dr') (ds' rho' likewise); the second moves the point t of the
-    tangent below from 0 to the ends of t's range.
+    **Alpha** [.., groups, 2], two numbers in [-1, 1] for each row and vector, all of them sound.
+    The first one, a, mixes McCormick's planes of the product: ds' dr' >= -S D becomes ds' dr' >= -S
+    D - a (D ds' + S dr') (ds' rho' likewise). The second one moves the point t of the tangent below
+    from 0 to the ends of t's range.
 
-    Where s > 0 and r's range is wide, as in a margin behind the last norm,
+    If s > 0 and r's range is wide, as for a margin after the last norm,
 
         s r >= r_least s + s_least k (t - t_most)
 
-    is better, k <= 0 the slope of the tangent at t_most, where that ends at r_least (else k = 0).
-    It is taken where its least value over all that is known is the larger one.
+    is better, where k <= 0 is the slope of the tangent at t_most if that ends at r_least (otherwise
+    k = 0). It is used if its minimum over the known ranges is larger.
 
-    S and t's range are those over the box of x and over the affine form of x in the model's input
-    (`affine.form`), which knows how x's coordinates go together. The form's slacks are those of
-    single coordinates, and <|w|, slack> is much more than w itself leaves open; so t is bounded by
-    a row of its own as well (`directions`), and in the pass of a few rows of the output so is s.
-    Where the plane is worse even than
-    -sqrt(d) |w| <= s r on all of the box (wide inputs), that constant is taken, with A_x = 0.
+    S and t's range are computed over the box of x and over the affine form of x in the model's
+    input (`affine.form`), which captures how x's coordinates depend on each other. The form has one
+    slack for each coordinate, and <|w|, slack> is much larger than the true remainder of <w, x>.
+    Therefore a separate row bounds t (`directions`), and in a pass of few rows also s. If the plane
+    is worse than -sqrt(d) |w| <= s r on all of the box (wide inputs), that constant is used, with
+    A_x = 0.
 
-    **IBP.** Each z_i r within [z_i's interval times r's], and |z_i r| <= sqrt(d) (sqrt(d - 1) for
+    **IBP.** z_i r lies in z_i's interval times r's, and |z_i r| <= sqrt(d) (sqrt(d - 1) for
     LayerNorm, whose z sums to 0).
 
     **Degenerate.** A zero-width box gives the tangent plane at its point, exact in value; q0 = 0
-    (a constant vector) is safe by eps > 0. Infinite or NaN bounds give the constants.
+    (a constant vector) is safe because eps > 0. Infinite or NaN bounds give the constants.
 
-    The idea of relaxing <w, z> r as a whole is this project's; the McCormick step for ds' dr is
-    that of bilinear terms (McCormick, 1976).
+    Relaxing <w, z> r as a whole is this project's idea; the bound of ds' dr is McCormick's for
+    bilinear terms (1976).
     """
 
     reads_form = frozenset({0})
@@ -130,7 +130,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
         return *self.inputs[0].lower.shape[:-1], self.groups, 2
 
     def relaxation(self, inputs: OperatorInputs) -> _Normalized:
-        """The vectors in parts that fit a processor's cache, and gamma and beta."""
+        """The vectors, in parts that fit a processor's cache, with gamma and beta."""
         x, known = inputs[0], inputs.directions
         boxes = [self._split(z) for z in (x.lower, x.upper, x.value)]
         form = None if x.form is None else x.form.split(self._d)
@@ -148,16 +148,16 @@ class BoundNorm(NormPlanes, RowRelaxed):
         return _Normalized(parts, dealt, inputs[1].value, beta)
 
     def directions(self) -> torch.Tensor:
-        """z0, one for each vector of x: rows that are worth a pass; [1, B, vectors, d]."""
+        """z0 for each vector of x, [1, B, vectors, d]: a pass bounds <z0, x>."""
         z0 = self._project(self._split(self.value_of(0)))
         return z0.flatten(1, -2).unsqueeze(0)
 
     def of_vectors(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, B, vectors, ...] of `directions` -> [B, *lead, ...]."""
+        """Maps [1, B, vectors, ...], as in `directions`, to [B, *lead, ...]."""
         return x[0].unflatten(1, (*self.inputs[0].output_shape[1:-1], self.groups))
 
     def wanted_rows(self, A: LowerUpper, visit: Visit) -> list[torch.Tensor]:
-        """w, one for each row and vector of x: with its range s = <w, x> is known better."""
+        """w for each row and vector of x: a pass tightens the range of s = <w, x>."""
         gamma = self.relaxation_at(visit).gamma
         return [
             self._project(self._split(rows) * gamma).flatten(2, -2)
@@ -170,7 +170,8 @@ class BoundNorm(NormPlanes, RowRelaxed):
         return math.prod(self.output_shape[1:]) // self._d * form_columns
 
     def _is_in_parts(self, form: AffineForm, call: CallState) -> bool:
-        """Whether a form is used position by position: a large one, and one that ranks share."""
+        """Whether a form is processed position by position: if it is large, or shared by the
+        ranks."""
         A = form.A
         if A.numel() > self.context.tuning.whole_form.get(A.device.type, math.inf):
             return True
@@ -183,14 +184,14 @@ class BoundNorm(NormPlanes, RowRelaxed):
         return False
 
     def _is_dealt(self, positions: int) -> bool:
-        """Whether ranks may share the form of so many positions."""
+        """Whether the ranks may share a form with this many positions."""
         return not self.context.is_sharded(self) and 1 < self.context.collectives.size <= positions
 
     def _keep(self, parts: list[Vectors], call: CallState) -> RoundRobinTensors | None:
-        """Copies what the parts need of a form that is let go, without its columns of zeros.
+        """Copies what the parts need from a form that will be freed, without its columns of zeros.
 
         Returns:
-            The parts' coefficients where every rank keeps some of them; the parts have none then.
+            The parts' coefficients if each rank keeps only some of them; the parts then have none.
         """
         if call.rereads:
             return None
@@ -209,7 +210,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
         return dealt
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
-        """See `RowRelaxed`. Brings together the form's coefficients that the rows of A reach."""
+        """See `RowRelaxed`. Gathers the coefficients of the positions that the rows of A reach."""
         shared = self.relaxation_at(visit)
         parts, dealt = shared.parts, shared.dealt
         if dealt is None:
@@ -244,7 +245,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
                 own = A.narrow(2, t, 1)
                 moved = None if move is None else move.narrow(2, t, 1)
                 s = None if known is None else known.at(2, t)
-            if not torch.is_grad_enabled() and not own.any():  # what a causal mask keeps from it
+            if not torch.is_grad_enabled() and not own.any():  # 0 because of a causal mask
                 found.append((torch.zeros_like(own), exact(own.new_zeros(own.shape[:-1]))))
                 continue
             found.append(self._plane(self._project(own * gamma), x, moved, s))

@@ -1,6 +1,6 @@
-"""The planes of LayerNorm and RMSNorm: <w, z> times what the length of z makes of it.
+"""The planes of LayerNorm and RMSNorm: <w, z> r, where r depends on the length of z.
 
-`norm.BoundNorm` says what is derived here, in its words.
+The derivation and its notation are in the docstring of `norm.BoundNorm`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from lirpa_megatron.operators.affine.ranges import Deviations, Line, off_clean
 from lirpa_megatron.operators.numerics import dot, intersect, mask_overflow, safe_root
 
 LARGEST = 1e15
-"""Coordinates beyond this are not squared in float32; only |z r| <= sqrt(d) is used then."""
+"""Larger coordinates are not squared (float32 would overflow); only |z r| <= sqrt(d) is used
+then."""
 
 
 @dataclass
 class Vectors:
-    """What is known of the vectors x = c + dx, for all rows alike: [*lead] or [*lead, d]."""
+    """What all rows share about the vectors x = c + dx: [*lead] or [*lead, d]."""
 
     c: torch.Tensor
-    """Any point; the clean value."""
+    """The clean value (any point would be sound)."""
     dx: Deviations
     z0: torch.Tensor
     r0: torch.Tensor
     r_least: torch.Tensor
     r_most: torch.Tensor
     below: tuple[torch.Tensor, torch.Tensor]
-    """(slope, intercept) of a line in t below r - r0: the tangent of f(q1 + 2 t) at t = 0."""
+    """(slope, intercept) of a line in t below r - r0: the tangent of f(q1 + 2 t) - r0 at t = 0."""
     q1: torch.Tensor
     tl: torch.Tensor
     tu: torch.Tensor
@@ -42,13 +43,14 @@ class Vectors:
     """r - r0 - (slope below) t."""
     rho_half: torch.Tensor
     wild: torch.Tensor
-    """Where a bound is so large that nothing of the above holds."""
+    """Where a bound is so large that the values above are invalid."""
     t_line: Line | None = None
-    """t in the model's input, [1, *lead]."""
+    """t as a function of the model's input, [1, *lead]."""
 
 
 class NormPlanes:
-    """For an operator with `eps`, `rms` (no mean is taken off) and `_d`, the length of a vector."""
+    """Mixin for an operator with `eps`, `rms` (the mean is not subtracted) and vector length
+    `_d`."""
 
     eps: float
     rms: bool
@@ -66,7 +68,7 @@ class NormPlanes:
     ) -> Vectors:
         """Everything about r that rows share: [..., groups, d] -> [..., groups].
 
-        `known` is of <z0, x>.
+        `known` bounds <z0, x>.
         """
         l, u, wild = mask_overflow(l, u, LARGEST)
         wild = wild.any(-1)
@@ -93,7 +95,7 @@ class NormPlanes:
         found.r_most, found.r_least = self._r(least), self._r(torch.maximum(least, most))
         found.q1, found.tl, found.tu = q0 + N, tl, tu
         found.below = slope, _ = self._tangent(found, nothing)
-        # Above: the chord of f(q0 + 2t), from where it passes r_most.
+        # Above: the chord of f(q0 + 2t), starting where it crosses r_most.
         start = torch.minimum(torch.maximum(tl, (least - q0) / 2), tu)
         f_start = torch.minimum(self._r((q0 + 2 * start).clamp(min=0)), found.r_most)
         f_end = self._r((q0 + 2 * tu).clamp(min=0))
@@ -112,7 +114,7 @@ class NormPlanes:
         return found
 
     def _tangent(self, x: Vectors, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slope, intercept) in t of the tangent of f(q1 + 2 t) - r0 at a point."""
+        """(slope, intercept) in t of the tangent of f(q1 + 2 t) - r0 at a given t."""
         q = (x.q1 + 2 * t).clamp(min=0)
         f = self._r(q)
         slope = -f / (q + self._d * self.eps)
@@ -123,7 +125,7 @@ class NormPlanes:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The plane below <w, x> r for w [R, *lead, d]: coefficients of x, constant [R, *lead].
 
-        `known` is of <w, x>.
+        `known` bounds <w, x>.
         """
         s0 = dot(w, x.z0)
         line = x.dx.line(w)
@@ -142,14 +144,14 @@ class NormPlanes:
         slope = slope + torch.where(k >= 0, k * below[0], k * x.above[0])
         const = const + torch.where(k >= 0, k * below[1], k * x.above[1]) - m * m_s + x.r0 * s0
         unsure = doubt(k)
-        if unsure is not None:  # the sign of k may be the other one
+        if unsure is not None:  # the rounded k may have the wrong sign
             apart = below[1].abs() + x.above[1].abs()
             reach = torch.maximum(x.tl.abs(), x.tu.abs())
             const = const - unsure * (apart + (below[0].abs() + x.above[0].abs()) * reach)
         coef = (x.r0 + m).unsqueeze(-1) * w + slope.unsqueeze(-1) * x.z0
 
         worst = const + x.dx.box(coef)[0]
-        # What becomes of a row must not depend on other rows.
+        # A row's result must not depend on other rows.
         positive = surely_positive(s0 + least)
         if torch.is_grad_enabled() or positive.any():
             k, turn, offset, straight = self._one_sided(s0, least, line, x)
@@ -173,11 +175,11 @@ class NormPlanes:
 
         Args:
             s0: [R, *lead].
-            least: of ds.
-            line: of ds.
+            least: minimum of ds.
+            line: line of ds in the model's input.
 
         Returns:
-            (coefficient of ds, of t, constant, the least value of the plane), each [R, *lead].
+            (coefficient of ds, of t, constant, minimum of the plane), each [R, *lead].
         """
         above, r = (s0 + least).clamp(min=0), x.r_least
         slope, intercept = self._tangent(x, x.tu)
