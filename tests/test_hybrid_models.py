@@ -39,10 +39,9 @@ def test_bounds_are_those_of_one_device_and_no_point_violates_them(name):
     one = ranks.pool(1).run(case_bounds, name, torch.float64)[0]
     two = ranks.pool(2).run(case_bounds, name, torch.float64)[0]
     check_same(one, two, torch.float64)
-    for eps in (0.003, 0.3):
-        gaps, _ = ranks.pool(1).run(attacked, name, eps, torch.float64)[0]
-        for method, gap in gaps.items():
-            assert gap < 1e-12, (method, eps)
+    gaps, _ = ranks.pool(1).run(attacked, name, 0.05, torch.float64)[0]
+    for method, gap in gaps.items():
+        assert gap < 1e-12, method
 
 
 def test_a_gpt_and_the_same_weights_as_a_hybrid_model_have_the_same_bounds():
