@@ -69,7 +69,8 @@ class RankPool:
     """`size` processes in groups of `tp` tensor-parallel ranks."""
 
     def __init__(self, size: int, tp: int | None = None) -> None:
-        store = str(Path(tempfile.mkdtemp()) / "store")
+        self.folder = tempfile.TemporaryDirectory()
+        store = str(Path(self.folder.name) / "store")
         self.children = [fork(rank, _serve, rank, size, tp or size, store) for rank in range(size)]
         self.pipes = [child.pipe for child in self.children]
 
