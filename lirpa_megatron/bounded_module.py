@@ -16,15 +16,18 @@ import torch
 from torch import nn
 
 from lirpa_megatron.adapters.plain.functions import traced_functions
-from lirpa_megatron.adapters.traceable import collectives_of, traceable
+from lirpa_megatron.adapters.stages import LaterStage, check_place, config_of, pipeline_of
+from lirpa_megatron.adapters.traceable import collectives_of, device_of, traceable
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.crown import alpha
 from lirpa_megatron.crown.alpha_rows import alpha_start_nodes
 from lirpa_megatron.crown.auto_method import cheaper_first
 from lirpa_megatron.crown.clean_output_check import check_outputs
+from lirpa_megatron.crown.clean_values import value_at
+from lirpa_megatron.crown.final_pass import bound_final
 from lirpa_megatron.crown.intermediate_bounds import Intermediate
-from lirpa_megatron.crown.live_check import LiveCheck
+from lirpa_megatron.crown.live_check import LiveCheck, plain
 from lirpa_megatron.crown.options import (
     OwnOptions,
     check_compute_bounds,
@@ -36,16 +39,18 @@ from lirpa_megatron.crown.options import (
 )
 from lirpa_megatron.crown.row_schedule import RowSchedule
 from lirpa_megatron.crown.sharded_nodes import mark_sharded
+from lirpa_megatron.crown.stages import GraphOfStage, Stages
 from lirpa_megatron.operators import custom_operators, cut_with_range
 from lirpa_megatron.operators.context import CallState, GraphContext
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.parameters import own_value, widened
 from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.pipeline import guard
 from lirpa_megatron.problem.perturbations import check_perturbations, described, enclose_balls
 from lirpa_megatron.rounding.outward import Outward
 
 
-class BoundedModule(auto_lirpa.HostBoundedModule):
+class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
     """Bounds on the outputs of a model over a set of inputs; the model may be sharded.
 
     The constructor and `compute_bounds` take auto_LiRPA's arguments. Every rank of the
@@ -82,9 +87,23 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
         custom_ops: Mapping[str, type] | None = None,
     ) -> None:
         own, host_opts = OwnOptions.split(bound_opts)
-        context = GraphContext(collectives_of(model), self.get_forward_value, own.tuning)
-        with spmd.guard(context.collectives.group, "BoundedModule"):
+        pipeline = pipeline_of(model)
+        stages = None if pipeline is None else Stages(pipeline)
+        context = GraphContext(
+            collectives_of(model), self.get_forward_value, own.tuning,
+            below=None if stages is None else stages.below,
+        )
+        with guard(pipeline, context.collectives.group, "BoundedModule"):
             check_options(host_opts)
+            object.__setattr__(self, "pipeline", pipeline)
+            object.__setattr__(self, "stages", stages)
+            if stages is not None:
+                check_place(model, pipeline)
+                stages.check_alike(
+                    {"bound_opts": text_of(host_opts), "options": repr(own), **config_of(model)},
+                    own.rounding == "outward",
+                )
+                global_input = stages.example(global_input)
             object.__setattr__(self, "own_options", own)
             object.__setattr__(self, "context", context)
             object.__setattr__(self, "sharded", context.sharded)
@@ -107,8 +126,9 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                     traced_functions(facade, global_input, operators, context.calls)
                 )
                 super().__init__(
-                    facade, global_input, bound_opts=opts,
-                    device=_device_of(model, global_input) if device == "auto" else device,
+                    facade if context.below is None else LaterStage(facade), global_input,
+                    bound_opts=opts,
+                    device=device_of(model, global_input) if device == "auto" else device,
                     verbose=verbose,
                     custom_ops=operators,
                 )
@@ -117,6 +137,8 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 mark_sharded(self._modules.values(), context.collectives.size)
             )
             object.__setattr__(self, "schedule", RowSchedule(self))
+            if stages is not None:
+                stages.attach(self)
             object.__setattr__(self, "intermediate", Intermediate(self))
             outward = own.rounding == "outward"
             object.__setattr__(self, "rounding", Outward(self) if outward else None)
@@ -127,6 +149,8 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 live = LiveCheck(model, facade, context.collectives, own.check_live_every)
                 object.__setattr__(self, "live", live)
                 live.at_example(self, global_input)
+            if stages is not None:
+                stages.pass_on(value_at(self, plain(global_input, self.device)))
 
     # ----------------------------------------------------------------- the graph
 
@@ -216,10 +240,10 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
             self.live.begin(x, self._in_training(), self.own_options.check_live)
         if str(kwargs.get("method")).lower() == "auto":
             once = contextlib.nullcontext() if self.live is None else self.live.once()
-            with spmd.guard(group, "compute_bounds"), once:
+            with guard(self.pipeline, group, "compute_bounds"), once:
                 return cheaper_first(self, x, aux, C, kwargs)
-        guard = spmd.guard(group, "compute_bounds")
-        with guard, auto_lirpa.running(x or ()), full_precision(self.device):
+        everyone = guard(self.pipeline, group, "compute_bounds")
+        with everyone, auto_lirpa.running(x or ()), full_precision(self.device):
             kwargs = auto_lirpa.translate_compute_bounds(kwargs)
             check_compute_bounds(kwargs)
             kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
@@ -229,26 +253,35 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 "the specification C": str(tuple(C.shape)) if own_C else C,
                 "a keyword argument": text_of(kwargs),
             }
-            if x is not None:
-                values |= described(x)
+            values |= {} if x is None else described(x)
             spmd.check_replicated(
                 group, values, "every rank must pass the same; broadcast it from rank 0"
             )
-            if x is not None:
-                check_perturbations(self, x, kwargs["method"])
+            check_perturbations(self, x or (), kwargs["method"])
+            if self.stages is not None:
+                if C is not None:
+                    values["the specification C"] = str(tuple(C.shape[:2]))
+                x = self.stages.begin(x, values, kwargs)
             if self.live is not None and self.live.due:
                 self.live.unchanged()
             final = self._final(kwargs)
-            check_output(final, self.sharded[final.name], C, kwargs["method"])
+            if self.has_output:
+                check_output(final, self.sharded[final.name], C, kwargs["method"])
             if self.rounding is not None:
                 x = self.rounding.begin(x, kwargs)
-            if not alpha.is_of_use(self, final, x):
+            of_use = alpha.is_of_use(self, final, x)
+            if self.stages is not None:
+                of_use = self.stages.any_stage("alpha is of use", of_use)
+            if not of_use:
                 kwargs["method"] = alpha.same_without(kwargs["method"])
-            with self._calling(kwargs["method"], C is None) as call:
+            asking = contextlib.nullcontext() if self.stages is None else self.stages.asking()
+            with self._calling(kwargs["method"], C is None) as call, asking:
+                if not self.has_output:
+                    C = self.stages.placeholder(x)
                 C = self._identity(x, final) if C is None else C
                 bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
                 lower, upper = without_nan(*bounds[:2])
-                if call.final_is_identity:
+                if call.final_is_identity and self.has_output:
                     lower, upper = alpha.shaped(final, lower, upper)
                     if self.rounding is None and not kwargs.get("return_A"):
                         lower, upper = cut_with_range(final, lower, upper)
@@ -257,7 +290,14 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
                 in_training = call.method == "IBP" and self._in_training()
                 cut = any(kwargs.get(name) for name in auto_lirpa.GIVEN_BOUNDS)
                 C = None if call.final_is_identity else C
-                check_outputs(self, final, C, lower, upper, not in_training and not cut)
+                if self.below is not None and self.live is not None and self.live.due:
+                    self.live.inputs = (self.below.value, *x[1:])
+                check_outputs(
+                    self, final, C, lower, upper,
+                    self.has_output and not in_training and not cut,
+                )
+                if self.stages is not None:
+                    lower, upper = self.stages.handed_out((lower, upper))
                 return (lower, upper, *bounds[2:])
 
     @contextlib.contextmanager
@@ -329,59 +369,26 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
 
     def has_alpha(self, start: auto_lirpa.Bound) -> bool:
         """Whether the present call's passes from a start node have alpha, or will have."""
-        if self.call.method != "CROWN-Optimized":
-            return False
-        return start.name == self.final_node_name or self.intermediate.has_alpha
+        has = start.name == self.final_node_name or self.intermediate.has_alpha
+        return self.call.method == "CROWN-Optimized" and has
 
-    def IBP_general(self, node: auto_lirpa.Bound, C: Any = None, **kwargs: Any) -> Any:
-        """The host's IBP, which merges C with the last linear layer, also through a gather.
-
-        Args:
-            node: the node to bound.
-            C: [B, S, features of the node], or None.
-            **kwargs: as in auto_LiRPA.
-        """
+    def _ibp(self, node: auto_lirpa.Bound, C: Any = None, **kwargs: Any) -> Any:
+        """`IBP_general` of one stage."""
         if self.call.method is not None and self.call.final_is_identity:
             C = None  # see `_identity`
         x = node.inputs[0] if getattr(node, "identity_starts_at_input", False) else None
+        host = auto_lirpa.HostBoundedModule.IBP_general
         if C is not None and getattr(x, "merges_own_specification", False):
-            return super().IBP_general(x, self.context.collectives.split_features(C), **kwargs)
+            return host(self, x, self.context.collectives.split_features(C), **kwargs)
         merged = C is not None and isinstance(node, auto_lirpa.BoundLinear)
         if C is not None and self.rounding is not None and not merged:
-            return self.rounding.merged(super().IBP_general(node, **kwargs), C)
-        return super().IBP_general(node, C, **kwargs)
+            return self.rounding.merged(host(self, node, **kwargs), C)
+        return host(self, node, C, **kwargs)
 
     def backward_general(self, *args: Any, **kwargs: Any) -> Any:
         """The host's entry for the final node; see `compute_bounds` for shapes."""
-        call = auto_lirpa.backward_call(args, kwargs)
-        final, tp = call.node, self.context.collectives
-        identity = self.call.final_is_identity and final.name == self.final_node_name
-        C = None if identity else call.C.transpose(0, 1).to(self.schedule.dtype)
-        shape, S = final.output_shape[1:], self.schedule.rows_of(final, C)
-        spec_sharded = self._final_spec_sharded(final, identity, S)
-        bounds = self.schedule.run(final, C, spec_sharded, call.lower, call.upper, directions=True)
-        if not (self.sharded[final.name] and identity):
-            # Replicated: what the alpha loop decides from them is decided by one rank's values.
-            bounds.lower, bounds.upper = (
-                None if b is None else spmd.broadcast_tensor(b, tp.group)
-                for b in (bounds.lower, bounds.upper)
-            )
-        if self.call.method == "CROWN-Optimized":
-            bounds.lower, bounds.upper = (
-                alpha.tied(self, b) for b in (bounds.lower, bounds.upper)
-            )
-        # The host's alpha loop is of bounds [B, S]; `compute_bounds` gives them their shape.
-        flat = self.call.method == "CROWN-Optimized" or math.prod(shape) != S
-        lower, upper = bounds.shaped((S,) if flat else shape)
+        lower, upper = bound_final(self, auto_lirpa.backward_call(args, kwargs))
         return (lower, upper, self.A_dict) if self.return_A else (lower, upper)
-
-    def _final_spec_sharded(self, final: auto_lirpa.Bound, identity: bool, S: int) -> bool:
-        if self.context.collectives.size == 1:
-            return False
-        if self.sharded[final.name]:
-            return identity  # each rank its own features; a C is summed over them
-        choice = self.own_options.final_rows
-        return choice == "own" or (choice == "auto" and S > self.own_options.whole_rows_limit)
 
     def get_alpha_crown_start_nodes(
         self, node: auto_lirpa.Bound, c: Any = None, share_alphas: bool = False,
@@ -391,9 +398,3 @@ class BoundedModule(auto_lirpa.HostBoundedModule):
         return alpha_start_nodes(
             self, node, c, share_alphas or share_slopes, final_node_name or self.final_name
         )
-
-
-def _device_of(model: nn.Module, inputs: Any) -> torch.device:
-    """Where the model is, or its first input."""
-    tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    return next(iter([*model.parameters(), *tensors])).device

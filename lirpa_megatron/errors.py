@@ -16,6 +16,10 @@ class RemoteRankError(SPMDError):
     """Another tensor-parallel rank failed; the message carries that rank's error."""
 
 
+class StageError(RemoteRankError):
+    """A rank of another pipeline stage failed; the message carries that rank's error."""
+
+
 class BoundsError(ArithmeticError):
     """Bounds exclude the model's own output: too much rounding, or an error in a bound."""
 

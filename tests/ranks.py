@@ -37,7 +37,7 @@ class Outcome:
     """Its traceback."""
 
 
-def _serve(pipe: Any, rank: int, size: int, tp: int, store: str) -> None:
+def _serve(pipe: Any, rank: int, size: int, tp: int, pp: int, store: str) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -49,7 +49,7 @@ def _serve(pipe: Any, rank: int, size: int, tp: int, store: str) -> None:
         timeout=timedelta(seconds=TIMEOUT),
     )
     megatron_cpu.install()
-    parallel_state.initialize_model_parallel(tp)
+    parallel_state.initialize_model_parallel(tp, pp)
     while True:
         torch.set_default_dtype(torch.float32)  # also while a task's module is imported
         task = pipe.recv()
@@ -66,12 +66,14 @@ def _serve(pipe: Any, rank: int, size: int, tp: int, store: str) -> None:
 
 
 class RankPool:
-    """`size` processes in groups of `tp` tensor-parallel ranks."""
+    """`size` processes in groups of `tp` tensor-parallel ranks, and of `pp` pipeline stages."""
 
-    def __init__(self, size: int, tp: int | None = None) -> None:
+    def __init__(self, size: int, tp: int | None = None, pp: int = 1) -> None:
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
-        self.children = [fork(rank, _serve, rank, size, tp or size, store) for rank in range(size)]
+        self.children = [
+            fork(rank, _serve, rank, size, tp or size, pp, store) for rank in range(size)
+        ]
         self.pipes = [child.pipe for child in self.children]
 
     def outcomes(self, function: Callable, *args: Any, timeout: float = TIMEOUT, **kwargs: Any
@@ -109,12 +111,12 @@ class RankPool:
             child.kill()
 
 
-_pools: dict[tuple[int, int], RankPool] = {}
+_pools: dict[tuple[int, int, int], RankPool] = {}
 
 
-def pool(size: int, tp: int | None = None) -> RankPool:
+def pool(size: int, tp: int | None = None, pp: int = 1) -> RankPool:
     """The pool of `size` processes (started on first use, restarted after a hang)."""
-    key = (size, tp or size)
+    key = (size, tp or size, pp)
     if key not in _pools or not _pools[key].alive:
         _pools[key] = RankPool(*key)
     return _pools[key]

@@ -73,7 +73,7 @@ def bounds_and_work(biases: str, method: str) -> dict[str, Any]:
         steps, enter = BackwardPass.steps, LocalLinear.bound_backward
 
         def counted_steps(self, C, *rest, work=work, steps=steps):
-            work["rows"] += C.shape[0]
+            work["rows"] += C.either.shape[0]
             return steps(self, C, *rest)
 
         def counted(self, A, visit, work=work, enter=enter):

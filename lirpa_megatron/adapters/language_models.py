@@ -30,14 +30,13 @@ class _LanguageModelFacade(nn.Module):
     def __init__(self, model: nn.Module, name: str, copy: Copy) -> None:
         super().__init__()
         refusals.check_config(model, name)
-        if not (model.pre_process and model.post_process):
-            raise refusals.refusal(
-                model, name, "a pipeline stage (pre_process or post_process is False) is not "
-                "supported: build the whole model"
-            )
-        self.embedding = copy(model.embedding, joined(name, "embedding"))
-        self.tied = model.share_embeddings_and_output_weights
-        self.output_layer = child(model, "output_layer", name, copy, ColumnFacade)
+        self.is_last = model.post_process
+        # The last of several stages has a copy of the embedding's weight as its own.
+        self.tied = model.share_embeddings_and_output_weights and model.pre_process
+        if model.pre_process:
+            self.embedding = copy(model.embedding, joined(name, "embedding"))
+        if self.is_last:
+            self.output_layer = child(model, "output_layer", name, copy, ColumnFacade)
         self.rotary_pos_emb = None
         if model.position_embedding_type == "rope":
             self.rotary_pos_emb = _checked_rotary(model, name, copy)
@@ -79,6 +78,8 @@ def _checked_rotary(model: nn.Module, name: str, copy: Copy) -> nn.Module:
 class GPTFacade(_LanguageModelFacade):
     """GPTModel: hidden [B, S, h] -> logits [B, S, V], [B, S, V/p] sharded with parallel_output.
 
+    A pipeline stage before the last one: hidden [B, S, h] -> hidden [B, S, h].
+
     Args:
         model: its embedding and all layers stay, for the names' sake.
         name: of the model, "" if it is the whole.
@@ -99,19 +100,21 @@ class GPTFacade(_LanguageModelFacade):
             raise refusals.refusal(model, name, "multi-token prediction is not supported")
         mup = getattr(model.config, "use_mup", False)
         self.logits_factor = model.config.mup_output_mult if mup else 1.0
-        if self.logits_factor != 1 and self.output_layer.bias is not None:
+        if self.is_last and self.logits_factor != 1 and self.output_layer.bias is not None:
             raise refusals.refusal(
                 self.output_layer, joined(name, "output_layer"), "muP with a bias of the logits is "
                 "not supported"
             )
         self.window = getattr(model, "attention_window", None)
         self.decoder = copy(
-            model.decoder, joined(name, "decoder"), start_layer=start_layer, position=position
+            model.decoder, joined(name, "decoder"), start_layer=start_layer,
+            position=position if self.is_last else None,
         )
         self.train(model.training)
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.logits(self.before_output(hidden, mask))
+        hidden = self.before_output(hidden, mask)
+        return self.logits(hidden) if self.is_last else hidden
 
     def before_output(
         self, hidden: torch.Tensor, mask: torch.Tensor | None = None
@@ -130,7 +133,8 @@ class GPTFacade(_LanguageModelFacade):
                 f"of {self.window}: longer inputs are not supported"
             )
         hidden = self.decoder(hidden, mask, self.rotary(hidden))
-        return hidden if self.logits_factor == 1 else hidden * self.logits_factor
+        scaled = self.is_last and self.logits_factor != 1
+        return hidden * self.logits_factor if scaled else hidden
 
 
 class BertFacade(_LanguageModelFacade):
@@ -157,9 +161,11 @@ class BertFacade(_LanguageModelFacade):
         refusals.check_methods(model, name, BertModel)
         if model.return_embeddings:
             raise refusals.refusal(model, name, "return_embeddings=True is not supported")
-        binary = model.binary_head is not None
+        binary = self.is_last and model.binary_head is not None
         self.head = head or ("binary" if binary else "lm")
-        if self.head == "binary":
+        if not self.is_last:
+            position = None
+        elif self.head == "binary":
             if not binary:
                 raise UserError("the model has no binary head (add_binary_head=False)")
             if position is not None:
@@ -168,13 +174,16 @@ class BertFacade(_LanguageModelFacade):
         self.encoder = copy(
             model.encoder, joined(name, "encoder"), start_layer=start_layer, position=position
         )
-        self.lm_head = BertLMHeadFacade(model.lm_head, joined(name, "lm_head"), copy)
+        if self.is_last:
+            self.lm_head = BertLMHeadFacade(model.lm_head, joined(name, "lm_head"), copy)
         if binary:
             self.pooler = PoolerFacade(model.pooler, joined(name, "pooler"), copy)
             self.binary_head = copy(model.binary_head, joined(name, "binary_head"))
         self.train(model.training)
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.is_last:
+            return self.encoder(hidden, mask, self.rotary(hidden))
         if self.head == "binary":
             hidden = self.encoder(hidden, mask, self.rotary(hidden))
             return self.binary_head(self.pooler(hidden))
@@ -184,7 +193,8 @@ class BertFacade(_LanguageModelFacade):
         self, hidden: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """What enters the output layer of the 'lm' head: [B, S, h], or [B, h] at one position."""
-        return self.lm_head(self.encoder(hidden, mask, self.rotary(hidden)))
+        hidden = self.encoder(hidden, mask, self.rotary(hidden))
+        return self.lm_head(hidden) if self.is_last else hidden
 
 
 class BertLMHeadFacade(nn.Module):

@@ -98,6 +98,8 @@ class TokenMarginsFacade(nn.Module):
                 )
             *mask, targets = inputs
         x = self.model.before_output(hidden, *mask)
+        if not self.model.is_last:
+            return x
         weight, bias = self.model.output_weight_and_bias()
         shared = self.targets is not None
         return token_margins(

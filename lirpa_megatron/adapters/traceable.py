@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -47,6 +48,12 @@ def collectives_of(model: nn.Module) -> Collectives:
             "the model's layers belong to different tensor-parallel groups: " + ", ".join(groups)
         )
     return Collectives(next(iter(distinct.values())) if distinct else None)
+
+
+def device_of(model: nn.Module, inputs: Any) -> torch.device:
+    """Where the model is, or its first input."""
+    tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return next(iter([*model.parameters(), *tensors])).device
 
 
 def traceable(model: nn.Module, collectives: Collectives | None = None) -> nn.Module:

@@ -98,6 +98,11 @@ def attend(
     return _attend(*numbers, s, v, *([] if mask is None else [mask]))
 
 
+def stage_input(x: torch.Tensor) -> torch.Tensor:
+    """x, the output of the pipeline stage below."""
+    return _stage_input(x)
+
+
 def select_position(x: torch.Tensor, position: int, keep: bool = False) -> torch.Tensor:
     """[B, S, h] -> [B, h], or [B, 1, h] (`keep`), at one position (negative: from the end)."""
     return _select_position(position, int(keep), x)
@@ -146,6 +151,7 @@ _attend = operator(
     "Attend", _run_attend, ("head_dim_i", "finite_fill_i", "fill_f", "query_i"),
     sizes=lambda head_dim, finite, fill, query, s, *others: [s[0], s[2], s[1] * head_dim],
 )
+_stage_input = operator("StageInput", lambda x: x.clone())
 _select_position = operator(
     "SelectPosition", _run_position, ("position_i", "keep_i"),
     sizes=lambda position, keep, x: [x[0], *([1] if keep else []), x[2]],

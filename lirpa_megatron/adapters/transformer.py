@@ -319,8 +319,10 @@ class TransformerBlockFacade(nn.Module):
         super().__init__()
         refusals.check_methods(block, name, self.block_class)
         refusals.check_config(block, name)
-        if not block.pre_process:
-            raise refusals.refusal(block, name, "pipeline stages after the first have no input")
+        if not len(block.layers):
+            raise refusals.refusal(
+                block, name, "a pipeline stage without layers is not supported: give each stage one"
+            )
         self.layers = nn.ModuleList(
             child(block.layers, str(i), joined(name, "layers"), copy, TransformerLayerFacade)
             for i in range(len(block.layers))

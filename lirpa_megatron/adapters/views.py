@@ -103,7 +103,8 @@ class ViewFacade(nn.Module):
 
 def facade_of_part(view: View, name: str, copy: Copy) -> nn.Module:
     """The facade of the view's model, of the part that the view chooses."""
-    part = {"start_layer": view.start_layer, "position": view.position}
+    enters = getattr(view.model, "pre_process", True)  # the first pipeline stage
+    part = {"start_layer": view.start_layer if enters else 0, "position": view.position}
     if view.head is not None:
         part["head"] = view.head
     return copy(view.model, joined(name, "model"), **part)

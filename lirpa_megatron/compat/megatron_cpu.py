@@ -1,8 +1,9 @@
 """megatron-core on a machine without CUDA: installed explicitly, and reversible.
 
 megatron-core asks `torch.cuda.current_device()` where to allocate, and forks a CUDA random state
-when it initialises sharded weights. The shim answers the first with the CPU and replaces the second
-by a tracker of the CPU's generator. Nothing is patched where CUDA is available.
+when it initialises sharded weights; embeddings that two pipeline stages share are moved by
+`.cuda()`. The shim answers the first with the CPU, replaces the second by a tracker of the CPU's
+generator, and leaves tensors where they are. Nothing is patched where CUDA is available.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def install() -> Callable[[], None]:
     patch(torch.cuda, "current_device", lambda: torch.device("cpu"))
     patch(torch.cuda, "synchronize", lambda *args, **kwargs: None)
     patch(torch.cuda, "current_stream", _idle_stream)
+    patch(torch.Tensor, "cuda", lambda x, *args, **kwargs: x)
     patch(random, "_CUDA_RNG_STATE_TRACKER", CPURNGStatesTracker())
     patch(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
     if hasattr(fused_softmax, "get_default_causal_mask"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.final_pass import final_spec_sharded
+from lirpa_megatron.crown.placement import StartRows
 
 
 def alpha_start_nodes(
@@ -24,24 +27,42 @@ def alpha_start_nodes(
     """
     entries = []
     for start in dict.fromkeys(module.backward_from[node.name]):
-        is_final = start.name == final_name
-        if not is_final and not module.intermediate.has_alpha:
+        is_final = getattr(start, "is_final", start.name == final_name)
+        if not is_final and share_alphas and module.intermediate.has_alpha:
+            entries.append(auto_lirpa.alpha_start_node(start.name, 1, is_final))
             continue
-        if not is_final and share_alphas:
-            rows = 1
-        else:
-            identity = not is_final or module.call.final_is_identity
-            if not identity:
-                S = c.size(1)
-            elif is_final:
-                S = module.schedule.rows_of(start)
-            else:
-                S = module.intermediate.rows_with_alpha(start)
-            if S == 0:
-                continue
-            spec_sharded = module.context.collectives.size > 1
-            if is_final:
-                spec_sharded = module._final_spec_sharded(start, identity, S)
-            rows = module.schedule.rows(start, identity, spec_sharded, S).at(node)
-        entries.append(auto_lirpa.alpha_start_node(start.name, rows, is_final))
+        rows = rows_with_alpha(module, start, is_final, c)
+        if rows is not None:
+            entries.append(auto_lirpa.alpha_start_node(start.name, rows.at(node), is_final))
     return entries
+
+
+def rows_with_alpha(
+    module: Any, start: Any, is_final: bool, c: Any = None
+) -> StartRows | None:
+    """The rows of a start node that have alpha; None where none have.
+
+    Args:
+        module: a BoundedModule.
+        start: the start node, perhaps of a pipeline stage above (`stage_service.FarStart`).
+        is_final: whether it is the model's output.
+        c: the specification [B, S, ...] of the final pass; None: that of the last one.
+    """
+    if getattr(start, "is_far", False):
+        total = module.stages.service.far_alpha.get(start.name)
+        return None if not total else replace(start.rows, total=total)
+    if not is_final and not module.intermediate.has_alpha:
+        return None
+    identity = not is_final or module.call.final_is_identity
+    if not identity:
+        S = module.final_rows if c is None else c.size(1)
+    elif is_final:
+        S = module.schedule.rows_of(start)
+    else:
+        S = module.intermediate.rows_with_alpha(start)
+    if S == 0:
+        return None
+    spec_sharded = module.context.collectives.size > 1
+    if is_final:
+        spec_sharded = final_spec_sharded(module, start, identity, S)
+    return module.schedule.rows(start, identity, spec_sharded, S)

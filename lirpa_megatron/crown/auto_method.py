@@ -40,6 +40,8 @@ def cheaper_first(
     threshold = kwargs.pop("decision_thresh", 0.0)
     best: list[torch.Tensor | None] = [None, None]
     available = [m for m in METHODS if _is_available(module, x, C, {**kwargs, "method": m})]
+    if module.stages is not None:
+        available = module.stages.on_every_stage("methods", available)
     for method in available or METHODS[-1:]:
         # alpha needs gradients even where the caller wants none.
         with torch.enable_grad() if method == METHODS[-1] else contextlib.nullcontext():
@@ -58,7 +60,8 @@ def _is_available(module: Any, x: Any, C: Any, kwargs: Mapping[str, Any]) -> boo
     try:
         check_perturbations(module, x or (), kwargs["method"])
         final = module[kwargs.get("final_node_name") or module.final_name]
-        check_output(final, module.sharded[final.name], C, kwargs["method"])
+        if module.has_output:
+            check_output(final, module.sharded[final.name], C, kwargs["method"])
     except NotImplementedError:
         return False
     return True

@@ -24,6 +24,7 @@ from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.host_visit import visit_host
 from lirpa_megatron.crown.placement import PassPlan, RowPlacement
 from lirpa_megatron.crown.relu_sparsity import live_columns
+from lirpa_megatron.crown.stage_below import Course
 from lirpa_megatron.operators.affine.form import LinearFormBounds
 from lirpa_megatron.operators.coefficients import (
     IdentityRows,
@@ -36,6 +37,9 @@ from lirpa_megatron.operators.context import OperatorInputs, Visit
 from lirpa_megatron.operators.operator import Operator, Sharding
 from lirpa_megatron.parallel.packed_gather import begin_gather_whole
 from lirpa_megatron.rounding.charges import charges_of
+
+UPSTREAM = object()
+"""What a pass yields when its rows have gone on to the stage below."""
 
 
 class BackwardPass:
@@ -50,6 +54,7 @@ class BackwardPass:
             nodes, and how many rows the rank has in all; None when it carries all of them.
         answer: bounds rows that an operator wants to know of (`Operator.wanted_rows`); None where
             none are bounded on the way.
+        course: what the stages below have to know of the pass; None where there are none.
     """
 
     def __init__(
@@ -59,10 +64,12 @@ class BackwardPass:
         start: auto_lirpa.Bound,
         alpha_rows: tuple[torch.Tensor, int] | None = None,
         answer: Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds | None] | None = None,
+        course: Course | None = None,
     ) -> None:
         self.plan, self.start, self.alpha_rows, self.answer = plan, start, alpha_rows, answer
         self.context, self.call, self.relus = graph.context, graph.call, graph.intermediate.relus
         self.tp, self.sharded = self.context.collectives, self.context.sharded
+        self.course, self.below = course, graph.below
         self._A: dict[str, LowerUpper] = {}
         self._partial_A: dict[str, LowerUpper] = {}
         self._bias, self._partial_bias = LowerUpper(), LowerUpper()
@@ -74,25 +81,35 @@ class BackwardPass:
         self._charges = charges_of(self, graph.rounding)
 
     def steps(
-        self, C: Any, lower: bool, upper: bool, keep_A: bool
-    ) -> Generator[None, None, RowBounds]:
+        self, C: LowerUpper, keep_A: bool, bias: LowerUpper | None = None
+    ) -> Generator[Any, None, RowBounds]:
         """Propagates the rows to the inputs and concretizes them.
 
-        A generator: it pauses where it waits for other ranks, so that another pass can go on.
+        A generator: it pauses where it waits for other ranks, so that another pass can go on
+        (`UPSTREAM`: for the stage below).
 
         Args:
-            C: [rows, B, *start shape] in the layout of the start node, or IdentityRows.
-            lower, upper: which bounds are asked for.
+            C: [rows, B, *start shape] in the layout of the start node, or IdentityRows; None of a
+                side that is not asked for.
             keep_A: whether to return the coefficients at the inputs too.
+            bias: [rows, B] of each side, what stages above have added up.
         """
-        self.rows, self.batch, self.like = C.shape[0], C.shape[1], C
-        self.sides = lower, upper
-        self._A[self.plan.start.name] = LowerUpper(C if lower else None, C if upper else None)
+        self.like = C.either
+        self.rows, self.batch = self.like.shape[:2]
+        self.sides = C.lower is not None, C.upper is not None
+        self._A[self.plan.start.name] = LowerUpper(*C)
+        if bias is not None:
+            self._bias.add(*bias)
         self._leave_out_columns()
         self._bring_next()
         for node in self.plan.order:
             yield from self._visit(node)
         total = yield from self._total_bias()
+        if self.below is not None:
+            A = yield from self._take(self.plan.leaves[0])
+            found = self.below.rows(A, total, self.course)
+            yield UPSTREAM
+            return found()
         result = RowBounds(total.lower, total.upper, total.lower, total.upper)
         for leaf in self.plan.leaves:
             A = yield from self._take(leaf)
@@ -104,7 +121,7 @@ class BackwardPass:
 
     # ---------------------------------------------------------------- one node
 
-    def _visit(self, node: auto_lirpa.Bound) -> Generator[None, None, None]:
+    def _visit(self, node: auto_lirpa.Bound) -> Generator[Any, None, None]:
         self.tp.poll()
         A = yield from self._take(node)
         entered = yield from self._enter(node, A)

@@ -35,13 +35,19 @@ def check_outputs(
     if graph.live is not None and graph.live.due:
         outputs[name] = clean_value(graph, graph[name])
         graph.live.compare(outputs[name])
-    if not bounds_too or not clean_is_inside(auto_lirpa.perturbed_inputs(graph)):
+    if not bounds_too or not _clean_is_inside(graph):
         return
     y = outputs.get(final.name)
     y = clean_value(graph, final) if y is None else y
     parts = graph.context.sharded[final.name] and C is not None
     total = graph.context.collectives.reduce_from if parts else lambda part: part
     check_contains(y, C, lower, upper, total)
+
+
+def _clean_is_inside(graph: BoundGraph) -> bool:
+    if graph.stages is not None:
+        return graph.stages.clean_inside
+    return clean_is_inside(auto_lirpa.perturbed_inputs(graph))
 
 
 def clean_is_inside(inputs: Sequence[auto_lirpa.Bound]) -> bool:

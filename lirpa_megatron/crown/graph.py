@@ -48,6 +48,16 @@ class BoundGraph(Protocol):
     live: Any
     """`live_check.LiveCheck`, or None."""
     device: Any
+    pipeline: Any
+    """`parallel.pipeline.Pipeline`, or None."""
+    stages: Any
+    """`stages.Stages`, or None: this is the whole model."""
+    below: Any
+    """`stage_below.StageBelow`; None where the model's input is."""
+    stage_input: auto_lirpa.Bound | None
+    """The node that stands for the output of the stage below."""
+    relaxes_rows: bool
+    """Whether an operator of the model does (`Operator.relaxes_rows`)."""
 
     # auto_LiRPA's
     bound_opts: Mapping[str, Any]
@@ -55,6 +65,8 @@ class BoundGraph(Protocol):
     """Of the model's output."""
     batch_size: int
     """Samples in the inputs of the call."""
+    final_node_name: str
+    """Of the node that the call bounds."""
     optimizable_activations: Sequence[Any]
     backward_from: Mapping[str, list]
     """Node name -> the start nodes whose passes have gone through it."""
@@ -67,6 +79,8 @@ class BoundGraph(Protocol):
     def __getitem__(self, name: str) -> auto_lirpa.Bound: ...
 
     def named_nodes(self) -> dict[str, auto_lirpa.Bound]: ...
+
+    def input_set(self) -> Any: ...
 
     def has_alpha(self, start: auto_lirpa.Bound) -> bool: ...
 

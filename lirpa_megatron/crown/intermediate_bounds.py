@@ -40,14 +40,14 @@ class Intermediate:
         self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
         self.relus = between_linears(graph.named_nodes().values())
         self.with_alpha: dict[str, UnstableRows | None] = {}
+        self._without_alpha = 0
 
     @property
     def has_alpha(self) -> bool:
         """Whether alpha-CROWN has alpha for the passes of intermediate nodes (`OwnOptions`)."""
         choice = self.graph.own_options.optimize_intermediate
         if choice == "auto":
-            nodes = self.graph.named_nodes().values()
-            return not any(getattr(node, "relaxes_rows", False) for node in nodes)
+            return not self.graph.relaxes_rows
         return bool(choice)
 
     def knows(self, node: auto_lirpa.Bound) -> bool:
@@ -79,12 +79,13 @@ class Intermediate:
         graph, call = self.graph, self.graph.call
         readers = [graph[name] for name in node.output_name]
         attend, use = reader_of_scores(node, readers), readers_of_form(node, readers)
+        known = None if use or attend is not None else self.without_pass(node)
         if attend is not None:
             node.lower, node.upper = self.ibp(node)
             call.centered[node.name] = bound_centered(graph, node, attend)
             call.to_be_read(node.name, {attend.name})
-        elif not use and self._bounded_by_ibp(node):
-            pass
+        elif known is not None:
+            node.lower, node.upper = known
         elif self._rows_are_sparse(node, readers):
             node.lower, node.upper = self._bound_unstable(node)
         else:
@@ -100,13 +101,32 @@ class Intermediate:
                 call.forms[node.name] = bounds.form
                 call.to_be_read(node.name, use)
         found = without_nan(node.lower, node.upper)
-        if use and len(node.inputs) == 1 and auto_lirpa.reads_bounds(node):
+        if use and self._is_activation(node):
             found = cut_with_range(node, *found)
         if graph.own_options.compare_crown_with_ibp:
             found = _tighter(found, self.ibp(node))
         if node.name in graph.reference_bounds:
             found = _tighter(found, graph.reference_bounds[node.name])
         node.lower, node.upper = found
+
+    def _is_activation(self, node: auto_lirpa.Bound) -> bool:
+        """Whether the node reads bounds of its one input; of a stage's input: what it stands for.
+        """
+        if node is self.graph.stage_input:
+            return self.graph.below.facts.is_activation
+        return len(node.inputs) == 1 and auto_lirpa.reads_bounds(node)
+
+    def from_inputs(self, node: auto_lirpa.Bound) -> bool:
+        """Whether the node reads a perturbed input; of a stage's input: what it stands for."""
+        if node is self.graph.stage_input:
+            return self.graph.below.facts.from_inputs
+        return any(type(x) is auto_lirpa.BoundInput and x.perturbed for x in node.inputs)
+
+    def without_pass(self, node: auto_lirpa.Bound) -> Pair | None:
+        """Bounds by IBP where it gives what CROWN gives; None elsewhere."""
+        if node is self.graph.stage_input:
+            return self.graph.below.facts.bounds
+        return (node.lower, node.upper) if self._bounded_by_ibp(node) else None
 
     def _bounded_by_ibp(self, node: auto_lirpa.Bound) -> bool:
         """IBP where it gives what CROWN gives: monotone activations, and a first linear layer."""
@@ -129,11 +149,10 @@ class Intermediate:
     def _rows_are_sparse(self, node: auto_lirpa.Bound, readers: Sequence[auto_lirpa.Bound]) -> bool:
         """Whether only neurons that are not known to be stable get rows of A."""
         graph = self.graph
-        from_inputs = any(type(x) is auto_lirpa.BoundInput and x.perturbed for x in node.inputs)
         return (
             graph.own_options.sparse_intermediate_bounds
             and relus_decide(readers)
-            and not from_inputs  # a ball's interval is the box around it
+            and not self.from_inputs(node)  # a ball's interval is the box around it
             and not getattr(node, "identity_starts_at_input", False)
             and node.name not in graph.needed_A_dict
         )
@@ -189,10 +208,19 @@ class Intermediate:
     @contextlib.contextmanager
     def without_alpha(self) -> Iterator[None]:
         """For passes of rows that have no alpha."""
-        with contextlib.ExitStack() as stack:
-            for operator in self.graph.optimizable_activations:
-                stack.enter_context(auto_lirpa.without_alpha(operator))
-            yield
+        self._without_alpha += 1
+        try:
+            with contextlib.ExitStack() as stack:
+                for operator in self.graph.optimizable_activations:
+                    stack.enter_context(auto_lirpa.without_alpha(operator))
+                yield
+        finally:
+            self._without_alpha -= 1
+
+    @property
+    def is_without_alpha(self) -> bool:
+        """Whether passes have none at present."""
+        return self._without_alpha > 0
 
     def _too_many(self, rows: UnstableRows) -> bool:
         return rows.share > self.graph.bound_opts.get("minimum_sparsity", 0.9)

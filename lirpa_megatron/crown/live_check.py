@@ -90,9 +90,9 @@ class LiveCheck:
     def at_example(self, bounded: Any, inputs: Any) -> None:
         """The first comparison, at the example input that the graph was built with."""
         self.inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-        plain = [x.to(bounded.device) for x in _plain(self.inputs)]
-        with auto_lirpa.running(plain), full_precision(bounded.device), undisturbed(self.model):
-            value = value_at(bounded, plain)
+        given = plain(self.inputs, bounded.device)
+        with auto_lirpa.running(given), full_precision(bounded.device), undisturbed(self.model):
+            value = value_at(bounded, given)
             self.compare(value, first=True)
 
     def begin(self, x: Any, in_training: bool, wanted: bool = True) -> None:
@@ -282,6 +282,12 @@ class LiveCheck:
         except Exception:
             return None
         return (end, records), theirs, ours
+
+
+def plain(inputs: Any, device: Any) -> list[Any]:
+    """The inputs of a module on a device, as ordinary tensors."""
+    inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return [x.to(device) for x in _plain(inputs)]
 
 
 def _plain(inputs: Sequence[Any]) -> list[Any]:

@@ -8,8 +8,7 @@ the last one, so that all ranks do the same.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,15 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.affine_forms import FormRows, InputSet
 from lirpa_megatron.crown.auxiliary_rows import Directions
 from lirpa_megatron.crown.backward_pass import BackwardPass
+from lirpa_megatron.crown.chunks import concatenate, in_turns
 from lirpa_megatron.crown.communication import CommunicationPlan
 from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.limits import CACHE
 from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement, StartRows, plan_pass
 from lirpa_megatron.crown.row_order import RowOrder
+from lirpa_megatron.crown.stage_below import Course
 from lirpa_megatron.operators.affine.form import AffineForm
-from lirpa_megatron.operators.coefficients import IdentityRows, RowBounds
+from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds
 from lirpa_megatron.operators.operator import Operator
 from lirpa_megatron.rounding.forms import with_errors
 
@@ -58,6 +59,7 @@ class RowSchedule:
     def __init__(self, graph: BoundGraph) -> None:
         self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
         self.communication, self.directions = CommunicationPlan(graph), Directions(graph)
+        self.pipeline = graph.pipeline
         self._rows_run: dict[str, int] = {}
         self._free: float | None = None
 
@@ -126,7 +128,7 @@ class RowSchedule:
             for node in (*plan.order, *plan.leaves)
         )
         if torch.device(self.graph.device).type != "cpu":  # rows go through whole forms at once
-            inputs = InputSet(auto_lirpa.perturbed_inputs(self.graph))
+            inputs = self.graph.input_set()
             for node in plan.order:
                 if isinstance(node, Operator):
                     offered = inputs.offers_form(self._numel(node.inputs[0], None), self._limit())
@@ -143,10 +145,23 @@ class RowSchedule:
         way. Weights would be fetched twice as often; they are fetched ahead instead.
         """
         turn, device = self.graph.context.tuning.turn, torch.device(self.graph.device).type
+        if self.graph.below is not None:
+            return self._for_stages(limit, plan)
         half = -(-limit // 2)
         moves = RowPlacement.GATHERED in plan.rows.values() and not plan.moved
         turns = moves and half >= turn.get(device, math.inf) and not torch.is_grad_enabled()
         return (half, 2) if turns else (limit, 1)
+
+    def _for_stages(self, limit: int, plan: PassPlan) -> tuple[int, int]:
+        """The same for a pass that goes on in the stages below: one chunk on each stage.
+
+        Where gradients flow one follows the other.
+        """
+        stages, tuning = self.pipeline.stage + 1, self.graph.context.tuning
+        if torch.is_grad_enabled():
+            return limit, 1
+        few = max(-(-limit // (tuning.chunks_for_stages * stages)), tuning.rows_for_stages)
+        return min(limit, few), stages
 
     def _memory(self) -> float:
         """Bytes for the rows of A that are carried at once."""
@@ -213,7 +228,7 @@ class RowSchedule:
         longest = max(x.output_shape[-1] for x in plan.order)
         asks = directions and not self.sharded[start.name] and self.directions.are_few(S, longest)
         answer = self.directions.answer(S, split) if asks else None
-        inputs = InputSet(auto_lirpa.perturbed_inputs(graph)) if form else None
+        inputs = graph.input_set() if form else None
         if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
             inputs = None
         order = RowOrder(
@@ -230,23 +245,26 @@ class RowSchedule:
             """Bounds of the rank's rows from `first` on, and their rows of the form."""
             local, every = order.chunk(first)
             alpha_rows = None if order.is_one_chunk else (local, n)
-            run = BackwardPass(graph, plan, start, alpha_rows, answer)
+            course = None
+            if graph.below is not None:
+                course = self._course(
+                    start, on_ranks, order, first, len(local), S if asks else None,
+                    inputs is not None, moves, at_once,
+                )
+            run = BackwardPass(graph, plan, start, alpha_rows, answer, course)
             own = local if every is None else every[self.tp.rank]
             if rows is not None:
                 own, every = rows[own], None if every is None else rows[every]
             A = self._start_rows(origin, C, own, every)
-            found = yield from run.steps(A, lower, upper, keep_A or inputs is not None)
-            if inputs is not None:
-                made = inputs.rows(found, self.tp.copy_to)
-                if graph.rounding is not None:
-                    made = with_errors(inputs, found, made)
-                form_rows.add(made)
-                if not keep_A:
-                    found.lA, found.uA = {}, {}
+            sides = LowerUpper(A if lower else None, A if upper else None)
+            found = yield from self.bounded(run, sides, keep_A, inputs)
+            if found.form is not None:
+                form_rows.add(found.form)
+                found.form = None
             return found
 
         chunks = (chunk(first) for first in range(0, n, limit))
-        whole = _concatenate(_in_turns(chunks, at_once))
+        whole = concatenate(in_turns(chunks, at_once))
 
         if keep_A:
             self._record_A(start, whole, spec_sharded, order)
@@ -262,6 +280,42 @@ class RowSchedule:
                 forms = self._gathered_in_chunks(forms, S, limit)
             bounds.form = inputs.form(forms, start.output_shape[1:] if C is None else (S,))
         return bounds
+
+    def bounded(
+        self, run: BackwardPass, A: LowerUpper, keep_A: bool, inputs: InputSet | None,
+        bias: LowerUpper | None = None,
+    ) -> Generator[Any, None, RowBounds]:
+        """The steps of a pass, and rows of the affine form.
+
+        Args:
+            run: the pass.
+            A, keep_A, bias: as for `BackwardPass.steps`.
+            inputs: what the form is a form in; None: none is wanted.
+        """
+        found = yield from run.steps(A, keep_A or inputs is not None, bias)
+        if inputs is not None and found.form is None:
+            found.form = inputs.rows(found, self.tp.copy_to)
+            if self.graph.rounding is not None:
+                found.form = with_errors(inputs, found, found.form)
+            if not keep_A:
+                found.lA, found.uA = {}, {}
+        return found
+
+    def _course(
+        self, start: auto_lirpa.Bound, rows: StartRows, order: RowOrder, first: int, count: int,
+        asks: int | None, form: bool, moves: bool, at_once: int,
+    ) -> Course:
+        """What the stages below have to know of a chunk."""
+        graph, n = self.graph, rows.own
+        is_last = first + order.limit >= n
+        return Course(
+            start=graph.stages.far_name(start), is_final=start.name == graph.final_node_name,
+            total=rows.total, own=n, split=rows.split, spec_sharded=rows.plan.spec_sharded,
+            alpha=None if order.is_one_chunk else (first, count, n),
+            without_alpha=graph.intermediate.is_without_alpha, asks=asks, form=form,
+            chunks=-(-n // order.limit), moves=moves,
+            hold=0 if is_last else max(at_once - 2, 0),
+        )
 
     def _gathered_in_chunks(self, own: torch.Tensor, S: int, limit: int) -> torch.Tensor:
         """The rows of all ranks in the start node's order, [S, ...], in one copy."""
@@ -327,37 +381,3 @@ class RowSchedule:
                    "lbias": lbias, "ubias": ubias, "unstable_idx": None}
             for name in bounds.lA
         }
-
-
-def _in_turns(steps: Iterable[Generator[None, None, Any]], at_once: int) -> list[Any]:
-    """What the generators return, some of them going on in turns: all ranks do the same."""
-    waiting, found = enumerate(steps), {}
-    active: deque = deque()
-    while True:
-        while len(active) < at_once and (following := next(waiting, None)) is not None:
-            active.append(following)
-        if not active:
-            return [found[i] for i in range(len(found))]
-        i, generator = active.popleft()
-        try:
-            next(generator)
-            active.append((i, generator))
-        except StopIteration as end:
-            found[i] = end.value
-
-
-def _concatenate(chunks: list[RowBounds]) -> RowBounds:
-    """Chunks of rows, one after the other (dim 0)."""
-    if len(chunks) == 1:
-        return chunks[0]
-
-    def joined(parts: list[Any]) -> Any:
-        return None if parts[0] is None else torch.cat(parts)
-
-    names = chunks[0].lA
-    return RowBounds(
-        *(joined([getattr(c, side) for c in chunks])
-          for side in ("lower", "upper", "lbias", "ubias")),
-        lA={name: joined([c.lA[name] for c in chunks]) for name in names},
-        uA={name: joined([c.uA[name] for c in chunks]) for name in names},
-    )

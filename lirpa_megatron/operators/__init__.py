@@ -6,13 +6,14 @@ from lirpa_megatron.operators.attention.softmax import BoundLogSoftmax, BoundSof
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.elementwise.activations import BoundCurve, elementwise_operators
 from lirpa_megatron.operators.elementwise.extremes import BoundMaximum, BoundMinimum
-from lirpa_megatron.operators.elementwise.intervals import cut_with_range
+from lirpa_megatron.operators.elementwise.intervals import cut_with_range, is_elementwise
 from lirpa_megatron.operators.elementwise.prelu import BoundPRelu
 from lirpa_megatron.operators.elementwise.product import BoundProduct
 from lirpa_megatron.operators.linear.borders import (
     BoundGatherFromRegion,
     BoundScatterToRegion,
     BoundSelectFromRegion,
+    BoundStageInput,
 )
 from lirpa_megatron.operators.linear.column import BoundColumnParallelLinear
 from lirpa_megatron.operators.linear.columns import COLUMN_OPS
@@ -46,11 +47,13 @@ __all__ = [
     "BoundSelectFromRegion",
     "BoundSelectPosition",
     "BoundSoftmax",
+    "BoundStageInput",
     "BoundTokenMargins",
     "BoundVocabularyMargins",
     "CUSTOM_OPS",
     "custom_operators",
     "cut_with_range",
+    "is_elementwise",
 ]
 
 CUSTOM_OPS: dict[str, type[auto_lirpa.Bound]] = {
@@ -60,6 +63,7 @@ CUSTOM_OPS: dict[str, type[auto_lirpa.Bound]] = {
     "lirpa_megatron::GatherFromRegion": BoundGatherFromRegion,
     "lirpa_megatron::ScatterToRegion": BoundScatterToRegion,
     "lirpa_megatron::SelectFromRegion": BoundSelectFromRegion,
+    "lirpa_megatron::StageInput": BoundStageInput,
     "lirpa_megatron::Product": BoundProduct,
     "lirpa_megatron::VocabularyMargins": BoundVocabularyMargins,
     "lirpa_megatron::TokenMargins": BoundTokenMargins,

@@ -19,6 +19,7 @@ class RowBounds:
         lA, uA: input node name -> coefficients [rows, B, *input shape].
         lbias, ubias: the constant terms [rows, B], without the inputs' share.
         off: "lower", "upper" -> by how much the bounds were widened, with outward rounding.
+        form: rows of the affine form [rows, B, N + 2] (`crown.affine_forms`), if requested.
     """
 
     lower: torch.Tensor | None
@@ -28,6 +29,7 @@ class RowBounds:
     lA: dict[str, torch.Tensor] = field(default_factory=dict)
     uA: dict[str, torch.Tensor] = field(default_factory=dict)
     off: dict[str, torch.Tensor] = field(default_factory=dict)
+    form: torch.Tensor | None = None
 
 
 @dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +20,20 @@ from lirpa_megatron.operators.tuning import Tuning
 from lirpa_megatron.parallel.collectives import Collectives
 
 _NO_COLUMNS: Mapping[str, torch.Tensor] = {}
+
+
+class StageBelow(Protocol):
+    """What is known of a pipeline stage's input (`crown.stage_below`)."""
+
+    is_asked: bool
+    """Whether bounds are being computed; else the graph's own input counts."""
+    is_elementwise: bool
+    """Whether the operator that the input comes from is."""
+    value: torch.Tensor
+    """At the clean input of the model, [B, *shape]."""
+
+    def interval(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interval bounds, [B, *shape] each."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,8 @@ class GraphContext:
     """Node name -> whether its value is feature-sharded; filled once the graph is complete."""
     calls: list[Callable[..., Any]] = field(default_factory=list)
     """Functions of constants that the model calls; nodes of the graph refer to them by index."""
+    below: StageBelow | None = None
+    """The pipeline stage whose output is the graph's input."""
 
     def is_sharded(self, node: Any) -> bool:
         """Whether a node's value is feature-sharded; False while the graph is being built."""

@@ -83,6 +83,9 @@ class Operator:
     merges_own_specification = False
     """Whether `interval_propagate` accepts a specification C of the rank's own features."""
 
+    is_stage_input = False
+    """Whether it stands for the output of the pipeline stage below."""
+
     # ---- what it needs from the engine
     reads_form: frozenset[int] = frozenset()
     """Inputs whose affine form (`operators.affine.form`) it uses."""

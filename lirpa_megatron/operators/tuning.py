@@ -28,6 +28,12 @@ class Tuning:
     communicates. Without an entry chunks never alternate: on a CPU, transfers compete with
     computation for the cores (docs/measurements.md)."""
 
+    chunks_for_stages: int = 4
+    """A pass that goes on in the pipeline stages below has so many chunks for each stage, so that
+    these are idle for a small part of it,"""
+    rows_for_stages: int = 16
+    """unless they would have fewer rows than these."""
+
     def pairs_at_once(self, A: torch.Tensor) -> int:
         """`pairs` for forms on A's device."""
         return self.pairs.get(A.device.type, 1)

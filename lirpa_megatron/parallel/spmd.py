@@ -23,13 +23,13 @@ from __future__ import annotations
 import contextlib
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lirpa_megatron.errors import RemoteRankError, SPMDError, UserError
+from lirpa_megatron.errors import RemoteRankError, SPMDError, StageError, UserError
 
 _controls: weakref.WeakKeyDictionary[Any, _Control] = weakref.WeakKeyDictionary()
 
@@ -243,6 +243,9 @@ def guard(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
     try:
         yield
         control.handshake(f"the end of {what}")
+    except StageError as error:
+        control.report_failure(str(error))
+        raise
     except SPMDError:
         raise  # every rank has it already
     except Exception as error:
@@ -334,19 +337,39 @@ def check_replicated(
     control = _control(group)
     if control is None:
         return
-    mine = {
+    mine = checksums(values)
+    control.handshake("check of replicated values")
+    check_same(control.all_gather(mine), "tensor-parallel ranks", remedy)
+
+
+def checksums(values: Mapping[str, torch.Tensor | str | None]) -> dict[str, int | str]:
+    """What `check_same` compares of named tensors and texts: plain data."""
+    return {
         name: _checksum(value) if isinstance(value, torch.Tensor) else str(value)
         for name, value in values.items()
     }
-    control.handshake("check of replicated values")
-    gathered = control.all_gather(mine)
-    for rank, theirs in enumerate(gathered):
+
+
+def check_same(
+    gathered: Sequence[Mapping[str, int | str]], whose: str, remedy: str
+) -> None:
+    """Raises if the checksums of anyone differ from the first one's.
+
+    Args:
+        gathered: `checksums` of all of them, in order.
+        whose: what they are, for the message.
+        remedy: what the user can do.
+
+    Raises:
+        SPMDError: naming the values, and who differs.
+    """
+    for i, theirs in enumerate(gathered):
         names = sorted(set(theirs) | set(gathered[0]))
         wrong = [n for n in names if theirs.get(n) != gathered[0].get(n)]
         if wrong:
             shown = [_shown(n, gathered[0].get(n), theirs.get(n)) for n in wrong[:3]]
             raise SPMDError(
-                f"{', '.join(shown)} differs between tensor-parallel ranks 0 and {rank}: {remedy}"
+                f"{', '.join(shown)} differs between {whose} 0 and {i}: {remedy}"
             )
 
 

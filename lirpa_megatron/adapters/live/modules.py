@@ -108,10 +108,13 @@ def language_model(
         head: of a BertModel.
 
     Returns:
-        [B, S, V] or [B, S, V/p], or [B, 2] of the binary head, as the model returns it.
+        [B, S, V] or [B, S, V/p], or [B, 2] of the binary head, as the model returns it; of a
+        pipeline stage before the last, its hidden states [B, S, h].
     """
     first = _entering(hidden, model.config, tp)
     mask = None if mask is None else mask != 0
+    if not (model.pre_process and model.post_process):
+        return _stage(model, first, mask, tp, start_layer, head)
     if isinstance(model, DECODERS):
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with _replaced(model.decoder, start_layer, first):
@@ -129,6 +132,48 @@ def language_model(
         )
     head = head or ("lm" if model.binary_head is None else "binary")
     return binary if head == "binary" else logits
+
+
+def _stage(
+    model: nn.Module, first: torch.Tensor, mask: torch.Tensor | None, tp: Collectives,
+    start_layer: int, head: str | None,
+) -> torch.Tensor:
+    """`language_model` of a pipeline stage; `first` and `mask` as Megatron's forward takes them."""
+    is_gpt = isinstance(model, DECODERS)
+    block = model.decoder if is_gpt else model.encoder
+    batch, length = first.shape[1], first.shape[0]
+    if is_sequence_parallel(model.config, tp):
+        length *= tp.size
+    ids = torch.zeros(batch, length, dtype=torch.long, device=first.device)
+    further = None if is_gpt else {"attention_mask": mask}
+    before = block.input_tensor
+    with _replaced(block, start_layer if model.pre_process else 0, first, further):
+        try:
+            if not model.pre_process:
+                model.set_input_tensor(first)
+            if is_gpt:
+                given = first if model.pre_process else None
+                y = model(
+                    input_ids=ids, position_ids=ids, attention_mask=mask, decoder_input=given
+                )
+            else:
+                types = getattr(getattr(model, "embedding", None), "tokentype_embeddings", None)
+                y = model(ids, torch.ones_like(ids), tokentype_ids=None if types is None else ids)
+        finally:
+            block.set_input_tensor(before)
+    if not model.post_process:
+        y = tp.gather_results(y.contiguous()) if is_sequence_parallel(model.config, tp) else y
+        return y.transpose(0, 1)
+    if is_gpt:
+        return y
+    logits, binary = y
+    head = head or ("lm" if model.binary_head is None else "binary")
+    return binary if head == "binary" else logits
+
+
+def _ends(model: nn.Module) -> bool:
+    """Whether the model's output is made here: not on a pipeline stage before the last."""
+    return getattr(model, "post_process", True)
 
 
 def entering_layer(
@@ -167,11 +212,11 @@ def _view(
     if isinstance(model, BLOCKS):
         with _replaced(model, view.start_layer, _entering(hidden, model.config, tp)):
             y = _part(model, hidden, mask, tp=tp, whole=True)
-        return y if view.position is None else y[:, view.position]
-    y = language_model(
-        model, hidden, mask, tp=tp, start_layer=view.start_layer, head=view.head
-    )
-    return y if view.position is None else y[:, view.position]
+    else:
+        y = language_model(
+            model, hidden, mask, tp=tp, start_layer=view.start_layer, head=view.head
+        )
+    return y if view.position is None or not _ends(model) else y[:, view.position]
 
 
 def _margins(
@@ -182,6 +227,8 @@ def _margins(
     if targets is None:
         *inputs, targets = inputs
     logits = _view(view, hidden, *inputs, tp=tp)
+    if not _ends(view.model):
+        return logits
     if logits.shape[-1] < view.model.vocab_size:
         logits = tp.gather_features(logits)
     targets = targets.to(logits.device)

@@ -55,6 +55,11 @@ def cut_with_range(
     return tuple(None if x is None else y for x, y in zip((lower, upper), found, strict=True))
 
 
+def is_elementwise(node: Any) -> bool:
+    """Whether each number of the node depends on one number of each input (or it is a softmax)."""
+    return type(node).__name__ in _ELEMENTWISE or getattr(node, "elementwise", False)
+
+
 def _of(node: Any, depth: int) -> Range | None:
     """The range of a node, from its bounds or from its inputs."""
     if not node.perturbed:
@@ -68,7 +73,7 @@ def _of(node: Any, depth: int) -> Range | None:
 
 def _through(node: Any, depth: int) -> Range | None:
     """The range of an elementwise operator's output, or a softmax's, from those of its inputs."""
-    if type(node).__name__ not in _ELEMENTWISE and not getattr(node, "elementwise", False):
+    if not is_elementwise(node):
         return None
     ranges = [_of(x, depth) for x in node.inputs]
     if None in ranges:

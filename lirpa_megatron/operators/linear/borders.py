@@ -1,4 +1,4 @@
-"""Borders of a sharded region without a matrix product: gather, split and select features."""
+"""Borders of a sharded region without a matrix product, and of a pipeline stage."""
 
 from __future__ import annotations
 
@@ -111,3 +111,31 @@ class BoundSelectFromRegion(_Border):
             return A_x.index_add(-1, chosen, A)
 
         return Propagated((A.dense().map(place),))
+
+
+class BoundStageInput(_Border):
+    """y = x, the output of the pipeline stage below, as the input of this one.
+
+    Value and interval bounds are asked of the stage below, and so are bounds of rows of A: the
+    graph's own input node x stands for nothing. A_x = A_y.
+    """
+
+    is_stage_input = True
+    takes_identity = True
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the operator that it stands for is (`elementwise.intervals`)."""
+        return self.context.below is not None and self.context.below.is_elementwise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        below = self.context.below
+        return below.value if below is not None and below.is_asked else x
+
+    def interval_propagate(self, *v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interval bounds, as the stage below has them."""
+        return self.context.below.interval()
+
+    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
+        """A [R, B, ...] as it is."""
+        return Propagated((A,))

@@ -1,0 +1,187 @@
+"""Bounds of a model whose layers lie on several pipeline stages are those of the whole model.
+
+Relative to the widest bound: 1e-10 in float64 and 1e-5 in float32 (measured: 3e-13 with alpha, else
+below 3e-15).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import stage_models
+import torch
+from ranks import pool
+
+from lirpa_megatron import METHODS
+
+_SLOW = pytest.mark.slow
+_ALPHA = {"optimize_bound_args": {"iteration": 4}}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def error(found, want):
+    """The largest difference, relative to the widest of the bounds."""
+    assert found.keys() == want.keys()
+    worst = 0.0
+    for key, (lower, upper) in want.items():
+        assert np.isfinite(lower).all() and np.isfinite(upper).all()
+        width = (upper - lower).max()
+        assert width > 0
+        differences = [abs(a - b).max() for a, b in zip(found[key], (lower, upper), strict=True)]
+        worst = max(worst, max(differences) / width)
+    return worst
+
+
+@functools.lru_cache(maxsize=16)
+def _whole_mlp(activation, methods, dtype, options, norm):
+    return pool(1).run(stage_models.mlp_bounds, (), activation, methods, dtype, options and _ALPHA,
+                       norm=norm)[0]
+
+
+def check_mlp(tp, pp, cuts, activation, methods=METHODS[:3], dtype=torch.float64, alpha=False,
+              norm=None):
+    want = _whole_mlp(activation, methods, dtype, alpha, norm)
+    found = pool(tp * pp, tp, pp).run(
+        stage_models.mlp_bounds, cuts, activation, methods, dtype, _ALPHA if alpha else None,
+        norm=norm,
+    )
+    for of_rank in found:
+        assert error(of_rank, want) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("tp", "pp", "cuts"), [
+    (1, 2, (4,)), (2, 2, (4,)), pytest.param(1, 4, (2, 4, 8), marks=_SLOW),
+    pytest.param(2, 2, (8,), marks=_SLOW),
+])
+@pytest.mark.parametrize("activation", ["relu", "tanh", pytest.param("gelu", marks=_SLOW)])
+def test_bounds_of_stages_are_those_of_the_whole_network(tp, pp, cuts, activation):
+    check_mlp(tp, pp, cuts, activation)
+
+
+@pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=_SLOW)])
+def test_a_stage_may_begin_with_an_activation_or_end_before_one(activation):
+    # Linear layers in front of a border are read by the activation behind it, of which not all
+    # neurons get rows; what stands for the first layer's output is exact by intervals.
+    check_mlp(1, 2, (3,), activation)
+    check_mlp(1, 2, (1,), activation)
+
+
+@pytest.mark.parametrize(("tp", "pp", "cuts"), [
+    (1, 2, (4,)), pytest.param(2, 2, (4,), marks=_SLOW),
+    pytest.param(1, 4, (2, 4, 8), marks=_SLOW),
+])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=_SLOW)])
+def test_alpha_of_all_stages_is_optimized_together(tp, pp, cuts, activation):
+    check_mlp(tp, pp, cuts, activation, ("CROWN", "CROWN-Optimized"), alpha=True)
+
+
+@pytest.mark.parametrize("norm", [2.0, pytest.param(1.0, marks=_SLOW)])
+def test_balls_are_concretized_on_the_first_stage(norm):
+    check_mlp(1, 2, (4,), "relu", ("CROWN",), norm=norm)
+
+
+def test_float32_too():
+    check_mlp(1, 2, (4,), "relu", dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _whole(kind, methods):
+    return pool(1).run(stage_models.transformer_bounds, kind, methods)[0]
+
+
+@pytest.mark.parametrize(("kind", "tp", "pp"), [
+    ("gpt", 1, 2), ("bert", 1, 2),
+    pytest.param("llama", 1, 2, marks=_SLOW),
+    *(pytest.param(kind, tp, pp, marks=_SLOW)
+      for kind in ("gpt", "llama", "bert") for tp, pp in ((2, 2), (1, 4))),
+])
+def test_bounds_of_transformers_cut_into_stages(kind, tp, pp):
+    methods = METHODS[:3]
+    found = pool(tp * pp, tp, pp).run(stage_models.transformer_bounds, kind, methods)
+    for of_rank in found:
+        assert error(of_rank, _whole(kind, methods)) <= 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_alpha_of_transformers_cut_into_stages(kind):
+    methods = ("CROWN-Optimized",)
+    run = (stage_models.transformer_bounds, kind, methods, torch.float64, 0.01, _ALPHA)
+    want = pool(1).run(*run)[0]
+    for of_rank in pool(2, 1, 2).run(*run):
+        assert error(of_rank, want) <= 1e-10
+
+
+def _auto():
+    from lirpa_megatron import BoundedModule
+
+    torch.set_default_dtype(torch.float64)
+    stage, stages = stage_models.place()
+    model = stage_models.mlp((4,) if stages > 1 else ())
+    x = stage_models.hidden()[:, 0, :5]
+    bounded = BoundedModule(model, x)
+    C = torch.eye(4).expand(2, 4, 4)
+    with torch.no_grad():
+        return [b.numpy() for b in bounded.compute_bounds(
+            (stage_models.perturbed(x, 0.1),), C=C, method="auto", bound_upper=False
+        )[:1]]
+
+
+def test_the_cheapest_method_that_proves_it_is_the_same_on_all_stages():
+    (want,) = pool(1).run(_auto)
+    for of_rank in pool(2, 1, 2).run(_auto):
+        assert abs(of_rank[0] - want[0]).max() <= 1e-10
+
+
+def _gradients(kind, method, twice):
+    """Parameter's name in the whole model -> its gradient."""
+    from lirpa_megatron import BoundedModule
+
+    torch.set_default_dtype(torch.float64)
+    stage, stages = stage_models.place()
+    if kind == "mlp":
+        model = stage_models.mlp((4,) if stages > 1 else (), "tanh")
+        module = model.module if stages > 1 else model
+        x = stage_models.hidden()[:, 0, :5]
+        names = {n: n for n, _ in module.named_parameters()}  # slices keep their layers' names
+        view = model
+    else:
+        module = stage_models.transformer(kind, num_layers=2)
+        names = {n: n.replace("layers.0", f"layers.{stage}") if stages > 1 else n
+                 for n, _ in module.named_parameters()}
+        view, x = stage_models.view_of(kind, module), stage_models.hidden()
+    bounded = BoundedModule(view, (x,))
+    bounded.train()
+
+    def loss(eps):
+        lower, upper = bounded.compute_bounds((stage_models.perturbed(x, eps),), method=method)
+        return (lower.tanh() + 0.3 * upper.sin()).sum()
+
+    if twice:  # two calls in one backward pass, and one more whose gradients come later
+        first, second, third = loss(0.01), loss(0.02), loss(0.015)
+        (first + 2 * second).backward()
+        third.backward()
+    else:
+        loss(0.01).backward()
+    return {names[n]: p.grad.numpy() for n, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("kind", "method", "twice"), [
+    ("mlp", "IBP", False), ("mlp", "CROWN", True), ("gpt", "CROWN", False),
+    pytest.param("bert", "CROWN-IBP", True, marks=_SLOW),
+    pytest.param("gpt", "CROWN", True, marks=_SLOW),
+])
+def test_gradients_are_those_of_the_whole_model(kind, method, twice):
+    (want,) = pool(1).run(_gradients, kind, method, twice)
+    found = {}
+    for of_stage in pool(2, 1, 2).run(_gradients, kind, method, twice):
+        for name, gradient in of_stage.items():
+            if name == "output_layer.weight" and name not in want:
+                name = "embedding.word_embeddings.weight"
+            found[name] = found.get(name, 0) + gradient
+    assert found.keys() == want.keys()
+    for name, gradient in want.items():
+        scale = abs(gradient).max()
+        assert abs(found[name] - gradient).max() <= 1e-10 * scale, name
