@@ -60,7 +60,7 @@ def loaded(tp, split, *arguments):
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_torch_dist_written_at_two_loads_at_any_size(name, tp):
     folder, expected = checkpoints.written()
-    split = tp == 4 and checkpoints.JOBS[name][0] == "llama"  # of two query groups
+    split = tp == 4 and "llama" in checkpoints.JOBS[name][0]  # of two query groups
     for got, description in loaded(tp, split, folder / name, torch.float64):
         same(got, expected[name])
         assert description.stored.format == "torch_dist"

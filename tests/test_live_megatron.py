@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from live_models import ball, clean, network, patched
 from ranks import pool
+from releases import config_has
 from torch import nn
 
 from lirpa_megatron import (
@@ -101,8 +102,9 @@ def _changed_later():
         "model.rotary_pos_emb: the model itself": (
             model.rotary_pos_emb, "inv_freq", model.rotary_pos_emb.inv_freq * 0.9
         ),
-        "softmax_type='learnable'": (model.config, "softmax_type", "learnable"),
     }
+    if config_has("softmax_type"):
+        changes["softmax_type='learnable'"] = (model.config, "softmax_type", "learnable")
     bounded, inputs = _margins(model)
     found = {}
     for expected, (owner, name, value) in changes.items():

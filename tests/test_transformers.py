@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 from ranks import pool
-from transformer_cases import ALPHA, CASES, ROUNDS, build_case, case_bounds, check_same
+from releases import needs_query_groups
+from transformer_cases import ALPHA, CASES, GROUPS, ROUNDS, build_case, case_bounds, check_same
 
 from lirpa_megatron import BoundedModule, at_position, from_layer, perturb_tokens
 from lirpa_megatron.operators.norm import norm
@@ -31,6 +32,7 @@ _SLOW = pytest.mark.slow
        for name in CASES],
 )
 def test_bounds_are_those_of_one_device(name, size):
+    needs_query_groups(GROUPS.get(name, 4), size)
     one = _one(name, torch.float64)
     many = pool(size).run(case_bounds, name, torch.float64)[0]
     check_same(one, many, torch.float64)
@@ -125,6 +127,7 @@ def test_rows_that_are_bounded_on_the_way_make_bounds_tighter():
 )
 def test_weights_move_and_bounds_stay(name):
     ranks = 4 if name.startswith("one key group") else 2
+    needs_query_groups(GROUPS.get(name, 4), ranks)
     run = (case_bounds, name, torch.float64, ("CROWN",), 0.01, {"moves": "weights"})
     many = pool(ranks).run(*run)[0]
     check_same({"CROWN": _one(name, torch.float64)["CROWN"]}, many, torch.float64)

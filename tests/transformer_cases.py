@@ -49,6 +49,9 @@ def build_case(name, dtype):
 CASES = ("gpt", "gpt, squared relu, RMSNorm, untied", "llama",
          "one key group, norms of queries and keys", "bert", "bert's language head")
 
+GROUPS = {"llama": 2, CASES[3]: 1}
+"""Query groups of the cases that have fewer than heads (4)."""
+
 
 def case_bounds(name, dtype, methods=ROUNDS, eps=0.01, options=None, eager=False):
     """method -> (lower, upper), and outputs at points of the set if `eager`."""

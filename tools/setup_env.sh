@@ -36,4 +36,11 @@ step "$auto_lirpa, without its declared dependencies"
 # appdirs and graphviz (0.7.1) are what it imports and nothing else here brings.
 # shellcheck disable=SC2086
 pip install --quiet --no-deps $auto_lirpa appdirs graphviz
+# psutil comes with us; triton is what releases of megatron-core for Python 3.12 import.
+for package in $(.venv/bin/python -c '
+from lirpa_megatron.compat import requirements
+print(*requirements.undeclared_and_missing())'); do
+    step "$package, which megatron-core imports and does not declare"
+    pip install --quiet "$package"
+done
 printf '%s\n' "$wanted" >$ready
