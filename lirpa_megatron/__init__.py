@@ -1,4 +1,4 @@
-"""lirpa_megatron: certified bounds for Megatron-core models, exact under tensor parallelism.
+"""lirpa_megatron: certified bounds for Megatron-core models, exact on sharded models.
 
 The public names are auto_LiRPA's, so that an import is all that changes:
 
@@ -18,6 +18,7 @@ from lirpa_megatron.compat import requirements
 if TYPE_CHECKING:
     from lirpa_megatron.adapters.embeddings import embed
     from lirpa_megatron.adapters.parallelize import explain, parallelize
+    from lirpa_megatron.adapters.stages import PipelineStage
     from lirpa_megatron.adapters.views import at_position, bert_head, from_layer
     from lirpa_megatron.bounded_module import BoundedModule
     from lirpa_megatron.compat.auto_lirpa import BoundedParameter, BoundedTensor, PerturbationLpNorm
@@ -43,6 +44,7 @@ __all__ = [
     "BoundedTensor",
     "PerturbationHull",
     "PerturbationLpNorm",
+    "PipelineStage",
     "RemoteRankError",
     "SPMDError",
     "UserError",
@@ -64,6 +66,7 @@ __all__ = [
 _MODULES = {
     "adapters.embeddings": ("embed",),
     "adapters.parallelize": ("explain", "parallelize"),
+    "adapters.stages": ("PipelineStage",),
     "adapters.views": ("at_position", "bert_head", "from_layer"),
     "bounded_module": ("BoundedModule",),
     "errors": ("RemoteRankError", "SPMDError", "UserError"),

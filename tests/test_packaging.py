@@ -208,6 +208,7 @@ EXAMPLES = {  # document and number of the script in it -> how many bounds it pr
     "README": ("README.md", 0, 1),
     "library": ("docs/library.md", 0, 6),
     "GPT": ("docs/library.md", 1, 1),
+    "pipeline": ("docs/library.md", 2, 4),
 }
 
 
@@ -241,7 +242,7 @@ def on_ranks(size, script):
 
 
 @pytest.mark.parametrize("example, run", [
-    ("README", as_the_readme_says), ("library", on_ranks),
+    ("README", as_the_readme_says), ("library", on_ranks), ("pipeline", on_ranks),
     pytest.param("GPT", as_the_readme_says, marks=pytest.mark.slow),
 ])
 def test_the_documents_examples_print_the_same_bounds_on_one_process_and_on_two(
