@@ -21,9 +21,12 @@ BIAS = [-0.14, 0.0]
 WORDS = ["[UNK]", *(f"w{i}" for i in range(1, transformers.VOCABULARY))]
 
 
-def save_checkpoint(kind, out, change=None, dtype=torch.float64, **arguments):
-    """A rank file of a model of one small layer (needs a session); its folder."""
-    model = {"gpt": transformers.gpt, "bert": transformers.bert}[kind](**SMALL)
+def save_checkpoint(kind, out, change=None, dtype=torch.float64, layers=1, **arguments):
+    """A rank file of a model of small layers (needs a session); its folder."""
+    arguments = {"num_layers": layers, **arguments}
+    model = {"gpt": transformers.gpt, "bert": transformers.bert}[kind](
+        **{**SMALL, "num_layers": layers}
+    )
     state = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
     if kind == "bert":
         state["binary_head.bias"] = torch.tensor(BIAS, dtype=dtype)

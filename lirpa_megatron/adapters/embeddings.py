@@ -13,6 +13,7 @@ from lirpa_megatron.adapters import hooks, refusals
 from lirpa_megatron.adapters.live.modules import is_sequence_parallel
 from lirpa_megatron.adapters.live.submodules import difference, values
 from lirpa_megatron.adapters.live.undisturbed import undisturbed
+from lirpa_megatron.adapters.stages import pipeline_of
 from lirpa_megatron.adapters.traceable import collectives_of
 from lirpa_megatron.arithmetic.floating import TINY, UNIT
 from lirpa_megatron.errors import LiveModelError, SPMDError, UserError
@@ -20,6 +21,8 @@ from lirpa_megatron.operators.parameters import HALF, widened
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.collectives import Collectives
 from lirpa_megatron.parallel.foreign import agreed_collectives
+from lirpa_megatron.parallel.pipeline import guard
+from lirpa_megatron.parallel.stage_forward import from_first_stage
 
 ROUNDING = 64
 """Units in the last place of the largest number by which both may differ: they add the same."""
@@ -35,6 +38,7 @@ def embed(
 ) -> torch.Tensor:
     """The hidden states that enter the first layer, on every rank.
 
+    Of a pipeline's stages the first one has the embedding; every rank of all stages calls it.
     Dropout is omitted, and the sequence is complete even with sequence_parallel. Gradients flow to
     the embedding's parameters.
 
@@ -55,18 +59,29 @@ def embed(
         LiveModelError: the model's own embedding gives a different result; on every rank.
     """
     model = hooks.unwrapped(model)
+    tp, pipeline = collectives_of(model), pipeline_of(model)
+    with guard(pipeline, tp.group, "embed"):
+        hidden = None
+        if pipeline is None or pipeline.is_first:
+            hidden = _embedded(model, ids, position_ids, tokentype_ids, tp, check_live)
+        return from_first_stage(pipeline, "what the tokens are embedded as", hidden)
+
+
+def _embedded(
+    model: nn.Module, ids: torch.Tensor, position_ids: torch.Tensor | None,
+    tokentype_ids: torch.Tensor | None, tp: Collectives, check_live: bool,
+) -> torch.Tensor:
+    """`embed` where the embedding is."""
     embedding: Any = model.embedding
-    tp = collectives_of(model)
-    with spmd.guard(tp.group, "embed"):
-        _check(embedding, tp)
-        if (tokentype_ids is None) != (embedding.tokentype_embeddings is None):
-            needs = "needs" if tokentype_ids is None else "has no embeddings for"
-            raise UserError(f"the model {needs} tokentype_ids")
-        if position_ids is None:
-            position_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        hidden = _hidden(embedding, ids, position_ids, tokentype_ids, tp)
-        if check_live and ids.numel():
-            _compare(embedding, ids, position_ids, tokentype_ids, hidden, tp)
+    _check(embedding, tp)
+    if (tokentype_ids is None) != (embedding.tokentype_embeddings is None):
+        needs = "needs" if tokentype_ids is None else "has no embeddings for"
+        raise UserError(f"the model {needs} tokentype_ids")
+    if position_ids is None:
+        position_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    hidden = _hidden(embedding, ids, position_ids, tokentype_ids, tp)
+    if check_live and ids.numel():
+        _compare(embedding, ids, position_ids, tokentype_ids, hidden, tp)
     return hidden
 
 

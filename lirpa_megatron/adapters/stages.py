@@ -12,10 +12,12 @@ from torch import nn
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.refusals import joined
 from lirpa_megatron.adapters.registry import Copy, register
+from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.adapters.traced_ops import stage_input
 from lirpa_megatron.adapters.views import BLOCKS, LANGUAGE_MODELS, View
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel.pipeline import Pipeline
+from lirpa_megatron.parallel.stage_forward import StagedForward
 
 
 class PipelineStage(nn.Module):
@@ -85,7 +87,7 @@ def pipeline_of(model: nn.Module) -> Pipeline | None:
     """
     module = _inside(model)
     if isinstance(module, PipelineStage):
-        return Pipeline(module.group[0]) if module.group[0].size() > 1 else None
+        return Pipeline.of(module.group[0]) if module.group[0].size() > 1 else None
     ends = _ends(module)
     if all(ends):
         return None
@@ -96,7 +98,16 @@ def pipeline_of(model: nn.Module) -> Pipeline | None:
             f"post_process={ends[1]}), but there is no pipeline-parallel group: initialise "
             "parallel_state with pipeline_model_parallel_size"
         )
-    return Pipeline(group)
+    return Pipeline.of(group)
+
+
+def forward_of(model: nn.Module) -> nn.Module:
+    """What a module, or the model that it is a stage of, computes from the model's first input, as
+    a differentiable function that every rank calls alike."""
+    net, pipeline = traceable(model), pipeline_of(model)
+    if pipeline is None:
+        return net
+    return StagedForward(net, pipeline, collectives_of(model).group)
 
 
 def check_place(model: nn.Module, pipeline: Pipeline) -> None:
@@ -118,7 +129,7 @@ def config_of(model: nn.Module) -> dict[str, str]:
     return {
         f"{type(config).__name__}.{name}": getattr(value, "__qualname__", None) or str(value)
         for name, value in vars(config).items()
-        if not name.startswith("_") and isinstance(value, _PLAIN)
+        if not name.startswith("_") and name != "num_layers" and isinstance(value, _PLAIN)
     }
 
 

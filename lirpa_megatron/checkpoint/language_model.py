@@ -7,7 +7,7 @@ sizes the checkpoint was written with. There are no collectives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.parallel_state import model_parallel_is_initialized as is_initialized
 from torch import nn
 
 from lirpa_megatron.checkpoint import arguments, names
@@ -23,6 +24,7 @@ from lirpa_megatron.checkpoint.description import ModelDescription
 from lirpa_megatron.checkpoint.model_builder import build
 from lirpa_megatron.checkpoint.shards import read_shard
 from lirpa_megatron.checkpoint.source import PARSER, Weights, read_source
+from lirpa_megatron.checkpoint.stage import Stage, own_stage
 from lirpa_megatron.compat.megatron_hybrid import HybridModel
 from lirpa_megatron.errors import UserError
 
@@ -55,8 +57,12 @@ def load_language_model(
     device: torch.device | str = "cpu",
     iteration: int | str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    pipeline_layers: Sequence[int] | None = None,
 ) -> tuple[ModelDescription, GPTModel | HybridModel | BertModel]:
     """Builds Megatron's model and reads this rank's shard of its weights.
+
+    With a pipeline-parallel group of several ranks each builds and reads its own stage, whatever
+    the stages that the checkpoint was written with.
 
     Every rank of the group calls this, after `runtime.initialize`; there are no collectives. The
     vocabulary has `description.vocabulary_rows(TP size)` rows: those of the checkpoint and, where
@@ -70,6 +76,8 @@ def load_language_model(
         dtype: of the parameters; None: the stored one, or float32 for bfloat16 and float16 (whose
             weights are exactly representable in it).
         device: of the parameters.
+        pipeline_layers: how many layers each pipeline stage has; None: balanced for verification
+            (`crown.stage_split`).
 
     Returns:
         the description, and GPTModel or BertModel in eval mode, parameters frozen, made of the
@@ -77,16 +85,23 @@ def load_language_model(
 
     Raises:
         UserError: as `read_model_description`; a model that does not fit the TP size (both
-            numbers), unreadable tensors, NaN or infinite values.
+            numbers), or the pipeline; unreadable tensors, NaN or infinite values.
     """
     description, weights = _open(checkpoint, iteration, overrides)
     if dtype is None:
         stored = getattr(torch, description.stored.dtype)
         dtype = stored if stored in (torch.float32, torch.float64) else torch.float32
-    model = build(description, group, dtype)
+    stage = own_stage(description, pipeline_layers) if is_initialized() else None
+    model = build(description, group, dtype, stage)
+    stage = stage or Stage(0, description.num_layers)
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    described = description.parameters()
-    built = dict(model.named_parameters())
+    described = {
+        name: parameter for name, parameter in description.parameters().items()
+        if stage.has(name, description.tied)
+    }
+    own = {stage.name_in_model(name, description.tied): name for name, _ in
+           model.named_parameters()}
+    built = {name: model.get_parameter(local) for name, local in own.items()}
     if set(built) != set(described):
         raise UserError(
             "this release of megatron-core builds another model than the checkpoint's: "
@@ -100,7 +115,7 @@ def load_language_model(
                 f"tensor {name}: this release of megatron-core expects {list(parameter.shape)} on "
                 f"a rank, the checkpoint's model has {list(value.shape)}"
             )
-        _replace_parameter(model, name, value.to(device))
+        _replace_parameter(model, own[name], value.to(device))
     # Without the window, which longer inputs would meet: the adapters refuse these.
     model.attention_window = description.attention_window
     return description, model

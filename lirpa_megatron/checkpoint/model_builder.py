@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from lirpa_megatron.checkpoint.description import HYBRID, ModelDescription
+from lirpa_megatron.checkpoint.stage import Stage
 from lirpa_megatron.compat.megatron_hybrid import (
     PATTERN,
     STACK_SPEC,
@@ -43,7 +44,8 @@ _ACTIVATIONS = {
 
 
 def build(
-    description: ModelDescription, group: dist.ProcessGroup | None, dtype: torch.dtype
+    description: ModelDescription, group: dist.ProcessGroup | None, dtype: torch.dtype,
+    stage: Stage | None = None,
 ) -> GPTModel | HybridModel | BertModel:
     """This rank's part of the model, its parameters on the meta device.
 
@@ -51,6 +53,7 @@ def build(
         description: what to build.
         group: the tensor-parallel group, Megatron's own (None: one rank).
         dtype: of the parameters.
+        stage: the pipeline stage that this rank has; None: the whole model.
 
     Raises:
         UserError: the model cannot be split over the group, or Megatron refuses it.
@@ -58,12 +61,13 @@ def build(
     size = 1 if group is None else group.size()
     _check_group(size)
     description.check_tensor_parallel(size)
+    stage = stage or Stage(0, description.num_layers)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = _config(description, size, dtype)
+            config = _config(description, size, dtype, stage.layers)
             make = {"GPT": _gpt, "BERT": _bert, HYBRID: _hybrid}[description.kind]
-            return make(description, config, size).to(dtype).eval()
+            return make(description, config, size, stage).to(dtype).eval()
     except (ValueError, AssertionError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"megatron-core does not build the checkpoint's model: {reason}") from None
@@ -80,14 +84,14 @@ def _check_group(size: int) -> None:
         raise UserError(
             f"the group given has {size} ranks, Megatron's tensor-parallel group has {ours}"
         )
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    if stages != 1:
-        raise UserError(f"pipeline-parallel size {stages} is not supported: set it to 1")
 
 
-def _config(d: ModelDescription, size: int, dtype: torch.dtype) -> TransformerConfig:
+def _config(
+    d: ModelDescription, size: int, dtype: torch.dtype, layers: int
+) -> TransformerConfig:
+    """A stage's config is that of a model of its own layers: nothing in it depends on others."""
     settings = dict(
-        num_layers=d.num_layers, hidden_size=d.hidden_size, ffn_hidden_size=d.ffn_hidden_size,
+        num_layers=layers, hidden_size=d.hidden_size, ffn_hidden_size=d.ffn_hidden_size,
         num_attention_heads=d.num_attention_heads, num_query_groups=d.num_query_groups,
         kv_channels=d.kv_channels, normalization=d.normalization,
         layernorm_epsilon=d.layernorm_epsilon,
@@ -118,7 +122,9 @@ def _config(d: ModelDescription, size: int, dtype: torch.dtype) -> TransformerCo
     return TransformerConfig(**{k: v for k, v in settings.items() if k in known})
 
 
-def _gpt(d: ModelDescription, config: TransformerConfig, size: int) -> GPTModel:
+def _gpt(
+    d: ModelDescription, config: TransformerConfig, size: int, stage: Stage
+) -> GPTModel:
     spec = get_gpt_layer_local_spec(qk_layernorm=d.qk_layernorm, normalization=d.normalization)
     return GPTModel(
         config=config, transformer_layer_spec=spec, vocab_size=d.vocabulary_rows(size),
@@ -128,10 +134,13 @@ def _gpt(d: ModelDescription, config: TransformerConfig, size: int) -> GPTModel:
         rotary_base=d.rotary_base, rope_scaling=d.rope_scaling,
         rope_scaling_factor=d.rope_scaling_factor,
         seq_len_interpolation_factor=d.seq_len_interpolation_factor,
+        pre_process=stage.is_first, post_process=stage.is_last,
     )
 
 
-def _hybrid(d: ModelDescription, config: TransformerConfig, size: int) -> HybridModel:
+def _hybrid(
+    d: ModelDescription, config: TransformerConfig, size: int, stage: Stage
+) -> HybridModel:
     """The stack's last norm is made here: Megatron's stack asks for TransformerEngine's."""
     spec = get_gpt_layer_local_spec(qk_layernorm=d.qk_layernorm, normalization=d.normalization)
     parts = spec.submodules
@@ -155,8 +164,11 @@ def _hybrid(d: ModelDescription, config: TransformerConfig, size: int) -> Hybrid
         share_embeddings_and_output_weights=d.tied,
         position_embedding_type=d.position_embedding_type, rotary_percent=d.rotary_percent,
         rotary_base=d.rotary_base, seq_len_interpolation_factor=d.seq_len_interpolation_factor,
-        **{STACK_SPEC: stack, PATTERN: d.layers},
+        pre_process=stage.is_first, post_process=stage.is_last,
+        **{STACK_SPEC: stack, PATTERN: d.layers[stage.first : stage.end]},
     )
+    if not stage.is_last:
+        return model
     model.decoder.post_layer_norm = True
     model.decoder.final_norm = WrappedTorchNorm(
         config, config.hidden_size, eps=config.layernorm_epsilon
@@ -164,10 +176,13 @@ def _hybrid(d: ModelDescription, config: TransformerConfig, size: int) -> Hybrid
     return model
 
 
-def _bert(d: ModelDescription, config: TransformerConfig, size: int) -> BertModel:
+def _bert(
+    d: ModelDescription, config: TransformerConfig, size: int, stage: Stage
+) -> BertModel:
     return BertModel(
         config=config, num_tokentypes=d.num_tokentypes,
         transformer_layer_spec=bert_layer_local_spec, vocab_size=d.vocabulary_rows(size),
         max_sequence_length=d.max_position_embeddings, parallel_output=False,
         share_embeddings_and_output_weights=d.tied, add_binary_head=d.binary_head,
+        pre_process=stage.is_first, post_process=stage.is_last,
     )

@@ -56,7 +56,10 @@ def _run(arguments: dict[str, Any]) -> int:
 
     is_ours = not dist.is_initialized()
     try:
-        runtime.initialize(arguments.get("tensor_parallel_size"))
+        runtime.initialize(
+            arguments.get("tensor_parallel_size"),
+            pipeline_parallel_size=arguments.get("pipeline_parallel_size", 1),
+        )
         if runtime.tp_size() != dist.get_world_size() and "data" not in arguments:
             raise UserError(
                 f"--tensor-parallel-size {runtime.tp_size()} is not the number of processes "

@@ -26,6 +26,12 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+def _layers(text: str) -> list[int]:
+    """An argparse type: numbers of layers, as in '4,4,2,2'."""
+    number = _number(int, 1)
+    return [number(part.strip()) for part in text.split(",")]
+
+
 def _number(kind: type, minimum: float, exclusive: bool = False) -> Any:
     """An argparse type: a finite number of a kind, at least (or above) a minimum."""
     wanted = f"{'above' if exclusive else 'of at least'} {minimum:g}"
@@ -223,6 +229,15 @@ def add_question(add: Any) -> None:
     )
     add("--model-config", metavar="YAML", type=Path, help=_MODEL_CONFIG)
     add("--limit", metavar="N", type=_number(int, 1), help="only the first N lines of the data")
+    add(
+        "--pipeline-parallel-size", metavar="P", type=_number(int, 1),
+        help="pipeline stages that the model's layers are split over (default 1); each has as many "
+        "processes as --tensor-parallel-size",
+    )
+    add(
+        "--pipeline-layers", metavar="N,N,...", type=_layers,
+        help="layers of each pipeline stage (default: split so that all have the same work)",
+    )
 
 
 def _add_effort(add: Any) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,9 @@ class Message:
         return f"{self.what} of {shapes}" if shapes else self.what
 
 
+_pipelines: weakref.WeakKeyDictionary[Any, Pipeline] = weakref.WeakKeyDictionary()
+
+
 class Pipeline:
     """This rank's place in a pipeline, and its messages.
 
@@ -83,6 +87,13 @@ class Pipeline:
         self._count = {UP: 0, DOWN: 0}
         self._received = {UP: 0, DOWN: 0}
         self._told, self._heard = False, {UP: False, DOWN: False}
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Pipeline:
+        """The one of a group: its counts of messages are of all that use it."""
+        if group not in _pipelines:
+            _pipelines[group] = cls(group)
+        return _pipelines[group]
 
     @property
     def is_first(self) -> bool:

@@ -17,7 +17,8 @@ from lirpa_megatron.errors import UserError
 
 
 def initialize(
-    tensor_parallel_size: int | None = None, timeout: timedelta = timedelta(minutes=30)
+    tensor_parallel_size: int | None = None, timeout: timedelta = timedelta(minutes=30),
+    pipeline_parallel_size: int = 1,
 ) -> None:
     """Sets up torch.distributed and Megatron's parallel_state; installs the CPU shim.
 
@@ -26,12 +27,13 @@ def initialize(
     `shutdown` is called automatically when the program ends.
 
     Args:
-        tensor_parallel_size: ranks per model; all processes by default. The remaining processes
-            are data-parallel replicas.
+        tensor_parallel_size: ranks of each stage of a model; all processes by default, divided by
+            the number of stages. The remaining processes are data-parallel replicas.
         timeout: time after which a collective fails if a peer never enters it.
+        pipeline_parallel_size: stages of a model.
 
     Raises:
-        UserError: the size does not divide the number of processes (both numbers).
+        UserError: the sizes do not divide the number of processes (both numbers).
     """
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -51,14 +53,27 @@ def initialize(
     if parallel_state.model_parallel_is_initialized():
         return
     world = dist.get_world_size()
-    size = world if tensor_parallel_size is None else tensor_parallel_size
+    stages = pipeline_parallel_size
+    if stages < 1 or world % stages != 0:
+        raise UserError(
+            f"pipeline-parallel size {stages} does not divide the number of processes {world}: "
+            f"start a multiple of {max(stages, 1)} processes (torchrun --nproc-per-node) or choose "
+            "another size"
+        )
+    size = world // stages if tensor_parallel_size is None else tensor_parallel_size
+    if stages > 1 and (size < 1 or world % (size * stages) != 0):
+        raise UserError(
+            f"tensor-parallel size {size} x pipeline-parallel size {stages} does not divide the "
+            f"number of processes {world}: start a multiple of {max(size, 1) * stages} processes "
+            "(torchrun --nproc-per-node) or choose other sizes"
+        )
     if size < 1 or world % size != 0:
         raise UserError(
             f"tensor-parallel size {size} does not divide the number of processes {world}: start "
             f"a multiple of {max(size, 1)} processes (torchrun --nproc-per-node) or choose "
             "another size"
         )
-    parallel_state.initialize_model_parallel(size)
+    parallel_state.initialize_model_parallel(size, stages)
 
 
 def shutdown() -> None:
@@ -98,6 +113,20 @@ def tp_rank() -> int:
     """This process's tensor-parallel rank (0 when nothing is initialised)."""
     group = tp_group()
     return 0 if group is None else group.rank()
+
+
+def pp_size() -> int:
+    """Number of pipeline stages (1 when nothing is initialised)."""
+    if not parallel_state.model_parallel_is_initialized():
+        return 1
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def pp_rank() -> int:
+    """This process's pipeline stage (0 when nothing is initialised)."""
+    if not parallel_state.model_parallel_is_initialized():
+        return 0
+    return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def is_rank0() -> bool:

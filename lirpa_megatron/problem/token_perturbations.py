@@ -17,8 +17,9 @@ from torch import nn
 from lirpa_megatron.adapters import hooks
 from lirpa_megatron.adapters.embeddings import embed, off_sums
 from lirpa_megatron.adapters.live.entering import check_entering
+from lirpa_megatron.adapters.stages import pipeline_of
 from lirpa_megatron.adapters.traceable import traceable
-from lirpa_megatron.adapters.views import View
+from lirpa_megatron.adapters.views import LANGUAGE_MODELS, View
 from lirpa_megatron.arithmetic.floating import box_around, widened
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
@@ -166,12 +167,19 @@ def _opened(model: nn.Module, start_layer: int | None) -> tuple[nn.Module, int]:
                 f"{model.start_layer}"
             )
         model, start_layer = model.model, model.start_layer
-    if not hasattr(model, "embedding"):
+    pipeline = pipeline_of(model) if isinstance(model, LANGUAGE_MODELS) else None
+    if pipeline is None and not hasattr(model, "embedding"):
         raise UserError(
             f"{type(model).__name__} has no embedding: give a GPTModel, HybridModel or BertModel"
         )
     block = model.encoder if isinstance(model, BertModel) else model.decoder
     first = start_layer or 0
+    if pipeline is not None and first > 0:
+        raise UserError(
+            f"layer {first}: over pipeline stages, what enters the first layer can be perturbed"
+        )
+    if pipeline is not None:
+        return model, first
     if not 0 <= first < len(block.layers):
         raise UserError(f"there is no layer {first}: the model has {len(block.layers)}")
     return model, first

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.pipeline import Pipeline
 from lirpa_megatron.verify.properties.attack import Target, find_candidates
 from lirpa_megatron.verify.properties.counterexamples import Counterexample, confirm
 from lirpa_megatron.verify.properties.loading import Loaded
@@ -50,15 +51,19 @@ class Outcome:
 class Deadline:
     """A time limit that all ranks agree on: rank 0's clock decides."""
 
-    def __init__(self, seconds: float | None, group: dist.ProcessGroup | None):
+    def __init__(
+        self, seconds: float | None, group: dist.ProcessGroup | None,
+        pipeline: Pipeline | None = None,
+    ) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
-        self._group = group
+        self._group, self._pipeline = group, pipeline
 
     def is_over(self) -> bool:
         """Collective, unless there is no limit."""
         if self._end is None:
             return False
-        return spmd.broadcast_object(time.monotonic() > self._end, self._group)
+        over = spmd.broadcast_object(time.monotonic() > self._end, self._group)
+        return over if self._pipeline is None else self._pipeline.agree("the deadline", over)[0]
 
 
 def verify_instance(

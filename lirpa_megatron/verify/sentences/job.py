@@ -22,6 +22,7 @@ from lirpa_megatron.checkpoint.layout import split_iteration
 from lirpa_megatron.errors import SPMDError, UserError
 from lirpa_megatron.networks.network import DTYPES
 from lirpa_megatron.parallel import runtime, spmd
+from lirpa_megatron.parallel.pipeline import guard
 from lirpa_megatron.report.summary import summarise, summary_table
 from lirpa_megatron.verify.agreement import agreed
 from lirpa_megatron.verify.sentences.data import Item, read_items
@@ -76,9 +77,9 @@ class _Replica:
 def run(files: Files, options: SentenceOptions) -> int:
     """Verifies the sentences.
 
-    Every process calls this. Processes beyond one tensor-parallel group are replicas, which share
-    the sentences out; each writes a file of its own (`OUTPUT.1`, ...) that the first one adds to
-    the output at the end, or when a later run resumes.
+    Every process calls this. Processes beyond one model's (its tensor-parallel ranks, of all
+    pipeline stages) are replicas, which share the sentences out; each writes a file of its own
+    (`OUTPUT.1`, ...) that the first one adds to the output at the end, or when a later run resumes.
 
     Returns:
         exit status: 0 done, 1 a sentence ended in an error, `TERMINATED` after SIGTERM.
@@ -120,7 +121,7 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
         device = torch.device("cuda", torch.cuda.current_device())
     with agreed(dist.group.WORLD, "loading the checkpoint"):
         description, model = load_language_model(
-            files.load, group, dtype, device, options.iteration, overrides
+            files.load, group, dtype, device, options.iteration, overrides, options.pipeline_layers
         )
         vocabulary = description.vocab_size or description.padded_vocab_size
         if tokenizer is not None and tokenizer.size > vocabulary:
@@ -175,13 +176,13 @@ def _run_replica(
     replica: _Replica, options: SentenceOptions, stream: ResultsFile | None, stop: _StopSignal
 ) -> tuple[list[dict[str, Any]], bool]:
     """The replica's results, and whether a signal ended the run."""
-    group, results = runtime.tp_group(), []
+    results: list[dict[str, Any]] = []
     bar = tqdm(
         replica.items, desc="verify", unit="sentence", file=sys.stderr,
         disable=not runtime.is_rank0(),
     )
     for item in bar:
-        if stop.agreed(group):
+        if stop.agreed(replica.verifier):
             bar.close()
             return results, True
         result = _one(replica, item, options)
@@ -190,18 +191,19 @@ def _run_replica(
             stream.write(to_line(result))
         certified = sum(r["result"] == "unsat" for r in results)
         bar.set_postfix_str(f"{certified} certified, {result['seconds']:.1f} s the last")
-    return results, stop.agreed(group)
+    return results, stop.agreed(replica.verifier)
 
 
 def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, Any]:
     """One sentence; what is wrong with it is its result."""
-    group, begin = runtime.tp_group(), time.monotonic()
+    group, pipeline = runtime.tp_group(), replica.verifier.pipeline
+    begin = time.monotonic()
     encoded = verdict = error = None
     substitutes = Substitutes()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        with spmd.guard(group, f"sentence {item.name}"):
+        with guard(pipeline, group, f"sentence {item.name}"):
             encoded, text = _encode(replica, item, options)
             if options.question == "synonyms":
                 if item.candidates is None:
@@ -219,9 +221,11 @@ def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, A
         error = str(failure) if is_told else f"{type(failure).__name__}: {failure}"
         # Raises if the reason is that a rank is gone: there is nobody to go on with, and the
         # sentence is still to be done.
-        spmd.handshake(group, f"the error of sentence {item.name}")
+        with guard(pipeline, group, f"the error of sentence {item.name}"):
+            spmd.handshake(group, f"the error of sentence {item.name}")
     return result_of(
-        item, encoded, substitutes, verdict, replica.task, replica.asked, runtime.tp_size(),
+        item, encoded, substitutes, verdict, replica.task, replica.asked,
+        (runtime.tp_size(), runtime.pp_size()),
         time.monotonic() - begin, _peak_memory(),
         None if error is None else " ".join(error.split()),
     )
@@ -287,9 +291,12 @@ class _StopSignal:
     def _receive(self, *_: Any) -> None:
         self._received = True
 
-    def agreed(self, group: dist.ProcessGroup | None) -> bool:
-        """Whether any rank of the group has received it; collective."""
-        return any(spmd.gather_objects(self._received, group))
+    def agreed(self, verifier: SentenceVerifier) -> bool:
+        """Whether any rank of the model has received it; collective."""
+        received = any(spmd.gather_objects(self._received, verifier.group))
+        if verifier.pipeline is None:
+            return received
+        return any(verifier.pipeline.agree("whether to stop", received))
 
 
 # -------------------------------------------------------------------- the end
@@ -302,7 +309,7 @@ def _output(files: Files) -> Iterator[ResultsFile | None]:
     with agreed(dist.group.WORLD, "opening the output"):
         if files.output is None and replica > 0:
             raise UserError("several replicas cannot share standard output: give --output")
-        if runtime.tp_rank() == 0:
+        if runtime.tp_rank() == runtime.pp_rank() == 0:
             stream = ResultsFile(files, replica)
     try:
         yield stream

@@ -42,6 +42,8 @@ class SentenceOptions(RunOptions):
     lr_alpha: float = 0.1
     # of the checkpoint; None: what its tracker names
     iteration: str | None = None
+    # layers of each pipeline stage; None: balanced
+    pipeline_layers: Sequence[int] | None = None
     # only the first so many lines of the data
     limit: int | None = None
 

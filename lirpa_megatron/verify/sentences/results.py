@@ -24,7 +24,7 @@ _KEY = (
 
 def result_of(
     item: Item, encoded: Encoded | None, substitutes: Substitutes, verdict: Verdict | None,
-    task: Task, asked: dict[str, Any], ranks: int, seconds: float,
+    task: Task, asked: dict[str, Any], ranks: tuple[int, int], seconds: float,
     memory: float | None, error: str | None = None,
 ) -> dict[str, Any]:
     """The line for one sentence, as plain data; see docs/command-line.md for the fields.
@@ -69,7 +69,8 @@ def result_of(
         "positions": positions,
         **tried,
         "counterexample": found.sentence,
-        "tensor_parallel": ranks,
+        "tensor_parallel": ranks[0],
+        **({} if ranks[1] == 1 else {"pipeline_parallel": ranks[1]}),
         "seconds": round(seconds, 4),
         "peak_memory_mib": memory,
         **({} if error is None else {"error": error}),

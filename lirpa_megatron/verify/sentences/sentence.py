@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lirpa_megatron.adapters.embeddings import embed
+from lirpa_megatron.adapters.stages import pipeline_of
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.problem.token_perturbations import perturb_tokens
@@ -65,7 +66,8 @@ class SentenceVerifier:
         model: GPTModel, HybridModel or BertModel, in eval mode.
         task: how its output is read.
         options: the question.
-        group: the tensor-parallel group; every rank calls `verify` with the same sentences.
+        group: the tensor-parallel group; every rank, of all pipeline stages of the model, calls
+            `verify` with the same sentences.
     """
 
     def __init__(
@@ -73,9 +75,9 @@ class SentenceVerifier:
         group: dist.ProcessGroup | None,
     ) -> None:
         self.model, self.task, self.options, self.group = model, task, options, group
-        self.norm = NORMS[options.norm]
+        self.norm, self.pipeline = NORMS[options.norm], pipeline_of(model)
         self._graphs: dict[int, BoundedModule] = {}
-        self._deadline = Deadline(None, group)
+        self._deadline = Deadline(None, group, self.pipeline)
 
     def verify(
         self, ids: Sequence[int], places: Sequence[int], label: int | None,
@@ -90,7 +92,7 @@ class SentenceVerifier:
             substitutes: position -> ids, for the question "synonyms".
             seconds: time limit, looked at between bounds.
         """
-        self._deadline = Deadline(seconds, self.group)
+        self._deadline = Deadline(seconds, self.group, self.pipeline)
         tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
         with torch.no_grad():
             hidden = embed(self.model, tokens, **self._types(tokens))
@@ -197,7 +199,8 @@ class SentenceVerifier:
 
     def _types(self, tokens: torch.Tensor) -> dict[str, Any]:
         """Further arguments of `embed`: token type 0 everywhere, for a model that has types."""
-        has = getattr(self.model.embedding, "tokentype_embeddings", None) is not None
+        embedding = getattr(self.model, "embedding", None)  # on the first pipeline stage
+        has = getattr(embedding, "tokentype_embeddings", None) is not None
         types = {"tokentype_ids": torch.zeros_like(tokens)} if has else {}
         return {"check_live": not self.options.no_live_check, **types}
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core.models.bert.bert_model import BertModel
 from torch import nn
 
-from lirpa_megatron.adapters.traceable import traceable
+from lirpa_megatron.adapters.stages import forward_of
 from lirpa_megatron.adapters.views import at_position, bert_head
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.problem.margins import (
@@ -105,8 +105,8 @@ class Classification(Task):
 
     def __init__(self, model: BertModel) -> None:
         self.view = bert_head(model, "binary")
-        self.net = traceable(self.view)
-        self.classes = model.binary_head.weight.shape[0]
+        self.net = forward_of(self.view)
+        self.classes = 2  # Megatron's binary head has no other size
 
     def specification(self, label: int, like: torch.Tensor) -> torch.Tensor:
         return classification_margins(torch.tensor([label]), self.classes).to(like)
@@ -131,7 +131,7 @@ class LabelTokens(Task):
 
     def __init__(self, model: nn.Module, tokens: Sequence[Sequence[int]], names: Sequence[str]):
         self.view = at_position(model, -1)
-        self.net = traceable(self.view)
+        self.net = forward_of(self.view)
         self.tokens, self.names, self.classes = tokens, names, len(tokens)
 
     def scores(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -167,7 +167,7 @@ class NextToken(Task):
 
     def __init__(self, model: nn.Module, vocab_size: int) -> None:
         self.view = next_token_margins(model)
-        self.net = traceable(at_position(model, -1))
+        self.net = forward_of(at_position(model, -1))
         self.classes = vocab_size
 
     def scores(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -232,7 +232,7 @@ def _make_task(
     if (name == "label-tokens") != (label_tokens is not None):
         raise UserError("--label-tokens and --task label-tokens need each other")
     if name == "classification":
-        if model.binary_head is None:
+        if model.post_process and model.binary_head is None:
             raise UserError("the BERT model has no binary head (add_binary_head), so no classes")
         return Classification(model)
     if name == "next-token":
