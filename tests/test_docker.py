@@ -310,17 +310,21 @@ def trainers_agent(node, port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agent", [slurms_agent, trainers_agent])
-def test_two_nodes_run_the_line_and_find_what_one_process_finds(agent, tmp_path):
+@pytest.mark.parametrize(("agent", "stages"), [
+    (slurms_agent, 1), (trainers_agent, 1), (trainers_agent, 2),
+])
+def test_two_nodes_run_the_line_and_find_what_one_process_finds(agent, stages, tmp_path):
     mounted = {"/checkpoint": tmp_path / "bert", "/data": tmp_path, "/config": tmp_path}
     with runtime.session():
-        save_checkpoint("bert", mounted["/checkpoint"])
+        save_checkpoint("bert", mounted["/checkpoint"], layers=stages)
     write_lines(tmp_path / "data.jsonl", {"sentence": "w3 W7 unheard"}, {"sentence": "w9"})
     options = yaml.safe_load((DOCKER / "job.yaml").read_text())
+    assert options["pipeline-parallel-size"] == 1
     options |= {"attack-steps": 2, "attack-restarts": 1, "tolerance": 0.3}  # quick
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(options))
     found = []
     for nodes in (1, 2):
+        options["pipeline-parallel-size"] = stages if nodes > 1 else 1
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(options))
         mounted["/results"] = tmp_path / f"{nodes}"
         mounted["/results"].mkdir()
         line = " ".join(VERIFY)
@@ -343,7 +347,8 @@ def test_two_nodes_run_the_line_and_find_what_one_process_finds(agent, tmp_path)
             for process in started:
                 process.kill()
         results = read(mounted["/results"] / "results.jsonl")
-        assert {r["tensor_parallel"] for r in results} == {nodes}
+        assert {r["tensor_parallel"] for r in results} == {1 if stages > 1 else nodes}
+        assert {r.get("pipeline_parallel", 1) for r in results} == {stages if nodes > 1 else 1}
         found.append([(r["property"], r["result"], r["certified_radius"]) for r in results])
     assert len(found[0]) == len(found[1]) == 2
     for (name, result, radius), (same, also, other) in zip(*found, strict=True):

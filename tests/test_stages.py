@@ -185,3 +185,46 @@ def test_gradients_are_those_of_the_whole_model(kind, method, twice):
     for name, gradient in want.items():
         scale = abs(gradient).max()
         assert abs(found[name] - gradient).max() <= 1e-10 * scale, name
+
+
+def _trained(kind, crown_share):
+    """(loss, margins, gradients by name in the whole model) of a certified loss."""
+    from lirpa_megatron import perturb_tokens
+    from lirpa_megatron.training import CertifiedLoss
+
+    torch.set_default_dtype(torch.float64)
+    stage, stages = stage_models.place()
+    model = stage_models.transformer(kind, num_layers=2)
+    model.requires_grad_(True)
+    ids, _, padding, types = stage_models.transformers.tokens()
+    further = {"attention_mask": padding, "tokentype_ids": types} if kind == "bert" else {}
+    view = stage_models.view_of(kind, model) if kind == "bert" else model
+    model.train()
+    inputs = perturb_tokens(model, ids, eps=0.001, **further)
+    loss_of = CertifiedLoss(view, inputs, num_classes=2 if kind == "bert" else None,
+                            method="CROWN-IBP")
+    inputs = perturb_tokens(model, ids, eps=0.001, **further)
+    found = loss_of(inputs, torch.tensor([1, 0]), crown_share=crown_share)
+    found.loss.mean().backward()
+    names = {n: n.replace("layers.0", f"layers.{stage}") if stages > 1 else n
+             for n, _ in model.named_parameters()}
+    gradients = {
+        names[n]: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None
+    }
+    return found.loss.detach().numpy(), found.margin.numpy(), gradients
+
+
+@pytest.mark.parametrize(("kind", "share"), [("gpt", 0.5), pytest.param("bert", 1.0, marks=_SLOW)])
+def test_a_certified_loss_trains_all_stages(kind, share):
+    ((loss, margin, want),) = pool(1).run(_trained, kind, share)
+    found = {}
+    for of_loss, of_margin, gradients in pool(2, 1, 2).run(_trained, kind, share):
+        assert abs(of_loss - loss).max() <= 1e-10 * abs(loss).max()
+        assert abs(of_margin - margin).max() <= 1e-10 * abs(margin).max()
+        for name, gradient in gradients.items():
+            if name == "output_layer.weight" and name not in want:  # tied: both stages' share
+                name = "embedding.word_embeddings.weight"
+            found[name] = found.get(name, 0) + gradient
+    assert found.keys() == want.keys()
+    for name, gradient in want.items():
+        assert abs(found[name] - gradient).max() <= 1e-10 * abs(gradient).max(), name

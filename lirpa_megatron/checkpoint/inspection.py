@@ -16,9 +16,12 @@ from lirpa_megatron.checkpoint.ignored import ignored_lines
 from lirpa_megatron.checkpoint.language_model import read_model_description
 from lirpa_megatron.checkpoint.layout import data_directory
 from lirpa_megatron.checkpoint.reader import holds_network, read_description
+from lirpa_megatron.checkpoint.stage import split_layers, stages_of
+from lirpa_megatron.crown.stage_split import stage_cost
 from lirpa_megatron.networks.network import NetworkDescription
 
 TP_SIZES = (1, 2, 4, 8)
+PP_SIZES = (2, 4, 8)
 SEQ_LENGTH = 32
 
 
@@ -48,6 +51,7 @@ def inspect(
         seq_length = min(SEQ_LENGTH, description.max_position_embeddings)
     lines = _facts(_model_facts(checkpoint, description))
     lines += ["", *_estimates(description, seq_length, max_spec_rows)]
+    lines += _pipelines(description)
     if verbose:
         lines += ["", *ignored_lines(checkpoint, iteration)]
     return "\n".join(lines)
@@ -143,6 +147,35 @@ def _estimates(
         "product reaches on this CPU.",
         "Counted from the sizes, not measured; each can be off by a factor of 3.",
         "", *lines, *([""] if notes else []), *notes,
+    ]
+
+
+def _pipelines(d: ModelDescription) -> list[str]:
+    """How layers are split over pipeline stages; nothing for a model of one layer."""
+    sizes = [size for size in PP_SIZES if size <= d.num_layers]
+    if not sizes:
+        return []
+    table = [("PP", "layers of the stages", "largest stage's weights", "busiest stage's time")]
+    total = stage_cost(0, d.num_layers, d.num_layers)
+    numbers = {name: math.prod(p.shape) for name, p in d.parameters().items()}
+    for size in sizes:
+        stages = stages_of(split_layers(d.num_layers, size))
+        weights = max(
+            sum(n for name, n in numbers.items() if stage.has(name, d.tied)) for stage in stages
+        )
+        busiest = max(stage_cost(stage.first, stage.end, d.num_layers) for stage in stages)
+        layers = " + ".join(str(stage.layers) for stage in stages)
+        table.append((
+            str(size), layers, f"{weights / sum(numbers.values()):.2f}", f"{busiest / total:.2f}"
+        ))
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return [
+        "", "Over pipeline stages, as shares of the above (--pipeline-parallel-size; early layers",
+        "are passed more often, so that the first stages have fewer; --pipeline-layers chooses):",
+        "", *(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in table
+        ),
     ]
 
 

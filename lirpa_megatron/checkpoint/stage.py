@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,10 +90,17 @@ def split_layers(layers: int, stages: int, given: Sequence[int] | None = None) -
     return list(given)
 
 
+def stages_of(counts: Sequence[int]) -> list[Stage]:
+    """All stages, from how many layers each has."""
+    ends = list(itertools.accumulate(counts))
+    return [
+        Stage(end - count, end, i == 0, i == len(counts) - 1)
+        for i, (count, end) in enumerate(zip(counts, ends, strict=True))
+    ]
+
+
 def own_stage(description: ModelDescription, given: Sequence[int] | None = None) -> Stage:
     """This rank's stage, by Megatron's pipeline-parallel group."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    counts = split_layers(description.num_layers, stages, given)
-    first = sum(counts[:rank])
-    return Stage(first, first + counts[rank], rank == 0, rank == stages - 1)
+    return stages_of(split_layers(description.num_layers, stages, given))[rank]

@@ -152,5 +152,6 @@ class Cut:
         """The backward pass from the leaves' gradients."""
         reached = [(x, leaf.grad) for x, leaf in self._pairs if leaf.grad is not None]
         if reached:
-            torch.autograd.backward(*zip(*reached, strict=True))
+            # What leads to the model's inputs may be shared with other calls.
+            torch.autograd.backward(*zip(*reached, strict=True), retain_graph=True)
 

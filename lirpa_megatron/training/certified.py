@@ -15,6 +15,7 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.options import check_method
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.pipeline import guard
 from lirpa_megatron.problem.margins import classification_margins, next_token_margins
 from lirpa_megatron.training.losses import margin_cross_entropy
 from lirpa_megatron.training.reductions import leave_sums_to_megatron
@@ -48,8 +49,8 @@ class CertifiedLoss:
     weights of norms and the biases of row-parallel layers), each rank has its share; elsewhere
     each rank has the complete gradient.
 
-    Every rank of the tensor-parallel group makes the same calls; data-parallel replicas make their
-    own.
+    Every rank of the tensor-parallel group, on all pipeline stages, makes the same calls, and calls
+    `backward` on the loss that it is given; data-parallel replicas make their own.
 
     Args:
         model: a classifier with logits [B, K] as output, such as BERT with its binary head or an
@@ -117,7 +118,7 @@ class CertifiedLoss:
         """
         if not 0 <= crown_share <= 1:
             raise UserError(f"crown_share is {crown_share}: give a number from 0 to 1")
-        with spmd.guard(self._tp.group, "the certified loss"):
+        with guard(self.bounded.pipeline, self._tp.group, "the certified loss"):
             methods = {"IBP": 1 - crown_share, self.method: crown_share}
             if self.method == "IBP":
                 methods = {"IBP": 1.0}
