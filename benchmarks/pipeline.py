@@ -1,11 +1,11 @@
 """Memory, processor time, bytes and idle time of CROWN over pipeline stages.
 
     python benchmarks/pipeline.py [--models mlp gpt] [--modes pp1 pp2 pp4 tp2pp2]
-        [--splits even balanced] [--layers N] [--batch 16] [--sequence 4] [--repeat 2]
-        [--limit 600] [--json FILE]
+        [--splits even balanced] [--layers N] [--batch 64] [--sequence 4] [--repeat 2]
+        [--rows N] [--opts JSON] [--limit 600] [--json FILE]
 
 'mlp' has 24 linear layers of width 128 with ReLU between them, ten outputs, L-inf 1e-4, a batch of
-16; all neurons get rows. 'gpt' is a GPTModel of 6 layers (hidden 128, FFN 512, 4 heads, tanh GELU,
+64; all neurons get rows. 'gpt' is a GPTModel of 6 layers (hidden 128, FFN 512, 4 heads, tanh GELU,
 64 tokens in the vocabulary), 4 tokens, L-inf 1e-4 on all embeddings, the logits of the last one.
 Random weights, the same in every mode, float32; each rank draws its own layers only. Splits: as
 many layers on each stage, and `crown.stage_split.balanced_split`.
@@ -113,6 +113,7 @@ def _build(task, tiny=False):
     from megatron.core import parallel_state
 
     from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
+    from lirpa_megatron.operators.tuning import Tuning
 
     split, stage = task["split"], parallel_state.get_pipeline_model_parallel_rank()
     if tiny:
@@ -127,7 +128,10 @@ def _build(task, tiny=False):
         length = 2 if tiny else task["sequence"]
         model = _gpt(split, stage, length, hidden)
         x = torch.randn(1, length, hidden, generator=generator)
-    bounded = BoundedModule(model, (x,), {"sparse_intermediate_bounds": False, **task["options"]})
+    options = {"sparse_intermediate_bounds": False, **task["options"]}
+    if task["rows"] is not None:
+        options["tuning"] = Tuning(rows_for_stages=task["rows"])
+    bounded = BoundedModule(model, (x,), options)
 
     def bound():
         with torch.no_grad():
@@ -181,7 +185,7 @@ def _one_mode(task: dict) -> dict:
                 "events": [(k, w, a - thread, b - thread) for k, w, a, b in timeline.events],
                 "expected": dict(timeline.expected),
                 "sent": {} if traffic is None else dict(traffic.bytes),
-                "messages": 0 if traffic is None else dict(traffic.calls),
+                "messages": {} if traffic is None else dict(traffic.calls),
             }
     runtime.shutdown()
     return result
@@ -250,10 +254,11 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=("even", "balanced"),
                         default=["even", "balanced"])
     parser.add_argument("--layers", type=int, help="24 of the MLP and 6 of the GPT by default")
-    parser.add_argument("--batch", type=int, default=16, help="of the MLP")
+    parser.add_argument("--batch", type=int, default=64, help="of the MLP")
     parser.add_argument("--sequence", type=int, default=4, help="tokens of the GPT")
     parser.add_argument("--repeat", type=int, default=2, help="calls that are timed")
     parser.add_argument("--opts", type=json.loads, default={}, help="options of BoundedModule")
+    parser.add_argument("--rows", type=int, help="`Tuning.rows_for_stages`")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one mode")
     parser.add_argument("--json", type=Path, help="write every figure but the messages there")
     arguments = parser.parse_args()
@@ -275,7 +280,8 @@ def main() -> None:
             for kind, split in splits.items():
                 task = {"model": model, "tp": tp, "split": split, "ranks": tp * stages,
                         "batch": arguments.batch, "sequence": arguments.sequence,
-                        "repeat": arguments.repeat, "options": arguments.opts}
+                        "repeat": arguments.repeat, "options": arguments.opts,
+                        "rows": arguments.rows}
                 ranks = launch(__file__, task, tp * stages, arguments.limit, None)
                 name = f"{mode} {kind}".strip()
                 if ranks is None:
@@ -286,7 +292,9 @@ def main() -> None:
                 print(f"  {name}: wall {max(x['seconds'] for x in ranks):.2f} s, bytes as said: "
                       f"{_bytes_are_as_said(ranks)}, bounds differ by "
                       f"{_difference(ranks, base):.1e} of the widest, mean width "
-                      f"{_width(ranks[0]):.3g}", flush=True)
+                      f"{_width(ranks[0]):.3g}; rows sent "
+                      f"{[x['passes'] for x in ranks]}, messages "
+                      f"{[sum(x['messages'].values()) for x in ranks]}", flush=True)
                 bulky = ("events", "lower", "upper")
                 figures[f"{model} {name}"] = [
                     {key: value for key, value in x.items() if key not in bulky} for x in ranks

@@ -15,6 +15,8 @@ import torch
 from ranks import pool
 
 from lirpa_megatron import METHODS
+from lirpa_megatron.crown.chunks import in_turns
+from lirpa_megatron.operators.tuning import Tuning
 
 _SLOW = pytest.mark.slow
 _ALPHA = {"optimize_bound_args": {"iteration": 4}}
@@ -58,6 +60,37 @@ def check_mlp(tp, pp, cuts, activation, methods=METHODS[:3], dtype=torch.float64
 @pytest.mark.parametrize("activation", ["relu", "tanh", pytest.param("gelu", marks=_SLOW)])
 def test_bounds_of_stages_are_those_of_the_whole_network(tp, pp, cuts, activation):
     check_mlp(tp, pp, cuts, activation)
+
+
+@pytest.mark.parametrize(("pp", "cuts"), [
+    (2, (4,)), pytest.param(4, (2, 4, 8), marks=_SLOW),
+])
+def test_many_chunks_follow_each_other_down_the_stages(pp, cuts):
+    want = _whole_mlp("tanh", ("CROWN",), torch.float64, False, None)
+    options = {"tuning": Tuning(rows_for_stages=1)}  # of 16 rows, up to 16 chunks
+    for of_rank in pool(pp, 1, pp).run(
+        stage_models.mlp_bounds, cuts, "tanh", ("CROWN",), torch.float64, options
+    ):
+        assert error(of_rank, want) <= 1e-10
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 9])
+def test_a_chunk_is_not_waited_for_before_those_that_the_stage_below_may_keep_it_for(
+    stages, chunks
+):
+    # As in `StageService._until_end`: a stage keeps `hold` chunks until it has the next one.
+    hold, kept, answered = max(stages - 2, 0), [], set()
+
+    def chunk(i):
+        kept.append(i)
+        while len(kept) > (0 if i == chunks - 1 else hold):
+            answered.add(kept.pop(0))
+        yield
+        assert i in answered, f"chunk {i} would be waited for with {kept} kept"
+        return i
+
+    assert in_turns((chunk(i) for i in range(chunks)), stages) == list(range(chunks))
 
 
 @pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=_SLOW)])

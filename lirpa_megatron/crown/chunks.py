@@ -12,20 +12,27 @@ from lirpa_megatron.operators.coefficients import RowBounds
 
 
 def in_turns(steps: Iterable[Generator[None, None, Any]], at_once: int) -> list[Any]:
-    """What the generators return, some of them going on in turns: all ranks do the same."""
+    """What the generators return, `at_once` of them going on in turns: all ranks do the same.
+
+    A generator that takes the place of one that has ended begins before an older one goes on: that
+    one may wait for a stage below, which may keep its rows until it has those of the next chunk.
+    """
     waiting, found = enumerate(steps), {}
     active: deque = deque()
-    while True:
-        while len(active) < at_once and (following := next(waiting, None)) is not None:
-            active.append(following)
-        if not active:
-            return [found[i] for i in range(len(found))]
-        i, generator = active.popleft()
+
+    def go_on(i: int, generator: Generator[None, None, Any]) -> None:
         try:
             next(generator)
             active.append((i, generator))
         except StopIteration as end:
             found[i] = end.value
+
+    while True:
+        while len(active) < at_once and (following := next(waiting, None)) is not None:
+            go_on(*following)
+        if not active:
+            return [found[i] for i in range(len(found))]
+        go_on(*active.popleft())
 
 
 def concatenate(chunks: list[RowBounds]) -> RowBounds:
