@@ -147,7 +147,7 @@ def _one_mode(task: dict) -> dict:
     import torch.distributed as dist
     from megatron.core import parallel_state
     from memory import PeakMemory
-    from pipeline_timeline import Timeline
+    from pipeline_timeline import Timeline, idle_shares
 
     from lirpa_megatron.compat import megatron_cpu
     from lirpa_megatron.parallel import runtime
@@ -163,7 +163,8 @@ def _one_mode(task: dict) -> dict:
     bounded, bound, coordinates = _build(task)
     lower, upper = bound()
     result = {
-        "mib": memory.stop(), "lower": lower.flatten().tolist(), "upper": upper.flatten().tolist(),
+        "mib": memory.stop(),
+        "lower": lower[0].tolist()[:OUTPUTS], "upper": upper[0].tolist()[:OUTPUTS],
         "stage": parallel_state.get_pipeline_model_parallel_rank(), "tp_rank": runtime.tp_rank(),
         "weights": sum(p.numel() * p.element_size() for p in bounded.parameters()) / 2**20,
     }
@@ -187,19 +188,14 @@ def _one_mode(task: dict) -> dict:
                 "sent": {} if traffic is None else dict(traffic.bytes),
                 "messages": {} if traffic is None else dict(traffic.calls),
             }
+    # Shares only, not the messages: what ranks print is short, so that it is not mixed up.
+    column = [None] * len(task["split"])
+    dist.all_gather_object(column, (result.pop("events"), result["thread"]),
+                           group=parallel_state.get_pipeline_model_parallel_group())
+    shares = idle_shares([{"events": events, "seconds": t} for events, t in column])
+    result["idle"] = shares[result["stage"]]
     runtime.shutdown()
     return result
-
-
-def _idle(ranks: list[dict]) -> None:
-    """Notes each rank's share in a replay; each tensor-parallel rank has a pipeline of its own."""
-    from pipeline_timeline import idle_shares
-
-    for r in {each["tp_rank"] for each in ranks}:
-        column = sorted((x for x in ranks if x["tp_rank"] == r), key=lambda x: x["stage"])
-        shares = idle_shares([{"events": x["events"], "seconds": x["thread"]} for x in column])
-        for each, share in zip(column, shares, strict=True):
-            each["idle"] = share
 
 
 def _bytes_are_as_said(ranks: list[dict]) -> str:
@@ -229,7 +225,6 @@ def _width(x: dict) -> float:
 
 
 def _rows(name: str, split: list[int], ranks: list[dict], base: list[dict]) -> list[str]:
-    _idle(ranks)
     found = []
     for x in sorted(ranks, key=lambda x: (x["stage"], x["tp_rank"])):
         kb = [x["sent"].get(what, 0) / 1e6 for what in ("rows", "answer")]
@@ -295,7 +290,7 @@ def main() -> None:
                       f"{_width(ranks[0]):.3g}; rows sent "
                       f"{[x['passes'] for x in ranks]}, messages "
                       f"{[sum(x['messages'].values()) for x in ranks]}", flush=True)
-                bulky = ("events", "lower", "upper")
+                bulky = ("lower", "upper")
                 figures[f"{model} {name}"] = [
                     {key: value for key, value in x.items() if key not in bulky} for x in ranks
                 ]
