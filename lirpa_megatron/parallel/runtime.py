@@ -87,9 +87,11 @@ def shutdown() -> None:
 
 
 @contextlib.contextmanager
-def session(tensor_parallel_size: int | None = None) -> Iterator[None]:
+def session(
+    tensor_parallel_size: int | None = None, pipeline_parallel_size: int = 1
+) -> Iterator[None]:
     """`initialize` for a block, `shutdown` after it."""
-    initialize(tensor_parallel_size)
+    initialize(tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size)
     try:
         yield
     finally:
