@@ -50,7 +50,7 @@ def compare(folder, tmp_path, model, tp, pp, *extra, data="data.jsonl", replicas
         assert got.keys() - {"pipeline_parallel"} == want.keys()
         for name in want.keys() - set(_VARYING):
             pairs = [(got[name], want[name])]
-            if name == "positions":
+            if name == "positions" and want[name]:
                 pairs = [(of[field], like[field]) for of, like in
                          zip(got[name], want[name], strict=True) for field in like]
             for have, expects in pairs:
