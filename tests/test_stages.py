@@ -110,6 +110,12 @@ def test_alpha_of_all_stages_is_optimized_together(tp, pp, cuts, activation):
     check_mlp(tp, pp, cuts, activation, ("CROWN", "CROWN-Optimized"), alpha=True)
 
 
+def test_alpha_of_tangents_that_touch_an_end_takes_the_same_steps_on_four_ranks():
+    """A tangent at its limit meets the curve at the interval's end, too: which of the two the
+    gradient is of must not be left to rounding (bounds were off by 2e-6 of the width)."""
+    check_mlp(4, 1, (), "tanh", ("CROWN-Optimized",), alpha=True)
+
+
 @pytest.mark.parametrize("norm", [2.0, pytest.param(1.0, marks=_SLOW)])
 def test_balls_are_concretized_on_the_first_stage(norm):
     check_mlp(1, 2, (4,), "relu", ("CROWN",), norm=norm)
