@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -93,3 +94,24 @@ def without_nan(lower: Any, upper: Any) -> tuple[Any, Any]:
         None if lower is None else torch.where(lower.isnan(), -inf, lower),
         None if upper is None else torch.where(upper.isnan(), inf, upper),
     )
+
+
+def touching_first(touching: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """min(touching, other), with the gradient of the first where both are equal up to rounding.
+
+    For the intercept of a line that touches a curve. The tangent at its limit passes through the
+    curve at the interval's end as well, and alpha moves it to where only the point of tangency
+    counts. Left to rounding, the gradient would be another one on another number of ranks.
+
+    Args:
+        touching: heights at the points where the lines touch the curve.
+        other: heights elsewhere, of the same shape.
+    """
+    least = torch.minimum(touching, other)
+    if not torch.is_grad_enabled():
+        return least
+    with torch.no_grad():
+        near = math.sqrt(torch.finfo(touching.dtype).eps) * (1 + touching.abs())
+        lower = other < touching - near
+    either = torch.where(lower, other, touching)
+    return least.detach() + (either - either.detach())  # the minimum itself, exactly

@@ -53,6 +53,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lirpa_megatron.operators.elementwise.curves import Corner, Curve
+from lirpa_megatron.operators.numerics import touching_first
 
 _HALVINGS = 20
 _LITTLE = 0.1
@@ -119,22 +120,6 @@ def _finer(move: torch.Tensor) -> torch.Tensor:
     return move / (size + 3 * (1 - size))
 
 
-def _lower_of(touching: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """min(touching, other), with the gradient of the first where both are equal up to rounding.
-
-    The tangent at t1 passes through f at lo as well, and alpha moves t to where only the point of
-    tangency counts. Left to rounding, the gradient would be another one on another number of ranks.
-    """
-    with torch.no_grad():
-        near = math.sqrt(torch.finfo(touching.dtype).eps) * (1 + touching.abs())
-        lower = other < touching - near
-        least = torch.minimum(touching, other)
-    if not torch.is_grad_enabled():
-        return least
-    chosen = torch.where(lower, other, touching)
-    return least + (chosen - chosen.detach())  # the number itself, exactly
-
-
 class Relaxation:
     """All lines of a curve on [lo, hi].
 
@@ -187,11 +172,11 @@ class Relaxation:
         slope = slope + turn
         lowest = side.sign * (value - slope * t)
         for x, y in ((self.lo, self.at_lo), (self.hi, self.at_hi)):
-            lowest = _lower_of(lowest, side.sign * (y - slope * x))
+            lowest = touching_first(lowest, side.sign * (y - slope * x))
         lowest = self.curve.lowest(lowest, side.sign, slope, self.lo, self.hi)
         for corner, y in zip(self.curve.corners, side.corners, strict=True):
             there = side.sign * (y - slope * corner.x)
-            lowest = torch.where(self._inside(corner), _lower_of(lowest, there), lowest)
+            lowest = torch.where(self._inside(corner), touching_first(lowest, there), lowest)
         fixed, per_slope = self._noise
         intercept = side.sign * (lowest - fixed - per_slope * slope.detach().abs())
         wild = ~(slope.isfinite() & intercept.isfinite())
