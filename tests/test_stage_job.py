@@ -53,7 +53,7 @@ def compare(folder, tmp_path, model, tp, pp, *extra, data="data.jsonl", replicas
             if name == "positions" and want[name]:
                 pairs = [(of[field], like[field]) for of, like in
                          zip(got[name], want[name], strict=True) for field in like]
-            for have, expects in pairs:
+            for have, expects in pairs:  # radii are of a search that compares bounds: 1e-10 of them
                 assert have == expects or have == pytest.approx(expects, rel=1e-9), name
     return expected
 

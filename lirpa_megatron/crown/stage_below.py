@@ -139,6 +139,7 @@ class StageBelow:
     def forget(self) -> None:
         """A call begins: what was answered is of another one."""
         self._value: torch.Tensor | None = None
+        self._answers.clear()  # of a call that failed
         self.forget_bounds()
 
     def forget_bounds(self) -> None:

@@ -267,6 +267,10 @@ class StageService:
             session.tape, session.gone_back = [], True
         self.end_of_gradients()
 
+    def begin_call(self) -> None:
+        """A call begins: a backward pass that failed has not said its end."""
+        self._session, self._going_back = None, []
+
     def next_number(self) -> int:
         """Bounds of the model are found, or served: as many times on every stage."""
         self._count += 1

@@ -129,6 +129,7 @@ class Stages:
             SimpleNamespace(value=value, perturbation=value.ptb)
             for value in x if getattr(value, "ptb", None) is not None
         ])
+        self.service.begin_call()
         if self.below is None:
             return x
         self.below.forget()

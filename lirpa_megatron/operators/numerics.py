@@ -101,7 +101,8 @@ def touching_first(touching: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
     For the intercept of a line that touches a curve. The tangent at its limit passes through the
     curve at the interval's end as well, and alpha moves it to where only the point of tangency
-    counts. Left to rounding, the gradient would be another one on another number of ranks.
+    counts. Left to rounding, the gradient would be another one on another number of ranks. Up to
+    sqrt(eps) counts as equal: the limit itself is known to about 1e-12 (`TangentFamily`).
 
     Args:
         touching: heights at the points where the lines touch the curve.
