@@ -245,7 +245,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
         everyone = guard(self.pipeline, group, "compute_bounds")
         with everyone, auto_lirpa.running(x or ()), full_precision(self.device):
             kwargs = auto_lirpa.translate_compute_bounds(kwargs)
-            check_compute_bounds(kwargs)
+            check_compute_bounds(kwargs, self._modules)
             kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
             # For a sharded output C is each rank's own; its shape is common all the same.
             own_C = C is not None and self.sharded[self._final(kwargs).name]

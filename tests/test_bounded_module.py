@@ -44,6 +44,20 @@ def test_both_hosts_names_for_renamed_arguments_are_accepted():
         assert torch.allclose(again, lower)
 
 
+@pytest.mark.parametrize("name", [
+    "interm_bounds", "intermediate_layer_bounds", "reference_bounds",
+])
+def test_given_bounds_of_a_node_that_does_not_exist_are_refused_by_its_name(name):
+    x = _input().float()
+    bounded = BoundedModule(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), x)
+    pair = (torch.zeros(3, 5), torch.ones(3, 5))
+    said = name.replace("intermediate_layer_bounds", "interm_bounds")
+    with pytest.raises(ValueError, match=f"{said} has bounds of '/no_node', but the graph has no"):
+        bounded.compute_bounds(x=(_ball(x),), method="CROWN", **{name: {"/no_node": pair}})
+    with pytest.raises(ValueError, match="give a dictionary, node name"):
+        bounded.compute_bounds(x=(_ball(x),), method="CROWN", **{name: [pair]})
+
+
 def test_float64_needs_no_default_dtype_of_the_callers():
     assert torch.get_default_dtype() == torch.float32
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -200,12 +200,37 @@ _UNAVAILABLE = (
 )
 
 
-def check_compute_bounds(kwargs: Mapping[str, Any]) -> None:
-    """Refuses arguments of `compute_bounds` that are not available on shards, by name."""
+def check_compute_bounds(kwargs: Mapping[str, Any], nodes: Container[str]) -> None:
+    """Refuses arguments of `compute_bounds` that are not available on shards, or name no node.
+
+    Args:
+        kwargs: the arguments, under the host's names.
+        nodes: names of the graph's nodes.
+
+    Raises:
+        NotImplementedError: naming an argument that is not available.
+        ValueError: bounds that the caller gives for a node that the graph does not have. The host
+            would ignore them.
+    """
     for name in _UNAVAILABLE:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(
                 f"compute_bounds({name}=...) is not available on a sharded model"
+            )
+    for host_name, name in zip(
+        auto_lirpa.GIVEN_BOUNDS, ("interm_bounds", "reference_bounds"), strict=True
+    ):
+        given = kwargs.get(host_name)
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(
+                f"{name} is a {type(given).__name__}: give a dictionary, node name -> (lower, "
+                "upper)"
+            )
+        unknown = next((node for node in given or () if node not in nodes), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{name} has bounds of {unknown!r}, but the graph has no such node: "
+                "named_nodes() lists the names"
             )
 
 
