@@ -243,6 +243,7 @@ def test_what_no_entry_covers_is_refused_by_name():
     assert "the exponent of a power" in refused(lambda x, w: x**w)
     assert "dimension 0" in refused(lambda x, w: x.softmax(0) + w)
     assert "alpha must be positive" in refused(lambda x, w: F.celu(x, -1.0) + w)
+    assert "ELU with alpha -1, scale 1" in refused(lambda x, w: F.elu(x, -1.0) + w)
     assert "the base must be positive" in refused(lambda x, w: (-2.0) ** x + w)
 
 

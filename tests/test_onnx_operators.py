@@ -166,6 +166,11 @@ REFUSED = {
     "a jump": (
         graph([node("ThresholdedRelu", ["x"], ["y"], alpha=1.0)], {}, [1, 5]), "jumps at 1"
     ),
+    **{
+        f"{op} that falls": (graph([node(op, ["x"], ["y"], alpha=-0.5)], {}, [1, 5]),
+                             rf"{op}.* has alpha -0.5, which must be positive")
+        for op in ("Elu", "Celu", "Selu")
+    },
     "a cast to integers": (
         graph([node("Cast", ["x"], ["y"], to=TensorProto.INT64)], {}, [1, 5]), "only between floats"
     ),

@@ -150,6 +150,10 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
@@ -304,8 +308,8 @@ OPERATORS: dict[str, Operator] = {
     "gelu": _function(F.gelu),
     "gelutanh": _function(lambda x: F.gelu(x, approximate="tanh")),
     "silu": _function(F.silu),
-    "elu": _function(F.elu, alpha=_is_number),
-    "celu": _function(F.celu, alpha=_is_number),
+    "elu": _function(F.elu, alpha=_is_positive),
+    "celu": _function(F.celu, alpha=_is_positive),
     "softplus": _function(F.softplus),
     "softsign": _function(F.softsign),
     "mish": _function(F.mish),

@@ -38,7 +38,7 @@ def prelu(node: Node) -> Activation:
 
 @operator("Elu", "Celu")
 def elu(node: Node) -> Activation:
-    return node.function(node.op.lower(), node.activation(0), alpha=node.number("alpha", 1.0))
+    return _elu(node, node.op.lower(), node.number("alpha", 1.0))
 
 
 @operator("Selu")
@@ -46,8 +46,13 @@ def selu(node: Node) -> Activation:
     """gamma elu(x)."""
     alpha = node.number("alpha", 1.6732632423543772)
     gamma = node.number("gamma", 1.0507009873554805)
-    y = node.function("elu", node.activation(0), alpha=alpha)
-    return _times(node, y, gamma)
+    return _times(node, _elu(node, "elu", alpha), gamma)
+
+
+def _elu(node: Node, op: str, alpha: float) -> Activation:
+    if not alpha > 0:
+        raise node.refuse(f"has alpha {alpha:g}, which must be positive")
+    return node.function(op, node.activation(0), alpha=alpha)
 
 
 @operator("Gelu")

@@ -67,7 +67,7 @@ def _function(node: Node, x: Activation, c: float, high, low) -> Activation | No
         if slope is not None:
             return node.function("leakyrelu", x, negative_slope=slope)
         alpha = _exponential(node, low, x)
-        return None if alpha is None else node.function("elu", x, alpha=alpha)
+        return node.function("elu", x, alpha=alpha) if alpha is not None and alpha > 0 else None
     return None
 
 
