@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from releases import WRITES_COMMON_ITEM
 from torch.distributed.checkpoint import FileSystemReader
 
 from lirpa_megatron.errors import UserError
@@ -59,11 +61,14 @@ def _losses(printed):
 
 
 def _tensors(checkpoint):
-    """The directory of the data, the arguments in common.pt, and the shape of each tensor."""
+    """The directory of the data, Megatron-LM's arguments, and the shape of each tensor."""
     iteration = int((checkpoint / "latest_checkpointed_iteration.txt").read_text())
     directory = checkpoint / f"iter_{iteration:07d}"
-    with torch.serialization.safe_globals([Namespace]):  # plain data otherwise
-        common = torch.load(directory / "common.pt", weights_only=True)
+    if WRITES_COMMON_ITEM:
+        common = dist_checkpointing.load_common_state_dict(str(directory))
+    else:
+        with torch.serialization.safe_globals([Namespace]):  # plain data otherwise
+            common = torch.load(directory / "common.pt", weights_only=True)
     assert common["iteration"] == iteration and common["checkpoint_version"] == 3.0
     stored = FileSystemReader(directory).read_metadata().state_dict_metadata
     shapes = {name: tuple(meta.size) for name, meta in stored.items() if hasattr(meta, "size")}
