@@ -4,13 +4,14 @@ import io
 import json
 import sys
 
+import checkpoints
 import hugging_face
 import pytest
 
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.sentences.tokenizer import read_tokenizer, substitutes_of
-from lirpa_megatron.verify.sentences.tokenizer_files import find_tokenizer, said_of
+from lirpa_megatron.verify.sentences.tokenizer_files import check_around, find_tokenizer, said_of
 
 WORDS = ("good", "film", "bad", "a")
 NEEDS = "reads tokenizer.model: pip install sentencepiece"
@@ -155,3 +156,17 @@ def test_a_run_says_which_was_used_and_settings_tell_files_apart(tmp_path, capfd
     assert said_of(folder / "tokenizer" / "tokenizer.model", folder) != said
     with pytest.raises(UserError, match="different tokenizers in .* choose one with --tokenizer"):
         find_tokenizer(folder)
+
+
+@pytest.mark.usefixtures("session")
+def test_settings_are_asked_for_where_releases_of_megatron_differ(tmp_path, capfd, model):
+    state, _ = checkpoints.whole_state("gpt")
+    asked, plain = tmp_path / "asked", tmp_path / "plain"
+    for folder, kind in ((asked, "Llama2Tokenizer"), (plain, "SentencePieceTokenizer")):
+        checkpoints.save_legacy(state, folder, checkpoints.arguments(tokenizer_type=kind))
+        saved(folder / "tokenizer", model)
+    check_around(plain / "tokenizer" / "tokenizer.model", plain)
+    (tmp_path / "d.jsonl").write_text('{"sentence": "good film", "label": 0}\n')
+    assert main(["verify", "--load", str(asked), "--data", str(tmp_path / "d.jsonl")]) == 2
+    assert 'beside it, {"add_bos_token": true} or false' in capfd.readouterr().err
+    check_around(saved(asked / "tokenizer", model, add_bos_token=True), asked)

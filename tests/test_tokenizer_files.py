@@ -7,8 +7,8 @@ import pytest
 
 from lirpa_megatron import UserError
 from lirpa_megatron.cli.commands import main
-from lirpa_megatron.verify.sentences.tokenizer import read_tokenizer
-from lirpa_megatron.verify.sentences.tokenizer_files import find_tokenizer, said_of
+from lirpa_megatron.verify.sentences.tokenizer import Vocabulary, read_tokenizer
+from lirpa_megatron.verify.sentences.tokenizer_files import check_forms, find_tokenizer, said_of
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -116,20 +116,55 @@ def test_a_tokenizer_that_is_too_large_for_the_vocabulary_is_refused(tmp_path, c
     assert "vocab.json has 259 tokens, the checkpoint's vocabulary 32" in capfd.readouterr().err
 
 
-def test_forms_of_one_tokenizer_agree_on_the_number_of_tokens(tmp_path, capfd):
+IDS = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 32)}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With a tokenizer.json of 31 tokens, and one that was added."""
     folder = hugging_face.save(tmp_path / "hf", "gpt2")
-    ids = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 32)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
+    own = {token: index for token, index in IDS.items() if token != "w31"}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(own, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_tokens(["w31"])
     made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("tokens, said", [
+    ([*IDS], None),
+    ([*IDS][:-1], None),  # the last was added
+    ([*IDS][:-2], "gives 'w30' the id 30, vocab.txt beside it has no token 'w30'"),
+    ([*IDS, "more"], "has no token 'more', vocab.txt beside it gives 'more' the id 32"),
+    ([*IDS][:-2] + ["w31", "w30"], "gives 'w31' the id 31, vocab.txt beside it gives 'w31' the id "
+                                   "30: they are not forms of one tokenizer"),
+    (["[UNK]", "[UNK]"], None),  # not readable, and never used
+])
+def test_forms_of_one_tokenizer_agree_on_tokens_and_ids(folder, tokens, said):
+    path = folder / "tokenizer.json"
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    if said is None:
+        check_forms(path, read_tokenizer(path))
+        return
+    with pytest.raises(UserError, match=said) as caught:
+        check_forms(path, read_tokenizer(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_byte_of_a_tab_is_the_letter_in_another_form(tmp_path):
+    class Bytes(Vocabulary):
+        def vocabulary(self, added=True):
+            return {"<0x09>" if token == "tab" else token: id for token, id in self.ids.items()}
+
+    (tmp_path / "vocab.txt").write_text("[UNK]\nx\n\t\n")
+    check_forms(tmp_path / "tokenizer.json", Bytes("tokenizer.model", "[UNK]\nx\ntab\n"))
+
+
+def test_a_run_asks_which_of_two_tokenizers_is_the_models(folder, tmp_path, capfd):
+    (folder / "vocab.txt").write_text("\n".join([*IDS, "more"]))
     (tmp_path / "d.jsonl").write_text('{"sentence": "w3 w4 w5"}\n')
     arguments = ["verify", "--load", str(folder), "--data", str(tmp_path / "d.jsonl"),
                  "--question", "certify", "--eps", "1e-6", "--attack-steps", "0"]
-    (folder / "vocab.txt").write_text("\n".join([*ids]))
-    assert main(arguments) == 0
-    capfd.readouterr()
-    (folder / "vocab.txt").write_text("\n".join([*ids, "more"]))
     assert main(arguments) == 2
-    said = capfd.readouterr().err
-    assert "has 32 tokens, vocab.txt beside it 33: they are not forms of one tokenizer" in said
+    assert "not forms of one tokenizer: choose one with --tokenizer" in capfd.readouterr().err
     assert main([*arguments, "--tokenizer", str(folder / "tokenizer.json")]) == 0

@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
         """Number of ids."""
         ...
 
+    def vocabulary(self, added: bool = True) -> dict[str, int]:
+        """Token -> id, with or without those that were added to the vocabulary."""
+        ...
+
     def encode(self, text: str) -> Encoded: ...
 
     def id_of(self, token: str) -> int | None:

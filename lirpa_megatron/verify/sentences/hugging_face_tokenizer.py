@@ -124,6 +124,9 @@ class HuggingFaceTokenizer:
     def size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def vocabulary(self, added: bool = True) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=added)
+
     def encode(self, text: str) -> Encoded:
         found = self._tokenizer.encode(text)
         special = [position for position, on in enumerate(found.special_tokens_mask) if on]

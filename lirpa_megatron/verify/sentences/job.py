@@ -49,7 +49,12 @@ from lirpa_megatron.verify.sentences.tokenizer import (
     read_tokenizer,
     substitutes_of,
 )
-from lirpa_megatron.verify.sentences.tokenizer_files import check_forms, find_tokenizer, said_of
+from lirpa_megatron.verify.sentences.tokenizer_files import (
+    check_around,
+    check_forms,
+    find_tokenizer,
+    said_of,
+)
 
 TERMINATED = 143
 """Exit status of a run that SIGTERM ended between two sentences; --resume goes on."""
@@ -109,6 +114,8 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
         tokenizer = None if path is None else read_tokenizer(path)
         if tokenizer is not None and files.tokenizer is None:
             check_forms(path, tokenizer)
+        if tokenizer is not None:
+            check_around(path, files.load, options.iteration)
         if tokenizer is None and any(item.text is not None for item in items):
             # What is wrong may be the checkpoint, in whose folder a tokenizer was looked for.
             read_model_description(files.load, options.iteration, overrides)

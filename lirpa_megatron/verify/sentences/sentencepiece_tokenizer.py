@@ -100,6 +100,9 @@ class SentencePieceTokenizer:
     def size(self) -> int:
         return self._model.get_piece_size()
 
+    def vocabulary(self, added: bool = True) -> dict[str, int]:
+        return {self._model.id_to_piece(index): index for index in range(self.size)}
+
     def encode(self, text: str) -> Encoded:
         found = [
             (piece.id, piece.piece,

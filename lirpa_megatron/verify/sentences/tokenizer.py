@@ -88,6 +88,9 @@ class Vocabulary:
     def size(self) -> int:
         return len(self.ids)
 
+    def vocabulary(self, added: bool = True) -> dict[str, int]:
+        return self.ids
+
     def encode(self, text: str) -> Encoded:
         words = (text.lower() if self.lower else text).split()
         tokens = [BEGIN] * (BEGIN in self.ids) + words + [END] * (END in self.ids)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lirpa_megatron.checkpoint.hugging_face_config import is_hugging_face
 from lirpa_megatron.checkpoint.layout import data_directory, split_iteration
+from lirpa_megatron.checkpoint.source import read_source
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.sentences.encoded import Tokenizer
 from lirpa_megatron.verify.sentences.sentencepiece_tokenizer import ADDED, CONFIG
@@ -50,29 +51,70 @@ def find_tokenizer(checkpoint: Path, iteration: int | str | None = None) -> Path
 def check_forms(path: Path, tokenizer: Tokenizer) -> None:
     """Refuses other tokenizers in a folder that are not forms of the one that is used.
 
-    The first of `_NAMES` has all tokens, those added to the others too. What cannot be read here
-    (its package is missing, it is malformed) is not looked at.
+    Forms give a token the same id, and have the same tokens but for those that were added to the
+    one in use (the files after `tokenizer.json` do not list these). What cannot be read here (its
+    package is missing, it is malformed) is not looked at.
 
     Args:
         path: of the file in use, found by `find_tokenizer`.
         tokenizer: read from it.
 
     Raises:
-        UserError: a form with more tokens.
+        UserError: a form that disagrees, with the first token that does.
     """
     for name in _NAMES[_NAMES.index(path.name) + 1 :]:
         other = path.with_name(name)
         if not other.is_file():
             continue
         try:
-            size = read_tokenizer(other).size
+            theirs = read_tokenizer(other).vocabulary()
         except UserError:
             continue
-        if size > tokenizer.size:
+        ours = tokenizer.vocabulary()
+        differs = [(i, t) for t, i in theirs.items() if i not in (ours.get(t), ours.get(_other(t)))]
+        differs += [(i, t) for t, i in tokenizer.vocabulary(added=False).items()
+                    if t not in theirs and _other(t) not in theirs]
+        if differs:
+            token = min(differs)[1]
+            said = [f"has no token {token!r}" if token not in each else
+                    f"gives {token!r} the id {each[token]}" for each in (ours, theirs)]
             raise UserError(
-                f"tokenizer {path} has {tokenizer.size} tokens, {name} beside it {size}: they are "
-                "not forms of one tokenizer: choose one with --tokenizer"
+                f"tokenizer {path} {said[0]}, {name} beside it {said[1]}: they are not forms of "
+                "one tokenizer: choose one with --tokenizer"
             )
+
+
+_TAB = ("<0x09>", "\t")
+"""Gemma's tokenizer.json has the letter where its tokenizer.model has the byte."""
+
+
+def _other(token: str) -> str:
+    return _TAB[1 - _TAB.index(token)] if token in _TAB else token
+
+
+def check_around(path: Path, checkpoint: Path, iteration: int | str | None = None) -> None:
+    """Refuses a `tokenizer.model` of which nothing says whether a text begins with <s>.
+
+    Without settings beside the file nothing is added, as megatron-core and NeMo add nothing. But
+    Megatron-LM's Llama2Tokenizer put <s> in front of a text until 2026, and no longer does.
+
+    Args:
+        path: of the tokenizer in use.
+        checkpoint: its arguments may say `tokenizer_type`.
+        iteration: as in `find_tokenizer`.
+
+    Raises:
+        UserError: it is that tokenizer, without settings.
+    """
+    if path.suffix != ".model" or path.with_name(CONFIG).is_file():
+        return
+    arguments = read_source(checkpoint, iteration)[1]
+    if (arguments or {}).get("tokenizer_type") == "Llama2Tokenizer":
+        raise UserError(
+            f"tokenizer {path} is Megatron-LM's Llama2Tokenizer, which began a text with <s> until "
+            f"2026 and now does not: say which in {CONFIG} beside it, "
+            '{"add_bos_token": true} or false'
+        )
 
 
 def said_of(path: Path, checkpoint: Path) -> str:
