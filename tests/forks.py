@@ -1,18 +1,21 @@
 """New processes for tests in milliseconds, forked from one that has imported the libraries.
 
 Torch, megatron-core and auto_LiRPA take seconds of processor time to import. Two such parents
-serve a test run, one for rank 0 and one for all other ranks: each has a hash seed of its own, so
-that the order of sets differs between ranks as it does under torchrun.
+serve a test run and all its workers, one for rank 0 and one for all other ranks: each has a hash
+seed of its own, so that the order of sets differs between ranks as it does under torchrun.
 
-Run as a program, this file is a parent: it connects to the address given, and for each task
-(an address, a function and its arguments) it forks a child that connects to that address and calls
-the function with its end of the connection.
+Run as a program, this file is a parent: it listens at the address given, and for each task
+(an address, a key, a function and its arguments) it forks a child that connects to that address and
+calls the function with its end of the connection. It ends when nobody is connected any more.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
+import gc
 import importlib
 import os
 import pickle
@@ -31,7 +34,7 @@ from dataclasses import dataclass
 from multiprocessing import current_process
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 IMPORTED = (
     "torch.distributed.checkpoint", "megatron.core.models.gpt", "megatron.core.models.bert",
@@ -63,33 +66,55 @@ class Child:
 
 
 class Parent:
-    """A process that has imported the libraries and forks."""
+    """A process that has imported the libraries and forks; the first worker to need it starts it.
 
-    def __init__(self) -> None:
+    Args:
+        address: of its socket, the same for all workers.
+    """
+
+    def __init__(self, address: Path) -> None:
         self.folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.count = 0
-        with Listener(str(self.folder / "parent"), "AF_UNIX") as listener:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, listener.address],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-            self.pipe = listener.accept()
-        self.pipe.send(bytes(current_process().authkey))
+        with address.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not address.exists():
+                self._start(address)
+            self.pipe = Client(str(address), "AF_UNIX")
+
+    def _start(self, address: Path) -> None:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(address)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        while not address.exists():
+            if process.poll() is not None:
+                raise RuntimeError(f"tests/forks.py ended with status {process.returncode}")
+            time.sleep(0.01)
 
     def fork(self, function: Callable, *args: Any) -> Child:
         """A new process that calls `function(pipe, *args)`, and the other end of its pipe."""
         self.count += 1
+        key = bytes(current_process().authkey)  # torch shares tensors with those who know it
         with Listener(str(self.folder / str(self.count)), "AF_UNIX") as listener:
-            self.pipe.send((listener.address, pickle.dumps((function, args))))
+            self.pipe.send((listener.address, key, pickle.dumps((function, args))))
             return Child(self.pipe.recv(), listener.accept())
 
 
 @functools.cache
+def _folder() -> Path:
+    """Of the parents' sockets: one for all workers of a test run."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return Path(tempfile.mkdtemp())
+    folder = Path(tempfile.gettempdir()) / f"forks-{run}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@functools.cache
 def _parent(number: int) -> Parent:
-    started = Parent()
-    atexit.register(shutil.rmtree, started.folder, ignore_errors=True)
-    atexit.register(started.process.kill)
-    return started
+    return Parent(_folder() / f"parent-{number}")
 
 
 def fork(rank: int, function: Callable, *args: Any) -> Child:
@@ -169,34 +194,58 @@ def _launched(
     pipe.send((status, *texts))
 
 
-def _be_a_parent(address: str) -> None:
-    with Client(address, "AF_UNIX") as pipe:
-        current_process().authkey = pipe.recv()  # torch shares tensors with those who know it
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # megatron-core's, on optional packages
-            for name in IMPORTED:
-                importlib.import_module(name)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
+def _be_a_parent(address: Path) -> None:
+    gc.disable()  # it would go through all that is imported, again and again
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core's, on optional packages
+        for name in IMPORTED:
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
+    with socket.socket(socket.AF_UNIX) as server:
+        hidden = address.with_suffix(".bound")
+        server.bind(str(hidden))
+        server.listen()
+        hidden.rename(address)  # found only now, when it answers
+        workers: list[Connection] = []
         while True:
-            try:
-                where, call = pipe.recv()
-            except EOFError:
-                return
-            pid = os.fork()
-            if pid:
-                pipe.send(pid)
-                continue
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            pipe.close()
-            random.seed()
-            with Client(where, "AF_UNIX") as own:
+            for ready in wait([server, *workers]):
+                if ready is server:
+                    workers.append(Connection(server.accept()[0].detach()))
+                    continue
                 try:
-                    function, args = pickle.loads(call)  # imports the module of the function
-                    function(own, *args)
-                except BaseException:
-                    traceback.print_exc()
-            os._exit(0)
+                    task = ready.recv()
+                except EOFError:
+                    workers.remove(ready)
+                    continue
+                pid = os.fork()
+                if not pid:
+                    for inherited in (server, *workers):
+                        inherited.close()
+                    _be_a_child(*task)
+                ready.send(pid)
+            if not workers:
+                break
+    with contextlib.suppress(OSError):  # a worker may be about to start another one
+        address.unlink()
+        address.with_suffix(".lock").unlink()
+        address.parent.rmdir()
+
+
+def _be_a_child(where: str, key: bytes, call: bytes) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    current_process().authkey = key
+    random.seed()
+    with Client(where, "AF_UNIX") as own:
+        try:
+            function, args = pickle.loads(call)  # imports the module of the function
+            function(own, *args)
+        except BaseException:
+            traceback.print_exc()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    _be_a_parent(sys.argv[1])
+    _be_a_parent(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ import pytest
 from ranks import pool
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "gpt2"
-SIZES = dict(layers=3, hidden=32, heads=4, words=600, positions=32)
+SIZES = dict(layers=2, hidden=32, heads=4, words=600, positions=32)
 
 
 def program(name):
@@ -43,7 +43,7 @@ def printed(folder, **changes):
 def test_gpt2_is_certified_and_two_ranks_say_the_same(gpt2, layers):
     (alone,) = pool(1).run(printed, gpt2, layers=layers)
     first, second = pool(2).run(printed, gpt2, layers=layers)
-    assert alone.startswith("GPT, 3 layers of width 32; TP=1") and second == ""
+    assert alone.startswith("GPT, 2 layers of width 32; TP=1") and second == ""
     margins, others = (
         [float(m) for m in re.findall(r"^\| [\d.]+ \| (?:at least )?(\S+) \|", text, re.MULTILINE)]
         for text in (alone, first)

@@ -228,11 +228,13 @@ def test_every_script_in_the_documents_is_run_here():
 
 
 def as_the_readme_says(size, script):
-    """A script under python, or under torchrun."""
+    """A script under torchrun; under python as below."""
+    if size == 1:
+        return on_ranks(size, script)
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {size}".split()
     return subprocess.run(
-        [sys.executable, *(launcher if size > 1 else []), str(script)], capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300,
+        [sys.executable, *launcher, str(script)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300,
     )
 
 

@@ -56,8 +56,9 @@ def _language_model(names, samples):
         bounded = bounded or BoundedModule(view, inputs)
         lower, upper = bounded.compute_bounds(x=inputs, method="CROWN")
         found[name] = torch.stack((lower, upper))
-        for point in _points(inputs[0], samples):
-            y = facade(point)
+        if samples:
+            points = _points(inputs[0], samples)
+            y = facade(points.flatten(0, 1)).unflatten(0, points.shape[:2])
             if not ((lower <= y + 1e-12) & (y <= upper + 1e-12)).all():
                 wrong.append(name)
     return found, wrong

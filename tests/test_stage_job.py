@@ -59,7 +59,7 @@ def compare(folder, tmp_path, model, tp, pp, *extra, data="data.jsonl", replicas
 
 
 @pytest.mark.parametrize(("model", "tp", "pp", "extra"), [
-    ("bert", 1, 2, ("--question", "radius")),
+    ("bert", 1, 2, ("--tolerance", "0.3", "--attack-steps", "5")),
     ("gpt", 1, 3, ("--question", "certify", "--eps", "0.001", "--task", "next-token")),
     pytest.param("gpt", 2, 2, ("--label-tokens", "w3|w4,w5"), marks=pytest.mark.slow),
     pytest.param("bert", 1, 2, ("--words", "each", "--norm", "2"), marks=pytest.mark.slow),
