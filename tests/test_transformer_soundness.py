@@ -23,28 +23,25 @@ def attacked(name, eps, dtype, methods=ROUNDS, options=None):
         method -> violation, method -> mean width.
     """
     found, inputs, net = case_bounds(name, dtype, methods, eps, options, eager=True)
-    net = net.to(dtype)
+    net, rounds = net.to(dtype), 12
     center = inputs[0].detach()
-    further = [i.detach() for i in inputs[1:]]
+    further = [i.detach().repeat(rounds, *[1] * (i.ndim - 1)) for i in inputs[1:]]
     generator = torch.Generator().manual_seed(3)
     worst = {method: -math.inf for method in found}
-    for round_ in range(12):
-        u = 2 * torch.rand(center.shape, generator=generator, dtype=dtype) - 1
-        x = center + eps * (u if round_ < 3 else u.sign())
-        direction = None
-        for _ in range(8):
-            x.requires_grad_(True)
-            y = net(x, *further)
-            if direction is None:
-                direction = torch.randn(y.shape, generator=generator, dtype=dtype)
-            for method, (lower, upper) in found.items():
-                size = torch.stack((lower, upper)).abs().max()
-                gap = torch.max((lower - y).max(), (y - upper).max()) / size
-                worst[method] = max(worst[method], gap.item())
-            if round_ < 3:
-                break
-            (gradient,) = torch.autograd.grad((y * direction).sum(), x)
-            x = (x.detach() + 0.5 * eps * gradient.sign()).clamp(center - eps, center + eps)
+    u = 2 * torch.rand(rounds, *center.shape, generator=generator, dtype=dtype) - 1
+    u[3:] = u[3:].sign()
+    x, direction = center + eps * u, None
+    for _ in range(8):
+        x = x.detach().requires_grad_(True)
+        y = net(x.flatten(0, 1), *further).unflatten(0, x.shape[:2])
+        if direction is None:
+            direction = torch.randn(y.shape, generator=generator, dtype=dtype)
+        for method, (lower, upper) in found.items():
+            size = torch.stack((lower, upper)).abs().max()
+            gap = torch.max((lower - y).max(), (y - upper).max()) / size
+            worst[method] = max(worst[method], gap.item())
+        (gradient,) = torch.autograd.grad((y * direction).sum(), x)
+        x = (x + 0.5 * eps * gradient.sign()).clamp(center - eps, center + eps)
     return worst, {m: (upper - lower).mean().item() for m, (lower, upper) in found.items()}
 
 

@@ -107,7 +107,10 @@ def attack(net, box, steps=8, points=24):
 
 
 def _apply(net, x, points):
-    """The net on `points` batches one after the other (masks belong to the samples)."""
+    """The net on `points` batches; one after the other if it has a mask for each sample."""
+    mask = getattr(net, "mask", None)
+    if mask is None or len(mask) == 1:
+        return net(x)
     return torch.cat([net(part) for part in x.split(x.shape[0] // points)])
 
 
