@@ -30,11 +30,11 @@ from lirpa_megatron.crown.intermediate_bounds import Intermediate
 from lirpa_megatron.crown.live_check import LiveCheck, plain
 from lirpa_megatron.crown.options import (
     OwnOptions,
-    check_compute_bounds,
-    check_method,
     check_options,
     check_output,
     check_set_later,
+    checked_arguments,
+    for_host,
     text_of,
 )
 from lirpa_megatron.crown.row_schedule import RowSchedule
@@ -244,9 +244,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
                 return cheaper_first(self, x, aux, C, kwargs)
         everyone = guard(self.pipeline, group, "compute_bounds")
         with everyone, auto_lirpa.running(x or ()), full_precision(self.device):
-            kwargs = auto_lirpa.translate_compute_bounds(kwargs)
-            check_compute_bounds(kwargs, self._modules)
-            kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
+            kwargs = checked_arguments(self, kwargs)
             # For a sharded output C is each rank's own; its shape is common all the same.
             own_C = C is not None and self.sharded[self._final(kwargs).name]
             values = {
@@ -279,7 +277,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
                 if not self.has_output:
                     C = self.stages.placeholder(x)
                 C = self._identity(x, final) if C is None else C
-                bounds = super().compute_bounds(x=x, aux=aux, C=C, **kwargs)
+                bounds = super().compute_bounds(x=x, aux=aux, C=C, **for_host(kwargs))
                 lower, upper = without_nan(*bounds[:2])
                 if call.final_is_identity and self.has_output:
                     lower, upper = alpha.shaped(final, lower, upper)
@@ -329,7 +327,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
         Left alone it would build the matrix, S the size of a vocabulary. Nothing reads it.
         """
         starts_before = getattr(final, "identity_starts_at_input", False)
-        if self.call.method == "IBP" or not starts_before:
+        if self.call.method == "IBP" or not (starts_before or self.call.method == "forward"):
             return None
         S = math.prod(final.output_shape[1:])
         batch = self.batch_size if x is None else x[0].shape[0]
@@ -344,6 +342,8 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
     def check_prior_bounds(self, node: auto_lirpa.Bound, **kwargs: Any) -> None:
         """The host's recursion over nodes that need bounds; see `enclose_balls`."""
         enclose_balls(auto_lirpa.roots(self), outward=self.rounding is not None)
+        if self.call.method == "forward":
+            return  # it bounds what it needs on the way
         for x in node.inputs:
             if x.inputs and not x.perturbed and not auto_lirpa.has_bounds(x):
                 self.intermediate.compute(x)  # 0.3's operators read bounds of constants

@@ -127,7 +127,7 @@ CASES = {
     "bad time limit": (["verify", "--instances", "seconds.csv"], "line 1: 'soon' is not a number"),
     "unknown method": ([*V, "--method", "magic"],
                        "unknown method 'magic'.* IBP, CROWN-IBP, CROWN, CROWN-Optimized"),
-    "forward method": ([*V, "--method", "forward"], "'forward' is not available"),
+    "dynamic method": ([*V, "--method", "dynamic-forward"], "'dynamic-forward' is not available"),
     "negative limit": ([*V, "--timeout", "-1"], "--timeout: '-1' is not a number above 0"),
     "no rows at once": ([*V, "--max-spec-rows", "0"], "'0' is not a whole number of at least 1"),
     "unknown dtype": ([*V, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),

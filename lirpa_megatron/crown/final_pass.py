@@ -9,6 +9,7 @@ import torch
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown import alpha
+from lirpa_megatron.forward.method import bound_forward
 from lirpa_megatron.parallel import spmd
 
 
@@ -26,6 +27,8 @@ def bound_final(module: Any, call: auto_lirpa.BackwardCall) -> list[torch.Tensor
     """
     if module.stages is not None and not module.pipeline.is_last:
         return module.stages.service.serve()
+    if module.call.method == "forward":
+        return bound_forward(module, call)
     final, tp = call.node, module.context.collectives
     identity = module.call.final_is_identity and final.name == module.final_node_name
     C = None if identity else call.C.transpose(0, 1).to(module.schedule.dtype)

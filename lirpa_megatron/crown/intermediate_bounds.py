@@ -20,6 +20,7 @@ from lirpa_megatron.crown.relu_sparsity import (
     unstable_rows,
     with_rows,
 )
+from lirpa_megatron.forward.method import forward_range
 from lirpa_megatron.operators import cut_with_range
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.problem.perturbations import is_box
@@ -80,6 +81,8 @@ class Intermediate:
         readers = [graph[name] for name in node.output_name]
         attend, use = reader_of_scores(node, readers), readers_of_form(node, readers)
         known = None if use or attend is not None else self.without_pass(node)
+        if call.method == "forward+backward":
+            attend, known = None, forward_range(graph, node)
         if attend is not None:
             node.lower, node.upper = self.ibp(node)
             call.centered[node.name] = bound_centered(graph, node, attend)

@@ -13,6 +13,8 @@ from lirpa_megatron.operators.tuning import Tuning
 METHODS = ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized")
 """Methods of `compute_bounds`, from the cheapest on; auto_LiRPA's other spellings of them are
 accepted too, and 'auto' (`cheaper_first`)."""
+FORWARD = ("forward", "forward+backward")
+"""The methods with affine forms that go through the network (`lirpa_megatron.forward`)."""
 
 _SPELLINGS = {
     "ibp": "IBP",
@@ -24,6 +26,9 @@ _SPELLINGS = {
     "crown-optimized": "CROWN-Optimized",
     "alpha-crown": "CROWN-Optimized",
     "auto": "auto",
+    "forward": "forward",
+    "forward+backward": "forward+backward",
+    "forward+crown": "forward+backward",
 }
 
 
@@ -67,6 +72,16 @@ class OwnOptions:
     by a proven limit on its rounding error, so that it holds for the network in real arithmetic
     (`lirpa_megatron.rounding`); needs float64, and operators with a known limit. Cannot be changed
     once the module is built."""
+    order: int = 1
+    """Forward methods: degree of the polynomials in the set's parameters. 1: affine forms, for all
+    sets. For sets of few dimensions, such as a segment or a hull of few words, higher degrees are
+    tighter: up to 2 for 16 dimensions, 3 for 8, 8 for one."""
+    form_symbols: int = 1024
+    """Forward methods: how many errors of relaxations keep a symbol of their own (networks without
+    tokens); others are bounded by boxes and balls."""
+    adjoint_rows: int = 64
+    """Forward methods: for how many rows of the specification, those with the least lower bounds,
+    the errors are bounded through the linearised network, one backward pass each."""
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
     sparse_intermediate_bounds: bool = True
@@ -95,6 +110,12 @@ class OwnOptions:
         memory = self.pass_memory
         if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
             raise ValueError(f"pass_memory is {memory!r}: give a number of MiB above 0")
+        for name, least in (("order", 1), ("form_symbols", 0), ("adjoint_rows", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")
+        if self.order > 8:
+            raise ValueError(f"order is {self.order}: choose a degree from 1 to 8")
         memory = self.form_memory
         if memory is not None and not (isinstance(memory, (int, float)) and memory >= 0):
             raise ValueError(f"form_memory is {memory!r}: give a number of MiB, or 0")
@@ -186,7 +207,7 @@ def check_method(method: str | None) -> str:
     name = str(method).lower()
     if name in _SPELLINGS:
         return _SPELLINGS[name]
-    known = ", ".join((*METHODS, "auto"))
+    known = ", ".join((*METHODS, *FORWARD, "auto"))
     if "forward" in name or "dynamic" in name:
         raise NotImplementedError(
             f"method {method!r} is not available on a sharded model; the methods are {known}"
@@ -253,6 +274,48 @@ def check_output(final: auto_lirpa.Bound, is_sharded: bool, C: Any, method: str)
         raise ValueError(
             f"C has {C.shape[-1]} output features, the output node has {features} on this rank"
         )
+
+
+def checked_arguments(module: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `compute_bounds` under the host's names, with the method's own name.
+
+    Raises:
+        NotImplementedError: an argument or method that is not available, by name.
+        ValueError: no such method.
+    """
+    kwargs = auto_lirpa.translate_compute_bounds(dict(kwargs))
+    check_compute_bounds(kwargs, module.named_nodes())
+    kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
+    check_forward(module, kwargs)
+    return kwargs
+
+
+def check_forward(module: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuses what a forward method does not offer, by name.
+
+    Args:
+        module: a BoundedModule.
+        kwargs: of `compute_bounds`; any method.
+    """
+    method = kwargs["method"]
+    if method not in FORWARD:
+        return
+    if module.pipeline is not None:
+        raise NotImplementedError(f"method {method!r} over pipeline stages: choose CROWN")
+    if module.rounding is not None:
+        raise NotImplementedError(f"method {method!r} with rounding='outward': choose CROWN")
+    refused = ("needed_A_dict", "reference_bounds", "reuse_alpha", *auto_lirpa.GIVEN_BOUNDS)
+    refused = refused if method == "forward+backward" else ("return_A", *refused)
+    for name in refused:
+        if kwargs.get(name):
+            raise NotImplementedError(f"compute_bounds({name}=...) with method {method!r}: "
+                                      "choose CROWN")
+
+
+def for_host(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the host's `compute_bounds`: a forward method's passes take CROWN's place."""
+    forward = kwargs["method"] in FORWARD
+    return {**kwargs, "method": "CROWN"} if forward else dict(kwargs)
 
 
 def text_of(kwargs: Mapping[str, Any]) -> str:

@@ -95,6 +95,8 @@ class CallState:
     """Node name -> the inputs of its relaxation, and the relaxation."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Node name -> bytes of the rank's `sharded_relaxation` of the node."""
+    ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Node name -> bounds from a forward pass, once the call has made one."""
     _unread: dict[str, set[str]] = field(default_factory=dict)
 
     def to_be_read(self, node: str, operators: set[str]) -> None:

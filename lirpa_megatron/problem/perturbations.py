@@ -132,6 +132,40 @@ class PerturbationPositions(PerturbationInBox):
         return True
 
 
+class PerturbationSegments(PerturbationInBox):
+    """The points x + sum_i t_i D_i, -1 <= t_i <= 1: a segment, or a parallelepiped.
+
+    max <A, x'> = <A, x> + sum_i |<A, D_i>|.
+
+    Args:
+        x: the centre, [B, *input shape].
+        directions: D, [B, d, *input shape].
+
+    Raises:
+        UserError: directions of another shape, or none.
+    """
+
+    def __init__(self, x: torch.Tensor, directions: torch.Tensor) -> None:
+        given, shape = tuple(directions.shape), tuple(x.shape)
+        if len(given) != len(shape) + 1 or (given[0], *given[2:]) != shape or given[1] == 0:
+            raise UserError(
+                f"directions have shape {given}: for inputs {shape} give "
+                f"({shape[0]}, d, {', '.join(map(str, shape[1:]))}), d at least 1"
+            )
+        reach = directions.detach().abs().sum(1)
+        super().__init__(x.detach() - reach, x.detach() + reach)
+        self.centre, self.directions = x, directions
+
+    def extreme(self, x: torch.Tensor, A: torch.Tensor, sign: int) -> torch.Tensor:
+        along = A.flatten(2) @ self.directions.to(A).flatten(2).transpose(1, 2)  # [B, R, d]
+        middle = (A * self.centre.to(A).unsqueeze(1)).flatten(2).sum(-1)
+        return middle + sign * along.abs().sum(-1)
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Its centre is."""
+        return torch.equal(x, self.centre.to(x))
+
+
 def _parts(ptb: Any) -> list[str]:
     """Names of the attributes that say what a perturbation is."""
     if not isinstance(ptb, PerturbationInBox):

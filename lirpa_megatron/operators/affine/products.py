@@ -95,8 +95,8 @@ def _pairs_range(
     s2 = chosen((traces[1] / traces[0]).detach().sqrt()[..., None, None])
     squares, cross = s2 * AA + BB / s2, AB + AB.transpose(-1, -2)
     grow = (1 + 10 * ROUNDING[A.dtype]) / 4
-    upper = grow * _largest_eigenvalue(squares + cross)
-    return -grow * _largest_eigenvalue(squares - cross), upper
+    upper = grow * largest_eigenvalue(squares + cross)
+    return -grow * largest_eigenvalue(squares - cross), upper
 
 
 def elementwise_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,10 +116,10 @@ def elementwise_range(a: AffineForm, b: AffineForm) -> tuple[torch.Tensor, torch
     return (cross - sizes) / 2 - slack, (cross + sizes) / 2 + slack
 
 
-def _largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
+def largest_eigenvalue(G: torch.Tensor) -> torch.Tensor:
     """For symmetric positive semidefinite matrices: exact or a bit more; NaN if not finite."""
     if isinstance(G, Near):
-        return G.largest_eigenvalue(_largest_eigenvalue)
+        return G.largest_eigenvalue(largest_eigenvalue)
     finite = torch.isfinite(G).all(-1).all(-1)
     G = torch.where(finite[..., None, None], G, 0.0)
     if G.is_cuda and G.shape[-1] > 32:  # cuSOLVER processes a batch one by one

@@ -1,0 +1,111 @@
+"""The errors of all relaxations in a margin, by its row through the linearised network.
+
+Every operator maps what came in by its linearisation L and adds a fresh error e (`form.Fresh`), so
+the remainder of the output is exactly the sum over the operators of (the L of all later operators)
+e. For a row c of the output this is sum <g, e>, g the row taken back to the operator: the gradient
+of <c, y> at the operator's output, with every operator replaced by its linearisation at the centre.
+That knows how errors cancel, which balls and boxes carried forward do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.forward.form import Fresh
+from lirpa_megatron.forward.propagation import Run, in_order
+from lirpa_megatron.operators.numerics import safe_root
+
+
+class Adjoint:
+    """The linearised network of a run.
+
+    Args:
+        run: after its pass.
+        final: the node that it went to.
+    """
+
+    def __init__(self, run: Run, final: auto_lirpa.Bound) -> None:
+        self.run = run
+        self.keeps = torch.is_grad_enabled()
+        self.taps: dict[str, torch.Tensor] = {}
+        with torch.enable_grad():
+            self.value = self._evaluate(final)
+
+    def _evaluate(self, final: auto_lirpa.Bound) -> torch.Tensor:
+        values: dict[str, torch.Tensor] = dict(self.run.centres)
+        for node in in_order(final):
+            step = self.run.steps.get(node.name)
+            if step is None:
+                continue
+            inputs = [
+                values[x.name] if x.name in values else self.run.constant_of(x)
+                for x in node.inputs
+            ]
+            value = (step.linear or node.forward)(*inputs)
+            if step.fresh:
+                self.taps[node.name] = tap = torch.zeros_like(value, requires_grad=True)
+                value = value + tap
+            values[node.name] = value
+        return values[final.name]
+
+    def errors(self, row: torch.Tensor) -> torch.Tensor:
+        """Bound of what a row has from all errors.
+
+        Args:
+            row: [B, *output shape]; of a sharded output the rank's own features.
+
+        Returns:
+            [B], replicated.
+        """
+        if not self.taps:
+            return row.flatten(1)[:, 0] * 0
+        names = list(self.taps)
+        grads = torch.autograd.grad(
+            self.value, [self.taps[name] for name in names], row, retain_graph=True,
+            create_graph=self.keeps, allow_unused=True,
+        )
+        total: Any = 0
+        for name, g in zip(names, grads, strict=True):
+            if g is not None:
+                total = total + self._at(name, g)
+        return total
+
+    def _at(self, name: str, g: torch.Tensor) -> torch.Tensor:
+        found = [self._of(fresh, g, name) for fresh in self.run.steps[name].fresh]
+        return sum(found[1:], found[0])
+
+    def _of(self, fresh: Fresh, g: torch.Tensor, name: str) -> torch.Tensor:
+        """|<g, e>|, [B]."""
+        ranks = self.run.ranks(self.run.nodes[name])
+        g = g if fresh.pull is None else fresh.pull(g)
+        both: list[torch.Tensor] = []
+        if fresh.box is not None:
+            part = _product(g.abs(), fresh.box)
+            both.append(ranks.total(_flat(part)))
+        if fresh.weights is not None:
+            size = safe_root((fresh.weights * g.square()).sum(-1))
+            return ranks.total(_flat(_product(size, fresh.ball)))
+        if fresh.ball is not None:
+            scaled = g if fresh.stretch is None else g * fresh.stretch
+            square = scaled.square().sum(-1)
+            size = safe_root(ranks.total(square))
+            both.append(_flat(_product(size, fresh.ball)))
+        return both[0] if len(both) == 1 else torch.minimum(*both)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """Summed over all but the batch."""
+    return x.flatten(1).sum(-1) if x.ndim > 1 else x
+
+
+def smallest_rows(low: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+    """For each sample the places of the least numbers of [B, S], one [B] after the other."""
+    return list(low.topk(min(count, low.shape[1]), dim=1, largest=False).indices.unbind(1))

@@ -1,0 +1,280 @@
+"""The sets that symbols lie in, and bounds of polynomials over them.
+
+Symbols come in groups, one after the other; a group is `count` copies of one set of `size` symbols:
+
+==========  =======================================  ============================================
+kind        the set                                  max of a linear form a
+==========  =======================================  ============================================
+"box"       |s_i| <= 1                               sum |a_i|
+"l2"        |s|_2 <= 1                               |a|_2
+"l1"        |s|_1 <= 1                               max |a_i|
+"simplex"   s_i = w_i - 1/(size+1), w_i >= 0,        max over the size + 1 corners
+            sum w_i <= 1 (barycentric coordinates)
+==========  =======================================  ============================================
+
+Homogeneous parts of degree 2 and more are bounded
+
+- for one symbol in [-1, 1]: by |coefficient|, exactly;
+- for one simplex: by the control points of Bernstein's form. A homogeneous part of degree k at a
+  convex combination of corners is a convex combination of its polar form at k-tuples of corners;
+  this holds elementwise and in every norm;
+- otherwise by sum |coefficients| (all sets lie in |s_i| <= 1).
+
+What is said of all of a polynomial over a simplex uses the control points of degree p.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lirpa_megatron.forward.polynomials import Polynomials
+from lirpa_megatron.operators.numerics import safe_root
+
+_CORNERS = 8
+"""Boxes of at most so many symbols have the norm of a linear part bounded at all corners."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Copies of one set of symbols."""
+
+    kind: str
+    size: int
+    count: int = 1
+
+    @property
+    def symbols(self) -> int:
+        return self.size * self.count
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Bernstein's control points, as matrices from coefficients."""
+
+    controls: dict[int, list[list[float]]]
+    """For each degree k: of a homogeneous part, [points, M_k]."""
+    whole: list[list[float]]
+    """Of degree p, of a whole polynomial, [points, M]."""
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(symbols: int, order: int, interval: bool) -> _Tables:
+    """Of [-1, 1] (`interval`), or of a simplex around 0."""
+    if interval:
+        corners: list[tuple[float, ...]] = [(-1.0,), (1.0,)]
+    else:
+        middle = 1 / (symbols + 1)
+        corners = [tuple((i == k) - middle for i in range(symbols)) for k in range(-1, symbols)]
+
+    @functools.cache
+    def polar(monomial: tuple[int, ...], chosen: tuple[int, ...]) -> float:
+        """The polar form of a monomial at as many corners."""
+        if symbols == 1:
+            return math.prod(corners[c][0] for c in chosen)
+        values = [
+            math.prod(corners[c][v] for c, v in zip(each, monomial, strict=True))
+            for each in itertools.permutations(chosen)
+        ]
+        return sum(values) / len(values)
+
+    def points(degree: int) -> list[tuple[int, ...]]:
+        return list(itertools.combinations_with_replacement(range(len(corners)), degree))
+
+    monomials = Polynomials(symbols, order).monomials
+    controls = {
+        k: [[polar(m, c) for m in monomials if len(m) == k] for c in points(k)]
+        for k in range(1, order + 1)
+    }
+    whole = []
+    for place in points(order):
+        row = []
+        for m in monomials:
+            chosen = list(itertools.combinations(place, len(m)))
+            row.append(sum(polar(m, c) for c in chosen) / len(chosen) if m else 1.0)
+        whole.append(row)
+    return _Tables(controls, whole)
+
+
+class Domain:
+    """Where all symbols of a run lie.
+
+    Args:
+        groups: in the order of the symbols.
+        order: degree of the polynomials.
+    """
+
+    def __init__(self, groups: list[Group], order: int) -> None:
+        self.groups, self.order = list(groups), order
+        self.algebra = Polynomials(self.symbols, order)
+
+    @property
+    def symbols(self) -> int:
+        return sum(group.symbols for group in self.groups)
+
+    def extend(self, symbols: int) -> None:
+        """Further symbols in [-1, 1], for affine forms."""
+        self.groups.append(Group("box", 1, symbols))
+        self.algebra = Polynomials(self.symbols, self.order)
+
+    # ------------------------------------------------------------------ linear parts
+
+    def _by_group(self, part: torch.Tensor):
+        """(group, coefficients [count, size, B, ...]) of a linear part [N, B, ...]."""
+        first = 0
+        for group in self.groups:
+            own = part[first : first + group.symbols]
+            first += group.symbols
+            if not len(own):
+                return
+            yield group, own.unflatten(0, (-1, group.size))
+
+    def _support(self, part: torch.Tensor) -> torch.Tensor:
+        """max of a linear part over the set, elementwise: [N, B, ...] -> [B, ...]."""
+        total = part.new_zeros(part.shape[1:])
+        for group, own in self._by_group(part):
+            if group.kind == "box":
+                found = own.abs().sum(1)
+            elif group.kind == "l2":
+                found = safe_root(own.square().sum(1))
+            elif group.kind == "l1":
+                found = own.abs().amax(1)
+            else:
+                found = own.amax(1).clamp(min=0) - own.sum(1) / (group.size + 1)
+            total = total + found.sum(0)
+        return total
+
+    @property
+    def _symmetric(self) -> bool:
+        return all(group.kind != "simplex" for group in self.groups)
+
+    def _linear_norm(self, part: torch.Tensor) -> torch.Tensor:
+        """max of the L2 norm over the last dimension of a linear part: [N, B, ..., n] -> [B, ...].
+
+        A box: the least of the norm of the majorant and of the sum of the columns' norms (that is
+        the ellipsoid around the box with the columns' sizes as weights); with few symbols at the
+        corners, by the Gram matrix, exactly. An L2 ball: Frobenius' norm. L1 ball and simplex: at
+        the corners, exactly.
+        """
+        total = part.new_zeros(part.shape[1:-1])
+        for group, own in self._by_group(part):
+            columns = safe_root(own.square().sum(-1))  # [count, size, B, ...]
+            if group.kind == "box":
+                found = torch.minimum(
+                    columns.sum((0, 1)), safe_root(own.abs().sum((0, 1)).square().sum(-1))
+                )
+                if group.symbols <= _CORNERS and len(self.groups) == 1:
+                    found = torch.minimum(found, self._at_corners(own.flatten(0, 1)))
+                total = total + found
+                continue
+            if group.kind == "l2":
+                found = safe_root(columns.square().sum(1))
+            elif group.kind == "l1":
+                found = columns.amax(1)
+            else:
+                mean = own.sum(1, keepdim=True) / (group.size + 1)
+                corners = torch.cat((own - mean, -mean), 1)
+                found = safe_root(corners.square().sum(-1)).amax(1)
+            total = total + found.sum(0)
+        return total
+
+    @staticmethod
+    def _at_corners(part: torch.Tensor) -> torch.Tensor:
+        """max |A s|_2 over the corners of a box of few symbols, [N, B, ..., n] -> [B, ...]."""
+        rows = part.movedim(0, -2)
+        gram = rows @ rows.transpose(-1, -2)
+        signs = torch.tensor(
+            [(1.0, *s) for s in itertools.product((-1.0, 1.0), repeat=len(part) - 1)],
+            dtype=part.dtype, device=part.device,
+        )
+        return safe_root(((signs @ gram) * signs).sum(-1).amax(-1).clamp(min=0))
+
+    # ----------------------------------------------------------------- higher parts
+
+    @property
+    def is_interval(self) -> bool:
+        """One symbol in [-1, 1]."""
+        return self.symbols == 1 and self.groups[0].kind != "simplex"
+
+    @property
+    def is_simplex(self) -> bool:
+        """One simplex (of one symbol: half of an interval)."""
+        return len(self.groups) == 1 and self.groups[0].kind == "simplex" and (
+            self.groups[0].count == 1
+        )
+
+    @property
+    def _tables(self) -> _Tables:
+        return _tables(self.symbols, self.order, self.is_interval)
+
+    @staticmethod
+    def _times(rows: list[list[float]], f: torch.Tensor) -> torch.Tensor:
+        return torch.tensordot(f.new_tensor(rows), f, 1)
+
+    def controls(self, part: torch.Tensor, degree: int) -> torch.Tensor | None:
+        """Control points [points, B, ...] of a homogeneous part; None where there are none."""
+        if self.is_interval:
+            return part
+        return self._times(self._tables.controls[degree], part) if self.is_simplex else None
+
+    # ------------------------------------------------------------------ what rules use
+
+    def size(self, part: torch.Tensor, degree: int) -> torch.Tensor:
+        """Bound of |part|, elementwise: [M_k, B, ...] -> [B, ...]."""
+        if degree == 1:
+            if self._symmetric:
+                return self._support(part)
+            return torch.maximum(self._support(part), self._support(-part))
+        controls = self.controls(part, degree)
+        return part.abs().sum(0) if controls is None else controls.abs().amax(0)
+
+    def norm(self, part: torch.Tensor, degree: int) -> torch.Tensor:
+        """Bound of the L2 norm over the last dimension: [M_k, B, ..., n] -> [B, ...]."""
+        if degree == 1:
+            return self._linear_norm(part)
+        controls = self.controls(part, degree)
+        if controls is not None:
+            return safe_root(controls.square().sum(-1)).amax(0)
+        return torch.minimum(
+            safe_root(part.abs().sum(0).square().sum(-1)), safe_root(part.square().sum(-1)).sum(0)
+        )
+
+    def _parts(self, f: torch.Tensor, constant: Callable, bound: Callable) -> list[torch.Tensor]:
+        found = [constant(f[0])]
+        for k in range(1, self.order + 1):
+            part = self.algebra.part(f, k)
+            found.append(bound(part, k) if len(part) else torch.zeros_like(found[0]))
+        return found
+
+    def sizes(self, f: torch.Tensor) -> list[torch.Tensor]:
+        """Bounds of |part| for each degree from 0, [B, ...] each."""
+        return self._parts(f, torch.abs, self.size)
+
+    def norms(self, f: torch.Tensor) -> list[torch.Tensor]:
+        """Bounds of the parts' L2 norms over the last dimension, from degree 0."""
+        return self._parts(f, lambda x: safe_root(x.square().sum(-1)), self.norm)
+
+    def lower(self, f: torch.Tensor) -> torch.Tensor:
+        """A lower bound of the polynomial, [M, B, ...] -> [B, ...].
+
+        Degree 1: exact. In a box, even powers are not below 0.
+        """
+        if self.order == 1:
+            return f[0] - self._support(-f[1:])
+        if self.is_interval or self.is_simplex:
+            return self._times(self._tables.whole, f).amin(0)
+        low = f[0] - self._support(-self.algebra.part(f, 1))
+        for i, m in enumerate(self.algebra.monomials):
+            if len(m) > 1:
+                even = all(m.count(v) % 2 == 0 for v in m)
+                low = low + (f[i].clamp(max=0) if even else -f[i].abs())
+        return low
+
+    def upper(self, f: torch.Tensor) -> torch.Tensor:
+        """An upper bound of the polynomial."""
+        return -self.lower(-f)

@@ -1,0 +1,119 @@
+"""The value of a node in a forward pass, and the errors that its operator makes.
+
+A node's value is z = P(s) + R for some s in the domain, the same for all nodes. Shapes: M monomials
+(`polynomials`), B batch, F the last dimension (features), T... the dimensions between.
+
+==========  ======================  ==============================================================
+tensor      shape                   on the ranks
+==========  ======================  ==============================================================
+centre...   [M, B, T..., F]         all monomials; sharded nodes: the rank's own features
+box         [B, T..., F]            as the node
+ball        [B, T...]               replicated: of all features, also at a sharded node
+heads       [B, T..., n]            sharded nodes: the rank's own heads
+==========  ======================  ==============================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class ScoreRemainder:
+    """R of attention scores, for the operator that reads them: for query i and key j
+
+        R_ij = scale (<a_i, k_j> + <q_i, b_j>) + e_ij.
+    """
+
+    queries: torch.Tensor
+    """|a_i|_2 is at most this, [B, n, Q]."""
+    keys: torch.Tensor
+    """|b_j|_2, [B, n, S]."""
+    k0: torch.Tensor
+    """Centres of the keys k_j, [B, n, S, d]."""
+    q_size: torch.Tensor
+    """|q_i|_2 at the centre, [B, n, Q]."""
+    fresh: torch.Tensor
+    """|e_ij|, [B, n, Q, S]."""
+    scale: float
+
+
+@dataclass(frozen=True)
+class Form:
+    """P and what bounds R."""
+
+    c: torch.Tensor
+    """Coefficients of P. c[0] is the centre."""
+    box: torch.Tensor
+    """|R_i| is at most this."""
+    ball: torch.Tensor
+    """R = stretch * R' elementwise, and |R'|_2 over the last dimension is at most this."""
+    stretch: torch.Tensor | None = None
+    """[F]; None: ones."""
+    heads: torch.Tensor | None = None
+    """The ball of each head's part of the last dimension (without `stretch`), if known."""
+    scores: ScoreRemainder | None = None
+    limits: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Bounds of the value from elsewhere."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, T..., F]."""
+        return self.c.shape[1:]
+
+    def plain_ball(self) -> torch.Tensor:
+        """The ball without `stretch`."""
+        return self.ball if self.stretch is None else self.ball * self.stretch.abs().amax()
+
+    def safe(self) -> Form:
+        """NaN in a remainder becomes infinity; coefficients that are not finite become 0 with an
+        infinite remainder."""
+        bad = ~self.c.isfinite()
+        c, box = self.c, _no_nan(self.box)
+        if bad.any():
+            c = torch.where(bad, 0.0, c)
+            box = torch.where(bad.any(0), torch.inf, box)
+        return replace(self, c=c, box=box, ball=_no_nan(self.ball))
+
+
+def _no_nan(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isnan(), torch.inf, x)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """One error e that an operator adds at its output, beyond its linear map of the incoming R.
+
+    For a row g (of a margin, through the linearised network) |<g, e>| is at most the least of what
+    `box` and `ball` give. Both bound the same error; None bounds nothing.
+    """
+
+    box: torch.Tensor | None = None
+    """|e_i|, [B, T..., F]."""
+    ball: torch.Tensor | None = None
+    """e = stretch * e', |e'|_2 over the last dimension, [B, T...]."""
+    stretch: torch.Tensor | None = None
+    """Broadcasts to [B, T..., F]."""
+    pull: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """The error is at an inner value of the operator: maps g at the output to g there."""
+    weights: torch.Tensor | None = None
+    """e = weights * e' and sum weights e'^2 <= ball^2 over the last dimension."""
+
+
+@dataclass
+class Outcome:
+    """What a rule finds of an operator."""
+
+    form: Form
+    fresh: list[Fresh] = field(default_factory=list)
+    linear: Callable[..., torch.Tensor] | None = None
+    """The operator, linearised: maps the inputs' values to the output's; R goes through its
+    Jacobian at the centre. None: the operator's own forward."""
+
+
+Inputs = list[Any]
+"""A `Form` of each input that depends on the perturbation, a tensor of each other."""

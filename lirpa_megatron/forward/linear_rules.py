@@ -1,0 +1,207 @@
+"""Rules of linear operators: their linear part goes over all coefficients.
+
+With y = L z + b the polynomial is L P + b, exactly, and R becomes L R:
+
+- box: |L| box, and never more than (norm of the row of L) ball;
+- ball: (largest singular value of L) ball, and never more than the norm of the new box.
+
+Singular values come from the Gram matrix of all of the weight, summed over the ranks' shards, and
+are rounded up; `weights.Weights` keeps them from call to call as long as the weights are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lirpa_megatron.forward.form import Form, Inputs, Outcome
+from lirpa_megatron.forward.polynomials import padded
+from lirpa_megatron.forward.rules import by_intervals, rule_for
+from lirpa_megatron.operators.linear.borders import (
+    BoundGatherFromRegion,
+    BoundScatterToRegion,
+)
+from lirpa_megatron.operators.linear.column import BoundColumnParallelLinear
+from lirpa_megatron.operators.linear.columns import COLUMN_OPS
+from lirpa_megatron.operators.linear.local import LocalLinear
+from lirpa_megatron.operators.linear.positions import BoundRotary, BoundSelectPosition
+from lirpa_megatron.operators.linear.row import BoundRowParallelLinear
+from lirpa_megatron.operators.linear.structure import BoundConcat, BoundRearrange, BoundSum
+from lirpa_megatron.operators.linear.sums import BoundCombine, BoundScale
+from lirpa_megatron.operators.linear.vocabulary_margins import Margins
+from lirpa_megatron.operators.numerics import safe_root
+
+
+@rule_for(LocalLinear, "Linear")
+def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """y = x W^T + b: Column, Row, and plain linear layers.
+
+    A Row layer sums over the ranks: coefficients and boxes in one all-reduce.
+    """
+    x, *constants = inputs
+    if not isinstance(x, Form) or any(isinstance(y, Form) for y in constants):
+        return by_intervals(run, node, inputs)
+    splits = isinstance(node, BoundColumnParallelLinear)
+    joins = isinstance(node, BoundRowParallelLinear)
+    if splits:
+        w, b = node._own(constants[0], constants[1:])
+    else:
+        w, b = (*constants, None)[:2]
+        w = w if getattr(node, "transB", 1) else w.t()
+    ranks = run.ranks(node) if splits else run.ranks(node.inputs[0])
+    c, box, ball = x.c, x.box, x.ball
+    if splits:
+        c, box = ranks.enter(c), ranks.enter(box)
+    c = F.linear(c, w)
+    box = F.linear(box, w.abs())
+    if joins:
+        both = ranks.total(torch.cat((c, box.unsqueeze(0))))
+        c, box = both[:-1], both[-1]
+    if b is not None:
+        c = torch.cat((c[:1] + b, c[1:]))
+    stretch = x.stretch
+    if stretch is not None and splits:
+        stretch = ranks.enter(stretch)
+    scaled = w if stretch is None else w * stretch
+    rows = scaled.square().sum(-1)
+    rows = safe_root(ranks.total(rows) if joins else rows)
+    grown = run.weights.largest_singular(node, scaled, splits, joins, ranks) * ball
+    own = ranks.enter(ball) if splits else ball
+    box = torch.minimum(box, _times(own.unsqueeze(-1), rows))
+    heads, size = None, run.head_dim(node)
+    if size:
+        norms = run.weights.head_norms(node, scaled, size)
+        boxed = safe_root(box.unflatten(-1, (-1, size)).square().sum(-1))
+        heads = torch.minimum(_times(own.unsqueeze(-1), norms), boxed)
+    ball = torch.minimum(grown, run.length(box, node))
+    return Outcome(Form(c, box, ball, heads=heads))
+
+
+@rule_for("MatMul")
+def product_with_matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """y = x W, W a constant."""
+    if isinstance(inputs[0], Form) and not isinstance(inputs[1], Form) and inputs[1].ndim == 2:
+        return affine(run, node, inputs)
+    return by_intervals(run, node, inputs)
+
+
+def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, where 0 times infinity is 0."""
+    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+@rule_for(
+    "Add", "Sub", "Neg", "Identity", "Conv", BoundCombine, BoundScale, BoundSelectPosition,
+    BoundRotary, BoundRearrange, BoundSum, BoundConcat, BoundGatherFromRegion,
+    BoundScatterToRegion, *COLUMN_OPS.values(),
+)
+def affine(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """Any operator that is affine in all its perturbed inputs together.
+
+    Its own forward is run on all coefficients, as one batch, and on zeros, which gives what it
+    adds. The box is half of its interval bounds around 0.
+    """
+    forms = [x for x in inputs if isinstance(x, Form)]
+    B = forms[0].shape[0]
+    many = padded(*(x.c for x in forms))
+    M = len(many[0])
+    rest = iter(many)
+    batch = [
+        torch.cat((c, torch.zeros_like(c[:1]))).flatten(0, 1) if isinstance(x, Form)
+        else _repeated(source, x, B, M + 1)
+        for x, source in zip(inputs, node.inputs, strict=True)
+        for c in ([next(rest)] if isinstance(x, Form) else [None])
+    ]
+    out = node.forward(*batch).unflatten(0, (M + 1, B))
+    c = torch.cat((out[:1], out[1:-1] - out[-1:]))
+    lower, upper = node.interval_propagate(*(
+        (-x.box, x.box) if isinstance(x, Form) else (x, x) for x in inputs
+    ))
+    box = torch.where(lower.isinf() | upper.isinf(), torch.inf, (upper - lower) / 2)
+    ball, stretch, heads = _moved_ball(run, node, inputs, forms)
+    length = run.length(box, node)
+    ball = length if ball is None else torch.minimum(ball, length) if stretch is None else ball
+    return Outcome(Form(c, box, ball, stretch, heads))
+
+
+def _repeated(source: Any, x: torch.Tensor, batch: int, times: int) -> torch.Tensor:
+    """A constant, once for each coefficient if it has a batch."""
+    if source.from_input and x.ndim and x.shape[0] == batch:
+        return x.repeat(times, *[1] * (x.ndim - 1))
+    return x
+
+
+def _moved_ball(run: Any, node: Any, inputs: Inputs, forms: list[Form]) -> tuple:
+    """(ball, stretch, heads) where they follow from the inputs' balls; None where they do not."""
+    first = forms[0]
+    if isinstance(node, BoundCombine) or type(node).__name__ in ("BoundAdd", "BoundSub"):
+        factors = getattr(node, "factors", (1.0, 1.0))
+        parts = [
+            abs(f) * x.plain_ball() for f, x in zip(factors, inputs, strict=True)
+            if isinstance(x, Form)
+        ]
+        if any(part.shape != parts[0].shape for part in parts):
+            return None, None, None
+        ball = sum(parts[1:], parts[0])
+        return (ball if ball.shape == node.output_shape[:-1] else None), None, None
+    if type(node).__name__ in ("BoundNeg", "BoundIdentity"):
+        return first.ball, first.stretch, first.heads
+    if isinstance(node, (BoundGatherFromRegion, BoundScatterToRegion)):
+        return first.plain_ball(), None, None
+    if isinstance(node, BoundRotary):
+        cos, sin = inputs[1], inputs[2]
+        turn = float(safe_root(cos.square() + sin.square()).amax())
+        grows = max(1.0, turn) * (1 + 8 * torch.finfo(cos.dtype).eps)
+        heads = None if first.heads is None else first.heads * grows
+        return first.plain_ball() * grows, None, heads
+    if isinstance(node, BoundSelectPosition):
+        move = node.forward
+        ball = move(first.ball.unsqueeze(-1)).squeeze(-1)
+        return ball, first.stretch, None if first.heads is None else move(first.heads)
+    if getattr(node, "keeps_features", False) and getattr(node, "batched", True):
+        single = len(forms) == 1
+        values = [
+            (x.ball if single else x.plain_ball()).unsqueeze(-1) if isinstance(x, Form)
+            else x[..., :1] if isinstance(node, BoundConcat) else x
+            for x in inputs
+        ]
+        zeros = [
+            torch.zeros_like(v) if isinstance(x, Form) else v
+            for v, x in zip(values, inputs, strict=True)
+        ]
+        ball = (node.forward(*values) - node.forward(*zeros)).squeeze(-1)
+        return ball, first.stretch if single else None, None
+    return None, None, None
+
+
+@rule_for("Div")
+def quotient(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """A quotient by a constant is linear."""
+    if isinstance(inputs[0], Form) and not isinstance(inputs[1], Form):
+        return affine(run, node, inputs)
+    return by_intervals(run, node, inputs)
+
+
+@rule_for(Margins)
+def margins_of_tokens(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """y = (w_t - w_j) x + b_t - b_j, coefficient by coefficient: the targets are of the samples."""
+    x, *tables = inputs
+    zero = node.forward(torch.zeros_like(x.c[0]), *tables)
+    c = torch.stack(
+        [node.forward(x.c[0], *tables), *(node.forward(each, *tables) - zero for each in x.c[1:])]
+    )
+    lower, upper = node.interval_propagate(
+        (-x.box, x.box), *((table, table) for table in tables)
+    )
+    box = (upper - lower) / 2
+    (wt, w), _ = node._tables(*tables)
+    ball = node._enter(x.ball)
+    stretch = 1.0 if x.stretch is None else node._enter(x.stretch)
+    rows = []
+    for t in range(len(wt)):  # one target at a time: its differences are as large as W
+        size = safe_root(((wt[t] - w) * stretch).square().sum(-1))
+        rows.append(_times(ball.unsqueeze(-1) if node.shared else ball[t].unsqueeze(-1), size))
+    box = torch.minimum(box, torch.stack(rows, 1 if node.shared else 0))
+    return Outcome(Form(c, box, run.length(box, node)))

@@ -1,0 +1,219 @@
+"""Runs the rules over a bound graph, from the perturbed inputs to a node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.forward import attention_rules, elementwise_rules, linear_rules, norm_rule
+from lirpa_megatron.forward.domains import Domain
+from lirpa_megatron.forward.form import Form, Outcome
+from lirpa_megatron.forward.inputs import of_leaves
+from lirpa_megatron.forward.polynomials import Polynomials
+from lirpa_megatron.forward.ranks import Ranks
+from lirpa_megatron.forward.rules import rule_of
+from lirpa_megatron.forward.weights import Weights
+from lirpa_megatron.operators.attention.scores import BoundScores
+from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
+from lirpa_megatron.operators.context import GraphContext
+from lirpa_megatron.operators.linear.positions import BoundRotary
+from lirpa_megatron.operators.numerics import intersect, safe_root, without_nan
+
+RULES = (attention_rules, elementwise_rules, linear_rules, norm_rule)
+"""The modules that enter rules."""
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How the forward method works."""
+
+    order: int = 1
+    """Degree of the polynomials in the set's symbols: up to 2 for 16, 3 for 8 symbols, and 8 for
+    one."""
+    form_symbols: int = 1024
+    """How many symbols errors may become, for affine forms of nodes [B, features]."""
+
+
+@dataclass
+class Run:
+    """One forward pass over a graph.
+
+    Args:
+        nodes: of the graph, by name.
+        context: of the graph.
+        value_of: a node's value at the clean input.
+        weights: what is known of the weights.
+        options: see there.
+
+    Attributes:
+        steps: the visited nodes that depend on the perturbation, in order; without their forms.
+        centres: perturbed input -> centre.
+    """
+
+    nodes: Mapping[str, auto_lirpa.Bound]
+    context: GraphContext
+    value_of: Any
+    weights: Weights
+    options: ForwardOptions = field(default_factory=ForwardOptions)
+
+    def __post_init__(self) -> None:
+        self.order = self.options.order
+        self.steps: dict[str, Outcome] = {}
+        self.centres: dict[str, torch.Tensor] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+
+    # ------------------------------------------------------------------ the pass
+
+    def to(self, final: auto_lirpa.Bound, seen: Any = None) -> Form:
+        """The form of a node.
+
+        Args:
+            final: the node.
+            seen: called with every node that depends on the perturbation and its form.
+        """
+        order = in_order(final)
+        leaves = [n for n in order if not n.inputs and _is_perturbed(n)]
+        symbols, groups = of_leaves(leaves, self.order)
+        self.domain = Domain(groups, self.order)
+        self.symbols_left = self.options.form_symbols if self.order == 1 else 0
+        self.tokens = any(len(n.output_shape or ()) > 2 for n in order if n.inputs)
+        forms: dict[str, Form] = {}
+        first = 0
+        for leaf in leaves:
+            centre, directions, own = symbols[leaf.name]
+            before = centre.new_zeros(first, *centre.shape)
+            first += len(directions)
+            after = centre.new_zeros(self.algebra.count - 1 - first, *centre.shape)
+            c = torch.cat((centre.unsqueeze(0), before, directions, after))
+            box = torch.zeros_like(centre)
+            forms[leaf.name] = Form(c, box, self.length(box, leaf))
+            self.centres[leaf.name] = centre
+        readers = Counter(x.name for n in order for x in n.inputs)
+        for node in order:
+            if node.name in forms:
+                self._tell(seen, node, forms[node.name])
+                continue
+            if not any(x.name in forms for x in node.inputs):
+                continue
+            inputs = [
+                forms[x.name] if x.name in forms else self.constant_of(x) for x in node.inputs
+            ]
+            outcome = rule_of(node)(self, node, inputs)
+            form = outcome.form.safe()
+            if not self.tokens:  # an affine form may leave what intervals do not leave
+                form = replace(form, limits=self._by_intervals(node, inputs))
+            forms[node.name] = form
+            self._tell(seen, node, form)
+            self.steps[node.name] = Outcome(None, outcome.fresh, outcome.linear)
+            for x in node.inputs:
+                readers[x.name] -= 1
+                if not readers[x.name] and x.name in forms:
+                    forms[x.name] = None
+        if final.name not in forms:
+            return self.constant(self.constant_of(final), final)
+        return forms[final.name]
+
+    def _by_intervals(self, node: auto_lirpa.Bound, inputs: list[Any]) -> tuple:
+        ends = [self.range(x) if isinstance(x, Form) else (x, x) for x in inputs]
+        return without_nan(*node.interval_propagate(*ends))
+
+    @staticmethod
+    def _tell(seen: Any, node: auto_lirpa.Bound, form: Form) -> None:
+        if seen is not None:
+            seen(node, form)
+
+    def constant_of(self, node: auto_lirpa.Bound) -> torch.Tensor:
+        """The value of a node that the perturbation does not reach."""
+        if node.name not in self.constants:
+            self.constants[node.name] = self.value_of(node)
+        return self.constants[node.name]
+
+    def constant(self, value: torch.Tensor, node: auto_lirpa.Bound) -> Form:
+        """A value as a form."""
+        zero = torch.zeros_like(value)
+        return Form(value.unsqueeze(0) if self.order == 1 else torch.cat((
+            value.unsqueeze(0), value.new_zeros(self.algebra.count - 1, *value.shape)
+        )), zero, self.length(zero, node))
+
+    # ------------------------------------------------------------- what rules use
+
+    @property
+    def algebra(self) -> Polynomials:
+        """Of all symbols so far."""
+        return self.domain.algebra
+
+    def ranks(self, node: auto_lirpa.Bound) -> Ranks:
+        """For sums over a node's features."""
+        return Ranks(self.context.collectives, self.context.is_sharded(node))
+
+    def range(self, x: Form) -> tuple[torch.Tensor, torch.Tensor]:
+        """(lower, upper) of each number, [B, T..., F]."""
+        lower, upper = self.domain.lower(x.c) - x.box, self.domain.upper(x.c) + x.box
+        return (lower, upper) if x.limits is None else intersect((lower, upper), x.limits)
+
+    def length(
+        self, box: torch.Tensor, node: auto_lirpa.Bound, features: bool = True
+    ) -> torch.Tensor:
+        """The largest L2 norm over the last dimension of what a box holds, [B, T...], of all ranks'
+        features (`features`; otherwise of the rank's own)."""
+        if box.ndim < 2:
+            return box
+        squares = box.square().sum(-1)
+        return safe_root(self.ranks(node).total(squares) if features else squares)
+
+    def head_dim(self, node: auto_lirpa.Bound) -> int:
+        """The size of heads if attention reads the node, else 0."""
+        for name in node.output_name:
+            reader = self.nodes[name]
+            if isinstance(reader, (BoundScores, BoundSoftmaxValues)):
+                return reader.head_dim
+            if isinstance(reader, BoundRotary):
+                return self.head_dim(reader)
+        return 0
+
+    def as_symbols(
+        self, node: auto_lirpa.Bound, c: torch.Tensor, error: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(coefficients, what is left of the error): errors as symbols of their own, where there
+        are enough to give.
+
+        A node's errors become symbols all together or not at all, and only in networks without
+        tokens: with tokens the errors of one operator are more than all symbols.
+        """
+        ranks = self.ranks(node)
+        features = error[0].numel() * ranks.size
+        if self.tokens or error.ndim != 2 or features > self.symbols_left:
+            return c, error
+        first = self.domain.symbols
+        self.domain.extend(features)
+        self.symbols_left -= features
+        finite = torch.where(error.isfinite(), error, 0.0)
+        own = torch.diag_embed(finite).movedim(1, 0)  # [F, B, F]
+        before = own.new_zeros(ranks.rank * len(own), *own.shape[1:])
+        after = own.new_zeros((ranks.size - 1 - ranks.rank) * len(own), *own.shape[1:])
+        missing = c.new_zeros(1 + first - len(c), *c.shape[1:])
+        return torch.cat((c, missing, before, own, after)), error - finite
+
+
+def in_order(final: auto_lirpa.Bound) -> list[auto_lirpa.Bound]:
+    """The nodes that a node is computed from, each after its inputs."""
+    found: dict[str, auto_lirpa.Bound] = {}
+    todo = [final]
+    while todo:
+        node = todo[-1]
+        missing = [x for x in node.inputs if x.name not in found]
+        if node.name in found or not missing:
+            found.setdefault(node.name, node)
+            todo.pop()
+        else:
+            todo += missing
+    return list(found.values())
+
+
+def _is_perturbed(leaf: auto_lirpa.Bound) -> bool:
+    return getattr(leaf, "perturbation", None) is not None

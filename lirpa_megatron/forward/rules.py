@@ -1,0 +1,60 @@
+"""The table of forward rules: which operator has which.
+
+A rule is a function `rule(run, node, inputs) -> Outcome` (`propagation.Run`, an operator of the
+graph, `form.Inputs`). It is entered for a class of operators and holds for classes derived from it.
+An operator without a rule is enclosed by its interval bounds (`by_intervals`), which is sound for
+every operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome
+
+Rule = Callable[[Any, Any, Inputs], Outcome]
+_RULES: dict[type | str, Rule] = {}
+
+
+def rule_for(*classes: type | str) -> Callable[[Rule], Rule]:
+    """Enters a rule for operators: classes, or names of auto_LiRPA's (without "Bound")."""
+
+    def enter(rule: Rule) -> Rule:
+        for cls in classes:
+            _RULES[cls] = rule
+        return rule
+
+    return enter
+
+
+def rule_of(node: Any) -> Rule:
+    """The rule of the most derived class that has one."""
+    for cls in type(node).__mro__:
+        found = _RULES.get(cls)
+        if found is None and cls.__module__.startswith("auto_LiRPA"):
+            found = _RULES.get(cls.__name__.removeprefix("Bound"))
+        if found is not None:
+            return found
+    return by_intervals
+
+
+def by_intervals(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """The centre of the operator's interval bounds, and half of their width as an error."""
+    ends = [run.range(x) if isinstance(x, Form) else (x, x) for x in inputs]
+    lower, upper = node.interval_propagate(*ends)
+    wild = ~(lower.isfinite() & upper.isfinite())
+    centre = torch.where(wild, 0.0, lower / 2 + upper / 2)
+    half = torch.where(wild, torch.inf, (upper - lower) / 2)
+    half = half + 4 * torch.finfo(half.dtype).eps * centre.abs()
+    form = Form(centre.unsqueeze(0), half, run.length(half, node))
+    nothing = [x for x in inputs if isinstance(x, Form)]
+
+    def linear(*values: torch.Tensor) -> torch.Tensor:
+        # depends on its inputs by name alone: their errors end here
+        ties = [0 * v.sum() for v, x in zip(values, inputs, strict=True) if isinstance(x, Form)]
+        return centre + sum(ties) if nothing else centre
+
+    return Outcome(form, [Fresh(box=half)], linear)
