@@ -57,6 +57,9 @@ class Form:
     heads: torch.Tensor | None = None
     """The ball of each head's part of the last dimension (without `stretch`), if known."""
     scores: ScoreRemainder | None = None
+    source: tuple[torch.Tensor, torch.Tensor] | None = None
+    """(W, b): R = W R' for some |R'|_2 <= b; W as the features lie, [F, i], b [B, T...]. Where
+    heads are formed later."""
     limits: tuple[torch.Tensor, torch.Tensor] | None = None
     """Bounds of the value from elsewhere."""
 

@@ -22,6 +22,7 @@ from lirpa_megatron.forward.rules import by_intervals, rule_for
 from lirpa_megatron.operators.linear.borders import (
     BoundGatherFromRegion,
     BoundScatterToRegion,
+    BoundSelectFromRegion,
 )
 from lirpa_megatron.operators.linear.column import BoundColumnParallelLinear
 from lirpa_megatron.operators.linear.columns import COLUMN_OPS
@@ -52,6 +53,7 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
         w = w if getattr(node, "transB", 1) else w.t()
     ranks = run.ranks(node) if splits else run.ranks(node.inputs[0])
     c, box, ball = x.c, x.box, x.ball
+    ball_in = ball
     if splits:
         c, box = ranks.enter(c), ranks.enter(box)
     c = F.linear(c, w)
@@ -70,13 +72,45 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     grown = run.weights.largest_singular(node, scaled, splits, joins, ranks) * ball
     own = ranks.enter(ball) if splits else ball
     box = torch.minimum(box, _times(own.unsqueeze(-1), rows))
-    heads, size = None, run.head_dim(node)
-    if size:
-        norms = run.weights.head_norms(node, scaled, size)
-        boxed = safe_root(box.unflatten(-1, (-1, size)).square().sum(-1))
-        heads = torch.minimum(_times(own.unsqueeze(-1), norms), boxed)
+    heads = _heads(run, node, scaled, own, box)
     ball = torch.minimum(grown, run.length(box, node))
-    return Outcome(Form(c, box, ball, heads=heads))
+    source = (scaled, ball_in) if splits and run.is_gathered(node) else None
+    return Outcome(Form(c, box, ball, heads=heads, source=source))
+
+
+def _heads(
+    run: Any, node: Any, w: torch.Tensor, ball: torch.Tensor, box: torch.Tensor
+) -> torch.Tensor | None:
+    """The ball of each head's part of W R', |R'|_2 <= ball, if attention reads the node."""
+    size = run.head_dim(node)
+    if not size:
+        return None
+    norms = run.weights.head_norms(node, w, size)
+    boxed = safe_root(box.unflatten(-1, (-1, size)).square().sum(-1))
+    return torch.minimum(_times(ball.unsqueeze(-1), norms), boxed)
+
+
+@rule_for(BoundSelectFromRegion)
+def selected(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """A rank's query heads and their keys and values, of the gathered features."""
+    x, index = inputs
+    ranks = run.ranks(node)
+    c, box = (ranks.enter(y).index_select(-1, index) for y in (x.c, x.box))
+    heads = None
+    if x.source is not None:
+        w, ball = x.source
+        heads = _heads(run, node, ranks.enter(w)[index], ranks.enter(ball), box)
+    return Outcome(Form(c, box, run.length(box, node), heads=heads))
+
+
+@rule_for(BoundGatherFromRegion)
+def gathered(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """[x_1 ... x_p]: all features on every rank."""
+    (x,) = inputs
+    gather = run.context.collectives.gather_features
+    both = gather(torch.cat((x.c, x.box.unsqueeze(0))))
+    source = x.source and (gather(x.source[0].t()).t(), x.source[1])
+    return Outcome(Form(both[:-1], both[-1], x.plain_ball(), source=source))
 
 
 @rule_for("MatMul")
@@ -94,8 +128,8 @@ def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @rule_for(
     "Add", "Sub", "Neg", "Identity", "Conv", BoundCombine, BoundScale, BoundSelectPosition,
-    BoundRotary, BoundRearrange, BoundSum, BoundConcat, BoundGatherFromRegion,
-    BoundScatterToRegion, *COLUMN_OPS.values(),
+    BoundRotary, BoundRearrange, BoundSum, BoundConcat, BoundScatterToRegion,
+    *COLUMN_OPS.values(),
 )
 def affine(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """Any operator that is affine in all its perturbed inputs together.
@@ -148,7 +182,7 @@ def _moved_ball(run: Any, node: Any, inputs: Inputs, forms: list[Form]) -> tuple
         return (ball if ball.shape == node.output_shape[:-1] else None), None, None
     if type(node).__name__ in ("BoundNeg", "BoundIdentity"):
         return first.ball, first.stretch, first.heads
-    if isinstance(node, (BoundGatherFromRegion, BoundScatterToRegion)):
+    if isinstance(node, BoundScatterToRegion):
         return first.plain_ball(), None, None
     if isinstance(node, BoundRotary):
         cos, sin = inputs[1], inputs[2]

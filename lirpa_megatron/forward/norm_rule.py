@@ -136,7 +136,7 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     if beta is not None:
         c = torch.cat((c[:1] + beta, c[1:]))
     whole = gamma.repeat(node.groups) if node.groups > 1 else gamma
-    grouped = ball if node.groups > 1 else None
+    grouped = ball if run.head_dim(node) else None
     form = Form(
         c.flatten(-2), (box * gamma.abs()).flatten(-2),
         safe_root(ranks.total(ball.square().sum(-1))), whole,
@@ -172,7 +172,7 @@ def _in_one(node: Any, ball: torch.Tensor, stretch: torch.Tensor) -> dict[str, A
 def _group_ball(run: Any, node: Any, x: Form, r: torch.Tensor) -> torch.Tensor:
     """The ball of each group's part of R: [B, ..., groups]."""
     own = run.ranks(node).enter(x.plain_ball()).unsqueeze(-1)
-    if x.heads is not None and x.heads.shape[-1] == node.groups and node.groups > 1:
+    if x.heads is not None and x.heads.shape[-1] == node.groups:
         own = x.heads
     return torch.minimum(own.expand(r.shape[:-1]), _length(r))
 

@@ -21,7 +21,9 @@ from lirpa_megatron.forward.weights import Weights
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.context import GraphContext
-from lirpa_megatron.operators.linear.positions import BoundRotary
+from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
+from lirpa_megatron.operators.linear.positions import BoundRotary, BoundSelectPosition
+from lirpa_megatron.operators.norm.norm import BoundNorm
 from lirpa_megatron.operators.numerics import intersect, safe_root, without_nan
 
 RULES = (attention_rules, elementwise_rules, linear_rules, norm_rule)
@@ -172,9 +174,16 @@ class Run:
             reader = self.nodes[name]
             if isinstance(reader, (BoundScores, BoundSoftmaxValues)):
                 return reader.head_dim
-            if isinstance(reader, BoundRotary):
-                return self.head_dim(reader)
+            if isinstance(reader, (BoundRotary, BoundSelectPosition, BoundNorm)):
+                size = self.head_dim(reader)  # norms of queries and keys among them
+                if size:
+                    return size
         return 0
+
+    def is_gathered(self, node: auto_lirpa.Bound) -> bool:
+        """Whether the node's features are gathered on every rank."""
+        readers = (self.nodes[name] for name in node.output_name)
+        return any(isinstance(reader, BoundGatherFromRegion) for reader in readers)
 
     def as_symbols(
         self, node: auto_lirpa.Bound, c: torch.Tensor, error: torch.Tensor
