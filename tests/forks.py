@@ -78,9 +78,12 @@ class Parent:
         self.count = 0
         with address.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not address.exists():
+            try:
+                self.pipe = Client(str(address), "AF_UNIX")
+            except OSError:  # nobody listens, or not any more
+                address.unlink(missing_ok=True)
                 self._start(address)
-            self.pipe = Client(str(address), "AF_UNIX")
+                self.pipe = Client(str(address), "AF_UNIX")
 
     def _start(self, address: Path) -> None:
         process = subprocess.Popen(
