@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline.py [--models mlp gpt] [--modes pp1 pp2 pp4 tp2pp2]
         [--splits even balanced] [--layers N] [--batch 64] [--sequence 4] [--repeat 2]
-        [--rows N] [--opts JSON] [--limit 600] [--json FILE]
+        [--numbers N] [--opts JSON] [--limit 600] [--json FILE]
 
 'mlp' has 24 linear layers of width 128 with ReLU between them, ten outputs, L-inf 1e-4, a batch of
 64; all neurons get rows. 'gpt' is a GPTModel of 6 layers (hidden 128, FFN 512, 4 heads, tanh GELU,
@@ -129,8 +129,10 @@ def _build(task, tiny=False):
         model = _gpt(split, stage, length, hidden)
         x = torch.randn(1, length, hidden, generator=generator)
     options = {"sparse_intermediate_bounds": False, **task["options"]}
-    if task["rows"] is not None:
-        options["tuning"] = Tuning(rows_for_stages=task["rows"])
+    if task["numbers"] is not None:
+        options["tuning"] = Tuning(
+            numbers_for_stages=task["numbers"], relaxed_numbers_for_stages=task["numbers"]
+        )
     bounded = BoundedModule(model, (x,), options)
 
     def bound():
@@ -253,7 +255,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=4, help="tokens of the GPT")
     parser.add_argument("--repeat", type=int, default=2, help="calls that are timed")
     parser.add_argument("--opts", type=json.loads, default={}, help="options of BoundedModule")
-    parser.add_argument("--rows", type=int, help="`Tuning.rows_for_stages`")
+    parser.add_argument("--numbers", type=int, help="`Tuning.numbers_for_stages`")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one mode")
     parser.add_argument("--json", type=Path, help="write every figure but the messages there")
     arguments = parser.parse_args()
@@ -276,7 +278,7 @@ def main() -> None:
                 task = {"model": model, "tp": tp, "split": split, "ranks": tp * stages,
                         "batch": arguments.batch, "sequence": arguments.sequence,
                         "repeat": arguments.repeat, "options": arguments.opts,
-                        "rows": arguments.rows}
+                        "numbers": arguments.numbers}
                 ranks = launch(__file__, task, tp * stages, arguments.limit, None)
                 name = f"{mode} {kind}".strip()
                 if ranks is None:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lirpa_megatron.adapters.plain.functions import traced_functions
-from lirpa_megatron.adapters.stages import LaterStage, check_place, config_of, pipeline_of
-from lirpa_megatron.adapters.traceable import collectives_of, device_of, traceable
+from lirpa_megatron.adapters.stages import LaterStage, check_place, config_of, place_of
+from lirpa_megatron.adapters.traceable import device_of, traceable
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.crown import alpha
@@ -87,10 +87,10 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
         custom_ops: Mapping[str, type] | None = None,
     ) -> None:
         own, host_opts = OwnOptions.split(bound_opts)
-        pipeline = pipeline_of(model)
+        pipeline, collectives = place_of(model)
         stages = None if pipeline is None else Stages(pipeline)
         context = GraphContext(
-            collectives_of(model), self.get_forward_value, own.tuning,
+            collectives, self.get_forward_value, own.tuning,
             below=None if stages is None else stages.below,
         )
         with guard(pipeline, context.collectives.group, "BoundedModule"):

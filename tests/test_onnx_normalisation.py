@@ -20,6 +20,7 @@ from lirpa_megatron.networks.network import Network
 from lirpa_megatron.networks.normalisation import normalisation, outward, through
 from lirpa_megatron.networks.onnx_import import read_onnx
 from lirpa_megatron.parallel import runtime
+from lirpa_megatron.parallel.model_ranks import ModelRanks
 from lirpa_megatron.verify.properties.instance import Deadline, verify_instance
 from lirpa_megatron.verify.properties.loading import load
 from lirpa_megatron.verify.properties.options import VerifyOptions
@@ -66,9 +67,9 @@ def verdict(path, text_or_path, folder, **options):
         (folder / "p.vnnlib").write_text(text_or_path)
         text_or_path = folder / "p.vnnlib"
     options = VerifyOptions(**options)
-    loaded = load(path, False, options.dtype, options.bound_opts(), None)
+    loaded = load(path, False, options.dtype, options.bound_opts())
     prop = read_vnnlib(text_or_path, loaded.description.n_in, loaded.description.n_out, "it")
-    return verify_instance(loaded, prop, options, Deadline(None, None), None), loaded
+    return verify_instance(loaded, prop, options, Deadline(None)), loaded
 
 
 @pytest.mark.parametrize("dtype", [None, "float64"])
@@ -160,7 +161,7 @@ FRONTS = {
 @pytest.mark.parametrize("name", FRONTS)
 def test_bounds_hold_for_the_network_as_it_is_stored(name, tmp_path):
     proto = FRONTS[name]
-    loaded = load(save(proto, tmp_path / "net.onnx"), False, None, {}, None)
+    loaded = load(save(proto, tmp_path / "net.onnx"), False, None, {})
     assert loaded.normalisation is not None
     rng = np.random.default_rng(0)
     for width in (0.0, 0.01, 30.0):
@@ -213,7 +214,7 @@ def test_boxes_are_rounded_outward_by_one_step_at_most(dtype):
 
 def test_a_half_precision_network_is_run_as_it_is_stored(tmp_path):
     proto = stack([4, 8, 3], dtype="float16")
-    loaded = load(save(proto, tmp_path / "net.onnx"), False, None, {}, None)
+    loaded = load(save(proto, tmp_path / "net.onnx"), False, None, {})
     assert (loaded.stored_dtype, loaded.dtype) == ("float16", "float32")
     x = torch.randn(5, 4)
     stored, wide = loaded.stored_forward(x), loaded.forward(x)
@@ -227,16 +228,16 @@ def test_a_half_precision_network_is_run_as_it_is_stored(tmp_path):
 @pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
 def test_comparing_outputs_of_a_softmax_is_comparing_what_enters_it(op, tmp_path):
     proto = stack([4, 8, 3])
-    scores = load(save(proto, tmp_path / "scores.onnx"), False, None, {}, None)
+    scores = load(save(proto, tmp_path / "scores.onnx"), False, None, {})
     proto.graph.node[-1].output[0] = "s"
     proto.graph.node.append(node(op, ["s"], ["y"], axis=1))
-    loaded = load(save(proto, tmp_path / "net.onnx"), False, None, {}, None)
+    loaded = load(save(proto, tmp_path / "net.onnx"), False, None, {})
     text = property_text([0.0] * 4, [0.1] * 4, 3, "(<= Y_0 Y_1)")
     (tmp_path / "p.vnnlib").write_text(text)
     prop = read_vnnlib(tmp_path / "p.vnnlib", 4, 3, "it")
     options = VerifyOptions(attack_steps=0)
     bounds = [
-        verify_instance(each, prop, options, Deadline(None, None), None).lower_bounds
+        verify_instance(each, prop, options, Deadline(None)).lower_bounds
         for each in (scores, loaded)
     ]
     assert bounds[0] == bounds[1]
@@ -248,10 +249,11 @@ def _bounds_of(proto_bytes, folder):
     group = runtime.tp_group()
     path = Path(folder) / f"net{group.rank()}.onnx"
     path.write_bytes(proto_bytes)
-    loaded = load(path, False, "float64", {}, group)
+    ranks = ModelRanks(group)
+    loaded = load(path, False, "float64", {}, ranks)
     prop = read_vnnlib(Path(folder) / "p.vnnlib", 4, 3, "it")
     options = VerifyOptions(attack_steps=0, dtype="float64")
-    found = verify_instance(loaded, prop, options, Deadline(None, group), group)
+    found = verify_instance(loaded, prop, options, Deadline(None, ranks), ranks)
     kinds = {type(m).__name__ for m in loaded.network.modules()}
     return found.lower_bounds, sorted(kinds & {"ColumnLinear", "RowLinear"})
 
@@ -286,8 +288,8 @@ def test_a_checkpoint_of_a_normalised_network_has_the_file_s_bounds(tmp_path, ca
     options = VerifyOptions(attack_steps=0)
     found = []
     for source, is_checkpoint in ((path, False), (tmp_path / "checkpoint", True)):
-        loaded = load(source, is_checkpoint, None, options.bound_opts(), None)
-        found.append(verify_instance(loaded, prop, options, Deadline(None, None), None))
+        loaded = load(source, is_checkpoint, None, options.bound_opts())
+        found.append(verify_instance(loaded, prop, options, Deadline(None)))
         assert loaded.normalisation is not None
     assert found[0].lower_bounds == found[1].lower_bounds
 
@@ -298,7 +300,7 @@ def test_half_precision_survives_a_checkpoint(tmp_path):
     result = read_onnx(save(stack([4, 8, 3], dtype="float16"), tmp_path / "net.onnx"))
     network = Network.from_weights(result.description, result.weights)
     save_network(result.description, network, tmp_path / "checkpoint")
-    loaded = load(tmp_path / "checkpoint", True, None, {}, None)
+    loaded = load(tmp_path / "checkpoint", True, None, {})
     assert (loaded.stored_dtype, loaded.dtype) == ("float16", "float32")
     x = torch.randn(5, 4)
     # The last layer's bias is added to a rounded product: two units in the last place.

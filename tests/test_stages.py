@@ -67,7 +67,7 @@ def test_bounds_of_stages_are_those_of_the_whole_network(tp, pp, cuts, activatio
 ])
 def test_many_chunks_follow_each_other_down_the_stages(pp, cuts):
     want = _whole_mlp("tanh", ("CROWN",), torch.float64, False, None)
-    options = {"tuning": Tuning(rows_for_stages=1)}  # of 16 rows, up to 16 chunks
+    options = {"tuning": Tuning(numbers_for_stages=1)}  # of 16 rows, up to 16 chunks
     for of_rank in pool(pp, 1, pp).run(
         stage_models.mlp_bounds, cuts, "tanh", ("CROWN",), torch.float64, options
     ):
@@ -102,8 +102,8 @@ def test_a_stage_may_begin_with_an_activation_or_end_before_one(activation):
 
 
 @pytest.mark.parametrize(("tp", "pp", "cuts"), [
-    (1, 2, (4,)), pytest.param(2, 2, (4,), marks=_SLOW),
-    pytest.param(1, 4, (2, 4, 8), marks=_SLOW),
+    (1, 2, (4,)), (2, 2, (2,)),  # here the first stage has one layer, which is not sharded
+    pytest.param(2, 2, (4,), marks=_SLOW), pytest.param(1, 4, (2, 4, 8), marks=_SLOW),
 ])
 @pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=_SLOW)])
 def test_alpha_of_all_stages_is_optimized_together(tp, pp, cuts, activation):
@@ -174,14 +174,14 @@ def test_the_cheapest_method_that_proves_it_is_the_same_on_all_stages():
         assert abs(of_rank[0] - want[0]).max() <= 1e-10
 
 
-def _gradients(kind, method, twice):
+def _gradients(kind, method, twice, cuts=(4,)):
     """Parameter's name in the whole model -> its gradient."""
     from lirpa_megatron import BoundedModule
 
     torch.set_default_dtype(torch.float64)
     stage, stages = stage_models.place()
     if kind == "mlp":
-        model = stage_models.mlp((4,) if stages > 1 else (), "tanh")
+        model = stage_models.mlp(cuts if stages > 1 else (), "tanh")
         module = model.module if stages > 1 else model
         x = stage_models.hidden()[:, 0, :5]
         names = {n: n for n, _ in module.named_parameters()}  # slices keep their layers' names
@@ -224,6 +224,15 @@ def test_gradients_are_those_of_the_whole_model(kind, method, twice):
     for name, gradient in want.items():
         scale = abs(gradient).max()
         assert abs(found[name] - gradient).max() <= 1e-10 * scale, name
+
+
+def test_gradients_of_a_stage_without_parallel_layers_are_of_all_its_ranks_rows():
+    (want,) = pool(1).run(_gradients, "mlp", "CROWN", False)
+    for rank, of_rank in enumerate(pool(4, 2, 2).run(_gradients, "mlp", "CROWN", False, (2,))):
+        if rank < 2:
+            assert of_rank.keys() == {"0.weight", "0.bias"}
+            for name, gradient in of_rank.items():
+                assert abs(gradient - want[name]).max() <= 1e-10 * abs(want[name]).max(), name
 
 
 def _trained(kind, crown_share):

@@ -16,6 +16,7 @@ from lirpa_megatron.adapters.traceable import collectives_of, traceable
 from lirpa_megatron.adapters.traced_ops import stage_input
 from lirpa_megatron.adapters.views import BLOCKS, LANGUAGE_MODELS, View
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel.collectives import Collectives
 from lirpa_megatron.parallel.pipeline import Pipeline
 from lirpa_megatron.parallel.stage_forward import StagedForward
 
@@ -101,13 +102,27 @@ def pipeline_of(model: nn.Module) -> Pipeline | None:
     return Pipeline.of(group)
 
 
+def place_of(model: nn.Module) -> tuple[Pipeline | None, Collectives]:
+    """`pipeline_of` and `collectives_of`, the latter also for a stage without parallel layers.
+
+    Where other stages have some, its rows are shared out as theirs are: its ranks are those of
+    Megatron's tensor-parallel group, if the stages are those of its pipeline-parallel group.
+    """
+    pipeline, found = pipeline_of(model), collectives_of(model)
+    if found.size > 1 or pipeline is None or not parallel_state.model_parallel_is_initialized():
+        return pipeline, found
+    own, ranks = parallel_state.get_pipeline_model_parallel_group(), dist.get_process_group_ranks
+    if ranks(own) == ranks(pipeline.group):
+        found = Collectives(parallel_state.get_tensor_model_parallel_group())
+    return pipeline, found
+
+
 def forward_of(model: nn.Module) -> nn.Module:
     """What a module, or the model that it is a stage of, computes from the model's first input, as
     a differentiable function that every rank calls alike."""
-    net, pipeline = traceable(model), pipeline_of(model)
-    if pipeline is None:
-        return net
-    return StagedForward(net, pipeline, collectives_of(model).group)
+    net = traceable(model)
+    pipeline, collectives = place_of(model)
+    return net if pipeline is None else StagedForward(net, pipeline, collectives.group)
 
 
 def check_place(model: nn.Module, pipeline: Pipeline) -> None:

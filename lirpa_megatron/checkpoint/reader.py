@@ -74,6 +74,7 @@ def load_network(
     group: dist.ProcessGroup | None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    stage: NetworkDescription | None = None,
 ) -> tuple[NetworkDescription, nn.Module]:
     """Builds the network from its description and reads this rank's shard of its weights.
 
@@ -84,14 +85,16 @@ def load_network(
         group: the tensor-parallel group (None: one rank).
         dtype: what all is computed in; None: the types of the file, layer by layer (`Network`).
         device: of the parameters.
+        stage: a pipeline stage of the checkpoint's network (`networks.stages`), whose weights alone
+            are read; None: the whole network.
 
     Returns:
-        the description, and a module x [B, n_in] -> y [B, n_out] of parallel layers, frozen.
+        its description, and a module x [B, n_in] -> y [B, n_out] of parallel layers, frozen.
 
     Raises:
         UserError: as `read_description`; a tensor that is missing, of another shape, or not finite.
     """
-    description = read_description(checkpoint)
+    description = read_description(checkpoint) if stage is None else stage
     tensors = TensorFile(data_directory(Path(checkpoint)))
     _check_shapes(description, tensors, checkpoint)
     with torch.device("meta"):

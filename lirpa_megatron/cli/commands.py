@@ -60,11 +60,8 @@ def _run(arguments: dict[str, Any]) -> int:
             arguments.get("tensor_parallel_size"),
             pipeline_parallel_size=arguments.get("pipeline_parallel_size", 1),
         )
-        if runtime.tp_size() != dist.get_world_size() and "data" not in arguments:
-            raise UserError(
-                f"--tensor-parallel-size {runtime.tp_size()} is not the number of processes "
-                f"{dist.get_world_size()}: start {runtime.tp_size()} (torchrun --nproc-per-node)"
-            )
+        if "data" not in arguments:
+            _check_world()
         return _COMMANDS[arguments.pop("command")](arguments)
     except UserError as error:
         print_error(str(error))
@@ -78,6 +75,23 @@ def _run(arguments: dict[str, Any]) -> int:
     finally:
         if is_ours:
             runtime.shutdown()
+
+
+def _check_world() -> None:
+    """Only runs over sentences have replicas."""
+    import torch.distributed as dist
+
+    from lirpa_megatron.parallel import runtime
+
+    tp, stages, world = runtime.tp_size(), runtime.pp_size(), dist.get_world_size()
+    if tp * stages != world:
+        sizes = f"--tensor-parallel-size {tp}"
+        if stages > 1:
+            sizes += f" x --pipeline-parallel-size {stages}"
+        raise UserError(
+            f"{sizes} is not the number of processes {world}: start {tp * stages} "
+            "(torchrun --nproc-per-node)"
+        )
 
 
 def _load_libraries() -> None:
@@ -188,7 +202,10 @@ def _verify_sentences(arguments: dict[str, Any]) -> int:
 def _verify(arguments: dict[str, Any]) -> int:
     if "data" in arguments:
         return _verify_sentences(arguments)
+    import torch.distributed as dist
+
     from lirpa_megatron.parallel import runtime, spmd
+    from lirpa_megatron.parallel.model_ranks import ModelRanks
     from lirpa_megatron.verify.agreement import agreed
     from lirpa_megatron.verify.properties.job import Runner, with_progress
     from lirpa_megatron.verify.properties.job_plan import plan_job
@@ -197,12 +214,12 @@ def _verify(arguments: dict[str, Any]) -> int:
 
     names = {field.name for field in fields(VerifyOptions)}
     options = replace(VerifyOptions(), **{k: v for k, v in arguments.items() if k in names})
-    group = runtime.tp_group()
+    group = dist.group.WORLD
     with agreed(group, "checking the arguments"):
         plan = plan_job(arguments, options) if runtime.is_rank0() else None
         plan = spmd.broadcast_object(plan, group)
 
-    runner = Runner(options, group)
+    runner = Runner(options, ModelRanks.of_megatron())
     if plan.instances and plan.one_network:  # nothing of the run makes sense without it
         loaded = runner.load(plan.instances[0])
         if plan.one_property:

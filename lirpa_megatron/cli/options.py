@@ -229,15 +229,6 @@ def add_question(add: Any) -> None:
     )
     add("--model-config", metavar="YAML", type=Path, help=_MODEL_CONFIG)
     add("--limit", metavar="N", type=_number(int, 1), help="only the first N lines of the data")
-    add(
-        "--pipeline-parallel-size", metavar="P", type=_number(int, 1),
-        help="pipeline stages that the model's layers are split over (default 1); each has as many "
-        "processes as --tensor-parallel-size",
-    )
-    add(
-        "--pipeline-layers", metavar="N,N,...", type=_layers,
-        help="layers of each pipeline stage (default: split so that all have the same work)",
-    )
 
 
 def _add_effort(add: Any) -> None:
@@ -250,6 +241,16 @@ def _add_effort(add: Any) -> None:
         "--tensor-parallel-size", metavar="N", type=_number(int, 1),
         help="ranks that the model is sharded over (default: all processes); with --data, the "
         "remaining processes hold replicas, which share the sentences",
+    )
+    add(
+        "--pipeline-parallel-size", metavar="P", type=_number(int, 1),
+        help="pipeline stages that the model's layers are split over (default 1); each has as many "
+        "processes as --tensor-parallel-size",
+    )
+    add(
+        "--pipeline-layers", metavar="N,N,...", type=_layers,
+        help="layers of each pipeline stage, linear ones of an imported network (default: split so "
+        "that all have the same work)",
     )
     add(
         "--dtype", choices=("float32", "float64"),

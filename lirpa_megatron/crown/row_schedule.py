@@ -121,12 +121,7 @@ class RowSchedule:
         graph, options = self.graph, self.graph.own_options
         if options.max_spec_rows is not None:
             return options.max_spec_rows
-        widest = max(
-            math.prod(node.output_shape[1:]) * (
-                self.tp.size if plan.rows[node.name] is RowPlacement.GATHERED else 1
-            )
-            for node in (*plan.order, *plan.leaves)
-        )
+        widest = self._widest(plan)
         if torch.device(self.graph.device).type != "cpu":  # rows go through whole forms at once
             inputs = self.graph.input_set()
             for node in plan.order:
@@ -138,6 +133,15 @@ class RowSchedule:
         per_row = 2 * self.graph.batch_size * widest * self.dtype.itemsize
         return max(1, int(self._memory() // per_row))
 
+    def _widest(self, plan: PassPlan) -> int:
+        """Most numbers of one sample that a row of A has in a pass."""
+        return max(
+            math.prod(node.output_shape[1:]) * (
+                self.tp.size if plan.rows[node.name] is RowPlacement.GATHERED else 1
+            )
+            for node in (*plan.order, *plan.leaves)
+        )
+
     def _turns(self, limit: int, plan: PassPlan) -> tuple[int, int]:
         """(rows of a chunk, chunks that go on in turns), for `limit` rows at once in all.
 
@@ -145,7 +149,7 @@ class RowSchedule:
         way. Weights would be fetched twice as often; they are fetched ahead instead.
         """
         turn, device = self.graph.context.tuning.turn, torch.device(self.graph.device).type
-        if self.graph.below is not None:
+        if self.pipeline is not None and not torch.is_grad_enabled():
             return self._for_stages(limit, plan)
         half = -(-limit // 2)
         moves = RowPlacement.GATHERED in plan.rows.values() and not plan.moved
@@ -153,15 +157,22 @@ class RowSchedule:
         return (half, 2) if turns else (limit, 1)
 
     def _for_stages(self, limit: int, plan: PassPlan) -> tuple[int, int]:
-        """The same for a pass that goes on in the stages below: one chunk on each stage.
+        """The same over pipeline stages, where a rank carries fewer rows at once than one that has
+        the whole model.
 
-        Where gradients flow one follows the other.
+        Passes that go on in the stages below have a chunk on each of them. Those of the first stage
+        end there, one chunk after the other.
         """
-        stages, tuning = self.pipeline.stage + 1, self.graph.context.tuning
-        if torch.is_grad_enabled():
-            return limit, 1
-        few = max(-(-limit // (tuning.chunks_for_stages * stages)), tuning.rows_for_stages)
-        return min(limit, few), stages
+        tuning = self.graph.context.tuning
+        on_the_way = self.pipeline.stage + 1
+        parts = self.pipeline.size
+        if self.graph.below is not None:
+            parts = tuning.chunks_for_stages * on_the_way
+        numbers = tuning.numbers_for_stages
+        if self.graph.relaxes_rows:
+            numbers = tuning.relaxed_numbers_for_stages
+        enough = -(-numbers // (self.graph.batch_size * self._widest(plan)))
+        return min(limit, max(-(-limit // parts), enough)), on_the_way
 
     def _memory(self) -> float:
         """Bytes for the rows of A that are carried at once."""

@@ -31,8 +31,12 @@ class Tuning:
     chunks_for_stages: int = 4
     """A pass that goes on in the pipeline stages below has so many chunks for each stage, so that
     these are idle for a small part of it,"""
-    rows_for_stages: int = 16
-    """unless they would have fewer rows than these."""
+    numbers_for_stages: int = 2**18
+    """unless a chunk of A would have fewer numbers than these: visiting a node costs as much as
+    some thousands of them (docs/measurements.md)."""
+    relaxed_numbers_for_stages: int = 2**19
+    """The same where operators relax every row by itself (norms, attention), in many small
+    calls."""
 
     def pairs_at_once(self, A: torch.Tensor) -> int:
         """`pairs` for forms on A's device."""

@@ -125,6 +125,7 @@ _FIELDS: dict[str, _Field] = {
     "property_file": _TEXT,
     "task": _TEXT,
     "tensor_parallel": _WHOLE,
+    "pipeline_parallel": _WHOLE,
     "seconds": ("a time", lambda value: _is_number(value) and 0 <= value < math.inf),
     "lower_bounds": (
         "a list of numbers", _list_of(lambda value: value is None or _is_number(value))

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.model_ranks import ModelRanks
 from lirpa_megatron.verify.properties.property import Property, Region
 from lirpa_megatron.verify.properties.specification import (
     inward_box,
@@ -124,7 +123,7 @@ def find_candidates(
     prop: Property,
     targets: Sequence[Target],
     options: AttackOptions,
-    group: dist.ProcessGroup | None,
+    ranks: ModelRanks,
     like: torch.Tensor,
 ) -> list[Candidate]:
     """Looks for inputs in the regions' boxes whose outputs satisfy one of the disjuncts.
@@ -135,7 +134,7 @@ def find_candidates(
         prop: the property.
         targets: what is attacked; each disjunct has rows.
         options: how hard to search.
-        group: the tensor-parallel group.
+        ranks: that hold the model.
         like: a tensor with the model's dtype and device.
 
     Returns:
@@ -145,7 +144,7 @@ def find_candidates(
     boxes = [inward_box(region, like.dtype, like.device) for region, _ in targets]
     lower, upper = (torch.stack(ends) for ends in zip(*boxes, strict=True))
     disjuncts = _Disjuncts(prop, targets, like)
-    x, pursued = _starting_points(model, disjuncts, lower, upper, options, group)
+    x, pursued = _starting_points(model, disjuncts, lower, upper, options, ranks)
     lower, upper = (ends.repeat_interleave(options.restarts, 0) for ends in (lower, upper))
     width = upper - lower
     best, best_slack = x, None
@@ -168,11 +167,11 @@ def find_candidates(
         rate = options.step_size * (1.0 - step / options.steps) ** 3
         x = (x.detach() - rate * width * gradient.sign()).clamp(lower, upper)
         size = y.detach().abs().max().clamp(min=1.0)
-        x, clear = _from_rank_zero(x, best_slack.min() < -options.clear_margin * size, group)
+        x, clear = _from_rank_zero(x, best_slack.min() < -options.clear_margin * size, ranks)
         if clear:
             break
-    best = spmd.broadcast_tensor(best, group).detach()
-    found = spmd.broadcast_object((best_slack.tolist(), best_of.tolist()), group)
+    best = ranks.broadcast_tensor(best, "the closest points")
+    found = ranks.broadcast_object((best_slack.tolist(), best_of.tolist()), "their slacks")
     candidates = []
     for w, (slack, which) in enumerate(zip(*found, strict=True)):
         k = w // options.restarts
@@ -181,15 +180,17 @@ def find_candidates(
     return sorted(candidates, key=lambda candidate: candidate.slack)
 
 
-def _from_rank_zero(x: torch.Tensor, decision: torch.Tensor, group) -> tuple[torch.Tensor, bool]:
+def _from_rank_zero(
+    x: torch.Tensor, decision: torch.Tensor, ranks: ModelRanks
+) -> tuple[torch.Tensor, bool]:
     """Rank 0's points and decision in one broadcast."""
-    packed = spmd.broadcast_tensor(torch.cat([x.flatten(), decision.to(x)[None]]), group)
+    packed = ranks.broadcast_tensor(torch.cat([x.flatten(), decision.to(x)[None]]), "a step")
     return packed[:-1].view_as(x), bool(packed[-1])
 
 
 def _starting_points(
     model: nn.Module, disjuncts: _Disjuncts, lower: torch.Tensor, upper: torch.Tensor,
-    options: AttackOptions, group: dist.ProcessGroup | None,
+    options: AttackOptions, ranks: ModelRanks,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Points [W, n_in] and the disjunct [W, 1] that each walk pursues.
 
@@ -221,5 +222,5 @@ def _starting_points(
         own = own.scatter(1, chosen[:, :r], torch.inf)
         chosen[:, r] = own.argmin(dim=1)
     x = points.gather(1, chosen[..., None].expand(-1, -1, points.shape[2])).flatten(0, 1)
-    x = spmd.broadcast_tensor(x, group).detach()
-    return x, spmd.broadcast_tensor(pursued.flatten(), group)[:, None]
+    x = ranks.broadcast_tensor(x, "the starting points")
+    return x, ranks.broadcast_tensor(pursued.flatten(), "the disjuncts pursued")[:, None]

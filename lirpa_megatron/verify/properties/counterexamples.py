@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-import torch.distributed as dist
 
-from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
 from lirpa_megatron.verify.properties.loading import Loaded
 from lirpa_megatron.verify.properties.property import Interval, Property, Region
 from lirpa_megatron.verify.properties.specification import inward_box
@@ -52,7 +51,7 @@ class Counterexample:
 
 def confirm(
     loaded: Loaded, prop: Property, region: Region, disjuncts: Sequence[int], point: torch.Tensor,
-    group: dist.ProcessGroup | None,
+    ranks: ModelRanks = ALONE,
 ) -> tuple[bool, Counterexample]:
     """Runs the network as it is stored on a point of the box.
 
@@ -61,7 +60,7 @@ def confirm(
         prop, region: what may be violated.
         disjuncts: positions in the region's.
         point: [n_in], the same on every rank; moved to the nearest one that the network reads.
-        group: the tensor-parallel group.
+        ranks: that hold the network.
 
     Returns:
         whether it is a counterexample, and the disjunct's numbers that come closest to one; the
@@ -74,8 +73,8 @@ def confirm(
         stored = loaded.stored_forward(read[None])[0]
         double = loaded.float64_forward(read[None].double())[0]
     # The last bits of a reduction may differ between ranks: rank 0's count.
-    outputs, exact = spmd.broadcast_object(
-        (stored.double().tolist(), double.tolist()), group
+    outputs, exact = ranks.broadcast_object(
+        (stored.double().tolist(), double.tolist()), "the outputs"
     )
     found = {d: _violation(prop, region.disjuncts[d], outputs) for d in disjuncts}
     best = max(disjuncts, key=found.__getitem__)

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
-from lirpa_megatron.parallel import spmd
-from lirpa_megatron.parallel.pipeline import Pipeline
+from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
 from lirpa_megatron.verify.properties.attack import Target, find_candidates
 from lirpa_megatron.verify.properties.counterexamples import Counterexample, confirm
 from lirpa_megatron.verify.properties.loading import Loaded
@@ -52,18 +50,16 @@ class Deadline:
     """A time limit that all ranks agree on: rank 0's clock decides."""
 
     def __init__(
-        self, seconds: float | None, group: dist.ProcessGroup | None,
-        pipeline: Pipeline | None = None,
+        self, seconds: float | None, ranks: ModelRanks = ALONE,
     ) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
-        self._group, self._pipeline = group, pipeline
+        self._ranks = ranks
 
     def is_over(self) -> bool:
         """Collective, unless there is no limit."""
         if self._end is None:
             return False
-        over = spmd.broadcast_object(time.monotonic() > self._end, self._group)
-        return over if self._pipeline is None else self._pipeline.agree("the deadline", over)[0]
+        return self._ranks.broadcast_object(time.monotonic() > self._end, "the deadline")
 
 
 def verify_instance(
@@ -71,7 +67,7 @@ def verify_instance(
     prop: Property,
     options: VerifyOptions,
     deadline: Deadline,
-    group: dist.ProcessGroup | None,
+    ranks: ModelRanks = ALONE,
 ) -> Outcome:
     """Decides a property as far as bounds and attack can; the same outcome on every rank.
 
@@ -80,7 +76,7 @@ def verify_instance(
         prop: the property; its sizes are the network's.
         options: method and effort.
         deadline: looked at between stages; a stage that has begun is finished.
-        group: the tensor-parallel group.
+        ranks: that hold the network.
     """
     if prop.vacuous is not None:
         return Outcome("unsat", reported_bounds(prop, []), note=prop.vacuous)
@@ -90,7 +86,7 @@ def verify_instance(
         if deadline.is_over():
             return Outcome("timeout", reported_bounds(prop, bounds))
         for region, found in zip(
-            regions, _bound_rows(loaded, bounded, prop, regions, options, group), strict=True
+            regions, _bound_rows(loaded, bounded, prop, regions, options, ranks), strict=True
         ):
             bounds.append(found)
             disjuncts = open_disjuncts(region, found)
@@ -106,7 +102,7 @@ def verify_instance(
     for begin in range(0, len(still_open), each):
         if deadline.is_over():
             return Outcome("timeout", reported, note=near)
-        holds, found = _attack(loaded, prop, still_open[begin : begin + each], options, group)
+        holds, found = _attack(loaded, prop, still_open[begin : begin + each], options, ranks)
         if holds:
             return Outcome("sat", reported, found)
         near = near or _near_miss(found)
@@ -138,7 +134,7 @@ def _bound_rows(
     prop: Property,
     regions: Sequence[Region],
     options: VerifyOptions,
-    group: dist.ProcessGroup | None,
+    ranks: ModelRanks,
 ) -> list[dict[int, float]]:
     """Of each region: row index -> lower bound of `c . y - d` over its box (rank 0's numbers)."""
     indices = [region_rows(region) for region in regions]
@@ -164,7 +160,7 @@ def _bound_rows(
         bound, _ = bounded.compute_bounds(
             x=(x,), C=C.to(like.device), method=options.method, bound_upper=False, **enough
         )
-    bound = spmd.broadcast_tensor(bound.detach().double(), group).cpu().numpy()
+    bound = ranks.broadcast_tensor(bound.double(), "the bounds").cpu().numpy()
     return [
         dict(zip(own, rows.values(bound[k], options.outward), strict=True))
         for k, (own, rows) in enumerate(zip(indices, wanted, strict=True))
@@ -173,17 +169,17 @@ def _bound_rows(
 
 def _attack(
     loaded: Loaded, prop: Property, targets: Sequence[Target], options: VerifyOptions,
-    group: dist.ProcessGroup | None,
+    ranks: ModelRanks,
 ) -> tuple[bool, Counterexample | None]:
     """Whether a counterexample was found, and the point that is one or comes closest to one."""
     for region, disjuncts in targets:
         free = [d for d in disjuncts if not region.disjuncts[d]]
         if free:  # the outputs are not constrained: every point of the box will do
             middle = torch.from_numpy((region.lower + region.upper) / 2).to(loaded.like)
-            return confirm(loaded, prop, region, free, middle, group)
+            return confirm(loaded, prop, region, free, middle, ranks)
     closest = None
     found = find_candidates(
-        loaded.forward, prop, targets, options.attack(), group, loaded.like
+        loaded.forward, prop, targets, options.attack(), ranks, loaded.like
     )
     # The network as stored may round otherwise than the one that was attacked.
     eps = torch.finfo(getattr(torch, loaded.stored_dtype)).eps
@@ -194,7 +190,7 @@ def _attack(
         region, disjuncts = targets[candidate.target]
         if len(disjuncts) > _MOST_DISJUNCTS:
             disjuncts = [candidate.disjunct]
-        holds, point = confirm(loaded, prop, region, disjuncts, candidate.point, group)
+        holds, point = confirm(loaded, prop, region, disjuncts, candidate.point, ranks)
         if holds:
             return True, point
         if candidate.slack <= 0 and closest is None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel import runtime, spmd
+from lirpa_megatron.parallel import runtime
+from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
 from lirpa_megatron.verify.agreement import agreed
 from lirpa_megatron.verify.properties.instance import Deadline, Outcome, verify_instance
 from lirpa_megatron.verify.properties.instance_list import Instance
@@ -25,9 +26,8 @@ from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 class Runner:
     """Verifies instances one after the other; networks are loaded once for consecutive ones."""
 
-    def __init__(self, options: VerifyOptions, group: dist.ProcessGroup | None):
-        self.options = options
-        self.group = group
+    def __init__(self, options: VerifyOptions, ranks: ModelRanks = ALONE) -> None:
+        self.options, self.ranks = options, ranks
         self._loaded: tuple[Path, Loaded] | None = None
 
     def load(self, instance: Instance) -> Loaded:
@@ -38,14 +38,15 @@ class Runner:
         """
         if self._loaded is None or self._loaded[0] != instance.network_path:
             self._loaded = None  # free the old one first
-            with agreed(self.group, f"loading network {instance.network}"):
+            with self._agreed(f"loading network {instance.network}"):
                 loaded = load(
                     instance.network_path,
                     instance.is_checkpoint,
                     self.options.dtype,
                     self.options.bound_opts(),
-                    self.group,
+                    self.ranks,
                     self.options.onnx_output,
+                    self.options.pipeline_layers,
                 )
             self._loaded = instance.network_path, loaded
         return self._loaded[1]
@@ -57,7 +58,7 @@ class Runner:
             UserError: whatever is wrong with the file, on every rank.
         """
         sizes = loaded.description.n_in, loaded.description.n_out
-        with agreed(self.group, f"reading property {instance.property}"):
+        with self._agreed(f"reading property {instance.property}"):
             return read_vnnlib(instance.property_path, *sizes, f"network {instance.network}")
 
     def run(self, instances: Iterable[Instance], write: Callable[[Result], None]) -> list[Result]:
@@ -85,7 +86,8 @@ class Runner:
                 result=outcome.result,
                 method=self.options.method,
                 lower_bounds=outcome.lower_bounds,
-                tensor_parallel=1 if self.group is None else self.group.size(),
+                tensor_parallel=self.ranks.size,
+                pipeline_parallel=None if self.ranks.stages == 1 else self.ranks.stages,
                 seconds=round(time.monotonic() - begin, 4),
                 **self._details(instance, outcome),
                 error=error,
@@ -115,11 +117,14 @@ class Runner:
         return details
 
     def _verify(self, instance: Instance) -> Outcome:
-        deadline = Deadline(instance.timeout, self.group)
+        deadline = Deadline(instance.timeout, self.ranks)
         loaded = self.load(instance)
         prop = self.read_property(instance, loaded)
-        with spmd.guard(self.group, f"instance {instance.network} {instance.property}"):
-            return verify_instance(loaded, prop, self.options, deadline, self.group)
+        with self.ranks.guard(f"instance {instance.network} {instance.property}"):
+            return verify_instance(loaded, prop, self.options, deadline, self.ranks)
+
+    def _agreed(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return agreed(self.ranks.group, what, self.ranks.pipeline)
 
 
 def with_progress(instances: list[Instance]) -> Iterator[Instance]:

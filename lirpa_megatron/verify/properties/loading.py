@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lirpa_megatron.adapters.parallelize import parallelize
+from lirpa_megatron.adapters.stages import PipelineStage
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.checkpoint.reader import load_network, read_description
+from lirpa_megatron.checkpoint.stage import split_layers
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.network import (
     DTYPES,
@@ -26,6 +27,9 @@ from lirpa_megatron.networks.network import (
 )
 from lirpa_megatron.networks.normalisation import Normalisation, normalisation, outward, through
 from lirpa_megatron.networks.onnx_import import read_onnx
+from lirpa_megatron.networks.stages import parts_of, stage_of, width_of
+from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
+from lirpa_megatron.parallel.stage_forward import StagedForward, from_first_stage
 from lirpa_megatron.verify.properties.property import OutputRow, Region
 
 _HALF = ("float16", "bfloat16")
@@ -33,9 +37,13 @@ _HALF = ("float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network ready to be verified; used for every property of the same file."""
+    """A network ready to be verified; used for every property of the same file.
 
-    # structure and name
+    Over pipeline stages, each has the layers of its own; functions and bounds are of the whole
+    network, and every rank calls them alike.
+    """
+
+    # structure and name, of the whole network
     description: NetworkDescription
     # differentiable forward pass of the sharded layers, x [R, n_in] -> y [R, n_out], replicated:
     # in the number types of the file; those of half precision in what bounds are computed in
@@ -47,14 +55,16 @@ class Loaded:
     stored_forward: nn.Module
     # torch's name without "torch.", for instance "float16": the coarsest that the file computes in
     stored_dtype: str
-    # in the types of the file, for `box`
+    # this stage's, in the types of the file, for `box`
     network: Network
     # its arithmetic at the input, which bounds do not go through but the box does
     normalisation: Normalisation | None
     # makes the bounded module of a part of the network, from `box` to a layer
     bounded_to: Callable[[str], BoundedModule]
-    # makes the sharded network with its weights in a type, for computing in it
-    build: Callable[[torch.dtype], nn.Module]
+    # makes the sharded network's forward with its weights in a type, for computing in it
+    forward_in: Callable[[torch.dtype], nn.Module]
+    # that hold the network
+    ranks: ModelRanks = ALONE
 
     @property
     def dtype(self) -> str:
@@ -69,7 +79,7 @@ class Loaded:
     @functools.cached_property
     def float64_forward(self) -> nn.Module:
         """The same weights, all computed in float64; every rank asks for it at the same time."""
-        return traceable(self.build(torch.float64).requires_grad_(False).eval())
+        return self.forward_in(torch.float64)
 
     def box(self, region: Region) -> tuple[torch.Tensor, torch.Tensor]:
         """x_L and x_U [1, n] of the input of `bounded`, which contain what the region's box does
@@ -78,9 +88,12 @@ class Loaded:
         Raises:
             UserError: it overflows.
         """
-        ends = through(self.network, self.normalisation, region.lower, region.upper)
-        lower, upper = outward(*ends, self.like.dtype)
-        return lower[None].to(self.like.device), upper[None].to(self.like.device)
+        pipeline, ends = self.ranks.pipeline, None
+        if pipeline is None or pipeline.is_first:
+            both = through(self.network, self.normalisation, region.lower, region.upper)
+            ends = torch.stack(outward(*both, self.like.dtype)).to(self.like.device)
+        lower, upper = from_first_stage(pipeline, "the box", ends)
+        return lower[None], upper[None]
 
     def bounded_for(self, rows: Sequence[OutputRow]) -> BoundedModule:
         """The bounded module whose outputs these rows are to be bounded on.
@@ -114,60 +127,89 @@ def load(
     is_checkpoint: bool,
     dtype: str | None,
     bound_opts: dict[str, Any],
-    group: dist.ProcessGroup | None,
+    ranks: ModelRanks = ALONE,
     output: str | None = None,
+    pipeline_layers: Sequence[int] | None = None,
 ) -> Loaded:
-    """Reads an ONNX file or a checkpoint and shards it over the group.
+    """Reads an ONNX file or a checkpoint and shards it over the ranks, which all call this.
 
     Args:
         path: NET.onnx[.gz], or a checkpoint's directory.
         is_checkpoint: which of the two.
         dtype: a key of DTYPES; None: the least that holds what is stored.
         bound_opts: options of `BoundedModule`.
-        group: the tensor-parallel group.
+        ranks: that are to hold the network.
         output: which output of an ONNX graph; None: its only one.
+        pipeline_layers: how many of the network's parts (`networks.stages`) each pipeline stage
+            has; None: balanced for verification.
 
     Raises:
-        UserError: whatever is wrong with the file.
+        UserError: whatever is wrong with the file; stages that the network cannot be split into.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else "cpu"
-    if is_checkpoint:
-        description = read_description(path)
+    imported = None if is_checkpoint else read_onnx(path, output)
+    description = read_description(path) if imported is None else imported.description
+    own = _own_stage(description, ranks, pipeline_layers)
 
-        def build(types: torch.dtype | None) -> Network:
-            return load_network(path, group, types, device)[1]
-    else:
-        imported = read_onnx(path, output)
-        description = imported.description
+    def build(types: torch.dtype | None) -> Network:
+        if imported is None:
+            network = load_network(path, ranks.group, types, device, own)[1]
+        else:
+            network = Network.from_weights(own, imported.weights, types)
+            network = parallelize(network, tp_group=ranks.group).to(device)
+        return network.requires_grad_(False).eval()
 
-        def build(types: torch.dtype | None) -> Network:
-            network = Network.from_weights(description, imported.weights, types)
-            return parallelize(network, tp_group=group).to(device)
+    def forward_of(network: Network) -> nn.Module:
+        net = traceable(network)
+        return net if ranks.pipeline is None else StagedForward(net, ranks.pipeline, ranks.group)
 
     computed = DTYPES[dtype or description.bounds_dtype]
-    stored = build(None).requires_grad_(False).eval()
+    stored = build(None)
     same = description.computes_in_one_type and STORED_DTYPES[description.dtype] == computed
-    network = stored if same else build(computed).requires_grad_(False).eval()
+    network = stored if same else build(computed)
     like = torch.empty(0, dtype=computed, device=device)
     part = normalisation(description)
     reads = (INPUT,) if part is None else part.border
+    example = like.new_zeros(1, width_of(description, reads))
 
     def bounded_to(layer: str) -> BoundedModule:
-        model = network.part(reads, layer)
-        example = like.new_zeros(1, model.n_in)
+        model: nn.Module = network
+        if ranks.pipeline is None:
+            model = network.part(reads, layer)
+        else:
+            first, last = ranks.pipeline.is_first, ranks.pipeline.is_last
+            end = layer if last else own.layers[-1].name
+            model = PipelineStage(network.part(reads if first else (INPUT,), end))
         try:
             return BoundedModule(model, example, bound_opts=bound_opts, device=str(like.device))
         except NotImplementedError as error:
             raise UserError(f"network {description.name} cannot be bounded: {error}") from None
 
-    stored_forward = traceable(stored)
-    forward = traceable(network) if description.dtype in _HALF else stored_forward
+    stored_forward = forward_of(stored)
+    forward = forward_of(network) if description.dtype in _HALF else stored_forward
     loaded = Loaded(
         description, forward, like, stored_forward, description.dtype, stored, part, bounded_to,
-        build,
+        lambda types: forward_of(build(types)), ranks,
     )
     loaded.bounded_for(())  # what cannot be bounded is said now
     return loaded
+
+
+def _own_stage(
+    description: NetworkDescription, ranks: ModelRanks, given: Sequence[int] | None
+) -> NetworkDescription:
+    """The layers of this rank's pipeline stage, as a network."""
+    if ranks.pipeline is None:
+        return description
+    parts = len(parts_of(description))
+    if ranks.stages > parts:
+        raise UserError(
+            f"pipeline-parallel size {ranks.stages} is more than the {parts} parts that network "
+            f"{description.name} can be cut into (before linear layers where a single value is "
+            f"handed on): choose at most {parts}"
+        )
+    counts = split_layers(parts, ranks.stages, given)
+    return stage_of(description, counts, ranks.pipeline.stage)
 
 
 def _compares(row: OutputRow, any_bound: bool) -> bool:

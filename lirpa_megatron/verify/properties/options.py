@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lirpa_megatron.verify.options import RunOptions
@@ -14,6 +15,8 @@ class VerifyOptions(RunOptions):
 
     # which output of an ONNX graph; None: its only one
     onnx_output: str | None = None
+    # how many of the network's parts each pipeline stage has; None: balanced
+    pipeline_layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,6 +48,8 @@ class Result:
     dtype: str | None = None
     # "outward" if bounds were widened by their rounding error; else it is left out
     rounding: str | None = None
+    # number of pipeline stages; left out where there is one
+    pipeline_parallel: int | None = None
     # False if the model's own forward was not compared with its bounds; else it is left out
     live_check: bool | None = None
     # what a reader must know, if there is such: why a property holds whatever the network does, or
@@ -62,7 +64,7 @@ class Result:
         return self.network, self.property, self.method
 
     def to_line(self) -> str:
-        optional = ("error", "note", "rounding", "live_check")
+        optional = ("error", "note", "rounding", "live_check", "pipeline_parallel")
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"
 

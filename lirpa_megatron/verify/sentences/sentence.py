@@ -16,6 +16,7 @@ from lirpa_megatron.adapters.embeddings import embed
 from lirpa_megatron.adapters.stages import pipeline_of
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.model_ranks import ModelRanks
 from lirpa_megatron.problem.token_perturbations import perturb_tokens
 from lirpa_megatron.verify.properties.instance import Deadline
 from lirpa_megatron.verify.sentences.attack import find_words, smallest_success
@@ -77,7 +78,7 @@ class SentenceVerifier:
         self.model, self.task, self.options, self.group = model, task, options, group
         self.norm, self.pipeline = NORMS[options.norm], pipeline_of(model)
         self._graphs: dict[int, BoundedModule] = {}
-        self._deadline = Deadline(None, group, self.pipeline)
+        self._deadline = Deadline(None, ModelRanks(group, self.pipeline))
 
     def verify(
         self, ids: Sequence[int], places: Sequence[int], label: int | None,
@@ -92,7 +93,7 @@ class SentenceVerifier:
             substitutes: position -> ids, for the question "synonyms".
             seconds: time limit, looked at between bounds.
         """
-        self._deadline = Deadline(seconds, self.group, self.pipeline)
+        self._deadline = Deadline(seconds, ModelRanks(self.group, self.pipeline))
         tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
         with torch.no_grad():
             hidden = embed(self.model, tokens, **self._types(tokens))
