@@ -88,7 +88,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
     ) -> None:
         own, host_opts = OwnOptions.split(bound_opts)
         pipeline, collectives = place_of(model)
-        stages = None if pipeline is None else Stages(pipeline)
+        stages = None if pipeline is None else Stages(pipeline, collectives.group)
         context = GraphContext(
             collectives, self.get_forward_value, own.tuning,
             below=None if stages is None else stages.below,

@@ -76,6 +76,51 @@ def test_an_error_of_one_rank_ends_all_stages_and_the_next_call_works(tp, pp, fa
         assert outcome.value.startswith("ArithmeticError") == (rank == failing)
 
 
+def _fails_going_back(failing):
+    """What a backward pass ends with where a gradient cannot be computed, and then another one."""
+    import torch.distributed as dist
+
+    from lirpa_megatron import BoundedModule
+
+    torch.set_default_dtype(torch.float64)
+    model = stage_models.mlp((4,), "tanh")
+    x = stage_models.hidden()[:, 0, :5]
+    bounded = BoundedModule(model, x, {"check_live": False})
+    bounded.train()
+
+    def fails(gradient):
+        raise ArithmeticError("a gradient's own trouble")
+
+    def loss():
+        lower, _ = bounded.compute_bounds((stage_models.perturbed(x, 0.1),), method="CROWN")
+        return lower.sum()
+
+    hook = None
+    if dist.get_rank() == failing:
+        hook = next(model.parameters()).register_hook(fails)
+    try:
+        loss().backward()
+        outcome = "nothing"
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}"
+    if hook is not None:
+        hook.remove()
+    model.zero_grad()
+    loss().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    return outcome
+
+
+@pytest.mark.parametrize(("tp", "failing"), [
+    (1, 0), pytest.param(2, 1, marks=pytest.mark.slow),
+])
+def test_an_error_in_a_lower_stages_gradients_ends_all_stages(tp, failing):
+    outcomes = _ready(tp).outcomes(_fails_going_back, failing, timeout=SOON)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.error is None, (rank, outcome.message, outcome.trace)
+        assert "a gradient's own trouble" in outcome.value, (rank, outcome.value)
+
+
 def _disagree(what):
     from lirpa_megatron import BoundedModule
 

@@ -117,9 +117,3 @@ def test_pipelines_that_cannot_be_are_refused_in_one_line(folder, tmp_path, extr
     (line,) = found.stderr.strip().splitlines()
     assert message in line
     assert not output.exists()
-
-
-def test_stages_are_for_sentences(tmp_path, capsys):
-    given = ["verify", "--load", str(tmp_path), "--vnnlib", "x", "--pipeline-parallel-size", "2"]
-    assert main(given) == 2
-    assert "needs sentences" in capsys.readouterr().err

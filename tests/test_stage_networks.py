@@ -205,6 +205,11 @@ def test_the_command_line_verifies_a_checkpoint_over_stages(folder, tmp_path):
     assert '"pipeline_parallel": 2' in output.read_text()
 
 
+def test_layers_of_stages_need_stages(folder, session):
+    with pytest.raises(UserError, match="has 2 numbers, the pipeline 1 stages"):
+        load(folder / "net.onnx", False, None, {}, pipeline_layers=[2, 3])
+
+
 def test_one_process_is_one_stage():
     assert (ALONE.size, ALONE.stages) == (1, 1)
     assert ALONE.broadcast_object("x") == "x"

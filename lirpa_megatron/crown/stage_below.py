@@ -34,10 +34,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lirpa_megatron.crown.affine_forms import InputSet
 from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds
-from lirpa_megatron.parallel.pipeline import DOWN, Message, Pipeline
+from lirpa_megatron.parallel.pipeline import DOWN, Message, Pipeline, telling
 from lirpa_megatron.problem.perturbations import PerturbationInBox
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -123,14 +124,15 @@ class StageBelow:
 
     Args:
         pipeline: of this rank.
+        group: its tensor-parallel group.
 
     Attributes:
         is_asked: whether bounds are being computed; else the graph's own input counts.
         is_elementwise: whether the operator that the input comes from is.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, group: dist.ProcessGroup | None) -> None:
+        self.pipeline, self.group = pipeline, group
         self.is_asked = self.is_elementwise = False
         self._asked = 0
         self._answers: dict[int, Message] = {}
@@ -255,11 +257,12 @@ class StageBelow:
     ) -> tuple[torch.Tensor, ...]:
         """Gradients of what an answer was made of, from those of the answer."""
         present = [g is not None for g in grads]
-        self.pipeline.send(
-            DOWN, "gradient", {"entry": entry, "present": present},
-            [g for g in grads if g is not None],
-        )
-        return self.pipeline.receive(DOWN, "gradient").tensors
+        with telling(self.pipeline, self.group, "the gradients of all stages"):
+            self.pipeline.send(
+                DOWN, "gradient", {"entry": entry, "present": present},
+                [g for g in grads if g is not None],
+            )
+            return self.pipeline.receive(DOWN, "gradient").tensors
 
 
 class _Border(torch.autograd.Function):

@@ -25,7 +25,7 @@ from lirpa_megatron.crown.stage_below import Course, StageBelow
 from lirpa_megatron.crown.stage_gradients import Cut, Served, Session
 from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds
 from lirpa_megatron.parallel import spmd
-from lirpa_megatron.parallel.pipeline import DOWN, UP, Message, Pipeline
+from lirpa_megatron.parallel.pipeline import DOWN, UP, Message, Pipeline, telling
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +241,10 @@ class StageService:
 
     def serve_gradients(self) -> None:
         """Until the stage above has gone back through all passes."""
+        with telling(self.pipeline, self.tp.group, "the gradients of all stages"):
+            self._until_end_of_gradients()
+
+    def _until_end_of_gradients(self) -> None:
         while True:
             message = self.pipeline.receive(UP, "gradient", "the end of gradients")
             spmd.handshake(self.tp.group, f"stage {self.pipeline.stage}: {message.described}")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.affine_forms import InputSet
@@ -37,6 +38,7 @@ class Stages:
 
     Args:
         pipeline: of this rank.
+        group: its tensor-parallel group.
 
     Attributes:
         below: what is asked of the stage below; None on the first.
@@ -44,9 +46,9 @@ class Stages:
         clean_inside: whether the clean input of a call is known to be among those bounded.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, group: dist.ProcessGroup | None) -> None:
         self.pipeline = pipeline
-        self.below = None if pipeline.is_first else StageBelow(pipeline)
+        self.below = None if pipeline.is_first else StageBelow(pipeline, group)
         self.relaxes_rows = self.clean_inside = False
 
     # ------------------------------------------------------------------ building

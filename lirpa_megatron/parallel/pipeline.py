@@ -305,10 +305,19 @@ def guard(
         with spmd.guard(group, what):
             yield
         return
-    with pipeline.emptied(), spmd.guard(group, what), pipeline.reporting():
+    with telling(pipeline, group, what):
         yield
         if pipeline.depth == 1:
             pipeline.agree(f"the end of {what}", None)
+
+
+@contextlib.contextmanager
+def telling(
+    pipeline: Pipeline, group: dist.ProcessGroup | None, what: str
+) -> Iterator[None]:
+    """`guard` where not all stages are in one block: none waits at its end for the others."""
+    with pipeline.emptied(), spmd.guard(group, what), pipeline.reporting():
+        yield
 
 
 def _bytes(block: bytes) -> torch.Tensor:

@@ -199,7 +199,7 @@ def _own_stage(
     description: NetworkDescription, ranks: ModelRanks, given: Sequence[int] | None
 ) -> NetworkDescription:
     """The layers of this rank's pipeline stage, as a network."""
-    if ranks.pipeline is None:
+    if ranks.pipeline is None and given is None:
         return description
     parts = len(parts_of(description))
     if ranks.stages > parts:
@@ -209,7 +209,7 @@ def _own_stage(
             f"handed on): choose at most {parts}"
         )
     counts = split_layers(parts, ranks.stages, given)
-    return stage_of(description, counts, ranks.pipeline.stage)
+    return stage_of(description, counts, 0 if ranks.pipeline is None else ranks.pipeline.stage)
 
 
 def _compares(row: OutputRow, any_bound: bool) -> bool:
