@@ -86,6 +86,47 @@ def counts(shape: Shape, S: int, p: int, memory: float, itemsize: int = 4) -> di
     return found
 
 
+def of_stages(shape: Shape, S: int, p: int, split: list[int], itemsize: int = 4) -> list[dict]:
+    """For one rank of each pipeline stage: rows that go down, bytes, products, weights."""
+    found, begin = [], 0
+    for layers in split:
+        end, flops, rows_down = begin + layers, 0.0, 0
+        for rows, attention, mlp in starts(shape, S):
+            own = -(-rows // p)
+            passed = [max(0, min(count, end) - begin) for count in (attention, mlp)]
+            flops += 4 * own * S * (passed[0] * shape.attention() + passed[1] * shape.mlp())
+            # What begins at this stage's layers or behind them crosses its input.
+            rows_down += own * (0 < begin <= mlp)
+        found.append({
+            "flops": flops, "rows": rows_down,
+            "bytes": 2 * itemsize * rows_down * (S * shape.h + 1),
+            "weights": layers * (shape.attention() + shape.mlp()) * itemsize / p,
+        })
+        begin = end
+    return found
+
+
+def print_stages(S: int, p: int, rate: float, link: float) -> None:
+    """Stages of the largest models, with the split that balances passes and with an even one."""
+    from lirpa_megatron.crown.stage_split import balanced_split
+
+    print("\n| model | PP | layers | most weights, GiB | products of the busiest, s | most sent down "
+          "by a rank, GB | s |\n" + "|---" * 7 + "|")
+    for shape in SHAPES[3:]:
+        for stages in (1, 2, 4, 8):
+            splits = [balanced_split(shape.L, stages), [shape.L // stages] * stages]
+            for split in splits[: 1 + (stages > 1)]:
+                found = of_stages(shape, S, p, split)
+                sent = max(x["bytes"] for x in found)
+                print(f"| {shape.name} | {stages} | {' + '.join(map(str, split))} "
+                      f"| {max(x['weights'] for x in found) / GIB:.3g} "
+                      f"| {max(x['flops'] for x in found) / rate:,.3g} | {sent / 1e9:,.3g} "
+                      f"| {sent / link:,.3g} |")
+    small = of_stages(Shape("6 x 128", 6, 128, 512, 4, 128), 4, 1, [2, 4])
+    print("\n6 x 128, 4 tokens, layers 2 + 4: " + ", ".join(
+        f"{name} {[f'{x[name]:.4g}' for x in small]}" for name in ("rows", "bytes", "flops")))
+
+
 def main() -> None:
     S, p, rate, link, memory = 16, 8, 40e12, 3e11, 4 * GIB
     print(f"{S} tokens, TP={p}, {rate / 1e12:.0f} TFLOP/s in float32, {link / 1e9:.0f} GB/s, rows "
@@ -100,6 +141,7 @@ def main() -> None:
     small = counts(SHAPES[0], 8, 2, 2**23)
     print("\n3 x 128, 8 tokens, TP=2: " + ", ".join(
         f"{name} {small[name]:.4g}" for name in ("flops", "A", "weights")))
+    print_stages(S, p, rate, 5e10)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lirpa_megatron.checkpoint.reader import holds_network, read_description
 from lirpa_megatron.checkpoint.stage import split_layers, stages_of
 from lirpa_megatron.crown.stage_split import stage_cost
 from lirpa_megatron.networks.network import NetworkDescription
+from lirpa_megatron.networks.stages import parts_of
 
 TP_SIZES = (1, 2, 4, 8)
 PP_SIZES = (2, 4, 8)
@@ -200,6 +201,7 @@ def _of_network(checkpoint: Path, d: NetworkDescription) -> str:
     for layer in d.layers:
         ops[layer.op] = ops.get(layer.op, 0) + 1
     widths = [str(d.n_in)] + [str(layer.n_out) for layer in d.layers if layer.op == "linear"]
+    parts = len(parts_of(d))
     return "\n".join(_facts([
         ("checkpoint", str(checkpoint)),
         ("format", "torch_dist, written by import-onnx"),
@@ -210,5 +212,6 @@ def _of_network(checkpoint: Path, d: NetworkDescription) -> str:
         ("widths", "-".join(widths)),
         ("input shape", str(list(d.input_shape))),
         ("output shape", str(list(d.output_shape))),
-        ("verifiable", "VNN-LIB properties (verify --load), at any tensor-parallel size"),
+        ("verifiable", "VNN-LIB properties (verify --load), at any tensor-parallel size and up to "
+         f"{parts} pipeline stage{'s' * (parts > 1)}"),
     ]))
