@@ -110,8 +110,8 @@ def print_stages(S: int, p: int, rate: float, link: float) -> None:
     """Stages of the largest models, with the split that balances passes and with an even one."""
     from lirpa_megatron.crown.stage_split import balanced_split
 
-    print("\n| model | PP | layers | most weights, GiB | products of the busiest, s | most sent down "
-          "by a rank, GB | s |\n" + "|---" * 7 + "|")
+    print("\n| model | PP | layers | most weights, GiB | products of the busiest, s | most sent "
+          "down by a rank, GB | s |\n" + "|---" * 7 + "|")
     for shape in SHAPES[3:]:
         for stages in (1, 2, 4, 8):
             splits = [balanced_split(shape.L, stages), [shape.L // stages] * stages]

@@ -306,7 +306,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
             method=method,
             final_is_identity=final_is_identity,
             form_limit=self.own_options.form_limit,
-            form_room=self.schedule.form_memory(),
+            form_room=self.schedule.limits.form_memory(),
             # What errors are is found from forms, too, after a relaxation was made.
             rereads=optimized or torch.is_grad_enabled() or self.rounding is not None,
             kept={} if optimized and not self.intermediate.has_alpha else None,

@@ -1,7 +1,9 @@
-"""The main job: certifies and attacks sentences with a Megatron checkpoint, at TP=1 and TP=2.
+"""The main job: certifies and attacks sentences with a Megatron checkpoint, with two processes and
+with one.
 
     make demo                               a few of sentences.jsonl
     make demo ARGS='--limit 30'             all of them: the table in docs/measurements.md
+    make demo ARGS=--pipeline               the two processes are pipeline stages, not TP ranks
     make demo ARGS='--data ../shared/data/sst/dev.jsonl --limit 1'
 
 Exit status 1 if the runs disagree on a result, or on a certified radius by more than the tolerance
@@ -21,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SST = Path("examples/sst")
 OUTPUT = Path("build/demo")
 TOLERANCE = 0.02
-SIZES = (1, 2)
+RUNS = {"tp1": "TP=1", "tp2": "TP=2"}
+"""Folder of each run -> its name."""
+STAGES = {"tp1": "TP=1", "pp2": "PP=2"}
 
 
 def run(*arguments, processes=1):
@@ -60,13 +64,13 @@ def agree(one, two):
     return one["result"] == two["result"] and high <= low * (1 + 1.01 * TOLERANCE)
 
 
-def compare(runs):
+def compare(runs, names):
     """Prints the table of sentences; True if all runs agree."""
-    first = runs[SIZES[0]]
+    first = runs["tp1"]
     if any(entries.keys() != first.keys() for entries in runs.values()):
         print("the runs did not verify the same sentences")
         return False
-    columns = [f"TP={size} [certified, attacked]" for size in SIZES]
+    columns = [f"{name} [certified, attacked]" for name in names.values()]
     print(f"\n{'label':>5} {'model':>5}  {columns[0]:<27} {columns[1]:<27} sentence")
     same = True
     for name, entry in first.items():
@@ -77,23 +81,23 @@ def compare(runs):
     return same
 
 
-def summary(size):
+def summary(folder):
     """The sums of a run, as the job wrote them."""
-    path = ROOT / OUTPUT / f"tp{size}" / "summary.json"
+    path = ROOT / OUTPUT / folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8"))["groups"][0]
 
 
-def table():
+def table(names):
     """The table of docs/measurements.md."""
     print("\n| | sentences | clean accuracy | certified accuracy | mean certified radius | "
           "mean attacked radius | seconds per sentence |")
     print("|---|---|---|---|---|---|---|")
-    for size in SIZES:
-        sums, entries = summary(size), results(OUTPUT / f"tp{size}" / "results.jsonl").values()
+    for folder, name in names.items():
+        sums, entries = summary(folder), results(OUTPUT / folder / "results.jsonl").values()
         attacked = [e["attacked_radius"] for e in entries if e["attacked_radius"] is not None]
         mean = sum(attacked) / len(attacked) if attacked else float("nan")
         print(
-            f"| TP={size} | {sums['inputs']} | {sums['clean_accuracy']:.0%} | "
+            f"| {name} | {sums['inputs']} | {sums['clean_accuracy']:.0%} | "
             f"{sums['certified_accuracy']:.0%} | {sums['mean_radius'] or 0:.4f} | {mean:.4f} | "
             f"{sums['seconds_per_input']:.1f} |"
         )
@@ -103,20 +107,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=SST / "sentences.jsonl", help="JSONL of sentences")
     parser.add_argument("--limit", default="3", help="how many of them (default 3)")
+    parser.add_argument("--pipeline", action="store_true",
+                        help="the two processes are pipeline stages")
     chosen = parser.parse_args()
+    names = STAGES if chosen.pipeline else RUNS
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
     common = ("verify", "--load", SST / "checkpoint", "--tokenizer", SST / "vocab.txt")
     common += ("--data", chosen.data, "--limit", chosen.limit)
-    for size in reversed(SIZES):
-        folder = OUTPUT / f"tp{size}"
+    for name in reversed(names):
+        folder, stages = OUTPUT / name, ("--pipeline-parallel-size", 2) if name == "pp2" else ()
         (ROOT / folder).mkdir(parents=True)
-        run(*common, "--output", folder / "results.jsonl", processes=size)
+        run(*common, *stages, "--output", folder / "results.jsonl", processes=int(name[-1]))
     folder = OUTPUT / "synonyms"
     (ROOT / folder).mkdir()
     run(*common, "--question", "synonyms", "--words", "each", "--output", folder / "results.jsonl")
     run("report", OUTPUT / "tp1" / "results.jsonl", "--output", OUTPUT / "report.html")
-    same = compare({size: results(OUTPUT / f"tp{size}" / "results.jsonl") for size in SIZES})
-    table()
+    same = compare({name: results(OUTPUT / name / "results.jsonl") for name in names}, names)
+    table(names)
     print("\nWithin the certified radius (of all words' embeddings, L-inf) no perturbation changes "
           "the class; at the attacked one a perturbation was found that does.")
     print("The runs agree." if same else f"The runs disagree (radii by more than {TOLERANCE:.0%}).")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.options import check_method
 
 
@@ -19,7 +20,9 @@ def is_asked_for(kwargs: Mapping[str, Any]) -> bool:
         return False  # refused later, on all ranks
 
 
-def without_gradients(module: Any, x: Any, aux: Any, C: Any, kwargs: dict[str, Any]) -> Any:
+def without_gradients(
+    module: auto_lirpa.HostBoundedModule, x: Any, aux: Any, C: Any, kwargs: dict[str, Any]
+) -> Any:
     """Runs alpha-CROWN under no_grad: optimising alpha needs gradients, but the result has none."""
     training = module.training
     module.eval()
@@ -31,11 +34,11 @@ def without_gradients(module: Any, x: Any, aux: Any, C: Any, kwargs: dict[str, A
     return (*(None if b is None else b.detach() for b in (lower, upper)), *A)
 
 
-def is_of_use(module: Any, final: auto_lirpa.Bound, x: Any) -> bool:
+def is_of_use(graph: BoundGraph, final: auto_lirpa.Bound, x: Any) -> bool:
     """Whether a path from a perturbed input to `final` has an operator with alpha (from the graph).
 
     Args:
-        module: the BoundedModule.
+        graph: the bound graph.
         final: the node to bound.
         x: the tuple of inputs; None means the inputs of the last call.
     """
@@ -52,7 +55,7 @@ def is_of_use(module: Any, final: auto_lirpa.Bound, x: Any) -> bool:
         if x is not None and type(node) is auto_lirpa.BoundInput:
             own = getattr(x[node.input_index], "ptb", None) is not None
         moving[node.name] = any(moving[y.name] for y in node.inputs) if node.inputs else own
-    return any(moving.get(node.name) for node in module.optimizable_activations)
+    return any(moving.get(node.name) for node in graph.optimizable_activations)
 
 
 def same_without(method: str) -> str:
@@ -60,12 +63,12 @@ def same_without(method: str) -> str:
     return "CROWN" if method == "CROWN-Optimized" else method
 
 
-def tied(module: Any, bound: torch.Tensor | None) -> torch.Tensor | None:
+def tied(graph: BoundGraph, bound: torch.Tensor | None) -> torch.Tensor | None:
     """A bound with a gradient, 0, where alpha does not matter: all ReLUs are stable."""
     if bound is None or bound.requires_grad or not torch.is_grad_enabled():
         return bound
     alphas = [
-        alpha for node in module.optimizable_activations for alpha in node.alpha.values()
+        alpha for node in graph.optimizable_activations for alpha in node.alpha.values()
         if isinstance(alpha, torch.Tensor) and alpha.requires_grad
     ]
     return bound + sum(0 * alpha.flatten()[:1].sum() for alpha in alphas)

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.options import METHODS, check_output
 from lirpa_megatron.parallel.collectives import Collectives
 from lirpa_megatron.problem.perturbations import check_perturbations
 
 
 def cheaper_first(
-    module: Any, x: Any, aux: Any, C: torch.Tensor | None, kwargs: Mapping[str, Any]
+    module: auto_lirpa.HostBoundedModule, x: Any, aux: Any, C: torch.Tensor | None,
+    kwargs: Mapping[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Tries methods, cheapest first, until all lower bounds are positive; returns the best bounds.
 
@@ -55,7 +57,9 @@ def cheaper_first(
     return best[0], best[1]
 
 
-def _is_available(module: Any, x: Any, C: Any, kwargs: Mapping[str, Any]) -> bool:
+def _is_available(
+    module: auto_lirpa.HostBoundedModule, x: Any, C: Any, kwargs: Mapping[str, Any]
+) -> bool:
     """Follows from the graph and the kind of set; if ranks differed, `compute_bounds` would say."""
     try:
         check_perturbations(module, x or (), kwargs["method"])

@@ -10,7 +10,7 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 
 
-def clean_value(module: Any, node: auto_lirpa.Bound) -> torch.Tensor:
+def clean_value(module: auto_lirpa.HostBoundedModule, node: auto_lirpa.Bound) -> torch.Tensor:
     """A node's value at the clean input; the values of other nodes computed for it are not kept.
 
     Args:
@@ -23,7 +23,7 @@ def clean_value(module: Any, node: auto_lirpa.Bound) -> torch.Tensor:
     return y
 
 
-def value_at(module: Any, inputs: Sequence[Any]) -> torch.Tensor:
+def value_at(module: auto_lirpa.HostBoundedModule, inputs: Sequence[Any]) -> torch.Tensor:
     """The graph's output at inputs, without gradients."""
     with torch.no_grad():
         y = auto_lirpa.HostBoundedModule.forward(module, *inputs)
@@ -31,7 +31,7 @@ def value_at(module: Any, inputs: Sequence[Any]) -> torch.Tensor:
     return y
 
 
-def _forget(module: Any, known: set[str]) -> None:
+def _forget(module: auto_lirpa.HostBoundedModule, known: set[str]) -> None:
     for name, node in module._modules.items():
         if _has_value(node) and name not in known:
             del node.forward_value

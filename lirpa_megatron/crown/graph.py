@@ -17,10 +17,13 @@ class Schedule(Protocol):
     """Runs passes (`row_schedule.RowSchedule`)."""
 
     directions: Any
+    dtype: torch.dtype
 
     def run(self, start: auto_lirpa.Bound, C: Any, spec_sharded: bool, **how: Any) -> Any: ...
 
-    def rows_of(self, start: auto_lirpa.Bound, C: torch.Tensor | None = None) -> int: ...
+    def rows(
+        self, start: auto_lirpa.Bound, identity: bool, spec_sharded: bool, total: int | None = None
+    ) -> Any: ...
 
     def rows_run(self, start: auto_lirpa.Bound) -> int: ...
 

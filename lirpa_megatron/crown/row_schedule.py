@@ -7,7 +7,6 @@ the last one, so that all ranks do the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +20,12 @@ from lirpa_megatron.crown.backward_pass import BackwardPass
 from lirpa_megatron.crown.chunks import concatenate, in_turns
 from lirpa_megatron.crown.communication import CommunicationPlan
 from lirpa_megatron.crown.graph import BoundGraph
-from lirpa_megatron.crown.limits import CACHE
 from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement, StartRows, plan_pass
+from lirpa_megatron.crown.row_limits import RowLimits, rows_of
 from lirpa_megatron.crown.row_order import RowOrder
 from lirpa_megatron.crown.stage_below import Course
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds
-from lirpa_megatron.operators.operator import Operator
 from lirpa_megatron.rounding.forms import with_errors
 
 
@@ -53,15 +51,38 @@ class Bounds:
         return lower, upper
 
 
+@dataclass(frozen=True)
+class _Task:
+    """How the rows of a start node are bounded, decided once."""
+
+    start: auto_lirpa.Bound
+    C: torch.Tensor | None
+    """As for `RowSchedule.run`, and so are `rows`."""
+    rows: torch.Tensor | None
+    on_ranks: StartRows
+    plan: PassPlan
+    """Of the passes, in which weights may move."""
+    order: RowOrder
+    at_once: int
+    """Chunks that go on in turns."""
+    moves: bool
+    """Whether weights may move in place of A."""
+    keep_A: bool
+    """Whether the caller wants A."""
+    answer: Any
+    """As for `BackwardPass`."""
+    inputs: InputSet | None
+    """What the start node's affine form is a form in; None: none is made."""
+
+
 class RowSchedule:
     """Runs backward passes of one bound graph."""
 
     def __init__(self, graph: BoundGraph) -> None:
         self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
         self.communication, self.directions = CommunicationPlan(graph), Directions(graph)
-        self.pipeline = graph.pipeline
+        self.limits = RowLimits(graph)
         self._rows_run: dict[str, int] = {}
-        self._free: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,106 +118,12 @@ class RowSchedule:
                 origin, spec_sharded, total = start.inputs[0], self.tp.size > 1, None
         plan = self.plan(origin, spec_sharded)
         split = spec_sharded and plan.rows[origin.name] is not RowPlacement.BLOCK
-        total = self.rows_of(origin) if total is None else total
+        total = rows_of(origin) if total is None else total
         return StartRows(plan, total, split, self.tp.size)
 
     def rows_run(self, start: auto_lirpa.Bound) -> int:
         """Rows of the last run from an intermediate node (of scores: not one for each number)."""
-        return self._rows_run.get(start.name, self.rows_of(start))
-
-    def rows_of(self, start: auto_lirpa.Bound, C: torch.Tensor | None = None) -> int:
-        """Rows in all: of C [S, B, ...], or of the identity at the start node (on this rank)."""
-        return math.prod(start.output_shape[1:]) if C is None else C.shape[0]
-
-    def _numel(self, start: auto_lirpa.Bound, C: Any) -> int:
-        """Rows of a start node on all ranks together, and so the same at every size."""
-        rows = self.rows_of(start, C)
-        return rows * self.tp.size if self.sharded[start.name] else rows
-
-    def _limit(self) -> int:
-        return self.graph.own_options.form_limit // self.graph.batch_size
-
-    def _rows_at_once(self, plan: PassPlan) -> int:
-        """Most rows that the rank carries at once, the same on every rank."""
-        graph, options = self.graph, self.graph.own_options
-        if options.max_spec_rows is not None:
-            return options.max_spec_rows
-        widest = self._widest(plan)
-        if torch.device(self.graph.device).type != "cpu":  # rows go through whole forms at once
-            inputs = self.graph.input_set()
-            for node in plan.order:
-                if isinstance(node, Operator):
-                    offered = inputs.offers_form(self._numel(node.inputs[0], None), self._limit())
-                    widest = max(widest, node.numbers_at_once(
-                        graph.batch_size, inputs.columns() if offered else None, graph.call
-                    ))
-        per_row = 2 * self.graph.batch_size * widest * self.dtype.itemsize
-        return max(1, int(self._memory() // per_row))
-
-    def _widest(self, plan: PassPlan) -> int:
-        """Most numbers of one sample that a row of A has in a pass."""
-        return max(
-            math.prod(node.output_shape[1:]) * (
-                self.tp.size if plan.rows[node.name] is RowPlacement.GATHERED else 1
-            )
-            for node in (*plan.order, *plan.leaves)
-        )
-
-    def _turns(self, limit: int, plan: PassPlan) -> tuple[int, int]:
-        """(rows of a chunk, chunks that go on in turns), for `limit` rows at once in all.
-
-        Where only A moves two chunks do, so that one is computed while the other's rows are under
-        way. Weights would be fetched twice as often; they are fetched ahead instead.
-        """
-        turn, device = self.graph.context.tuning.turn, torch.device(self.graph.device).type
-        if self.pipeline is not None and not torch.is_grad_enabled():
-            return self._for_stages(limit, plan)
-        half = -(-limit // 2)
-        moves = RowPlacement.GATHERED in plan.rows.values() and not plan.moved
-        turns = moves and half >= turn.get(device, math.inf) and not torch.is_grad_enabled()
-        return (half, 2) if turns else (limit, 1)
-
-    def _for_stages(self, limit: int, plan: PassPlan) -> tuple[int, int]:
-        """The same over pipeline stages, where a rank carries fewer rows at once than one that has
-        the whole model.
-
-        Passes that go on in the stages below have a chunk on each of them. Those of the first stage
-        end there, one chunk after the other.
-        """
-        tuning = self.graph.context.tuning
-        on_the_way = self.pipeline.stage + 1
-        parts = self.pipeline.size
-        if self.graph.below is not None:
-            parts = tuning.chunks_for_stages * on_the_way
-        numbers = tuning.numbers_for_stages
-        if self.graph.relaxes_rows:
-            numbers = tuning.relaxed_numbers_for_stages
-        enough = -(-numbers // (self.graph.batch_size * self._widest(plan)))
-        return min(limit, max(-(-limit // parts), enough)), on_the_way
-
-    def _memory(self) -> float:
-        """Bytes for the rows of A that are carried at once."""
-        given, free = self.graph.own_options.pass_memory, self._free_on_a_gpu()
-        if given is not None:
-            return given * 2**20
-        return CACHE / self.tp.size if free is None else free / 128
-
-    def form_memory(self) -> float:
-        """Bytes for the forms of replicated nodes that every rank keeps whole, the same on all."""
-        given, free = self.graph.own_options.form_memory, self._free_on_a_gpu()
-        if given is not None:
-            return given * 2**20
-        return CACHE if free is None else free / 16
-
-    def _free_on_a_gpu(self) -> float | None:
-        """Bytes on the rank that had least when bounds began; None on other devices."""
-        device = torch.device(self.graph.device)
-        if device.type != "cuda":
-            return None
-        if self._free is None:
-            free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
-            self._free = -float(self.tp.largest(-free))
-        return self._free
+        return self._rows_run.get(start.name, rows_of(start))
 
     def run(
         self, start: auto_lirpa.Bound, C: torch.Tensor | None, spec_sharded: bool,
@@ -217,80 +144,108 @@ class RowSchedule:
             aside: whether these rows are beside the node's own, of which alone notes are kept.
             directions: whether operators may have rows of theirs bounded on the way (`Directions`).
         """
+        task = self._decided(start, C, spec_sharded, lower + upper, form, rows, aside, directions)
+        form_rows, order = FormRows(task.on_ranks.own), task.order
+        sides = lower, upper
+        firsts = range(0, task.on_ranks.own, order.limit)
+        chunks = (self._chunk(task, sides, first, form_rows) for first in firsts)
+        whole = concatenate(in_turns(chunks, task.at_once))
+        if task.keep_A:
+            self._record_A(start, whole, task.plan.spec_sharded, order)
+        bounds = Bounds(whole.lower, whole.upper)
+        gather = task.on_ranks.split or (task.plan.spec_sharded and task.plan.start is not start)
+        if gather:
+            bounds = self._gathered(bounds, order)
+        if task.inputs is not None:
+            forms, S = form_rows.all(), task.on_ranks.total
+            whole_form = order.is_one_chunk or order.blocks or task.plan.start is not start
+            if gather and (forms.requires_grad or whole_form):
+                forms = order.in_order(self.tp.gather_results(forms))
+            elif gather:
+                forms = self._gathered_in_chunks(forms, S, order.limit)
+            shape = start.output_shape[1:] if C is None else (S,)
+            bounds.form = task.inputs.form(forms, shape)
+        return bounds
+
+    def _decided(
+        self, start: auto_lirpa.Bound, C: torch.Tensor | None, spec_sharded: bool, sides: int,
+        form: bool, rows: torch.Tensor | None, aside: bool, directions: bool,
+    ) -> _Task:
+        """What follows from the plan and the shapes alone, and so is the same on every rank."""
         graph = self.graph
         given = C.shape[0] if C is not None else None if rows is None else len(rows)
         on_ranks = self.rows(start, C is None, spec_sharded, given)
-        plan, S, n, split = on_ranks.plan, on_ranks.total, on_ranks.own, on_ranks.split
-        origin, spec_sharded = plan.start, plan.spec_sharded
+        plan, S, n = on_ranks.plan, on_ranks.total, on_ranks.own
         if not aside:
-            self._rows_run[origin.name] = S
+            self._rows_run[plan.start.name] = S
             for node in plan.order:
                 graph.backward_from[node.name].append(start)
-        limit = min(n, self._rows_at_once(plan))
-        in_use = any(auto_lirpa.is_optimized(node, start) for node in plan.order)
-        moves = not in_use and not graph.has_alpha(start) and graph.rounding is None
-        if spec_sharded and moves:
-            regions = self.communication.choose(
-                plan, n, -(-n // limit), lower + upper, self.dtype, C is None
-            )
-            plan = self.plan(origin, spec_sharded, regions)
-        limit, at_once = self._turns(limit, plan)
+        limit = min(n, self.limits.at_once(plan, self.dtype.itemsize))
+        moves = not graph.has_alpha(start) and graph.rounding is None
+        moves = moves and not self.has_alpha(plan, start)
+        if moves:
+            plan = self.with_moved_weights(plan, n, -(-n // limit), sides, C is None)
+        limit, at_once = self.limits.turns(limit, plan)
         keep_A = bool(graph.return_A and start.name in graph.needed_A_dict) and not aside
         longest = max(x.output_shape[-1] for x in plan.order)
         asks = directions and not self.sharded[start.name] and self.directions.are_few(S, longest)
-        answer = self.directions.answer(S, split) if asks else None
         inputs = graph.input_set() if form else None
-        if inputs is not None and not inputs.offers_form(self._numel(start, C), self._limit()):
+        size = self.limits.numel(start, C), self.limits.form_size()
+        if inputs is not None and not inputs.offers_form(*size):
             inputs = None
         order = RowOrder(
             on_ranks, limit,
             # A that is given to the caller as the rank's own is one block of rows.
             blocks=keep_A and graph.own_options.return_A_rows == "own",
-            gathered_width=None if origin is start else origin.output_shape[-1],
+            gathered_width=None if plan.start is start else plan.start.output_shape[-1],
             device=torch.device(graph.device),
         )
-        gather = split or (spec_sharded and origin is not start)
-        form_rows = FormRows(n)
+        answer = self.directions.answer(S, on_ranks.split) if asks else None
+        return _Task(
+            start, C, rows, on_ranks, plan, order, at_once, moves, keep_A, answer, inputs
+        )
 
-        def chunk(first: int) -> Generator[None, None, RowBounds]:
-            """Bounds of the rank's rows from `first` on, and their rows of the form."""
-            local, every = order.chunk(first)
-            alpha_rows = None if order.is_one_chunk else (local, n)
-            course = None
-            if graph.below is not None:
-                course = self._course(
-                    start, on_ranks, order, first, len(local), S if asks else None,
-                    inputs is not None, moves, at_once,
-                )
-            run = BackwardPass(graph, plan, start, alpha_rows, answer, course)
-            own = local if every is None else every[self.tp.rank]
-            if rows is not None:
-                own, every = rows[own], None if every is None else rows[every]
-            A = self._start_rows(origin, C, own, every)
-            sides = LowerUpper(A if lower else None, A if upper else None)
-            found = yield from self.bounded(run, sides, keep_A, inputs)
-            if found.form is not None:
-                form_rows.add(found.form)
-                found.form = None
-            return found
+    def has_alpha(self, plan: PassPlan, start: Any) -> bool:
+        """Whether operators on the way relax with alpha of this start node."""
+        return any(auto_lirpa.is_optimized(node, start) for node in plan.order)
 
-        chunks = (chunk(first) for first in range(0, n, limit))
-        whole = concatenate(in_turns(chunks, at_once))
+    def with_moved_weights(
+        self, plan: PassPlan, own: int, chunks: int, sides: int, identity: bool
+    ) -> PassPlan:
+        """The plan in which weights move in place of A, where that takes fewer bytes.
 
-        if keep_A:
-            self._record_A(start, whole, spec_sharded, order)
-        bounds = Bounds(whole.lower, whole.upper)
-        if gather:
-            bounds = self._gathered(bounds, order)
-        if inputs is not None:
-            forms = form_rows.all()
-            whole_form = order.is_one_chunk or order.blocks or origin is not start
-            if gather and (forms.requires_grad or whole_form):
-                forms = order.in_order(self.tp.gather_results(forms))
-            elif gather:
-                forms = self._gathered_in_chunks(forms, S, limit)
-            bounds.form = inputs.form(forms, start.output_shape[1:] if C is None else (S,))
-        return bounds
+        Args:
+            plan: in which A moves.
+            own: rows that each rank carries.
+            chunks: in how many.
+            sides: 2 for both bounds.
+            identity: whether the pass begins with rows of the identity.
+        """
+        if not plan.spec_sharded:
+            return plan
+        regions = self.communication.choose(plan, own, chunks, sides, self.dtype, identity)
+        return self.plan(plan.start, plan.spec_sharded, regions)
+
+    def _chunk(
+        self, task: _Task, wanted: tuple[bool, bool], first: int, form_rows: FormRows
+    ) -> Generator[None, None, RowBounds]:
+        """Bounds of the rank's rows from `first` on; their rows of the form go to `form_rows`."""
+        local, every = task.order.chunk(first)
+        alpha_rows = None if task.order.is_one_chunk else (local, task.on_ranks.own)
+        course = None
+        if self.graph.below is not None:
+            course = self._course(task, first, len(local))
+        run = BackwardPass(self.graph, task.plan, task.start, alpha_rows, task.answer, course)
+        own, rows = local if every is None else every[self.tp.rank], task.rows
+        if rows is not None:
+            own, every = rows[own], None if every is None else rows[every]
+        A = self._start_rows(task.plan.start, task.C, own, every)
+        sides = LowerUpper(*(A if side else None for side in wanted))
+        found = yield from self.bounded(run, sides, task.keep_A, task.inputs)
+        if found.form is not None:
+            form_rows.add(found.form)
+            found.form = None
+        return found
 
     def bounded(
         self, run: BackwardPass, A: LowerUpper, keep_A: bool, inputs: InputSet | None,
@@ -312,20 +267,19 @@ class RowSchedule:
                 found.lA, found.uA = {}, {}
         return found
 
-    def _course(
-        self, start: auto_lirpa.Bound, rows: StartRows, order: RowOrder, first: int, count: int,
-        asks: int | None, form: bool, moves: bool, at_once: int,
-    ) -> Course:
-        """What the stages below have to know of a chunk."""
-        graph, n = self.graph, rows.own
-        is_last = first + order.limit >= n
+    def _course(self, task: _Task, first: int, count: int) -> Course:
+        """What the stages below have to know of a chunk of `count` rows."""
+        graph, rows, order, start = self.graph, task.on_ranks, task.order, task.start
+        is_last = first + order.limit >= rows.own
         return Course(
             start=graph.stages.far_name(start), is_final=start.name == graph.final_node_name,
-            total=rows.total, own=n, split=rows.split, spec_sharded=rows.plan.spec_sharded,
-            alpha=None if order.is_one_chunk else (first, count, n),
-            without_alpha=graph.intermediate.is_without_alpha, asks=asks, form=form,
-            chunks=-(-n // order.limit), moves=moves,
-            hold=0 if is_last else max(at_once - 2, 0),
+            total=rows.total, own=rows.own, split=rows.split,
+            spec_sharded=rows.plan.spec_sharded,
+            alpha=None if order.is_one_chunk else (first, count, rows.own),
+            without_alpha=graph.intermediate.is_without_alpha,
+            asks=None if task.answer is None else rows.total, form=task.inputs is not None,
+            chunks=-(-rows.own // order.limit), moves=task.moves,
+            hold=0 if is_last else max(task.at_once - 2, 0),
         )
 
     def _gathered_in_chunks(self, own: torch.Tensor, S: int, limit: int) -> torch.Tensor:

@@ -223,14 +223,10 @@ class StageService:
         self, start: FarStart, course: Course, A: LowerUpper, sides: Sequence[bool]
     ) -> PassPlan:
         plan, schedule = start.rows.plan, self.graph.schedule
-        in_use = any(auto_lirpa.is_optimized(node, start) for node in plan.order)
-        if not (course.moves and course.spec_sharded) or in_use:
+        if not course.moves or schedule.has_alpha(plan, start):
             return plan
         identity = isinstance(A.either, IdentityRows)
-        regions = schedule.communication.choose(
-            plan, course.own, course.chunks, sum(sides), schedule.dtype, identity
-        )
-        return schedule.plan(self.output, course.spec_sharded, regions)
+        return schedule.with_moved_weights(plan, course.own, course.chunks, sum(sides), identity)
 
     @staticmethod
     def _further(course: Course) -> Course:

@@ -73,6 +73,8 @@ class CallState:
     """Method of the call; None if no call is running."""
     final_is_identity: bool = False
     """Whether the output itself is bounded, without a specification C."""
+    final_rows: int = 0
+    """Rows of the model's output that are bounded, or of its specification."""
     form_limit: int = 0
     """Maximum size of a table that is computed from forms."""
     form_room: float = 0.0

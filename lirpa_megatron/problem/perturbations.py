@@ -195,7 +195,9 @@ def is_box(ptb: Any) -> bool:
     return isinstance(ptb, auto_lirpa.PerturbationLpNorm) and not part
 
 
-def check_perturbations(module: Any, x: Sequence[Any], method: str) -> None:
+def check_perturbations(
+    module: auto_lirpa.HostBoundedModule, x: Sequence[Any], method: str
+) -> None:
     """Refuses perturbations that have no sound bound here.
 
     Raises:
@@ -265,7 +267,7 @@ def _check_shapes(index: int, x: torch.Tensor, ptb: Any) -> None:
         )
 
 
-def _check_ball_for_ibp(module: Any, index: int, ptb: Any) -> None:
+def _check_ball_for_ibp(module: auto_lirpa.HostBoundedModule, index: int, ptb: Any) -> None:
     """The host's IBP knows an L1 or L2 ball only in the first linear layer."""
     nodes = module.named_nodes()
     names = [n for n, i in zip(module.input_name, module.input_index, strict=True) if i == index]

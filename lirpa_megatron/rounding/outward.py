@@ -71,7 +71,7 @@ class Outward:
         UserError: an operator without a rule, or numbers that are not float64, by name.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: auto_lirpa.HostBoundedModule) -> None:
         self.module = module
         self.known = Known(module, self.rule_of)
         nodes = module.named_nodes().values()

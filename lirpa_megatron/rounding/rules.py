@@ -65,7 +65,9 @@ class Known:
         rule_of: the rule of a node.
     """
 
-    def __init__(self, module: Any, rule_of: Callable[[auto_lirpa.Bound], Rule]) -> None:
+    def __init__(
+        self, module: auto_lirpa.HostBoundedModule, rule_of: Callable[[auto_lirpa.Bound], Rule]
+    ) -> None:
         self.module, self.rule_of = module, rule_of
         self.tp = module.context.collectives
         self.kept: dict[tuple[str, str], Any] = {}
