@@ -29,7 +29,8 @@ def bound_final(graph: BoundGraph, call: auto_lirpa.BackwardCall) -> list[torch.
     if graph.stages is not None and not graph.pipeline.is_last:
         return graph.stages.service.serve()
     if graph.call.method == "forward":
-        return bound_forward(graph, call)
+        bounds = bound_forward(graph, call)
+        return bounds if graph.stages is None else graph.stages.found(bounds)
     final, tp = call.node, graph.context.collectives
     identity = graph.call.final_is_identity and final.name == graph.final_node_name
     C = None if identity else call.C.transpose(0, 1).to(graph.schedule.dtype)

@@ -300,8 +300,6 @@ def check_forward(module: Any, kwargs: Mapping[str, Any]) -> None:
     method = kwargs["method"]
     if method not in FORWARD:
         return
-    if module.pipeline is not None:
-        raise NotImplementedError(f"method {method!r} over pipeline stages: choose CROWN")
     if module.rounding is not None:
         raise NotImplementedError(f"method {method!r} with rounding='outward': choose CROWN")
     refused = ("needed_A_dict", "reference_bounds", "reuse_alpha", *auto_lirpa.GIVEN_BOUNDS)

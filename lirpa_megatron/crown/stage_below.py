@@ -14,6 +14,8 @@ rows        A [n, B, *input shape] of each side (or   bounds [n, B] of each side
 value       nothing                                   the input's clean value [B, *input shape]
 interval    nothing                                   its interval bounds, lower and upper
 facts       nothing                                   `Facts`; bounds if it needs no pass
+form        nothing                                   the forward form of the input (`FarForm`)
+errors      a margin's row g [B, *input shape]        bound [B] of what it has from all errors
 gradient    gradients of what was sent back           gradients of what was sent down
 ==========  ========================================  =========================================
 
@@ -37,6 +39,7 @@ import torch
 import torch.distributed as dist
 
 from lirpa_megatron.crown.affine_forms import InputSet
+from lirpa_megatron.forward.stages import FarForm
 from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds
 from lirpa_megatron.parallel.pipeline import DOWN, Message, Pipeline, telling
 from lirpa_megatron.problem.perturbations import PerturbationInBox
@@ -181,6 +184,21 @@ class StageBelow:
                 **{**fields, "norm": float(fields["norm"])}, bounds=bounds or None
             )
         return self._facts
+
+    def form(self) -> FarForm:
+        """The form of the stage's input in a forward pass."""
+        number = self._ask("form")
+        fields = dict(self._answer(number).fields["form"])
+        return FarForm.unpacked(fields, self._answered(number))
+
+    def errors(self, row: torch.Tensor) -> torch.Tensor:
+        """Bound of what a margin's row has from the errors of lower stages' forward forms.
+
+        Args:
+            row: [B, *input shape], at the stage's input.
+        """
+        (found,) = self._answered(self._ask("errors", None, [row]), [row])
+        return found
 
     def rows(
         self, A: LowerUpper, bias: LowerUpper, course: Course

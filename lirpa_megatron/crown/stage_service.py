@@ -23,9 +23,15 @@ from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.crown.placement import PassPlan, StartRows
 from lirpa_megatron.crown.stage_below import Course, StageBelow
 from lirpa_megatron.crown.stage_gradients import Cut, Served, Session
+from lirpa_megatron.forward.adjoint import Adjoint
+from lirpa_megatron.forward.method import forward_run
+from lirpa_megatron.forward.stages import FarForm
 from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.pipeline import DOWN, UP, Message, Pipeline, telling
+
+_QUESTIONS = ("rows", "value", "interval", "facts", "form", "errors")
+"""See `stage_below`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +66,7 @@ class StageService:
         self.graph, self.pipeline, self.below = graph, pipeline, below
         self.tp = graph.context.collectives
         self.far_alpha: dict[str, int] = {}
+        self._run, self._adjoint = None, None
         self._session: Session | None = None
         self._sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
         self._count = 0
@@ -110,7 +117,7 @@ class StageService:
     def _until_end(self) -> Message:
         waiting: deque = deque()
         while True:
-            message = self.pipeline.receive(UP, "rows", "value", "interval", "facts", "end")
+            message = self.pipeline.receive(UP, *_QUESTIONS, "end")
             spmd.handshake(self.tp.group, f"stage {self.pipeline.stage}: {message.described}")
             if message.what == "end":
                 return message
@@ -152,6 +159,22 @@ class StageService:
             "from_inputs": self.graph.intermediate.from_inputs(node),
             "is_activation": one and auto_lirpa.reads_bounds(node),
         })
+
+    def _form(self, message: Message) -> None:
+        run = self._run = forward_run(self.graph)
+        form = run.to(self.output)
+        self._adjoint = None
+        fields, tensors = FarForm(
+            form, run.domain.groups, run.symbols_left, run.tokens
+        ).packed()
+        self._answer(message, tensors, form=fields)
+
+    def _errors(self, message: Message) -> None:
+        (needs,), (row,) = message.fields["needs"], message.tensors
+        row = row.requires_grad_(needs)
+        if self._adjoint is None:
+            self._adjoint = Adjoint(self._run, self.output)
+        self._answer(message, [self._adjoint.errors(row)], [row] if needs else [])
 
     # -------------------------------------------------------------------- passes
 
@@ -270,6 +293,7 @@ class StageService:
     def begin_call(self) -> None:
         """A call begins: a backward pass that failed has not said its end."""
         self._session, self._going_back = None, []
+        self._run = self._adjoint = None
 
     def next_number(self) -> int:
         """Bounds of the model are found, or served: as many times on every stage."""

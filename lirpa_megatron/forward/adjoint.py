@@ -32,11 +32,16 @@ class Adjoint:
         self.run = run
         self.keeps = torch.is_grad_enabled()
         self.taps: dict[str, torch.Tensor] = {}
+        self.border: torch.Tensor | None = None
         with torch.enable_grad():
             self.value = self._evaluate(final)
 
     def _evaluate(self, final: auto_lirpa.Bound) -> torch.Tensor:
         values: dict[str, torch.Tensor] = dict(self.run.centres)
+        if self.run.below is not None:
+            ((name, centre),) = values.items()
+            self.border = torch.zeros_like(centre, requires_grad=True)
+            values[name] = centre + self.border
         for node in in_order(final):
             step = self.run.steps.get(node.name)
             if step is None:
@@ -61,17 +66,19 @@ class Adjoint:
         Returns:
             [B], replicated.
         """
-        if not self.taps:
+        names, taps = list(self.taps), list(self.taps.values())
+        taps += [] if self.border is None else [self.border]
+        if not taps:
             return row.flatten(1)[:, 0] * 0
-        names = list(self.taps)
         grads = torch.autograd.grad(
-            self.value, [self.taps[name] for name in names], row, retain_graph=True,
-            create_graph=self.keeps, allow_unused=True,
+            self.value, taps, row, retain_graph=True, create_graph=self.keeps, allow_unused=True,
         )
-        total: Any = 0
-        for name, g in zip(names, grads, strict=True):
+        total: Any = row.flatten(1)[:, 0] * 0
+        for name, g in zip(names, grads, strict=False):
             if g is not None:
                 total = total + self._at(name, g)
+        if self.border is not None:  # a stage is never without a way from its input
+            total = total + self.run.below.errors(grads[-1])
         return total
 
     def _at(self, name: str, g: torch.Tensor) -> torch.Tensor:

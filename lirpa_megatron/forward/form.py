@@ -72,15 +72,27 @@ class Form:
         """The ball without `stretch`."""
         return self.ball if self.stretch is None else self.ball * self.stretch.abs().amax()
 
-    def safe(self) -> Form:
+    def safe(self, on_any_rank: Callable[[torch.Tensor], bool]) -> tuple[Form, Fresh | None]:
         """NaN in a remainder becomes infinity; coefficients that are not finite become 0 with an
-        infinite remainder."""
+        infinite remainder, which is an error of its own.
+
+        Args:
+            on_any_rank: whether something holds on any of the ranks that share the features.
+
+        Returns:
+            the form and that error, if there is one.
+        """
         bad = ~self.c.isfinite()
-        c, box = self.c, _no_nan(self.box)
-        if bad.any():
-            c = torch.where(bad, 0.0, c)
-            box = torch.where(bad.any(0), torch.inf, box)
-        return replace(self, c=c, box=box, ball=_no_nan(self.ball))
+        box, ball, heads = _no_nan(self.box), _no_nan(self.ball), self.heads
+        heads = None if heads is None else _no_nan(heads)
+        if not on_any_rank(bad.any()):
+            return replace(self, box=box, ball=ball, heads=heads), None
+        lost = bad.any(0)
+        wild = torch.where(lost, torch.inf, torch.zeros_like(box))
+        ball = torch.full_like(ball, torch.inf)
+        found = replace(self, c=torch.where(bad, 0.0, self.c), box=torch.maximum(box, wild),
+                        ball=ball, heads=None, scores=None)
+        return found, Fresh(box=wild)
 
 
 def _no_nan(x: torch.Tensor) -> torch.Tensor:

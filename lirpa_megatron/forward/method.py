@@ -12,6 +12,7 @@ from lirpa_megatron.forward.form import Form
 from lirpa_megatron.forward.propagation import ForwardOptions, Run
 from lirpa_megatron.forward.weights import Weights
 from lirpa_megatron.operators.numerics import intersect, safe_root, without_nan
+from lirpa_megatron.parallel import spmd
 
 Pair = list[torch.Tensor | None]
 
@@ -118,6 +119,9 @@ class _Rows:
             if most < 1:
                 return error
             chosen = smallest_rows(candidates, most)
+            if chosen:  # the first rank's choice: sums over features are of the same rows
+                group = self.run.context.collectives.group
+                chosen = spmd.broadcast_tensor(torch.stack(chosen), group).unbind(0)
         adjoint = Adjoint(self.run, self.final)
         for index in chosen:
             found = adjoint.errors(self._row(index))

@@ -54,7 +54,8 @@ class Run:
 
     Attributes:
         steps: the visited nodes that depend on the perturbation, in order; without their forms.
-        centres: perturbed input -> centre.
+        centres: perturbed input -> centre; on a pipeline stage after the first, its input's.
+        below: the stage below, or None.
     """
 
     nodes: Mapping[str, auto_lirpa.Bound]
@@ -68,6 +69,9 @@ class Run:
         self.steps: dict[str, Outcome] = {}
         self.centres: dict[str, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
+        self.below = self.context.below
+        if self.below is not None and not self.below.is_asked:
+            self.below = None
 
     # ------------------------------------------------------------------ the pass
 
@@ -80,11 +84,20 @@ class Run:
         """
         order = in_order(final)
         leaves = [n for n in order if not n.inputs and _is_perturbed(n)]
-        symbols, groups = of_leaves(leaves, self.order)
-        self.domain = Domain(groups, self.order)
-        self.symbols_left = self.options.form_symbols if self.order == 1 else 0
-        self.tokens = any(len(n.output_shape or ()) > 2 for n in order if n.inputs)
         forms: dict[str, Form] = {}
+        self.tokens = any(len(n.output_shape or ()) > 2 for n in order if n.inputs)
+        if self.below is None:
+            symbols, groups = of_leaves(leaves, self.order)
+            self.symbols_left = self.options.form_symbols if self.order == 1 else 0
+        else:
+            far = self.below.form()
+            groups, self.symbols_left = far.groups, far.symbols_left
+            self.tokens |= far.tokens
+            (stage_input,) = (n for n in order if getattr(n, "is_stage_input", False))
+            forms |= {n.name: far.form for n in (*leaves, stage_input)}
+            self.centres[stage_input.name] = far.form.c[0]
+            leaves = []
+        self.domain = Domain(groups, self.order)
         first = 0
         for leaf in leaves:
             centre, directions, own = symbols[leaf.name]
@@ -106,12 +119,13 @@ class Run:
                 forms[x.name] if x.name in forms else self.constant_of(x) for x in node.inputs
             ]
             outcome = rule_of(node)(self, node, inputs)
-            form = outcome.form.safe()
+            form, wild = outcome.form.safe(self.ranks(node).any)
+            fresh = outcome.fresh if wild is None else [*outcome.fresh, wild]
             if not self.tokens:  # an affine form may leave what intervals do not leave
                 form = replace(form, limits=self._by_intervals(node, inputs))
             forms[node.name] = form
             self._tell(seen, node, form)
-            self.steps[node.name] = Outcome(None, outcome.fresh, outcome.linear)
+            self.steps[node.name] = Outcome(None, fresh, outcome.linear)
             for x in node.inputs:
                 readers[x.name] -= 1
                 if not readers[x.name] and x.name in forms:

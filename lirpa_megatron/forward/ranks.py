@@ -32,6 +32,10 @@ class Ranks:
         """The sum of all ranks' x, replicated."""
         return self._tp.reduce_from(x) if self._apart else x
 
+    def any(self, x: torch.Tensor) -> bool:
+        """Whether a flag is set on any rank."""
+        return bool(self._tp.largest(x.double()) if self._apart else x)
+
     def most(self, x: torch.Tensor) -> torch.Tensor:
         """The largest of all ranks' x, elementwise, replicated."""
         return self._tp.gather_results(x.unsqueeze(0)).amax(0) if self._apart else x
