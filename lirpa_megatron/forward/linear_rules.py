@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from lirpa_megatron.forward.form import Form, Inputs, Outcome
 from lirpa_megatron.forward.polynomials import padded
 from lirpa_megatron.forward.rules import by_intervals, rule_for
+from lirpa_megatron.forward.weights import lost_length
 from lirpa_megatron.operators.linear.borders import (
     BoundGatherFromRegion,
     BoundScatterToRegion,
@@ -69,6 +70,7 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     scaled = w if stretch is None else w * stretch
     rows = scaled.square().sum(-1)
     rows = safe_root(ranks.total(rows) if joins else rows)
+    rows = rows + lost_length(w.dtype, w.shape[1])
     grown = run.weights.largest_singular(node, scaled, splits, joins, ranks) * ball
     own = ranks.enter(ball) if splits else ball
     box = torch.minimum(box, _times(own.unsqueeze(-1), rows))

@@ -17,9 +17,16 @@ from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 from lirpa_megatron.parallel.collectives import Collectives
 
 
+def lost_length(dtype: torch.dtype, n: int) -> float:
+    """The largest L2 norm of n numbers whose squares all have become 0."""
+    return (n * torch.finfo(dtype).smallest_normal) ** 0.5
+
+
 def _singular(gram: torch.Tensor) -> torch.Tensor:
-    """The root of the largest eigenvalue of [..., n, n], rounded up."""
-    return safe_root(largest_eigenvalue(gram)) * (1 + 10 * ROUNDING[gram.dtype])
+    """The root of the largest eigenvalue of [..., n, n], rounded up, also where squares of tiny
+    numbers have become 0."""
+    lost = lost_length(gram.dtype, gram.shape[-1] ** 2)
+    return safe_root(largest_eigenvalue(gram)) * (1 + 10 * ROUNDING[gram.dtype]) + lost
 
 
 class Weights:
@@ -93,10 +100,15 @@ class Weights:
 
 
 def _print(value: torch.Tensor) -> torch.Tensor:
-    """A few numbers that another value would not have."""
+    """A few numbers that another value would not have.
+
+    The vector's numbers lie in +-[1, 2]: a change that rounding hides in the product is as small as
+    rounding in the weight, too, which the allowance of `_singular` covers.
+    """
     flat = value.detach().reshape(len(value) if value.ndim else 1, -1)
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(flat.shape[1], generator=generator, dtype=torch.float64)
+    vector = 2 * torch.rand(flat.shape[1], generator=generator, dtype=torch.float64) - 1
+    vector = vector + torch.where(vector < 0, -1.0, 1.0)
     if not flat.is_floating_point():
         flat = flat.double()
     return flat @ vector.to(flat)
