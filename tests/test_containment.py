@@ -51,11 +51,41 @@ def test_a_bound_that_excludes_the_output_is_named(side):
         _check(**bounds)
 
 
-def test_an_infinite_bound_on_the_wrong_side_is_found_and_outputs_that_are_no_numbers_are_not():
+def test_an_infinite_bound_on_the_wrong_side_is_found():
     with pytest.raises(BoundsError, match="the lower bound inf of output 0"):
         _check(torch.tensor([[INF, -3.0, -3.0]]), None, Y[:1])
-    nothing = torch.tensor([[float("nan"), -INF, 1.0]])
-    _check(torch.tensor([[0.0, -INF, 0.0]]), torch.full((1, 3), 2.0), nothing)
+
+
+def test_outputs_that_are_no_numbers_have_no_finite_bounds():
+    """Of exact arithmetic there may be some; the model that runs overflows."""
+    y = torch.tensor([[float("nan"), -INF, INF]])
+    _check(torch.tensor([[-INF, -INF, 0.0]]), torch.tensor([[INF, 2.0, INF]]), y)
+    for side, output, value in (("lower", 0, "nan"), ("lower", 1, "-inf"), ("upper", 2, "inf")):
+        bounds = {"lower": torch.full((1, 3), -INF), "upper": torch.full((1, 3), INF)}
+        bounds[side][0, output] = 1e30
+        with pytest.raises(BoundsError, match=f"of output {output} .* own output {value} .*overf"):
+            _check(**bounds, y=y)
+    C = torch.tensor([[[0.0, 1.0, 1.0], [0.0, -1.0, 1.0], [1.0, 0.0, 0.0]]])  # nan, inf, nan
+    _check(torch.tensor([[-INF, 5.0, -INF]]), torch.full((1, 3), INF), y, C)
+    with pytest.raises(BoundsError, match="upper bound 5 of output 1"):
+        _check(None, torch.tensor([[INF, 5.0, INF]]), y, C)
+
+
+def test_a_model_that_overflows_has_no_certificate():
+    from torch import nn
+
+    from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
+
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)).eval()
+    for layer, value in zip(model, (3e38, 1e-38), strict=True):
+        nn.init.constant_(layer.weight, value)
+    x = torch.full((1, 2), 2.0)
+    bounded = BoundedModule(model, x)
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=INF, eps=0.1))
+    with pytest.raises(BoundsError, match="overflows in its number type"):
+        bounded.compute_bounds((ball,), method="CROWN")  # 24, but for rounding
+    lower, _ = bounded.compute_bounds((ball,), method="forward")
+    assert not lower.isfinite().any()
 
 
 def test_differences_are_compared_with_what_they_are_differences_of():

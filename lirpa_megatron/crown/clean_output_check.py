@@ -84,7 +84,8 @@ def check_contains(
     Sound bounds contain it: l <= C y <= u holds for every input in the set, including the clean
     one. The tolerance is SLACK eps (|C| (1 + |y|)) with eps of the number type (2^-23, 2^-52). The
     1 is there because rounding errors scale with hidden values, which can be larger than outputs.
-    NaN and infinite outputs are not checked.
+    An output that is NaN has no finite bound, and an infinite one none on its side: it would be
+    one of the function in exact arithmetic, not of the model that runs.
 
     Args:
         y: outputs at the clean input, [B, *output shape]; the rank's own features where the output
@@ -96,28 +97,46 @@ def check_contains(
     Raises:
         BoundsError: with the output, the bound and the model's value.
     """
-    y = y.detach()
-    scale = 1 + y.abs()
-    if C is not None:
-        parts = torch.stack([_applied(C, y), _applied(C.abs(), scale)])
-        y, scale = total(parts)
-    y, scale = y.reshape(len(y), -1), scale.reshape(len(y), -1)
+    y, scale = _values(y.detach(), C, total)
     slack = SLACK * torch.finfo(y.dtype).eps * scale
     for name, sign, bound in (("lower", 1, lower), ("upper", -1, upper)):
         if bound is None:
             continue
-        excess = sign * (bound.detach().reshape(y.shape) - y)
-        beyond = excess - slack
+        bound = bound.detach().reshape(y.shape)
+        excess = sign * (bound - y)
+        beyond = torch.where(y.isnan() & bound.isfinite(), torch.inf, excess - slack)
         if bool((beyond > 0).any()):
             sample, output = divmod(int(beyond.nan_to_num(-1.0).argmax()), beyond.shape[1])
             value, allowed = y[sample, output], slack[sample, output]
+            hint = "compute in float64, and report it if it happens there too"
+            if not bool(value.isfinite()):
+                hint = "the model overflows in its number type"
             raise BoundsError(
-                f"the {name} bound {value + sign * excess[sample, output]:g} of output {output} of "
-                f"sample {sample} excludes the model's own output {value:g} at the clean input "
-                f"(rounding explains {allowed:.1g}): do not use these bounds; compute in float64, "
-                "and report it if it happens there too"
+                f"the {name} bound {bound[sample, output]:g} of output {output} of sample {sample} "
+                f"excludes the model's own output {value:g} at the clean input (rounding explains "
+                f"{allowed:.1g}): do not use these bounds; {hint}"
             )
 
 
+def _values(
+    y: torch.Tensor, C: torch.Tensor | None, total: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C y, |C| (1 + |y|)), [B, S] each; infinite outputs count in the rows that read them."""
+    finite = torch.where(y.isfinite(), y, 0.0)
+    scale = 1 + finite.abs()
+    if C is None:
+        return y.flatten(1), scale.flatten(1)
+    plus, minus = C > 0, C < 0
+    rises = _applied(plus, y == torch.inf) + _applied(minus, y == -torch.inf)
+    falls = _applied(minus, y == torch.inf) + _applied(plus, y == -torch.inf)
+    lost = _applied(plus | minus, y.isnan())
+    parts = [_applied(C, finite), _applied(C.abs(), scale), rises, falls, lost]
+    value, scale, rises, falls, lost = total(torch.stack([part.to(y) for part in parts]))
+    value = torch.where(rises > 0, torch.inf, torch.where(falls > 0, -torch.inf, value))
+    none = (lost > 0) | ((rises > 0) & (falls > 0))
+    return torch.where(none, torch.nan, value), scale
+
+
 def _applied(C: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("bsf,bf->bs", C.detach().to(y).flatten(2), y.flatten(1))
+    number = y.dtype if y.is_floating_point() else torch.float32
+    return torch.einsum("bsf,bf->bs", C.detach().to(number).flatten(2), y.to(number).flatten(1))
