@@ -213,8 +213,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
             C: specification [B, S, output features], replicated; for a sharded output
                 (gather_output=False) the rank's own features [B, S, features / p].
             **kwargs: auto_LiRPA's: method (also 'auto': `cheaper_first`), bound_lower,
-                bound_upper, final_node_name, interm_bounds, reference_bounds, return_A,
-                needed_A_dict, reuse_alpha, ...
+                bound_upper, final_node_name, interm_bounds, return_A, decision_thresh, ...
 
         Returns:
             (lower, upper), each [B, S], or [B, *output shape] without C, the same on every rank;
@@ -273,7 +272,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
             if not of_use:
                 kwargs["method"] = alpha.same_without(kwargs["method"])
             asking = contextlib.nullcontext() if self.stages is None else self.stages.asking()
-            with self._calling(kwargs["method"], C is None) as call, asking:
+            with self._calling(kwargs, C is None) as call, asking:
                 if not self.has_output:
                     C = self.stages.placeholder(x)
                 C = self._identity(x, final) if C is None else C
@@ -299,11 +298,11 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
                 return (lower, upper, *bounds[2:])
 
     @contextlib.contextmanager
-    def _calling(self, method: str, final_is_identity: bool) -> Iterator[CallState]:
+    def _calling(self, kwargs: Mapping[str, Any], final_is_identity: bool) -> Iterator[CallState]:
         """A call's state, made anew: what an earlier call found may not hold for these inputs."""
-        optimized = method == "CROWN-Optimized"
+        optimized = kwargs["method"] == "CROWN-Optimized"
         call = CallState(
-            method=method,
+            method=kwargs["method"],
             final_is_identity=final_is_identity,
             form_limit=self.own_options.form_limit,
             form_room=self.schedule.limits.form_memory(),
@@ -315,7 +314,8 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
         if optimized and self._makes_alpha():
             self.intermediate.with_alpha = {}
         try:
-            yield call
+            with alpha.stopping(self, kwargs.get("decision_thresh")):
+                yield call
         finally:
             for node in self.optimizable_activations:
                 node.opt_end()  # an error may have left alpha in use

@@ -76,3 +76,48 @@ def test_what_is_one_methods_is_refused():
     for given in ({"bound_lower": False}, {"return_A": True}):
         with pytest.raises(ValueError, match="'auto' asks whether lower bounds are positive"):
             bounded.compute_bounds((ball,), method="auto", **given)
+
+
+def _optimized(threshold):
+    """(final passes, lower bounds) of alpha-CROWN with a threshold."""
+    torch.set_default_dtype(torch.float64)
+    x = torch.linspace(-1, 1, 12).view(2, 6)
+    bounded = BoundedModule(_net(), x, {"optimize_bound_args": {"iteration": 9}})
+    passes, run = [], bounded.schedule.run
+
+    def counted(start, *args, **kwargs):
+        if start.name == bounded.final_name:
+            passes.append(start.name)
+        return run(start, *args, **kwargs)
+
+    bounded.schedule.run = counted
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=math.inf, eps=0.3))
+    lower, _ = bounded.compute_bounds(
+        (ball,), method="CROWN-Optimized", bound_upper=False, decision_thresh=threshold
+    )
+    return len(passes), lower.detach()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_alpha_is_optimized_until_the_bounds_exceed_a_threshold(ranks):
+    longest, best = pool(ranks).run(_optimized, None)[0]
+    for none, lower in pool(ranks).run(_optimized, math.inf):
+        assert none == longest and torch.equal(lower, best)
+    for few, lower in pool(ranks).run(_optimized, -1e6):  # CROWN's bounds are enough
+        assert few < longest
+        assert (lower <= best + 1e-12).all()
+    near = best - 1e-3 * best.abs()
+    for some, lower in pool(ranks).run(_optimized, near):
+        assert few < some <= longest and (lower > near).all()
+
+
+def test_a_threshold_is_for_alpha():
+    x = torch.zeros(1, 6)
+    bounded = BoundedModule(nn.Linear(6, 2), x)
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=math.inf, eps=0.1))
+    with pytest.raises(NotImplementedError, match="decision_thresh=...\\) with method 'CROWN': it"):
+        bounded.compute_bounds((ball,), method="CROWN", decision_thresh=0.0)
+    with pytest.raises(ValueError, match="is for lower bounds"):
+        bounded.compute_bounds(
+            (ball,), method="CROWN-Optimized", decision_thresh=0.0, bound_lower=False
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,34 @@ def without_gradients(
     finally:
         module.train(training)
     return (*(None if b is None else b.detach() for b in (lower, upper)), *A)
+
+
+@contextlib.contextmanager
+def stopping(module: auto_lirpa.HostBoundedModule, threshold: Any) -> Iterator[None]:
+    """While the host optimises alpha, it stops as soon as lower bounds exceed a threshold.
+
+    A sample all of whose bounds do gets no more gradients; when all samples are done the loop ends.
+
+    Args:
+        module: the BoundedModule.
+        threshold: a number or [B, S], the same on every rank; None: all iterations are made.
+    """
+    options = module.bound_opts["optimize_bound_args"]
+    if threshold is None:
+        yield
+        return
+    saved, tp = options["stop_criterion_func"], module.context.collectives
+
+    def proved(lower: torch.Tensor) -> torch.Tensor:
+        below = ~((lower > threshold) & lower.isfinite())
+        # of a sharded output each rank has its own features
+        return tp.largest(below.any(1, keepdim=True).to(lower)) == 0
+
+    options["stop_criterion_func"] = proved
+    try:
+        yield
+    finally:
+        options["stop_criterion_func"] = saved
 
 
 def is_of_use(graph: BoundGraph, final: auto_lirpa.Bound, x: Any) -> bool:

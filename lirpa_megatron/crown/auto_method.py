@@ -47,7 +47,10 @@ def cheaper_first(
     for method in available or METHODS[-1:]:
         # alpha needs gradients even where the caller wants none.
         with torch.enable_grad() if method == METHODS[-1] else contextlib.nullcontext():
-            found = module.compute_bounds(x=x, aux=aux, C=C, **{**kwargs, "method": method})
+            given = {**kwargs, "method": method}
+            if method == METHODS[-1]:
+                given["decision_thresh"] = threshold
+            found = module.compute_bounds(x=x, aux=aux, C=C, **given)
         for side, (bound, tighter) in enumerate(zip(found, (torch.maximum, torch.minimum),
                                                     strict=True)):
             known = best[side]

@@ -217,7 +217,7 @@ def check_method(method: str | None) -> str:
 
 _UNAVAILABLE = (
     "IBP", "forward", "average_A", "need_A_only", "cutter", "intermediate_constr", "alpha_idx",
-    "aux_reference_bounds", "update_mask", "decision_thresh", "ibp_nodes", "cache_bounds",
+    "aux_reference_bounds", "update_mask", "ibp_nodes", "cache_bounds",
 )
 
 
@@ -287,6 +287,14 @@ def checked_arguments(module: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     check_compute_bounds(kwargs, module.named_nodes())
     kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
     check_forward(module, kwargs)
+    if kwargs.get("decision_thresh") is not None:
+        if kwargs["method"] != "CROWN-Optimized":
+            raise NotImplementedError(
+                f"compute_bounds(decision_thresh=...) with method {kwargs['method']!r}: it says "
+                "when CROWN-Optimized and 'auto' have done enough"
+            )
+        if not kwargs.get("bound_lower", True):
+            raise ValueError("decision_thresh is for lower bounds: leave out bound_lower=False")
     return kwargs
 
 
@@ -312,11 +320,13 @@ def check_forward(module: Any, kwargs: Mapping[str, Any]) -> None:
 
 def for_host(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the host's `compute_bounds`: a forward method's passes take CROWN's place."""
-    forward = kwargs["method"] in FORWARD
-    return {**kwargs, "method": "CROWN"} if forward else dict(kwargs)
+    given = {name: value for name, value in kwargs.items() if name != "decision_thresh"}
+    return {**given, "method": "CROWN"} if kwargs["method"] in FORWARD else given
 
 
 def text_of(kwargs: Mapping[str, Any]) -> str:
     """Keyword arguments that must agree between ranks (tensors in them may differ in shape)."""
     plain = {k: v for k, v in kwargs.items() if isinstance(v, (str, bool, int, float))}
+    if hasattr(threshold := kwargs.get("decision_thresh"), "tolist"):
+        plain["decision_thresh"] = threshold.tolist()
     return repr(sorted(plain.items()))

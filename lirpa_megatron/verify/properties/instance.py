@@ -154,7 +154,7 @@ def _bound_rows(
     # Only alpha needs gradients; recording them otherwise costs memory.
     optimized = options.method == "CROWN-Optimized"
     enough = {}
-    if options.method == "auto":
+    if options.method == "auto" or optimized:
         enough["decision_thresh"] = thresholds.to(like.device)
     with contextlib.nullcontext() if optimized else torch.no_grad():
         bound, _ = bounded.compute_bounds(

@@ -226,6 +226,7 @@ class SentenceVerifier:
             lower, _ = self._graphs[length].compute_bounds(
                 inputs, C=self.task.specification(label, inputs[0].data),
                 method=self.options.method, bound_upper=False,
+                **({"decision_thresh": 0.0} if optimized else {}),
             )
         value = float(self.task.smallest(lower.detach(), label))
         value = spmd.broadcast_object(value, self.group)
