@@ -9,6 +9,7 @@ every operator.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def by_intervals(run: Any, node: Any, inputs: Inputs) -> Outcome:
     centre = torch.where(wild, 0.0, lower / 2 + upper / 2)
     half = torch.where(wild, torch.inf, (upper - lower) / 2)
     half = half + 4 * torch.finfo(half.dtype).eps * centre.abs()
-    form = Form(centre.unsqueeze(0), half, run.length(half, node))
+    form = replace(run.constant(centre, node), box=half, ball=run.length(half, node))
     nothing = [x for x in inputs if isinstance(x, Form)]
 
     def linear(*values: torch.Tensor) -> torch.Tensor:
