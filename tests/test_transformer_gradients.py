@@ -20,7 +20,7 @@ def _gradients(name, method, options=None):
     model, view, further = build_case(name, torch.float64)
     view.train()
     # Intervals soon meet the constants of the norms.
-    eps = {"CROWN": 0.003, "CROWN-IBP": 1e-7, "IBP": 1e-8}[method]
+    eps = {"CROWN": 0.003, "CROWN-IBP": 1e-7, "IBP": 1e-8}.get(method, 0.001)
     ids = transformers.tokens()[0]
     bounded = BoundedModule(view, perturb_tokens(view, ids, eps=eps, **further), options)
     # Made after the conversion, which writes to the parameters that these depend on.
@@ -40,7 +40,8 @@ def _gradients(name, method, options=None):
 @pytest.mark.parametrize(
     ("name", "method"),
     [pytest.param("llama", "CROWN", marks=_SLOW),  # test_training has one with its loss
-     ("llama", "CROWN-IBP"), pytest.param("gpt", "CROWN", marks=_SLOW),
+     ("llama", "CROWN-IBP"), ("llama", "forward"), pytest.param("gpt", "forward", marks=_SLOW),
+     pytest.param("bert", "forward", marks=_SLOW), pytest.param("gpt", "CROWN", marks=_SLOW),
      pytest.param("one key group, norms of queries and keys", "IBP", marks=_SLOW),
      pytest.param("one key group, norms of queries and keys", "CROWN", marks=_SLOW)],
 )

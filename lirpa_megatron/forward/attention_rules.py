@@ -250,7 +250,7 @@ class _Attention:
         k_size = _length(k0)
         R = self.e_s + scale * (_outer(self.a, k_size) + _outer(self.q_size, self.b))
         self.R_s = R.masked_fill(self.still, 0.0)
-        root = p0.sqrt().unsqueeze(-1)
+        root = safe_root(p0).unsqueeze(-1)
         v0 = self.V[0]
         self.centred = v0.unsqueeze(-3) - (p0 @ v0).unsqueeze(-2)  # [B, n, Q, S, d]
         values = root * self.centred
@@ -320,9 +320,10 @@ class _Attention:
         mean = _product(self.top, self.R_s).sum(-1, keepdim=True)
         J_p = torch.minimum(_product(self.top, self.R_s + mean), one)
         self.R_p = (self.D_p + J_p).masked_fill(self.still, 0.0)
-        tiny = torch.finfo(p0.dtype).tiny
-        self.dp = _length(self.D_p / p0.clamp(min=tiny).sqrt())
-        self.dp = torch.where((self.D_p > 0).any(-1), self.dp, 0.0)
+        some = self.D_p > 0  # then p0 is not 0
+        root = torch.where(some & (p0 > 0), p0, 1.0).sqrt()
+        self.dp = _length(torch.where(some, self.D_p / root, 0.0))
+        self.dp = torch.where((some & (p0 == 0)).any(-1), torch.inf, self.dp)
 
     # --------------------------------------------------------------------------- values
 

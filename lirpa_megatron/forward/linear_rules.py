@@ -11,6 +11,7 @@ are rounded up; `weights.Weights` keeps them from call to call as long as the we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 from lirpa_megatron.forward.form import Form, Inputs, Outcome
 from lirpa_megatron.forward.polynomials import padded
+from lirpa_megatron.forward.ranks import sum_twice_differentiable
 from lirpa_megatron.forward.rules import by_intervals, rule_for
 from lirpa_megatron.forward.weights import lost_length
 from lirpa_megatron.operators.linear.borders import (
@@ -77,7 +79,19 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     heads = _heads(run, node, scaled, own, box)
     ball = torch.minimum(grown, run.length(box, node))
     source = (scaled, ball_in) if splits and run.is_gathered(node) else None
-    return Outcome(Form(c, box, ball, heads=heads, source=source))
+    return Outcome(
+        Form(c, box, ball, heads=heads, source=source), linear=_row(run, w, b) if joins else None
+    )
+
+
+def _row(run: Any, w: torch.Tensor, b: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    """A Row layer's forward, for gradients of gradients."""
+
+    def linear(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        y = sum_twice_differentiable(F.linear(x, w), run.context.collectives)
+        return y if b is None else y + b
+
+    return linear
 
 
 def _heads(

@@ -61,7 +61,7 @@ class CertifiedLoss:
             depend on.
         num_classes: K; None for a language model.
         vocab_size: entries from here on only pad the vocabulary; None: none do.
-        method: "IBP", "CROWN-IBP" or "CROWN".
+        method: "IBP", "CROWN-IBP", "CROWN", "forward" or "forward+backward".
         bound_opts: as for `BoundedModule`.
 
     Raises:
