@@ -34,8 +34,14 @@ from dataclasses import dataclass
 import torch
 
 from lirpa_megatron.forward.polynomials import Polynomials
-from lirpa_megatron.operators.numerics import safe_root
+from lirpa_megatron.operators.affine.products import (
+    above_largest_eigenvalue,
+    largest_eigenvalue,
+)
+from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 
+_EXACT = 160
+"""Larger matrices have their largest singular value bounded by powers, which cost less."""
 _CORNERS = 8
 """Boxes of at most so many symbols have the norm of a linear part bounded at all corners."""
 
@@ -51,6 +57,31 @@ class Group:
     @property
     def symbols(self) -> int:
         return self.size * self.count
+
+
+def _singular(part: torch.Tensor) -> torch.Tensor:
+    """The largest singular value of the matrices [N, ..., n], at most some percent more: [...].
+
+    Matrices of zeros (tokens that stand still) cost nothing.
+    """
+    rows = part.movedim(0, -2)  # [..., N, n]
+    flat = rows.reshape(-1, *rows.shape[-2:])
+    moving = flat.flatten(1).any(1).nonzero().flatten()
+    found = flat.new_zeros(len(flat))
+    if len(moving):
+        own = flat[moving]
+        turned = own.transpose(-1, -2)
+        gram = own @ turned if own.shape[1] <= own.shape[2] else turned @ own
+        if gram.shape[-1] > _EXACT:
+            finite = gram.isfinite().flatten(1).all(1)
+            gram = torch.where(finite[:, None, None], gram, 0.0)
+            largest = above_largest_eigenvalue(gram, 3)
+            largest = torch.where(finite, largest, torch.inf)
+        else:
+            largest = largest_eigenvalue(gram)
+        size = safe_root(largest) * (1 + 10 * ROUNDING[gram.dtype])
+        found = found.index_put((moving,), size)
+    return found.reshape(rows.shape[:-2])
 
 
 @dataclass(frozen=True)
@@ -156,10 +187,11 @@ class Domain:
     def _linear_norm(self, part: torch.Tensor) -> torch.Tensor:
         """max of the L2 norm over the last dimension of a linear part: [N, B, ..., n] -> [B, ...].
 
-        A box: the least of the norm of the majorant and of the sum of the columns' norms (that is
-        the ellipsoid around the box with the columns' sizes as weights); with few symbols at the
-        corners, by the Gram matrix, exactly. An L2 ball: Frobenius' norm. L1 ball and simplex: at
-        the corners, exactly.
+        A box: the least of the norm of the majorant, the sum of the columns' norms, and what the
+        ellipsoid {sum D_n u_n^2 <= sum D} around the box gives, (sum D)^(1/2) times the largest
+        singular value of A D^(-1/2), D the columns' norms; with few symbols at the corners, by the
+        Gram matrix, exactly. An L2 ball: the largest singular value. L1 ball and simplex: at the
+        corners, exactly.
         """
         total = part.new_zeros(part.shape[1:-1])
         for group, own in self._by_group(part):
@@ -170,10 +202,17 @@ class Domain:
                 )
                 if group.symbols <= _CORNERS and len(self.groups) == 1:
                     found = torch.minimum(found, self._at_corners(own.flatten(0, 1)))
+                else:
+                    D = columns.flatten(0, 1).clamp(min=torch.finfo(own.dtype).tiny ** 0.25)
+                    scaled = own.flatten(0, 1) / D.sqrt().unsqueeze(-1)
+                    found = torch.minimum(found, D.sum(0).sqrt() * _singular(scaled))
                 total = total + found
                 continue
             if group.kind == "l2":
                 found = safe_root(columns.square().sum(1))
+                if group.size > 1:
+                    each = [_singular(copy) for copy in own]
+                    found = torch.minimum(found, torch.stack(each))
             elif group.kind == "l1":
                 found = columns.amax(1)
             else:
