@@ -82,6 +82,10 @@ class OwnOptions:
     adjoint_rows: int = 64
     """Forward methods: for how many rows of the specification, those with the least lower bounds,
     the errors are bounded through the linearised network, one backward pass each."""
+    refined_rows: int = 1024
+    """Forward methods: inputs of norms with at most so many numbers [positions x hidden] have the
+    errors of each number bounded through the linearised network: much tighter, and one backward
+    pass through the layers so far for each. 0: none."""
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
     sparse_intermediate_bounds: bool = True
@@ -110,7 +114,8 @@ class OwnOptions:
         memory = self.pass_memory
         if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
             raise ValueError(f"pass_memory is {memory!r}: give a number of MiB above 0")
-        for name, least in (("order", 1), ("form_symbols", 0), ("adjoint_rows", 0)):
+        for name, least in (("order", 1), ("form_symbols", 0), ("adjoint_rows", 0),
+                            ("refined_rows", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")

@@ -17,7 +17,8 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.forward.form import Fresh
 from lirpa_megatron.forward.propagation import Run, in_order
-from lirpa_megatron.operators.numerics import safe_root
+from lirpa_megatron.operators.affine.products import above_largest_eigenvalue
+from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 
 
 class Adjoint:
@@ -76,17 +77,85 @@ class Adjoint:
         total: Any = row.flatten(1)[:, 0] * 0
         for name, g in zip(names, grads, strict=False):
             if g is not None:
-                total = total + self._at(name, g)
+                total = total + self._at(name, g.unsqueeze(0))[0]
         if self.border is not None:  # a stage is never without a way from its input
             total = total + self.run.below.errors(grads[-1])
         return total
+
+    def every_error(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of the errors of each number of the output, and of each position's vector.
+
+        The rows of one position go back together; over several ranks one by one. With Phi the
+        rows of a position at an error e within a ball, |Phi e| is at most the largest singular
+        value of Phi times the ball; of an error in a box it is at most the length of what the
+        rows give one by one.
+
+        Returns:
+            (box [B, T..., F], ball [B, T...]).
+        """
+        value = self.value
+        features, positions = value.shape[-1], value[0, ..., 0].numel()
+        if not self.taps:
+            return torch.zeros_like(value), torch.zeros_like(value[..., 0])
+        boxes, balls = [], []
+        for position in range(positions):
+            rows = value.new_zeros(features, positions, features)
+            rows[:, position] = torch.eye(features, dtype=value.dtype, device=value.device)
+            rows = rows.reshape(features, 1, *value.shape[1:]).expand(-1, *value.shape)
+            found = [
+                self._together(fresh, g, name) for name, g in self._back(rows).items()
+                for fresh in self.run.steps[name].fresh
+            ]
+            boxes.append(sum(box for box, _ in found).transpose(0, 1))
+            balls.append(sum(ball for _, ball in found))
+        return torch.stack(boxes, 1).reshape(value.shape), torch.stack(balls, 1).reshape(
+            value.shape[:-1]
+        )
+
+    def _back(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rows [R, B, *output shape] taken back to all errors: name -> [R, B, ...]."""
+        names, taps = list(self.taps), list(self.taps.values())
+        words: dict[str, Any] = {
+            "retain_graph": True, "create_graph": self.keeps, "allow_unused": True
+        }
+        if self.run.context.collectives.size == 1:
+            grads = torch.autograd.grad(self.value, taps, rows, is_grads_batched=True, **words)
+            return {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+        each = [torch.autograd.grad(self.value, taps, row, **words) for row in rows]
+        return {
+            name: torch.stack(g) for name, g in zip(names, zip(*each, strict=True), strict=True)
+            if g[0] is not None
+        }
+
+    def _together(
+        self, fresh: Fresh, g: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(|<g, e>| [R, B] row by row, the L2 norm over all rows [B])."""
+        one = self._of(fresh, g, name)
+        length = safe_root(one.square().sum(0))
+        if fresh.ball is None:
+            return one, length
+        g = g if fresh.pull is None else fresh.pull(g)
+        if fresh.weights is not None:
+            g = g * safe_root(fresh.weights)
+        elif fresh.stretch is not None:
+            g = g * fresh.stretch
+        matrices = g.movedim(0, -2)  # [B, T..., R, F]
+        ranks, inner = self.run.ranks(self.run.nodes[name]), fresh.weights is not None
+        gram = matrices @ matrices.transpose(-1, -2)
+        gram = gram if inner else ranks.total(gram)
+        finite = gram.isfinite().flatten(-2).all(-1)[..., None, None]
+        largest = above_largest_eigenvalue(torch.where(finite, gram, 0.0), 2)
+        size = torch.where(finite[..., 0, 0], safe_root(largest), torch.inf)
+        ball = _product(size * (1 + 10 * ROUNDING[g.dtype]), fresh.ball).flatten(1).sum(-1)
+        return one, torch.minimum(length, ranks.total(ball) if inner else ball)
 
     def _at(self, name: str, g: torch.Tensor) -> torch.Tensor:
         found = [self._of(fresh, g, name) for fresh in self.run.steps[name].fresh]
         return sum(found[1:], found[0])
 
     def _of(self, fresh: Fresh, g: torch.Tensor, name: str) -> torch.Tensor:
-        """|<g, e>|, [B]."""
+        """|<g, e>|, [R, B], for rows g [R, B, ...]."""
         ranks = self.run.ranks(self.run.nodes[name])
         g = g if fresh.pull is None else fresh.pull(g)
         both: list[torch.Tensor] = []
@@ -109,8 +178,8 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """Summed over all but the batch."""
-    return x.flatten(1).sum(-1) if x.ndim > 1 else x
+    """Summed over all but rows and batch."""
+    return x.flatten(2).sum(-1) if x.ndim > 2 else x
 
 
 def smallest_rows(low: torch.Tensor, count: int) -> Sequence[torch.Tensor]:

@@ -25,8 +25,10 @@ def forward_run(module: Any, order: int | None = None) -> Run:
     weights.begin({
         name: node.param for name, node in nodes.items() if isinstance(node, auto_lirpa.BoundParams)
     }, module.context.collectives)
-    options = ForwardOptions(own.order if order is None else order, own.form_symbols)
-    return Run(nodes, module.context, module.get_forward_value, weights, options)
+    options = ForwardOptions(
+        own.order if order is None else order, own.form_symbols, own.refined_rows
+    )
+    return Run(nodes, module.context, module.get_forward_value, weights, Adjoint, options)
 
 
 def bound_forward(module: Any, call: auto_lirpa.BackwardCall) -> Pair:

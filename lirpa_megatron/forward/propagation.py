@@ -39,6 +39,8 @@ class ForwardOptions:
     one."""
     form_symbols: int = 1024
     """How many symbols errors may become, for affine forms of nodes [B, features]."""
+    refined_rows: int = 1024
+    """Inputs of norms with at most so many numbers have their errors bounded by the adjoint."""
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Run:
         context: of the graph.
         value_of: a node's value at the clean input.
         weights: what is known of the weights.
+        adjoint: see there.
         options: see there.
 
     Attributes:
@@ -62,6 +65,8 @@ class Run:
     context: GraphContext
     value_of: Any
     weights: Weights
+    adjoint: Any
+    """`adjoint.Adjoint`, which is above this module."""
     options: ForwardOptions = field(default_factory=ForwardOptions)
 
     def __post_init__(self) -> None:
@@ -123,9 +128,9 @@ class Run:
             fresh = outcome.fresh if wild is None else [*outcome.fresh, wild]
             if not self.tokens:  # an affine form may leave what intervals do not leave
                 form = replace(form, limits=self._by_intervals(node, inputs))
-            forms[node.name] = form
-            self._tell(seen, node, form)
             self.steps[node.name] = Outcome(None, fresh, outcome.linear)
+            forms[node.name] = form = self._refined(node, form)
+            self._tell(seen, node, form)
             for x in node.inputs:
                 readers[x.name] -= 1
                 if not readers[x.name] and x.name in forms:
@@ -133,6 +138,24 @@ class Run:
         if final.name not in forms:
             return self.constant(self.constant_of(final), final)
         return forms[final.name]
+
+    def _refined(self, node: auto_lirpa.Bound, form: Form) -> Form:
+        """The form with errors as the adjoint bounds them, where a norm reads the node.
+
+        A ball grows by the product of all norms on its way, the errors themselves hardly grow. In
+        the norm that ball is multiplied by how far the vector turns. Not on pipeline stages after
+        the first, which would ask the stages below for every row.
+        """
+        few = form.box[0].numel() <= self.options.refined_rows
+        read = any(isinstance(self.nodes[name], BoundNorm) for name in node.output_name)
+        apart = self.context.is_sharded(node) or self.below is not None
+        if not few or not read or apart or form.box.ndim < 2:
+            return form
+        found = self.adjoint(self, node).every_error()
+        found = [torch.where(bound.isnan(), torch.inf, bound) for bound in found]
+        box = torch.minimum(form.box, found[0])
+        ball = torch.minimum(form.plain_ball(), torch.minimum(found[1], self.length(box, node)))
+        return replace(form, box=box, ball=ball, stretch=None)
 
     def _by_intervals(self, node: auto_lirpa.Bound, inputs: list[Any]) -> tuple:
         ends = [self.range(x) if isinstance(x, Form) else (x, x) for x in inputs]
