@@ -85,7 +85,7 @@ class OwnOptions:
     refined_rows: int = 1024
     """Forward methods: inputs of norms with at most so many numbers [positions x hidden] have the
     errors of each number bounded through the linearised network: much tighter, and one backward
-    pass through the layers so far for each. 0: none."""
+    pass through the layers so far for each. Not in training. 0: none."""
     compare_crown_with_ibp: bool = False
     """Intersect CROWN's intermediate bounds with IBP's."""
     sparse_intermediate_bounds: bool = True

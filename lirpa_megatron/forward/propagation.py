@@ -143,12 +143,13 @@ class Run:
         """The form with errors as the adjoint bounds them, where a norm reads the node.
 
         A ball grows by the product of all norms on its way, the errors themselves hardly grow. In
-        the norm that ball is multiplied by how far the vector turns. Not on pipeline stages after
-        the first, which would ask the stages below for every row.
+        the norm that ball is multiplied by how far the vector turns. Not where gradients flow,
+        which would keep the graphs of all these rows, and not on pipeline stages after the first,
+        which would ask the stages below for every row.
         """
         few = form.box[0].numel() <= self.options.refined_rows
         read = any(isinstance(self.nodes[name], BoundNorm) for name in node.output_name)
-        apart = self.context.is_sharded(node) or self.below is not None
+        apart = self.context.is_sharded(node) or self.below is not None or form.c.requires_grad
         if not few or not read or apart or form.box.ndim < 2:
             return form
         found = self.adjoint(self, node).every_error()
