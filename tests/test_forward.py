@@ -263,6 +263,18 @@ def test_what_a_forward_method_cannot_do_is_said_in_a_line():
         outward.compute_bounds(inputs, method="forward")
 
 
+def test_the_command_line_s_degree_is_of_the_forward_methods():
+    from lirpa_megatron.verify.sentences.options import SentenceOptions
+
+    options = SentenceOptions(method="forward", order=3)
+    options.check()
+    assert options.bound_opts()["order"] == 3 and options.key()["order"] == 3
+    assert "order" not in SentenceOptions().key()
+    for wrong in ({"method": "CROWN", "order": 2}, {"method": "forward", "order": 9}):
+        with pytest.raises(UserError, match="--order"):
+            SentenceOptions(**wrong).check()
+
+
 def test_directions_of_another_shape_are_refused():
     x = torch.zeros(2, 3, 4)
     for shape in ((2, 3, 4), (2, 1, 3, 5), (1, 1, 3, 4), (2, 0, 3, 4)):

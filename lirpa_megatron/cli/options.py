@@ -235,7 +235,13 @@ def _add_effort(add: Any) -> None:
     add(
         "--method", type=_method,
         help="IBP, CROWN-IBP, CROWN (default), CROWN-Optimized (alpha-CROWN), or auto: each of "
-        "these in turn until one proves the property",
+        "these in turn until one proves the property; or forward: cheaper than CROWN in deep "
+        "models, and forward+backward",
+    )
+    add(
+        "--order", metavar="P", type=_number(int, 1),
+        help="with --method forward: degree of the polynomials, above 1 for sets of few dimensions "
+        "(default 1)",
     )
     add(
         "--tensor-parallel-size", metavar="N", type=_number(int, 1),

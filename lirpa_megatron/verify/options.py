@@ -12,8 +12,10 @@ from lirpa_megatron.errors import UserError
 class RunOptions:
     """How bounds are computed and attacks are run; fields are named as command-line options."""
 
-    # method of the bounds, one of lirpa_megatron.METHODS or auto
+    # method of the bounds, one of lirpa_megatron.METHODS, forward, forward+backward or auto
     method: str = "CROWN"
+    # of the forward methods: degree of the polynomials (`OwnOptions.order`)
+    order: int = 1
     # a key of networks.network.DTYPES; None: what is stored (of a checkpoint, at least float32)
     dtype: str | None = None
     # gradient steps of alpha-CROWN
@@ -46,6 +48,10 @@ class RunOptions:
 
     def check(self) -> None:
         """Raises UserError for options that do not go together."""
+        if self.order > 1 and not self.method.startswith("forward"):
+            raise UserError(f"--order {self.order} is of the forward methods: add --method forward")
+        if self.order > 8:
+            raise UserError(f"--order {self.order}: choose a degree from 1 to 8")
         if self.outward and self.dtype != "float64":
             raise UserError(
                 f"--outward computes bounds in float64, --dtype says {self.dtype}: leave it out"
@@ -55,6 +61,7 @@ class RunOptions:
         """Options of `BoundedModule`."""
         return {
             "max_spec_rows": self.max_spec_rows,
+            "order": self.order,
             "rounding": self.rounding,
             "check_live": not self.no_live_check,
             "optimize_bound_args": {"iteration": self.alpha_iterations, "lr_alpha": self.lr_alpha},

@@ -69,6 +69,8 @@ class SentenceOptions(RunOptions):
             "method": self.method, "question": self.question, "norm": self.norm, "eps": self.eps,
             "words": self.words,
         }
+        if self.order > 1:
+            asked["order"] = self.order
         if self.outward:
             asked["rounding"] = self.rounding
         if self.no_live_check:
