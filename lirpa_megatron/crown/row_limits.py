@@ -99,7 +99,8 @@ class RowLimits:
         numbers = tuning.numbers_for_stages
         if self.graph.relaxes_rows:
             numbers = tuning.relaxed_numbers_for_stages
-        enough = -(-numbers // (self.graph.batch_size * self._widest(plan)))
+        of_a_row = self.graph.batch_size * self._widest(plan) * self.graph.pipeline.size
+        enough = -(-numbers // of_a_row)
         return min(limit, max(-(-limit // parts), enough)), on_the_way
 
     def _memory(self) -> float:

@@ -31,10 +31,10 @@ class Tuning:
     chunks_for_stages: int = 4
     """A pass that goes on in the pipeline stages below has so many chunks for each stage, so that
     these are idle for a small part of it,"""
-    numbers_for_stages: int = 2**18
-    """unless a chunk of A would have fewer numbers than these: visiting a node costs as much as
-    some thousands of them (docs/measurements.md)."""
-    relaxed_numbers_for_stages: int = 2**19
+    numbers_for_stages: int = 2**19
+    """unless its chunk on a stage would have less than the stage's share of these numbers: visiting
+    a node costs as much as some thousands of them (docs/measurements.md)."""
+    relaxed_numbers_for_stages: int = 2**20
     """The same where operators relax every row by itself (norms, attention), in many small
     calls."""
 
