@@ -275,6 +275,32 @@ def test_the_command_line_s_degree_is_of_the_forward_methods():
             SentenceOptions(**wrong).check()
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_an_operator_without_a_rule_is_enclosed_at_every_degree(order):
+    """Softmax over features, and a gate behind it that reads its coefficients."""
+
+    class Gate(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.a(x).tanh() * self.b(x)
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.Softmax(-1), Gate(), torch.nn.Linear(6, 3)
+    ).eval()
+    x, D = torch.randn(2, 4), 0.3 * torch.randn(2, 2, 4)
+    bounded = BoundedModule(model, x, {"order": order})
+    lower, upper = bounded.compute_bounds(
+        (BoundedTensor(x, PerturbationSegments(x, D)),), method="forward"
+    )
+    t = 2 * torch.rand(500, 2, 2) - 1
+    y = model(x + torch.einsum("nbd,bdf->nbf", t, D))
+    assert (y >= lower - ROUNDING).all() and (y <= upper + ROUNDING).all()
+    assert (upper - lower).isfinite().all()
+
+
 def test_directions_of_another_shape_are_refused():
     x = torch.zeros(2, 3, 4)
     for shape in ((2, 3, 4), (2, 1, 3, 5), (1, 1, 3, 4), (2, 0, 3, 4)):
