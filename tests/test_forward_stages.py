@@ -37,7 +37,6 @@ def _whole(kind, method, options):
 
 
 def check(kind, tp, pp, cuts, method, **options):
-    options = {"refined_rows": 0, **options}  # stages after the first do not refine errors
     lower, upper = _whole(kind, method, tuple(options.items()))
     width = (upper - lower).max()
     assert width > 0

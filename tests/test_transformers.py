@@ -17,7 +17,15 @@ from ranks import pool
 from releases import needs_query_groups
 from transformer_cases import ALPHA, CASES, GROUPS, ROUNDS, build_case, case_bounds, check_same
 
-from lirpa_megatron import BoundedModule, at_position, from_layer, perturb_tokens
+from lirpa_megatron import (
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+    at_position,
+    from_layer,
+    perturb_tokens,
+)
+from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.operators.norm import norm
 from lirpa_megatron.operators.tuning import Tuning
 
@@ -225,3 +233,36 @@ def test_one_position_has_the_bounds_that_it_has_among_all(name, position):
     everywhere, alone = pool(1).run(_at_one_position_and_at_all, name, position)[0]
     for a, b in zip(everywhere, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def _few_logits(vocabulary):
+    """Bounds of a few logits that are gathered, and whether points of the set stay inside."""
+    model = transformers.gpt(
+        torch.float64, {"vocab_size": vocabulary, "position_embedding_type": "none"},
+        num_layers=1, hidden_size=64, ffn_hidden_size=64,
+    )
+    view = at_position(model, -1)
+    x = torch.randn(1, 2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    ball = BoundedTensor(x, PerturbationLpNorm(norm=math.inf, eps=0.01))
+    with torch.no_grad():
+        lower, upper = BoundedModule(view, (x,)).compute_bounds((ball,), method="CROWN")
+        noise = 2 * torch.rand(400, 2, 64, dtype=torch.float64) - 1
+        noise[:200] = noise[:200].sign()
+        y = traceable(view)(x + 0.01 * noise)
+    return lower.numpy(), upper.numpy(), bool(((y >= lower) & (y <= upper)).all())
+
+
+@pytest.mark.parametrize("vocabulary", [16, 32])
+def test_few_outputs_that_are_gathered_ask_for_rows_of_all_ranks(vocabulary):
+    """Each rank has the rows of its block; what operators want to know is of all of them.
+
+    Of 32 logits in 64 features, the ranks together have too many rows to ask for more.
+    """
+    ((lower, upper, holds),) = pool(1).run(_few_logits, vocabulary)
+    assert holds
+    width = (upper - lower).max()
+    for size in (2, 4):
+        for found in pool(size).run(_few_logits, vocabulary):
+            assert found[2]
+            assert abs(found[0] - lower).max() <= 1e-10 * width
+            assert abs(found[1] - upper).max() <= 1e-10 * width

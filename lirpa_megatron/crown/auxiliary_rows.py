@@ -82,20 +82,21 @@ class Directions:
         return 4 * S <= d
 
     def answer(
-        self, S: int, split: bool
+        self, S: int, spec_sharded: bool
     ) -> Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds | None]:
         """`along` for the operators that a pass of S rows visits, if S is small compared with d.
 
         Args:
             S: number of rows on all ranks together, so that the decision is the same at every
                 tensor-parallel size.
-            split: whether each rank carries its own share of them.
+            spec_sharded: whether each rank carries its own rows: a share of them, or those of its
+                block of a start node that gathers features.
         """
 
         def answer(node: auto_lirpa.Bound, vectors: torch.Tensor) -> LinearFormBounds | None:
             if not self.are_few(S, vectors.shape[-1]):
                 return None
-            if not split:
+            if not spec_sharded:
                 return self.along(node, vectors)
             # Each rank takes its own rows from the results of all ranks.
             found = self.along(node, self.tp.gather_rows(vectors), shared=True)

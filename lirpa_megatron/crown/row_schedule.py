@@ -69,8 +69,8 @@ class _Task:
     """Whether weights may move in place of A."""
     keep_A: bool
     """Whether the caller wants A."""
-    answer: Any
-    """As for `BackwardPass`."""
+    asks: int | None
+    """As in `Course`."""
     inputs: InputSet | None
     """What the start node's affine form is a form in; None: none is made."""
 
@@ -188,7 +188,10 @@ class RowSchedule:
         limit, at_once = self.limits.turns(limit, plan)
         keep_A = bool(graph.return_A and start.name in graph.needed_A_dict) and not aside
         longest = max(x.output_shape[-1] for x in plan.order)
-        asks = directions and not self.sharded[start.name] and self.directions.are_few(S, longest)
+        # Rows on all ranks together, also where each has those of its own block.
+        asks = self.limits.numel(start, C) if directions and not self.sharded[start.name] else None
+        if asks is not None and not self.directions.are_few(asks, longest):
+            asks = None
         inputs = graph.input_set() if form else None
         size = self.limits.numel(start, C), self.limits.form_size()
         if inputs is not None and not inputs.offers_form(*size):
@@ -200,10 +203,7 @@ class RowSchedule:
             gathered_width=None if plan.start is start else plan.start.output_shape[-1],
             device=torch.device(graph.device),
         )
-        answer = self.directions.answer(S, on_ranks.split) if asks else None
-        return _Task(
-            start, C, rows, on_ranks, plan, order, at_once, moves, keep_A, answer, inputs
-        )
+        return _Task(start, C, rows, on_ranks, plan, order, at_once, moves, keep_A, asks, inputs)
 
     def has_alpha(self, plan: PassPlan, start: Any) -> bool:
         """Whether operators on the way relax with alpha of this start node."""
@@ -235,7 +235,10 @@ class RowSchedule:
         course = None
         if self.graph.below is not None:
             course = self._course(task, first, len(local))
-        run = BackwardPass(self.graph, task.plan, task.start, alpha_rows, task.answer, course)
+        answer = None
+        if task.asks is not None:
+            answer = self.directions.answer(task.asks, task.plan.spec_sharded)
+        run = BackwardPass(self.graph, task.plan, task.start, alpha_rows, answer, course)
         own, rows = local if every is None else every[self.tp.rank], task.rows
         if rows is not None:
             own, every = rows[own], None if every is None else rows[every]
@@ -277,7 +280,7 @@ class RowSchedule:
             spec_sharded=rows.plan.spec_sharded,
             alpha=None if order.is_one_chunk else (first, count, rows.own),
             without_alpha=graph.intermediate.is_without_alpha,
-            asks=None if task.answer is None else rows.total, form=task.inputs is not None,
+            asks=task.asks, form=task.inputs is not None,
             chunks=-(-rows.own // order.limit), moves=task.moves,
             hold=0 if is_last else max(task.at_once - 2, 0),
         )

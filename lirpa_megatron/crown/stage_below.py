@@ -16,6 +16,7 @@ interval    nothing                                   its interval bounds, lower
 facts       nothing                                   `Facts`; bounds if it needs no pass
 form        nothing                                   the forward form of the input (`FarForm`)
 errors      a margin's row g [B, *input shape]        bound [B] of what it has from all errors
+together    such rows [R, B, *input shape]            bounds of each [R, B] and of all [B]
 gradient    gradients of what was sent back           gradients of what was sent down
 ==========  ========================================  =========================================
 
@@ -199,6 +200,12 @@ class StageBelow:
         """
         (found,) = self._answered(self._ask("errors", None, [row]), [row])
         return found
+
+    def together(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Adjoint.together` of rows [R, B, *input shape] at the stage's input, without gradients.
+        """
+        box, ball = self._answered(self._ask("together", None, [rows]))
+        return box, ball
 
     def rows(
         self, A: LowerUpper, bias: LowerUpper, course: Course

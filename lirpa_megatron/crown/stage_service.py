@@ -30,7 +30,7 @@ from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowB
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.pipeline import DOWN, UP, Message, Pipeline, telling
 
-_QUESTIONS = ("rows", "value", "interval", "facts", "form", "errors")
+_QUESTIONS = ("rows", "value", "interval", "facts", "form", "errors", "together")
 """See `stage_below`."""
 
 
@@ -172,9 +172,16 @@ class StageService:
     def _errors(self, message: Message) -> None:
         (needs,), (row,) = message.fields["needs"], message.tensors
         row = row.requires_grad_(needs)
+        self._answer(message, [self._linearised().errors(row)], [row] if needs else [])
+
+    def _together(self, message: Message) -> None:
+        (rows,) = message.tensors
+        self._answer(message, self._linearised().together(rows))
+
+    def _linearised(self) -> Adjoint:
         if self._adjoint is None:
             self._adjoint = Adjoint(self._run, self.output)
-        self._answer(message, [self._adjoint.errors(row)], [row] if needs else [])
+        return self._adjoint
 
     # -------------------------------------------------------------------- passes
 
@@ -201,7 +208,7 @@ class StageService:
             alpha_rows = torch.arange(first, first + count, device=device), total
         answer = None
         if course.asks is not None:
-            answer = graph.schedule.directions.answer(course.asks, course.split)
+            answer = graph.schedule.directions.answer(course.asks, course.spec_sharded)
         run = BackwardPass(graph, plan, start, alpha_rows, answer, self._further(course))
         inputs_set = graph.input_set() if course.form else None
         steps = graph.schedule.bounded(run, A, False, inputs_set, bias)

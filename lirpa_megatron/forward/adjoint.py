@@ -20,6 +20,8 @@ from lirpa_megatron.forward.propagation import Run, in_order
 from lirpa_megatron.operators.affine.products import above_largest_eigenvalue
 from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 
+_BORDER = "the input of the stage"
+
 
 class Adjoint:
     """The linearised network of a run.
@@ -95,26 +97,46 @@ class Adjoint:
         """
         value = self.value
         features, positions = value.shape[-1], value[0, ..., 0].numel()
-        if not self.taps:
-            return torch.zeros_like(value), torch.zeros_like(value[..., 0])
         boxes, balls = [], []
         for position in range(positions):
             rows = value.new_zeros(features, positions, features)
             rows[:, position] = torch.eye(features, dtype=value.dtype, device=value.device)
             rows = rows.reshape(features, 1, *value.shape[1:]).expand(-1, *value.shape)
-            found = [
-                self._together(fresh, g, name) for name, g in self._back(rows).items()
-                for fresh in self.run.steps[name].fresh
-            ]
-            boxes.append(sum(box for box, _ in found).transpose(0, 1))
-            balls.append(sum(ball for _, ball in found))
+            box, ball = self.together(rows)
+            boxes.append(box.transpose(0, 1))
+            balls.append(ball)
         return torch.stack(boxes, 1).reshape(value.shape), torch.stack(balls, 1).reshape(
             value.shape[:-1]
         )
 
+    def together(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of what some rows have from all errors, those of lower pipeline stages included.
+
+        Args:
+            rows: [R, B, *output shape].
+
+        Returns:
+            (of each row [R, B], of the L2 norm over all rows [B]).
+        """
+        back = self._back(rows)
+        border = back.pop(_BORDER, None)
+        found = [
+            self._together(fresh, g, name) for name, g in back.items()
+            for fresh in self.run.steps[name].fresh
+        ]
+        if border is not None:
+            found.append(self.run.below.together(border))
+        none = rows.flatten(2)[..., 0] * 0
+        return sum((box for box, _ in found), none), sum((ball for _, ball in found), none[0])
+
     def _back(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows [R, B, *output shape] taken back to all errors: name -> [R, B, ...]."""
+        """Rows [R, B, *output shape] taken back to all errors: name -> [R, B, ...]; to the input of
+        a stage under `_BORDER`."""
         names, taps = list(self.taps), list(self.taps.values())
+        if self.border is not None:
+            names, taps = [*names, _BORDER], [*taps, self.border]
+        if not taps:
+            return {}
         words: dict[str, Any] = {
             "retain_graph": True, "create_graph": self.keeps, "allow_unused": True
         }

@@ -103,6 +103,8 @@ class Run:
             self.centres[stage_input.name] = far.form.c[0]
             leaves = []
         self.domain = Domain(groups, self.order)
+        if self.below is not None:
+            forms[stage_input.name] = self._refined(stage_input, far.form)
         first = 0
         for leaf in leaves:
             centre, directions, own = symbols[leaf.name]
@@ -144,12 +146,11 @@ class Run:
 
         A ball grows by the product of all norms on its way, the errors themselves hardly grow. In
         the norm that ball is multiplied by how far the vector turns. Not where gradients flow,
-        which would keep the graphs of all these rows, and not on pipeline stages after the first,
-        which would ask the stages below for every row.
+        which would keep the graphs of all these rows.
         """
         few = form.box[0].numel() <= self.options.refined_rows
         read = any(isinstance(self.nodes[name], BoundNorm) for name in node.output_name)
-        apart = self.context.is_sharded(node) or self.below is not None or form.c.requires_grad
+        apart = self.context.is_sharded(node) or form.c.requires_grad
         if not few or not read or apart or form.box.ndim < 2:
             return form
         found = self.adjoint(self, node).every_error()
