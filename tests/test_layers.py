@@ -310,16 +310,6 @@ def test_expert_layers_are_refused_by_their_name():
         assert "layers.2" in outcome.message and "expert" in outcome.message
 
 
-def _forward_mode():
-    x = drawn_input()
-    BoundedModule(Pairs({}, {}), x).compute_bounds(x=(around(x),), method="forward+backward")
-
-
-def test_forward_mode_is_refused_by_name():
-    for outcome in pool(2).outcomes(_forward_mode):
-        assert outcome.error == "NotImplementedError" and "forward+backward" in outcome.message
-
-
 def _columns_in_a_row():
     (w1, b1), (w2, b2) = drawn_weights(6, 12, 24)
     first, second = shard("column", 6, 12, w1, b1), shard("column", 6, 24, w2[:, :6], b2)

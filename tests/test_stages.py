@@ -143,6 +143,26 @@ def test_bounds_of_transformers_cut_into_stages(kind, tp, pp):
         assert error(of_rank, _whole(kind, methods)) <= 1e-10
 
 
+def _few_logits():
+    """Of a model so wide that 32 logits are few: operators ask for rows on the way."""
+    torch.set_default_dtype(torch.float64)
+    from lirpa_megatron import BoundedModule
+
+    model = stage_models.transformer("gpt", num_layers=2, hidden_size=128, ffn_hidden_size=32)
+    x = torch.randn(1, 2, 128, generator=torch.Generator().manual_seed(3))
+    bounded = BoundedModule(stage_models.view_of("gpt", model), (x,))
+    with torch.no_grad():
+        found = bounded.compute_bounds((stage_models.perturbed(x, 0.01),), method="CROWN")
+    return {"CROWN": tuple(bound.numpy() for bound in found)}
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), pytest.param(2, 2, marks=_SLOW)])
+def test_rows_that_operators_ask_for_are_the_same_on_stages(tp, pp):
+    (want,) = pool(1).run(_few_logits)
+    for of_rank in pool(tp * pp, tp, pp).run(_few_logits):
+        assert error(of_rank, want) <= 1e-10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt", "bert"])
 def test_alpha_of_transformers_cut_into_stages(kind):

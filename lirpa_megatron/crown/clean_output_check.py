@@ -125,7 +125,7 @@ def _values(
     finite = torch.where(y.isfinite(), y, 0.0)
     scale = 1 + finite.abs()
     if C is None:
-        return y.flatten(1), scale.flatten(1)
+        return y.reshape(len(y), -1), scale.reshape(len(y), -1)
     plus, minus = C > 0, C < 0
     rises = _applied(plus, y == torch.inf) + _applied(minus, y == -torch.inf)
     falls = _applied(minus, y == torch.inf) + _applied(plus, y == -torch.inf)
