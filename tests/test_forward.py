@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("session", "one_thread")
 ROUNDING = 1e-12
 """Relative to a value's size; float64 with sums of some hundred terms."""
 MODELS = ("gpt", "llama", "bert", "gpt, squared relu, RMSNorm, untied",
-          "one key group, norms of queries and keys")
+          "one key group, norms of queries and keys", "bert's language head")
 
 
 @pytest.fixture(autouse=True)

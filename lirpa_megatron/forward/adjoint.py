@@ -169,7 +169,8 @@ class Adjoint:
         finite = gram.isfinite().flatten(-2).all(-1)[..., None, None]
         largest = above_largest_eigenvalue(torch.where(finite, gram, 0.0), 2)
         size = torch.where(finite[..., 0, 0], safe_root(largest), torch.inf)
-        ball = _product(size * (1 + 10 * ROUNDING[g.dtype]), fresh.ball).flatten(1).sum(-1)
+        ball = _product(size * (1 + 10 * ROUNDING[g.dtype]), fresh.ball)
+        ball = ball.flatten(1).sum(-1) if ball.ndim > 1 else ball  # of nodes without positions
         return one, torch.minimum(length, ranks.total(ball) if inner else ball)
 
     def _at(self, name: str, g: torch.Tensor) -> torch.Tensor:
