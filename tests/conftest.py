@@ -11,6 +11,7 @@ HEAVIEST = (
     "test_exactness", "test_transformers", "test_stages", "test_packaging",
     "test_sentence_soundness", "test_soundness", "test_transformer_soundness", "test_cli",
     "test_transformer_ops", "test_adapters", "test_activation_ops", "test_stage_job",
+    "test_forward", "test_forward_stages", "test_wide_transformers", "test_stage_networks",
     "test_unstable", "test_gradients", "test_specifications", "test_perturbed_tokens",
     "test_function_networks", "test_job", "test_language_model_checkpoints", "test_layers",
     "test_hybrid_models", "test_gpt2_example", "test_functions", "test_product_op",
