@@ -62,13 +62,16 @@ class RowLimits:
         return max(1, int(self._memory() // per_row))
 
     def _widest(self, plan: PassPlan) -> int:
-        """Most numbers of one sample that a row of A has in a pass."""
-        return max(
+        """Most numbers of one sample that a row of A has in a pass, also on the stages below."""
+        below = 0
+        if self.graph.below is not None:
+            below = self.graph.stages.widest_below[plan.spec_sharded]
+        return max(below, *(
             math.prod(node.output_shape[1:]) * (
                 self.tp.size if plan.rows[node.name] is RowPlacement.GATHERED else 1
             )
             for node in (*plan.order, *plan.leaves)
-        )
+        ))
 
     def turns(self, limit: int, plan: PassPlan) -> tuple[int, int]:
         """(rows of a chunk, chunks that go on in turns), for `limit` rows at once in all.

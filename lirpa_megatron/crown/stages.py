@@ -8,6 +8,7 @@ last stage bounds it, and each of the others serves the stage above until that i
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,8 @@ class Stages:
     Attributes:
         below: what is asked of the stage below; None on the first.
         relaxes_rows: whether an operator of any stage does (`Operator.relaxes_rows`).
+        widest_below: most numbers of one sample that a row has on the stages below: on a rank that
+            has its own features of a sharded node, and on one that has all of them.
         clean_inside: whether the clean input of a call is known to be among those bounded.
     """
 
@@ -50,6 +53,7 @@ class Stages:
         self.pipeline = pipeline
         self.below = None if pipeline.is_first else StageBelow(pipeline, group)
         self.relaxes_rows = self.clean_inside = False
+        self.widest_below = 0, 0
 
     # ------------------------------------------------------------------ building
 
@@ -98,6 +102,20 @@ class Stages:
         self.relaxes_rows = self.any_stage(
             "operators", any(getattr(node, "relaxes_rows", False) for node in nodes)
         )
+        widths = [self.widest_below]
+        widths += self.pipeline.agree("widths", self._widest())[: self.pipeline.stage]
+        self.widest_below = max(own for own, _ in widths), max(whole for _, whole in widths)
+
+    def _widest(self) -> tuple[int, int]:
+        """Of this stage, what `widest_below` is of those below."""
+        context, sizes = self.graph.context, {}
+        for name, node in self.graph.named_nodes().items():
+            depends = any(x.name in sizes for x in node.inputs)
+            if depends or type(node) is auto_lirpa.BoundInput:  # not weights, nor made of them
+                sizes[name] = math.prod(node.output_shape[1:])
+        tp = context.collectives.size
+        whole = (size * (tp if context.sharded[name] else 1) for name, size in sizes.items())
+        return max(sizes.values()), max(whole)
 
     # -------------------------------------------------------------------- a call
 
