@@ -9,8 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "lirpa_megatron"
 FROM_BELOW = (
     "errors", "arithmetic", "compat", "parallel", "operators", "rounding", "adapters", "problem",
-    "forward", "networks", "crown", "bounded_module", "checkpoint", "report", "verify", "training",
-    "cli", "__main__",
+    "forward", "networks", "crown", "bounded_module", "complete", "checkpoint", "report", "verify",
+    "training", "cli", "__main__",
 )
 """Each may import those before it. `lirpa_megatron` itself offers names of all of them, lazily."""
 

@@ -43,6 +43,9 @@ def _check_sentences(given: dict[str, Any]) -> None:
     if "data" in given:
         if "load" not in given:
             raise UserError("--data needs the language model: give --load DIR")
+        if given.get("complete"):
+            raise UserError("--complete decides properties of ReLU networks (--vnnlib or "
+                            "--instances): leave it out with --data")
         return
     parser = argparse.ArgumentParser()
     add_question(parser.add_argument)

@@ -231,7 +231,7 @@ def _verify(arguments: dict[str, Any]) -> int:
                 stream.write(result.to_line())
                 stream.flush()
 
-        results = plan.done + runner.run(with_progress(plan.instances), write)
+        results = plan.done + runner.run(with_progress(plan.instances, runner), write)
     if runtime.is_rank0():
         print(summary_table(results), file=sys.stdout if plan.output else sys.stderr, flush=True)
     return 1 if any(result.result == "error" for result in results) else 0

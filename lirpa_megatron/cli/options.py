@@ -239,6 +239,11 @@ def _add_effort(add: Any) -> None:
         "models, and forward+backward",
     )
     add(
+        "--complete", action="store_true",
+        help="properties of ReLU networks: branch and bound (beta-CROWN) on what bounds and the "
+        "attack leave open, until it is decided or --timeout is over",
+    )
+    add(
         "--order", metavar="P", type=_number(int, 1),
         help="with --method forward: degree of the polynomials, above 1 for sets of few dimensions "
         "(default 1)",
@@ -285,7 +290,8 @@ def _add_effort(add: Any) -> None:
     )
     add(
         "--timeout", metavar="SECONDS", type=_number(float, 0, exclusive=True),
-        help="time limit per input, checked between stages (default: none, or the CSV's)",
+        help="time limit per input, checked between stages, and all the time with --complete "
+        "(default: none, or the CSV's)",
     )
     add(
         "--max-spec-rows", metavar="N", type=_number(int, 1),

@@ -29,6 +29,7 @@ from lirpa_megatron.operators.affine.form import LinearFormBounds
 from lirpa_megatron.operators.coefficients import (
     IdentityRows,
     LowerUpper,
+    Propagated,
     RowBounds,
     dense,
     stack_sides,
@@ -136,16 +137,9 @@ class BackwardPass:
             spec_sharded=self.plan.spec_sharded,
             rows=self._rows_at(node),
             alpha=alpha,
-            gathered=self._gathered.get(node.name),
-            columns=self._columns,
-            entered=entered,
+            gathered=self._gathered.get(node.name), columns=self._columns, entered=entered,
         )
-        if isinstance(node, Operator):
-            visit = self._answered(node, A, visit)
-            found = node.bound_backward(A, visit)
-        else:
-            found = visit_host(node, A, self._with_shown_bounds(node, visit), self.start)
-            self._keep_clipped(node, alpha, index)
+        found = self._through(node, A, visit, alpha, index)
         self._charges.visited(node, tuple(A), found)
         self._add_bias(node, found.bias)
         del A, entered, visit
@@ -158,6 +152,16 @@ class BackwardPass:
                 value = self.context.value_of(x)
                 self._add_bias(node, A_x.map(lambda A, v=value, x=x: _constant_term(A, v, x)))
         self._gathered.pop(node.name, None)
+
+    def _through(
+        self, node: auto_lirpa.Bound, A: LowerUpper, visit: Visit, alpha: Any, index: Any
+    ) -> Propagated:
+        """What the operator passes on; `alpha` and `index` as `_alpha_at` gives them."""
+        if isinstance(node, Operator):
+            return node.bound_backward(A, self._answered(node, A, visit))
+        found = visit_host(node, A, self._with_shown_bounds(node, visit), self.start)
+        self._keep_clipped(node, alpha, index)
+        return found
 
     def _inputs_of(self, node: auto_lirpa.Bound) -> OperatorInputs:
         return inputs_in_pass(node, self.context, self.call, self.plan.spec_sharded)

@@ -12,6 +12,7 @@ import torch
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
+from lirpa_megatron.verify.properties import complete
 from lirpa_megatron.verify.properties.attack import Target, find_candidates
 from lirpa_megatron.verify.properties.counterexamples import Counterexample, confirm
 from lirpa_megatron.verify.properties.loading import Loaded
@@ -44,6 +45,8 @@ class Outcome:
     counterexample: Counterexample | None = None
     # what a reader must know of the result, one line
     note: str | None = None
+    # what branch and bound did, with --complete and where it was needed
+    decided: complete.Decided | None = None
 
 
 class Deadline:
@@ -61,6 +64,10 @@ class Deadline:
             return False
         return self._ranks.broadcast_object(time.monotonic() > self._end, "the deadline")
 
+    def left(self) -> float | None:
+        """Seconds, by this rank's clock; None: there is no limit."""
+        return None if self._end is None else self._end - time.monotonic()
+
 
 def verify_instance(
     loaded: Loaded,
@@ -68,8 +75,10 @@ def verify_instance(
     options: VerifyOptions,
     deadline: Deadline,
     ranks: ModelRanks = ALONE,
+    progress: complete.Progress | None = None,
 ) -> Outcome:
-    """Decides a property as far as bounds and attack can; the same outcome on every rank.
+    """Decides a property as far as bounds and attack can, and with `options.complete` branch and
+    bound after them; the same outcome on every rank.
 
     Args:
         loaded: the network.
@@ -77,11 +86,13 @@ def verify_instance(
         options: method and effort.
         deadline: looked at between stages; a stage that has begun is finished.
         ranks: that hold the network.
+        progress: told of what branch and bound does.
     """
     if prop.vacuous is not None:
         return Outcome("unsat", reported_bounds(prop, []), note=prop.vacuous)
     bounds: list[dict[int, float]] = []
     still_open: list[Target] = []
+    places: list[int] = []
     for bounded, regions in _batches(loaded, prop):
         if deadline.is_over():
             return Outcome("timeout", reported_bounds(prop, bounds))
@@ -91,30 +102,63 @@ def verify_instance(
             bounds.append(found)
             disjuncts = open_disjuncts(region, found)
             if disjuncts:
+                places.append(len(bounds) - 1)
                 still_open.append((region, disjuncts))
     reported = reported_bounds(prop, bounds)
     if not still_open:
         return Outcome("unsat", reported)
-    if options.attack_steps < 1:
-        return Outcome("unknown", reported)
     near = None
     each = max(1, _MOST_WALKS // options.attack_restarts)
-    for begin in range(0, len(still_open), each):
+    for begin in range(0, len(still_open) if options.attack_steps else 0, each):
         if deadline.is_over():
             return Outcome("timeout", reported, note=near)
         holds, found = _attack(loaded, prop, still_open[begin : begin + each], options, ranks)
         if holds:
             return Outcome("sat", reported, found)
         near = near or _near_miss(found)
+    if options.complete:
+        return _complete(
+            loaded, prop, still_open, places, bounds, options, deadline, ranks, near, progress
+        )
     return Outcome("unknown", reported, note=near)
+
+
+def _complete(
+    loaded: Loaded, prop: Property, targets: list[Target], places: list[int],
+    bounds: list[dict[int, float]], options: VerifyOptions, deadline: Deadline, ranks: ModelRanks,
+    near: str | None, progress: complete.Progress | None,
+) -> Outcome:
+    """Branch and bound on open targets; `places` are those of their regions in `bounds`."""
+    total = complete.Decided("unsat", note=near)
+    for bounded, positions in complete.one_module(loaded, prop, targets, _most_boxes(loaded)):
+        if deadline.is_over():
+            total.result = "timeout"
+            break
+        some = [targets[i] for i in positions]
+        why = complete.why_not(bounded)
+        if why is None and not all(complete.has_rows(*target) for target in some):
+            why = "branch and bound needs constraints on the outputs"
+        if why is not None:
+            return Outcome("unknown", reported_bounds(prop, bounds), note=why)
+        effort = options.search(deadline.left())
+        found = complete.decide(loaded, bounded, prop, some, effort, ranks, progress)
+        for (k, row), margin in found.bounds.items():
+            known = bounds[places[positions[k]]]
+            known[row] = max(known[row], margin)
+        total.merge(found, positions)
+        if total.result in ("sat", "timeout"):
+            break
+    return Outcome(
+        total.result, reported_bounds(prop, bounds), total.counterexample,
+        total.note if total.result in ("unknown", "timeout") else None, total,
+    )
 
 
 def _batches(
     loaded: Loaded, prop: Property
 ) -> Iterator[tuple[BoundedModule, list[Region]]]:
     """Regions bounded together: neighbours in the file, of the same module."""
-    widest = max(layer.n_out for layer in loaded.description.layers)
-    most = max(1, min(_MOST_BOXES, _BOX_ELEMENTS // widest**2))
+    most = _most_boxes(loaded)
     batch: list[Region] = []
     bounded = None
     for region in prop.regions:
@@ -126,6 +170,11 @@ def _batches(
         batch.append(region)
     if batch:
         yield bounded, batch
+
+
+def _most_boxes(loaded: Loaded) -> int:
+    widest = max(layer.n_out for layer in loaded.description.layers)
+    return max(1, min(_MOST_BOXES, _BOX_ELEMENTS // widest**2))
 
 
 def _bound_rows(

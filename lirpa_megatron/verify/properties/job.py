@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ class Runner:
 
     def __init__(self, options: VerifyOptions, ranks: ModelRanks = ALONE) -> None:
         self.options, self.ranks = options, ranks
+        self.progress: Callable[[str], None] | None = None
         self._loaded: tuple[Path, Loaded] | None = None
 
     def load(self, instance: Instance) -> Loaded:
@@ -84,7 +86,7 @@ class Runner:
                 network=instance.network,
                 property=instance.property,
                 result=outcome.result,
-                method=self.options.method,
+                method=self.options.result_method,
                 lower_bounds=outcome.lower_bounds,
                 tensor_parallel=self.ranks.size,
                 pipeline_parallel=None if self.ranks.stages == 1 else self.ranks.stages,
@@ -108,6 +110,10 @@ class Runner:
         if self._loaded is not None and self._loaded[0] == instance.network_path:
             details["stored_dtype"] = self._loaded[1].stored_dtype
             details["dtype"] = self._loaded[1].dtype
+        if outcome.decided is not None:
+            details |= {"bound": _finite(outcome.decided.bound),
+                        "domains": outcome.decided.domains,
+                        "open_domains": outcome.decided.open}
         found = outcome.counterexample
         if found is not None:
             details |= {
@@ -121,14 +127,29 @@ class Runner:
         loaded = self.load(instance)
         prop = self.read_property(instance, loaded)
         with self.ranks.guard(f"instance {instance.network} {instance.property}"):
-            return verify_instance(loaded, prop, self.options, deadline, self.ranks)
+            return verify_instance(
+                loaded, prop, self.options, deadline, self.ranks, self.progress
+            )
 
     def _agreed(self, what: str) -> contextlib.AbstractContextManager[None]:
         return agreed(self.ranks.group, what, self.ranks.pipeline)
 
 
-def with_progress(instances: list[Instance]) -> Iterator[Instance]:
-    """The instances, with a progress bar on rank 0's standard error."""
-    yield from tqdm(
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def with_progress(instances: list[Instance], runner: Runner) -> Iterator[Instance]:
+    """The instances, with a progress bar on rank 0's standard error.
+
+    Args:
+        instances: what a run goes through.
+        runner: runs them; what it says of its progress is shown behind the bar.
+    """
+    bar = tqdm(
         instances, desc="verify", unit="instance", file=sys.stderr, disable=not runtime.is_rank0()
     )
+    runner.progress = bar.set_postfix_str
+    for instance in bar:
+        yield instance
+        bar.set_postfix_str("", refresh=False)

@@ -73,7 +73,7 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
 
 def _is_of(result: Result, instance: Instance, options: VerifyOptions) -> bool:
     """Whether an earlier result is this instance's; files of one name in two folders are two."""
-    if result.key != (instance.network, instance.property, options.method):
+    if result.key != (instance.network, instance.property, options.result_method):
         return False
     if (result.rounding or "nearest") != options.rounding:
         return False

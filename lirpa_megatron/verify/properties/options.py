@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lirpa_megatron.complete.problem import SearchOptions
+from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.options import RunOptions
 from lirpa_megatron.verify.properties.attack import AttackOptions
+
+BRANCH_AND_BOUND = "branch-and-bound"
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,26 @@ class VerifyOptions(RunOptions):
     onnx_output: str | None = None
     # how many of the network's parts each pipeline stage has; None: balanced
     pipeline_layers: Sequence[int] | None = None
+    # branch and bound on what bounds and the attack leave open
+    complete: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
+        if self.complete and self.outward:
+            raise UserError(
+                "--complete has no --outward: branch and bound does not widen its bounds by their "
+                "rounding error; leave one of them out"
+            )
+
+    @property
+    def result_method(self) -> str:
+        """What results say of how they were found."""
+        return BRANCH_AND_BOUND if self.complete else self.method
+
+    def search(self, seconds: float | None) -> SearchOptions:
+        """Options of branch and bound with some time left."""
+        return SearchOptions(timeout=seconds)
 
     def attack(self) -> AttackOptions:
         return AttackOptions(

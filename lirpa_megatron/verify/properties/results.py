@@ -52,6 +52,11 @@ class Result:
     pipeline_parallel: int | None = None
     # False if the model's own forward was not compared with its bounds; else it is left out
     live_check: bool | None = None
+    # with --complete, where bounds and the attack did not decide: the smallest bound of what was
+    # split, how many domains were bounded, and how many were left
+    bound: float | None = None
+    domains: int | None = None
+    open_domains: int | None = None
     # what a reader must know, if there is such: why a property holds whatever the network does, or
     # why a point that seemed a counterexample is none
     note: str | None = None
@@ -64,7 +69,10 @@ class Result:
         return self.network, self.property, self.method
 
     def to_line(self) -> str:
-        optional = ("error", "note", "rounding", "live_check", "pipeline_parallel")
+        optional = (
+            "error", "note", "rounding", "live_check", "pipeline_parallel", "bound", "domains",
+            "open_domains",
+        )
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"
 

@@ -98,14 +98,8 @@ class RowsToBound:
         With `outward` what is rounded here is rounded down: the sum, the difference (whose sign
         is exact) and the quotient, each off by half a unit in the last place at most.
         """
-        largest = {
-            j: max(abs(lower[len(self.rows) + 2 * i]), abs(lower[len(self.rows) + 2 * i + 1]))
-            for i, j in enumerate(self._uncertain)
-        }
         found = []
-        for i, end in enumerate(self.thresholds()[: len(self.rows)]):
-            lost = sum(error * largest[j] for j, error in self._errors[i].items())
-            lost *= 1 + 1e-9  # its own rounding
+        for i, (end, lost) in enumerate(zip(self.thresholds(), self._lost(lower), strict=False)):
             kept = float(lower[i])
             if not outward:
                 found.append((kept - lost - end) / float(self._scales[i]))
@@ -115,6 +109,36 @@ class RowsToBound:
             # of a value above 0 four units are less than the value itself
             found.append(value - 4 * math.ulp(value) if value != 0 else value)
         return found
+
+    def _lost(self, lower: np.ndarray) -> list[float]:
+        """By how much `c . y` may be below `c' . y` for each row, [S]."""
+        largest = {
+            j: max(abs(lower[len(self.rows) + 2 * i]), abs(lower[len(self.rows) + 2 * i + 1]))
+            for i, j in enumerate(self._uncertain)
+        }
+        return [
+            sum(error * largest[j] for j, error in errors.items()) * (1 + 1e-9)  # its own rounding
+            for errors in self._errors
+        ]
+
+    @property
+    def scales(self) -> list[float]:
+        """What each row of C is multiplied by, [S]."""
+        return [float(scale) for scale in self._scales]
+
+    def ends(self, lower: np.ndarray | None) -> list[float]:
+        """What `c' . y` of each row has to exceed for the row to be impossible, [S].
+
+        Args:
+            lower: bounds of the rows of C over the region, if there are more than S of them.
+        """
+        ends = self.thresholds()[: len(self.rows)]
+        if lower is None:
+            return ends
+        return [
+            math.nextafter(end + lost, math.inf) if lost else end
+            for end, lost in zip(ends, self._lost(lower), strict=True)
+        ]
 
 
 def _nearest(value: Fraction, dtype: torch.dtype) -> float:

@@ -1,0 +1,19 @@
+"""Branch and bound with beta-CROWN: properties of ReLU networks are decided, on sharded models.
+
+    problem      what is to be proved, and what is found out
+    roots        alpha-CROWN's bounds of the boxes, and the numbering of neurons
+    split_relu   the mathematics of a ReLU with splits
+    domain_pass  a backward pass over a batch of domains
+    batch        domains as tensors; alpha, beta and their optimizer
+    bounding     bounds of a batch of domains
+    branching    which neuron to split
+    agreement    what the ranks tell each other
+    points       counterexamples
+    search       the loop
+    library      `branch_and_bound`
+"""
+
+from lirpa_megatron.complete.library import branch_and_bound
+from lirpa_megatron.complete.problem import Searched, SearchOptions
+
+__all__ = ["SearchOptions", "Searched", "branch_and_bound"]

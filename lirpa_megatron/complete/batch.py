@@ -1,0 +1,160 @@
+"""A batch of domains as tensors, with alpha and beta and the state of their optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lirpa_megatron.complete.problem import Domain, Problem
+from lirpa_megatron.complete.roots import Roots
+from lirpa_megatron.complete.split_relu import Lines
+
+
+@dataclass(frozen=True)
+class Batch:
+    """D domains on this rank. Index N of a neuron stands for one that another rank has."""
+
+    goal: torch.Tensor
+    """[D]"""
+    box: torch.Tensor
+    """[D]"""
+    C: torch.Tensor
+    """[R, D, outputs]"""
+    thresholds: torch.Tensor
+    """[R, D] float64"""
+    low: torch.Tensor
+    """[D, inputs]"""
+    high: torch.Tensor
+    lines: Lines
+    """Of [D, N]."""
+    places: torch.Tensor
+    """Of split neurons among this rank's: [D, k]."""
+    signs: torch.Tensor
+    """Of splits: [D, k]; 0 where a domain has fewer."""
+    units: torch.Tensor
+    """What beta is counted in: [D, k]."""
+    alpha: torch.Tensor
+    """[R, D, N]"""
+    beta: torch.Tensor
+    """[R, D, k]"""
+
+    def __len__(self) -> int:
+        return len(self.goal)
+
+    @classmethod
+    def of(
+        cls, problem: Problem, roots: Roots, units: torch.Tensor, domains: Sequence[Domain]
+    ) -> Batch:
+        """The tensors of some domains.
+
+        Args:
+            problem, roots: that they are of.
+            units: what beta is counted in, by goal and ReLU: [G, ReLUs].
+            domains: D of them.
+        """
+        device, like = problem.C.device, problem.C
+        goal = torch.tensor([d.goal for d in domains], device=device)
+        box = torch.tensor([problem.boxes[d.goal] for d in domains], device=device)
+        most = max(len(d.splits) for d in domains)
+        padded = [(*d.splits, *[(-1, 0)] * (most - len(d.splits))) for d in domains]
+        splits = torch.tensor(padded, dtype=torch.int64, device=device).view(len(domains), most, 2)
+        numbers, signs = splits[..., 0], splits[..., 1].to(like)
+        places = roots.place_of[numbers]  # the last entry, for -1, is N
+        own_signs = like.new_zeros(len(domains), roots.neurons + 1).scatter(1, places, signs)
+        lines = Lines.of(roots.lower[box], roots.upper[box], own_signs[:, :-1])
+        R = problem.C.shape[1]
+        beta = like.new_zeros(R, len(domains), most)
+        for i, d in enumerate(domains):
+            beta[:, i, : d.beta.shape[1]] = d.beta
+        alpha = torch.stack([d.alpha for d in domains], 1).to(like)
+        units = units[goal[:, None], roots.relu_of[numbers]]
+        return cls(
+            goal, box, problem.C[goal].transpose(0, 1), problem.thresholds[goal].t(),
+            problem.low[box], problem.high[box], lines, places, signs, units, alpha, beta,
+        )
+
+    def at(self, index: torch.Tensor) -> Batch:
+        """Some of the domains."""
+        first = {name: getattr(self, name)[index] for name in (
+            "goal", "box", "low", "high", "places", "signs", "units"
+        )}
+        second = {name: getattr(self, name)[:, index] for name in (
+            "C", "thresholds", "alpha", "beta"
+        )}
+        return Batch(**first, **second, lines=self.lines.map(lambda t: t[index]))
+
+    def split(self, roots: Roots, numbers: torch.Tensor, signs: torch.Tensor,
+              units: torch.Tensor) -> Batch:
+        """With one more split in each domain.
+
+        Args:
+            roots: the roots.
+            numbers: of the neurons, [D].
+            signs: [D]
+            units: as for `of`.
+        """
+        place = roots.place_of[numbers][:, None]
+        sign = signs.to(self.signs)[:, None]
+        here = place < roots.neurons
+        index = place.clamp(max=roots.neurons - 1)
+
+        def put(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            value = torch.where(here, value.to(old.dtype), old.gather(1, index))
+            return old.scatter(1, index, value)
+
+        lines, on = self.lines, (sign > 0).to(self.lines.on)
+        zero = torch.zeros_like(on)
+        unit = units[self.goal, roots.relu_of[numbers]][:, None]
+        return replace(
+            self,
+            lines=Lines(
+                put(lines.on, on), put(lines.unstable, zero), put(lines.upper_slope, on),
+                put(lines.intercept, zero),
+            ),
+            places=torch.cat([self.places, place], 1),
+            signs=torch.cat([self.signs, sign], 1),
+            units=torch.cat([self.units, unit], 1),
+            beta=torch.cat([self.beta, torch.zeros_like(self.beta[..., :1])
+                            if self.beta.shape[2] else self.beta.new_zeros(
+                                *self.beta.shape[:2], 1)], 2),
+        )
+
+    def pull(self, beta: torch.Tensor) -> torch.Tensor:
+        """s_j beta_j at split neurons, 0 elsewhere: [R, D, N]."""
+        R, D, _ = beta.shape
+        whole = beta.new_zeros(R, D, self.alpha.shape[2] + 1)
+        terms = beta * (self.signs * self.units)
+        return whole.scatter(2, self.places.expand(R, -1, -1), terms)[..., :-1]
+
+
+class Ascent:
+    """Adam on alpha and beta, upwards, within alpha in [0, 1] and beta >= 0.
+
+    Of each domain on its own: what others do does not change its steps.
+    """
+
+    def __init__(self, batch: Batch, lr_alpha: float, lr_beta: float) -> None:
+        self.rates = lr_alpha, lr_beta
+        self.means = [torch.zeros_like(t) for t in (batch.alpha, batch.beta)]
+        self.squares = [torch.zeros_like(t) for t in (batch.alpha, batch.beta)]
+        self.steps = 0
+
+    def at(self, index: torch.Tensor) -> None:
+        """Some of the domains."""
+        self.means = [t[:, index] for t in self.means]
+        self.squares = [t[:, index] for t in self.squares]
+
+    def step(self, batch: Batch, gradients: Sequence[torch.Tensor], decay: float) -> None:
+        """Changes `batch.alpha` and `batch.beta` in place."""
+        self.steps += 1
+        first, second = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+        values = batch.alpha, batch.beta
+        for i, (value, g) in enumerate(zip(values, gradients, strict=True)):
+            self.means[i].lerp_(g, 0.1)
+            self.squares[i].mul_(0.999).addcmul_(g, g, value=0.001)
+            size = (self.squares[i] / second).sqrt_().add_(1e-8)
+            value.addcdiv_(self.means[i], size, value=self.rates[i] * decay / first)
+        batch.alpha.clamp_(0, 1)
+        batch.beta.clamp_(min=0)

@@ -1,0 +1,170 @@
+"""Bounds of domains: passes over a batch, and the ascent of alpha and beta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron.complete.agreement import from_rank_zero, mean_over_ranks
+from lirpa_megatron.complete.batch import Ascent, Batch
+from lirpa_megatron.complete.domain_pass import DomainPass
+from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
+from lirpa_megatron.complete.roots import Roots
+from lirpa_megatron.complete.split_relu import SplitRelu
+
+ROUNDING = 8
+"""A bound proves its domain if it exceeds the threshold by more than this many units in the last
+place of the sum of its terms' sizes: large beta that nearly cancel would leave rounding alone."""
+_DECAY = 0.98
+_DROP = 0.2
+
+
+@dataclass
+class Bounded:
+    """What a batch's ascent found.
+
+    Attributes:
+        margins: of all domains of the batch, [D] float64: the best row's best.
+        proved: [D] bool.
+        open: which are not, as indices [O].
+        batch: these alone.
+        seen: their A at each ReLU's output at the end, of their best rows: [O, N].
+        minimiser: where the best row's bound is attained, [O, inputs].
+        row: which, [O].
+        is_over: whether time was.
+    """
+
+    margins: torch.Tensor
+    proved: torch.Tensor
+    open: torch.Tensor
+    batch: Batch
+    seen: torch.Tensor
+    minimiser: torch.Tensor
+    row: torch.Tensor
+    is_over: bool
+
+
+class Bounder:
+    """Bounds domains of one problem on a bound graph; call its methods inside `passes`.
+
+    Args:
+        graph: a BoundedModule.
+        problem, roots: what the domains are of.
+        options: step sizes.
+        is_over: whether time is over, on this rank.
+    """
+
+    def __init__(
+        self, graph: Any, problem: Problem, roots: Roots, options: SearchOptions,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.graph, self.problem, self.roots, self.options = graph, problem, roots, options
+        self.tp, self.is_over = graph.context.collectives, is_over
+        self.units = problem.C.new_ones(len(problem), len(roots.relus))
+
+    def whole(self, goals: Sequence[int]) -> Batch:
+        """The goals' boxes, with CROWN's alpha."""
+        empty = self.problem.C.new_zeros(self.problem.C.shape[1], 0)
+        alpha = empty.new_zeros(len(empty), self.roots.neurons)
+        batch = self.batch([Domain(g, (), 0.0, alpha, empty, ()) for g in goals])
+        batch.alpha.copy_(batch.lines.adaptive())
+        return batch
+
+    def batch(self, domains: Sequence[Domain]) -> Batch:
+        """`Batch.of` of this problem."""
+        return Batch.of(self.problem, self.roots, self.units, domains)
+
+    def measure(self, seen: torch.Tensor, goals: torch.Tensor) -> None:
+        """Sets what beta is counted in: the mean size of A at each ReLU.
+
+        Args:
+            seen: A at ReLUs' outputs for the goals' boxes, [G', N].
+            goals: [G'].
+        """
+        parts = [seen[:, r.first : r.first + r.size].abs() for r in self.roots.relus]
+        sums = torch.stack([p.sum(1) for p in parts], 1)
+        counts = sums.new_tensor([float(r.size) for r in self.roots.relus])
+        sharded = torch.tensor([r.sharded for r in self.roots.relus], device=sums.device)
+        means = mean_over_ranks(self.tp, sums, counts, sharded)
+        self.units[goals] = torch.where(means > 0, means, 1.0)
+
+    def run(self, batch: Batch, alpha: torch.Tensor, beta: torch.Tensor) -> tuple[Any, Any]:
+        """One pass: its lower bounds [R, D], and the pass."""
+        sizes = [r.size for r in self.roots.relus]
+        parts = zip(
+            self.roots.relus, batch.lines.split(sizes), alpha.split(sizes, -1),
+            batch.pull(beta).split(sizes, -1), strict=True,
+        )
+        relus = {r.name: SplitRelu(*values) for r, *values in parts}
+        run = DomainPass(self.graph, self.roots.plan, relus, batch.low, batch.high)
+        return run.lower(batch.C), run
+
+    def margins(self, batch: Batch, lower: torch.Tensor, run: Any) -> tuple[Any, Any, bool]:
+        """Rank 0's margins of rows [R, D] in float64, by how much they exceed rounding, and whether
+        time is over."""
+        margins = lower.detach().double() - batch.thresholds
+        rounding = ROUNDING * torch.finfo(lower.dtype).eps
+        sure = margins - rounding * (run.size.double() + batch.thresholds.abs())
+        both, over = from_rank_zero(self.tp, torch.stack([margins, sure]), self.is_over())
+        return both[0].nan_to_num(nan=-torch.inf), both[1], over
+
+    def quickly(self, batch: Batch) -> tuple[torch.Tensor, bool]:
+        """Margins [D] with alpha and beta as they are, and whether time is over."""
+        with torch.no_grad():
+            lower, run = self.run(batch, batch.alpha, batch.beta)
+            margins, _, over = self.margins(batch, lower, run)
+        return margins.amax(0), over
+
+    def ascend(self, batch: Batch, iterations: int, decay: float = _DECAY) -> Bounded:
+        """Optimizes alpha and beta; a domain leaves the batch when it is proved.
+
+        Args:
+            batch: D domains; its alpha and beta are changed.
+            iterations: steps; one more pass is made.
+            decay: of the step size, in each.
+        """
+        D, device = len(batch), batch.C.device
+        best = torch.full((D,), -torch.inf, dtype=torch.float64, device=device)
+        proved = torch.zeros(D, dtype=torch.bool, device=device)
+        alive = torch.arange(D, device=device)
+        ascent = Ascent(batch, self.options.lr_alpha, self.options.lr_beta)
+        over = False
+        for i in range(iterations + 1):
+            steps = i < iterations
+            with torch.set_grad_enabled(steps):
+                alpha, beta = (t.detach().requires_grad_(steps) for t in (batch.alpha, batch.beta))
+                lower, run = self.run(batch, alpha, beta)
+            margins, sure, over = self.margins(batch, lower, run)
+            best[alive] = torch.maximum(best[alive], margins.amax(0))
+            # NaN and infinity prove nothing.
+            done = ((sure > 0) & margins.isfinite()).any(0)
+            proved[alive[done]] = True
+            done = proved[alive]
+            if not steps or over or bool(done.all()):
+                break
+            counts = torch.where(done | ~lower.detach().isfinite(), 0.0, 1.0)
+            gradients = torch.autograd.grad((lower.nan_to_num() * counts).sum(), (alpha, beta),
+                                            allow_unused=True)
+            gradients = [torch.zeros_like(v) if g is None else g.nan_to_num()
+                         for v, g in zip((alpha, beta), gradients, strict=True)]
+            with torch.no_grad():
+                ascent.step(batch, gradients, decay**i)
+            if done.sum() > _DROP * len(done):
+                left = (~proved[alive]).nonzero().flatten()
+                batch, alive = batch.at(left), alive[left]
+                ascent.at(left)
+        return self._bounded(best, proved, alive, batch, run, margins, over)
+
+    def _bounded(
+        self, best: Any, proved: Any, alive: Any, batch: Batch, run: Any, margins: Any, over: bool
+    ) -> Bounded:
+        left = (~proved[alive]).nonzero().flatten()
+        row = margins.argmax(0)[left]
+        seen = torch.cat([run.seen[r.name] for r in self.roots.relus], 2)
+        return Bounded(
+            best, proved, alive[left], batch.at(left), seen[row, left],
+            run.minimiser[row, left], row, over,
+        )

@@ -1,0 +1,91 @@
+"""Which neuron a domain is split at: scores from its bound, then a trial of the best few.
+
+**Score.** The bound of a row loses at an unstable neuron what lies between its line and the ReLU.
+With A at the neuron's output from the pass that gave the bound:
+
+    A < 0: the upper line is used; it is off by at most its intercept -l u / (u - l), at z = 0
+    A > 0: the line alpha z is used; it is off by at most max(-alpha l, (1 - alpha) u), at an end
+
+so |A| times that is the most that the neuron can cost, and splitting it costs nothing: both
+children have y = z or y = 0 there. (BaBSR, Bunel et al. 2020, estimates the same with a fixed
+alpha and the layer's bias.)
+
+**Trial** (filtered smart branching, De Palma et al. 2021). The best few are tried: both children
+are bounded once, with the parent's alpha and beta. The one with the best pair of bounds is chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lirpa_megatron.complete.agreement import best_of_all_ranks
+from lirpa_megatron.complete.batch import Batch
+from lirpa_megatron.complete.bounding import Bounded, Bounder
+
+
+def scores(found: Bounded) -> torch.Tensor:
+    """How much each unstable neuron may cost in each open domain: [O, N]; others: -1."""
+    lines, A = found.batch.lines, found.seen
+    alpha = found.batch.alpha[found.row, torch.arange(len(A), device=A.device)]
+    # u = intercept / slope and -l = intercept / (1 - slope), from the upper line
+    up = lines.intercept / lines.upper_slope
+    down = lines.intercept / (1 - lines.upper_slope)
+    below = torch.maximum(alpha * down, (1 - alpha) * up)
+    cost = A.abs() * torch.where(A > 0, below, lines.intercept)
+    return torch.where(lines.unstable, cost.nan_to_num(), -1.0)
+
+
+def candidates(bounder: Bounder, found: Bounded, count: int) -> torch.Tensor:
+    """The neurons to try in each open domain, the most promising first: [O, count], -1 for none."""
+    own, roots = scores(found), bounder.roots
+    if bounder.tp.rank > 0:  # a replicated neuron is rank 0's
+        for r in roots.relus:
+            if not r.sharded:
+                own[:, r.first : r.first + r.size] = -1.0
+    return best_of_all_ranks(bounder.tp, own, roots.number_of.expand(len(own), -1), count)
+
+
+def children(
+    bounder: Bounder, parents: Batch, tried: torch.Tensor
+) -> tuple[Batch, torch.Tensor, bool]:
+    """Both children of each parent, split at the best of the neurons that are tried.
+
+    Args:
+        bounder: bounds them.
+        parents: D domains.
+        tried: numbers of neurons, [D, c]; -1 for none, never the first.
+
+    Returns:
+        2 D domains, first those with sign +1; the neurons that were chosen [D]; whether time is
+        over.
+    """
+    D, over = len(parents), False
+    chosen = torch.zeros(D, dtype=torch.int64, device=tried.device)
+    if tried.shape[1] > 1:
+        value = torch.full(tried.shape, -torch.inf, dtype=torch.float64, device=tried.device)
+        for i in range(tried.shape[1]):
+            some = (tried[:, i] >= 0).nonzero().flatten()
+            if not len(some):
+                continue
+            pair = _pair(bounder, parents.at(some), tried[some, i])
+            margins, over = bounder.quickly(pair)
+            value[some, i] = _worth(*margins.chunk(2))
+        chosen = value.argmax(1)
+    neurons = tried.gather(1, chosen[:, None])[:, 0]
+    return _pair(bounder, parents, neurons), neurons, over
+
+
+def _pair(bounder: Bounder, parents: Batch, neurons: torch.Tensor) -> Batch:
+    both = torch.arange(len(parents), device=neurons.device).repeat(2)
+    signs = torch.ones_like(both)
+    signs[len(parents) :] = -1
+    return parents.at(both).split(bounder.roots, neurons.repeat(2), signs, bounder.units)
+
+
+def _worth(on: torch.Tensor, off: torch.Tensor) -> torch.Tensor:
+    """Of a pair of children's margins: what is left to prove, as little as possible.
+
+    The worse child counts, and the other one as a tie-break; what is proved is proved.
+    """
+    on, off = on.clamp(max=0), off.clamp(max=0)
+    return torch.minimum(on, off) + 0.1 * torch.maximum(on, off)

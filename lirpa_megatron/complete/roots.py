@@ -1,0 +1,178 @@
+"""Bounds of the boxes themselves: what every domain's lines are made from.
+
+They are alpha-CROWN's, computed once. A domain keeps them and cuts them at its splits (z_j >= 0:
+the lower bound becomes 0 or more), as alpha-beta-CROWN does by default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.complete.problem import Problem
+from lirpa_megatron.crown.placement import PassPlan
+from lirpa_megatron.crown.relu_sparsity import live_columns
+from lirpa_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class ReluPlace:
+    """Where a ReLU's neurons are among those of all ReLUs."""
+
+    name: str
+    first: int
+    """Of this rank's neurons, the first one; those inactive in all boxes are left out."""
+    size: int
+    sharded: bool
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The boxes' bounds at ReLUs, and the numbering of neurons.
+
+    A neuron's number counts those of all ReLUs before it, in the order of the pass, on all ranks:
+    it is the same at every tensor-parallel size. `place_of` [numbers + 1] gives its place among
+    this rank's N neurons, or N where another rank has it; `number_of` [N] is the reverse.
+    """
+
+    plan: PassPlan
+    relus: tuple[ReluPlace, ...]
+    active_columns: dict[str, torch.Tensor]
+    """As in `CallState`."""
+    lower: torch.Tensor
+    """[K, N], of pre-activations; so is `upper`."""
+    upper: torch.Tensor
+    number_of: torch.Tensor
+    place_of: torch.Tensor
+    relu_of: torch.Tensor
+    """Which ReLU a number belongs to, [numbers + 1]."""
+    margins: torch.Tensor
+    """[G, R] float64: alpha-CROWN's bounds of the goals, minus thresholds."""
+
+    @property
+    def neurons(self) -> int:
+        """N."""
+        return self.lower.shape[1]
+
+
+def bound_roots(graph: Any, problem: Problem, method: str = "CROWN-Optimized") -> Roots:
+    """Bounds the boxes with a BoundedModule.
+
+    Args:
+        graph: the BoundedModule, whose graph must be linear but for ReLUs.
+        problem: boxes and goals.
+        method: of the bounds.
+
+    Raises:
+        UserError: the graph cannot be split, by name.
+    """
+    final = graph[graph.final_name]
+    check_graph(graph, final)
+    C, rows = _rows_of_boxes(problem)
+    box = auto_lirpa.PerturbationLpNorm(
+        norm=float("inf"), x_L=problem.low, x_U=problem.high
+    )
+    x = auto_lirpa.BoundedTensor((problem.low + problem.high) / 2, box)
+    found, _ = graph.compute_bounds(x=(x,), C=C, method=method, bound_upper=False)
+    margins = rows.of(found.detach().double())
+    plan = graph.schedule.plan(final, spec_sharded=False)
+    if len(plan.leaves) != 1:
+        raise UserError("branch and bound needs a network in which outputs depend on one input")
+    return _numbered(graph, plan, margins - problem.thresholds)
+
+
+def check_graph(graph: Any, final: auto_lirpa.Bound) -> None:
+    """Raises UserError unless branch and bound can split all that is not linear."""
+    where = "branch and bound splits ReLUs: "
+    if graph.stages is not None:
+        raise UserError(f"{where}pipeline stages are not supported; use tensor parallelism")
+    if graph.rounding is not None:
+        raise UserError(f"{where}outward rounding is not supported; leave it out")
+    if graph.sharded[final.name]:
+        raise UserError(f"{where}the output has to be gathered (gather_output=True)")
+    for node in graph.named_nodes().values():
+        if type(node) is not auto_lirpa.BoundRelu and auto_lirpa.reads_bounds(node):
+            kind = type(node).__name__.removeprefix("Bound")
+            raise UserError(f"{where}the network has a {kind}, which is neither linear nor a ReLU")
+
+
+def _rows_of_boxes(problem: Problem) -> tuple[torch.Tensor, _Rows]:
+    """All goals' rows by box: C [K, S, outputs]; and where to find a goal's among them."""
+    boxes = torch.tensor(problem.boxes)
+    of_box: list[list[int]] = [[] for _ in range(len(problem.low))]
+    for goal, box in enumerate(problem.boxes):
+        of_box[box].append(goal)
+    R = problem.C.shape[1]
+    most = max(map(len, of_box)) * R
+    C = problem.C.new_zeros(len(problem.low), most, problem.C.shape[2])
+    first = torch.zeros(len(boxes), dtype=torch.int64)
+    for box, goals in enumerate(of_box):
+        if not goals:
+            raise ValueError(f"box {box} has no goal")
+        for i, goal in enumerate(goals):
+            C[box, i * R : (i + 1) * R] = problem.C[goal]
+            first[goal] = i * R
+        C[box, len(goals) * R :] = C[box, 0]
+    device = problem.C.device
+    columns = first[:, None] + torch.arange(R)
+    return C, _Rows(boxes.to(device), columns.to(device))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    boxes: torch.Tensor
+    columns: torch.Tensor
+
+    def of(self, found: torch.Tensor) -> torch.Tensor:
+        """[K, S] -> [G, R]."""
+        return found[self.boxes[:, None], self.columns]
+
+
+def _numbered(graph: Any, plan: PassPlan, margins: torch.Tensor) -> Roots:
+    """Collects the ReLUs' bounds; inactive columns are left out as in every pass."""
+    tp, between = graph.context.collectives, graph.intermediate.relus
+    linear_of = {relu.name: linear for linear, relu in between.items()}
+    relus, active, lowers, uppers, numbers, relu_of = [], {}, [], [], [], []
+    local = total = 0
+    for node in plan.order:
+        if type(node) is not auto_lirpa.BoundRelu:
+            continue
+        x = node.inputs[0]
+        sharded = graph.sharded[x.name]
+        lower, upper = (b.detach().nan_to_num(nan=e) for b, e in
+                        ((x.lower, -torch.inf), (x.upper, torch.inf)))
+        shape = list(lower.shape[1:])
+        whole = [*shape[:-1], shape[-1] * tp.size] if sharded else shape
+        number = torch.arange(total, total + _count(whole), device=lower.device).view(whole)
+        if sharded:
+            number = number.chunk(tp.size, -1)[tp.rank]
+        linear = linear_of.get(node.name)
+        if linear is not None:
+            columns = live_columns(upper, None if sharded else tp)
+            if columns is not None:
+                active[linear] = columns
+                lower, upper, number = (
+                    t.index_select(-1, columns) for t in (lower, upper, number)
+                )
+        relus.append(ReluPlace(node.name, local, number.numel(), sharded))
+        relu_of += [len(relus) - 1] * _count(whole)
+        lowers.append(lower.flatten(1))
+        uppers.append(upper.flatten(1))
+        numbers.append(number.flatten())
+        local, total = local + number.numel(), total + _count(whole)
+    if not relus:
+        raise UserError("branch and bound splits ReLUs: the network has none")
+    number_of = torch.cat(numbers)
+    place_of = torch.full((total + 1,), local, device=number_of.device)
+    place_of[number_of] = torch.arange(local, device=number_of.device)
+    return Roots(
+        plan, tuple(relus), active, torch.cat(lowers, 1), torch.cat(uppers, 1), number_of,
+        place_of, torch.tensor([*relu_of, 0], device=number_of.device), margins,
+    )
+
+
+def _count(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,88 @@
+"""Branch and bound: verdicts of small networks are those of all activation patterns, one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from exact_minima import minimum
+from torch import nn
+
+from lirpa_megatron import BoundedTensor, PerturbationLpNorm
+from lirpa_megatron.complete import SearchOptions, branch_and_bound
+
+SHAPES = ((4,), (8,), (12,), (4, 4), (6, 6), (3, 9), (4, 4, 4), (2, 5, 5))
+
+
+def layers_of(seed, dtype=torch.float64):
+    """A network of two inputs and at most 12 ReLUs, a box and rows, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    widths = [2, *SHAPES[seed % len(SHAPES)], 3]
+    layers = [(drawn(n, m) * 1.5 / m**0.5, drawn(n) / 2)
+              for m, n in zip(widths, widths[1:], strict=False)]
+    center, radius = drawn(2) / 2, 0.3 + torch.rand(2, generator=generator, dtype=torch.float64)
+    rows = drawn(2, 3)
+    return layers, (center - radius).to(dtype), (center + radius).to(dtype), rows
+
+
+def module_of(layers):
+    parts = []
+    for weight, bias in layers:
+        linear = nn.Linear(*weight.t().shape, dtype=weight.dtype)
+        linear.weight.data, linear.bias.data = weight.clone(), bias.clone()
+        parts += [linear, nn.ReLU()]
+    return nn.Sequential(*parts[:-1]).requires_grad_(False)
+
+
+def boxed(low, high):
+    box = PerturbationLpNorm(norm=float("inf"), x_L=low, x_U=high)
+    return BoundedTensor((low + high) / 2, box)
+
+
+def exact(layers, low, high, rows):
+    arrays = [(w.double().numpy(), b.double().numpy()) for w, b in layers]
+    return minimum(arrays, low.double().numpy(), high.double().numpy(), rows.double().numpy())
+
+
+def decide(seed):
+    """A problem whose thresholds lie close to the true minima, and what is found out of it."""
+    layers, low, high, rows = layers_of(seed)
+    least = exact(layers, low, high, rows)
+    size = np.abs(least).max() + 1
+    # above or below the minimum by 0.1% to 10%
+    gap = size * 10.0 ** -(1 + seed % 3) * (1 if seed % 2 else -1)
+    thresholds = torch.from_numpy(least - gap)
+    found = branch_and_bound(
+        module_of(layers), boxed(low[None], high[None]), rows[None], thresholds[None],
+        options=SearchOptions(timeout=60),
+    )
+    return found, layers, thresholds, gap, (low, high, rows)
+
+
+def check(seed):
+    found, layers, thresholds, gap, (low, high, rows) = decide(seed)
+    assert found.status == ("proved" if gap > 0 else "refuted"), (seed, found)
+    if gap > 0:
+        # no bound is above the truth; 1e-9: rounding of the enumeration and of the bound
+        assert max(m - gap for m in found.margins) <= 1e-9 * (1 + abs(gap)), seed
+        assert found.bound > 0 and found.open == 0
+    else:
+        x = found.point
+        assert bool((low <= x).all() and (x <= high).all())
+        assert module_of(layers)(x) @ rows[found.goal] <= thresholds[found.goal]
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_verdicts_are_those_of_all_activation_patterns(first, one_thread):
+    for seed in range(first, first + 10):
+        check(seed)
+
+
+@pytest.mark.slow
+def test_verdicts_of_many_more_are_those_of_all_activation_patterns(one_thread):
+    for seed in range(40, 540):
+        check(seed)

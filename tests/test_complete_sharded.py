@@ -1,0 +1,56 @@
+"""Branch and bound on shards: verdicts, bounds and trees are those of one device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Net, build, region, specification
+from ranks import pool
+
+from lirpa_megatron import BoundedModule, parallelize
+from lirpa_megatron.complete import SearchOptions, branch_and_bound
+
+NET = Net(inputs=4, hidden=(8, 8), width=6, outputs=3)
+ROWS = 2
+
+
+def decided(net, offset, most):
+    """Of one rank: what is found out of a network whose thresholds lie below CROWN's bounds by
+    `offset` of the gap to a sampled minimum."""
+    torch.set_default_dtype(torch.float64)
+    where = region(net, eps=0.9, batch=2)
+    model = parallelize(build(net).requires_grad_(False).eval())
+    C = specification(2, ROWS, net.outputs)
+    graph = BoundedModule(model, where.center)
+    lower, _ = graph.compute_bounds(x=(where.bounded(),), C=C, method="CROWN")
+    torch.manual_seed(0)
+    points = where.random(2000)
+    with torch.no_grad():
+        y = model(points.flatten(0, 1)).view(2000, 2, -1)
+    least = torch.einsum("pbo,bso->pbs", y, C).amin(0)
+    thresholds = lower + offset * (least - lower)
+    options = SearchOptions(most_domains=most, keep_tree=True, batch=8)
+    found = branch_and_bound(graph, where.bounded(), C, thresholds, options=options)
+    leaves = [(leaf.goal, leaf.splits, leaf.margin) for leaf in found.leaves]
+    point = None if found.point is None else found.point.tolist()
+    return found.status, found.margins, found.domains, found.open, leaves, point
+
+
+@pytest.mark.parametrize("offset, most, status", [
+    (0.7, None, "proved"), (1.05, None, "refuted"), (0.9, 40, "unknown"),
+])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_verdicts_bounds_and_trees_are_those_of_one_device(tp, offset, most, status):
+    want = decided(NET, offset, most)
+    torch.set_default_dtype(torch.float32)
+    assert want[0] == status
+    for got in pool(tp).run(decided, NET, offset, most):
+        assert got[0] == status
+        # Sums over ranks are rounded in another order: 1e-10 of bounds of size 1 in float64.
+        assert got[1] == pytest.approx(want[1], abs=1e-10)
+        assert got[2:4] == want[2:4]
+        assert [leaf[:2] for leaf in got[4]] == [leaf[:2] for leaf in want[4]]
+        assert [leaf[2] for leaf in got[4]] == pytest.approx([leaf[2] for leaf in want[4]],
+                                                             abs=1e-10)
+        if got[5] is not None:
+            assert got[5] == pytest.approx(want[5], abs=1e-10)
