@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import pool
 from releases import needs_query_groups
-from transformer_cases import CASES, GROUPS, case_bounds, check_same
+from transformer_cases import CASES, GROUPS, HEADS_APART, case_bounds, check_same
 
 FORWARD = ("forward", "forward+backward")
 _SLOW = pytest.mark.slow
@@ -29,16 +29,14 @@ def test_bounds_are_those_of_one_device(name, size):
     check_same(one(name, torch.float64), many, torch.float64)
 
 
-@_SLOW
-def test_norms_of_keys_that_several_ranks_compute_differ_a_little():
-    """Their errors count once for each rank: 0.4% here, and sound."""
-    name = CASES[3]
-    needs_query_groups(1, 2)
-    many = pool(2).run(case_bounds, name, torch.float64, FORWARD, 1e-3)[0]
-    for method, (lower, upper) in one(name, torch.float64).items():
-        width = (upper - lower).mean()
-        assert all((a - b).abs().max() < 0.02 * width
-                   for a, b in zip((lower, upper), many[method], strict=True))
+@pytest.mark.parametrize(("name", "size"), [
+    (CASES[3], 2), *(pytest.param(name, size, marks=_SLOW)
+                     for name, size in ((CASES[3], 4), (HEADS_APART, 2), (HEADS_APART, 4))),
+])
+def test_norms_of_queries_and_keys_count_once_however_many_ranks_compute_them(name, size):
+    needs_query_groups(GROUPS[name], size)
+    many = pool(size).run(case_bounds, name, torch.float64, FORWARD, 1e-3)[0]
+    check_same(one(name, torch.float64), many, torch.float64)
 
 
 @_SLOW

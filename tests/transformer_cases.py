@@ -29,9 +29,9 @@ def build_case(name, dtype):
     if name == "llama":
         model = transformers.llama(dtype)
         return model, at_position(model, -1), {}
-    if name == "one key group, norms of queries and keys":
-        model = transformers.llama(dtype, spec={"qk_layernorm": True}, num_query_groups=1,
-                                   qk_layernorm=True)
+    if name.endswith("norms of queries and keys"):
+        model = transformers.llama(dtype, spec={"qk_layernorm": True},
+                                   num_query_groups=GROUPS[name], qk_layernorm=True)
         return model, from_layer(at_position(model, -1), 1), {}
     if name.startswith("hybrid"):  # "hybrid *--*", "hybrid llama *--*"
         *kind, pattern = name.split()
@@ -49,8 +49,10 @@ def build_case(name, dtype):
 CASES = ("gpt", "gpt, squared relu, RMSNorm, untied", "llama",
          "one key group, norms of queries and keys", "bert", "bert's language head")
 
-GROUPS = {"llama": 2, CASES[3]: 1}
-"""Query groups of the cases that have fewer than heads (4)."""
+HEADS_APART = "four key groups, norms of queries and keys"
+"""At TP=4 each rank has one head, with norms of its own."""
+GROUPS = {"llama": 2, CASES[3]: 1, HEADS_APART: 4}
+"""Query groups of the cases that have fewer than heads (4), or norms of them."""
 
 
 def case_bounds(name, dtype, methods=ROUNDS, eps=0.01, options=None, eager=False):

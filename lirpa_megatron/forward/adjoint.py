@@ -32,7 +32,7 @@ class Adjoint:
     """
 
     def __init__(self, run: Run, final: auto_lirpa.Bound) -> None:
-        self.run = run
+        self.run, self.final = run, final
         self.keeps = torch.is_grad_enabled()
         self.taps: dict[str, torch.Tensor] = {}
         self.border: torch.Tensor | None = None
@@ -84,7 +84,7 @@ class Adjoint:
             total = total + self.run.below.errors(grads[-1])
         return total
 
-    def every_error(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def every_error(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Bounds of the errors of each number of the output, and of each position's vector.
 
         The rows of one position go back together; over several ranks one by one. With Phi the
@@ -92,18 +92,27 @@ class Adjoint:
         value of Phi times the ball; of an error in a box it is at most the length of what the
         rows give one by one.
 
+        Args:
+            features: whose errors are asked for, of a sharded output of all ranks' features, the
+                same on every rank.
+
         Returns:
-            (box [B, T..., F], ball [B, T...]).
+            (box [B, T..., F], infinite at other features; of a sharded output the rank's own. Ball
+            [B, T...] of these features, replicated).
         """
         value = self.value
-        features, positions = value.shape[-1], value[0, ..., 0].numel()
+        width, positions = value.shape[-1], value[0, ..., 0].numel()
+        first = self.run.ranks(self.final).rank * width
+        own = features - first
+        here = ((own >= 0) & (own < width)).nonzero().flatten()
         boxes, balls = [], []
         for position in range(positions):
-            rows = value.new_zeros(features, positions, features)
-            rows[:, position] = torch.eye(features, dtype=value.dtype, device=value.device)
-            rows = rows.reshape(features, 1, *value.shape[1:]).expand(-1, *value.shape)
-            box, ball = self.together(rows)
-            boxes.append(box.transpose(0, 1))
+            rows = value.new_zeros(len(features), positions, width)
+            rows[here, position, own[here]] = 1.0
+            rows = rows.reshape(len(features), 1, *value.shape[1:]).expand(-1, *value.shape)
+            found, ball = self.together(rows)
+            box = found.new_full((found.shape[1], width), torch.inf)
+            boxes.append(box.index_copy(1, own[here], found[here].transpose(0, 1)))
             balls.append(ball)
         return torch.stack(boxes, 1).reshape(value.shape), torch.stack(balls, 1).reshape(
             value.shape[:-1]
@@ -162,8 +171,10 @@ class Adjoint:
             g = g * safe_root(fresh.weights)
         elif fresh.stretch is not None:
             g = g * fresh.stretch
-        matrices = g.movedim(0, -2)  # [B, T..., R, F]
         ranks, inner = self.run.ranks(self.run.nodes[name]), fresh.weights is not None
+        if fresh.grouped:
+            g, inner = _by_group(fresh, g), True
+        matrices = g.movedim(0, -2)  # [B, T..., R, F]
         gram = matrices @ matrices.transpose(-1, -2)
         gram = gram if inner else ranks.total(gram)
         finite = gram.isfinite().flatten(-2).all(-1)[..., None, None]
@@ -188,7 +199,10 @@ class Adjoint:
         if fresh.weights is not None:
             size = safe_root((fresh.weights * g.square()).sum(-1))
             return ranks.total(_flat(_product(size, fresh.ball)))
-        if fresh.ball is not None:
+        if fresh.grouped:
+            size = safe_root(_by_group(fresh, g * fresh.stretch).square().sum(-1))
+            both.append(ranks.total(_flat(_product(size, fresh.ball))))
+        elif fresh.ball is not None:
             scaled = g if fresh.stretch is None else g * fresh.stretch
             square = scaled.square().sum(-1)
             size = safe_root(ranks.total(square))
@@ -198,6 +212,11 @@ class Adjoint:
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def _by_group(fresh: Fresh, g: torch.Tensor) -> torch.Tensor:
+    """Rows [..., groups d] -> [..., groups, d]."""
+    return g.unflatten(-1, (fresh.ball.shape[-1], -1))
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:

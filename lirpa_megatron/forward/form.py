@@ -117,6 +117,9 @@ class Fresh:
     """The error is at an inner value of the operator: maps g at the output to g there."""
     weights: torch.Tensor | None = None
     """e = weights * e' and sum weights e'^2 <= ball^2 over the last dimension."""
+    grouped: bool = False
+    """The last dimension is one of groups, each with a ball of its own: `ball` [B, T..., groups],
+    at a sharded node of the rank's own groups."""
 
 
 @dataclass

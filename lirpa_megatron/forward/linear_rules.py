@@ -116,6 +116,9 @@ def selected(run: Any, node: Any, inputs: Inputs) -> Outcome:
     if x.source is not None:
         w, ball = x.source
         heads = _heads(run, node, ranks.enter(w)[index], ranks.enter(ball), box)
+    elif x.heads is not None:  # of normalised keys
+        size = run.head_dim(node)
+        heads = ranks.enter(x.heads).index_select(-1, index[::size] // size)
     return Outcome(Form(c, box, run.length(box, node), heads=heads))
 
 
@@ -126,7 +129,8 @@ def gathered(run: Any, node: Any, inputs: Inputs) -> Outcome:
     gather = run.context.collectives.gather_features
     both = gather(torch.cat((x.c, x.box.unsqueeze(0))))
     source = x.source and (gather(x.source[0].t()).t(), x.source[1])
-    return Outcome(Form(both[:-1], both[-1], x.plain_ball(), source=source))
+    heads = source and _heads(run, node, *source, both[-1])
+    return Outcome(Form(both[:-1], both[-1], x.plain_ball(), heads=heads, source=source))
 
 
 @rule_for("MatMul")

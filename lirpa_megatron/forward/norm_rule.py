@@ -143,9 +143,9 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
         None if grouped is None else grouped * gamma.abs().amax(),
     )
     fresh = [
-        Fresh(box=(D * gamma.abs()).flatten(-2), **_in_one(node, D_ball, whole)),
-        Fresh(box=(bent_box.unsqueeze(-1) * gamma.abs().expand_as(D)).flatten(-2),
-              **_in_one(node, bent_box, whole)),
+        Fresh(box=(D * gamma.abs()).flatten(-2), stretch=whole, **_balls(run, node, D_ball)),
+        Fresh(box=(bent_box.unsqueeze(-1) * gamma.abs().expand_as(D)).flatten(-2), stretch=whole,
+              **_balls(run, node, bent_box)),
     ]
     z0, i0 = z[0], inverse[0]
 
@@ -162,11 +162,15 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where((a == 0) | (b == 0), 0.0, a * b)
 
 
-def _in_one(node: Any, ball: torch.Tensor, stretch: torch.Tensor) -> dict[str, Any]:
-    """The ball of a fresh error, for one group of all features."""
-    if node.groups > 1:
-        return {}
-    return {"ball": ball.squeeze(-1), "stretch": stretch}
+def _balls(run: Any, node: Any, balls: torch.Tensor) -> dict[str, Any]:
+    """The balls of a fresh error, of its groups [B, T..., groups].
+
+    Norms of heads have as many groups as a rank has heads, which may be one: it is a group all the
+    same, so that bounds do not depend on the number of ranks.
+    """
+    if node.groups > 1 or run.context.is_sharded(node):
+        return {"ball": balls, "grouped": True}
+    return {"ball": balls.squeeze(-1)}
 
 
 def _group_ball(run: Any, node: Any, x: Form, r: torch.Tensor) -> torch.Tensor:

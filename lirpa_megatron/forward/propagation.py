@@ -21,11 +21,16 @@ from lirpa_megatron.forward.weights import Weights
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.context import GraphContext
-from lirpa_megatron.operators.linear.borders import BoundGatherFromRegion
+from lirpa_megatron.operators.linear.borders import (
+    BoundGatherFromRegion,
+    BoundSelectFromRegion,
+)
 from lirpa_megatron.operators.linear.positions import BoundRotary, BoundSelectPosition
 from lirpa_megatron.operators.norm.norm import BoundNorm
 from lirpa_megatron.operators.numerics import intersect, safe_root, without_nan
 
+_PASSED_ON = (BoundRotary, BoundSelectPosition, BoundNorm, BoundSelectFromRegion)
+"""What may stand between a layer and attention."""
 RULES = (attention_rules, elementwise_rules, linear_rules, norm_rule)
 """The modules that enter rules."""
 
@@ -148,16 +153,33 @@ class Run:
         the norm that ball is multiplied by how far the vector turns. Not where gradients flow,
         which would keep the graphs of all these rows.
         """
-        few = form.box[0].numel() <= self.options.refined_rows
-        read = any(isinstance(self.nodes[name], BoundNorm) for name in node.output_name)
-        apart = self.context.is_sharded(node) or form.c.requires_grad
-        if not few or not read or apart or form.box.ndim < 2:
+        readers = [self.nodes[name] for name in node.output_name]
+        norms = [reader for reader in readers if isinstance(reader, BoundNorm)]
+        if not norms or form.c.requires_grad or form.box.ndim < 2:
             return form
-        found = self.adjoint(self, node).every_error()
+        features = self._normed(node, norms)
+        if form.box[0, ..., 0].numel() * len(features) > self.options.refined_rows:
+            return form
+        found = self.adjoint(self, node).every_error(features)
+        if len(features) < form.shape[-1]:  # a ball of some features
+            found = (found[0], form.plain_ball())
         found = [torch.where(bound.isnan(), torch.inf, bound) for bound in found]
         box = torch.minimum(form.box, found[0])
         ball = torch.minimum(form.plain_ball(), torch.minimum(found[1], self.length(box, node)))
         return replace(form, box=box, ball=ball, stretch=None)
+
+    def _normed(self, node: auto_lirpa.Bound, norms: list[auto_lirpa.Bound]) -> torch.Tensor:
+        """The features of a node, of all ranks, that its norms' readers use.
+
+        Where ranks share keys, all features are gathered and normalised, and each rank selects its
+        keys of them.
+        """
+        readers = [self.nodes[name] for norm in norms for name in norm.output_name]
+        used = torch.arange(node.output_shape[-1] * self.ranks(node).size)
+        if not readers or not all(isinstance(x, BoundSelectFromRegion) for x in readers):
+            return used
+        chosen = [self.constant_of(reader.inputs[1]) for reader in readers]
+        return self.context.collectives.gather_results(torch.cat(chosen)).unique()
 
     def _by_intervals(self, node: auto_lirpa.Bound, inputs: list[Any]) -> tuple:
         ends = [self.range(x) if isinstance(x, Form) else (x, x) for x in inputs]
@@ -213,7 +235,7 @@ class Run:
             reader = self.nodes[name]
             if isinstance(reader, (BoundScores, BoundSoftmaxValues)):
                 return reader.head_dim
-            if isinstance(reader, (BoundRotary, BoundSelectPosition, BoundNorm)):
+            if isinstance(reader, _PASSED_ON):
                 size = self.head_dim(reader)  # norms of queries and keys among them
                 if size:
                     return size
