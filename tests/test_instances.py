@@ -65,6 +65,16 @@ def test_resume_tells_files_of_one_name_apart(two, tmp_path):
     assert output.read_bytes() == before
 
 
+def test_resume_computes_bounds_of_another_degree_anew(folder, tmp_path):
+    csv, output = tmp_path / "i.csv", tmp_path / "r.jsonl"
+    csv.write_text(f"{folder / 'net.onnx'},{folder / 'small.vnnlib'},60\n")
+    for order, count in ((1, 1), (2, 2), (2, 2), (1, 2)):
+        _, results = verify("--instances", csv, "--resume", "--method", "forward", "--order",
+                            order, output=output)
+        assert len(results) == count
+    assert [r.get("order") for r in results] == [None, 2]
+
+
 def test_rows_of_instances_are_read_as_they_are_met(folder, tmp_path):
     csv = tmp_path / "i.csv"
     net, small = folder / "net.onnx", folder / "small.vnnlib"

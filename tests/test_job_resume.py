@@ -58,6 +58,19 @@ def test_results_of_another_question_are_not_taken_for_this_one(folder, tmp_path
     assert len(results) == 2
 
 
+def test_bounds_of_another_degree_are_computed_anew(folder, tmp_path):
+    data, output = tmp_path / "d.jsonl", tmp_path / "r.jsonl"
+    write_lines(data, {"sentence": "w9 w3", "candidates": [["w10"], []]})
+    asked = ("--question", "synonyms", "--method", "forward")
+    for order, count in ((1, 1), (2, 2), (2, 2), (1, 2)):
+        _, results = verify(
+            folder, *asked, "--order", order, "--resume", data=data, output=output
+        )
+        assert len(results) == count
+    assert [r.get("order") for r in results] == [None, 2]
+    assert "error" not in [r["result"] for r in results]
+
+
 def test_a_sentence_that_was_changed_is_done_again(folder, tmp_path):
     data, output = tmp_path / "d.jsonl", tmp_path / "r.jsonl"
     for text in ("w9", "w10", "w10"):

@@ -16,6 +16,8 @@ class RunOptions:
     method: str = "CROWN"
     # of the forward methods: degree of the polynomials (`OwnOptions.order`)
     order: int = 1
+    # most cuts of a set of few dimensions into pieces that are bounded one by one; 0: none
+    splits: int = 0
     # a key of networks.network.DTYPES; None: what is stored (of a checkpoint, at least float32)
     dtype: str | None = None
     # gradient steps of alpha-CROWN

@@ -47,6 +47,9 @@ class Outcome:
     note: str | None = None
     # what branch and bound did, with --complete and where it was needed
     decided: complete.Decided | None = None
+    # with splits: the share of the boxes' volume that is proved, and how many pieces there are
+    proved_share: float | None = None
+    pieces: int | None = None
 
 
 class Deadline:

@@ -107,6 +107,11 @@ class Runner:
             details["live_check"] = False
         if self.options.outward:
             details["rounding"] = self.options.rounding
+        if self.options.order > 1:
+            details["order"] = self.options.order
+        if self.options.splits:
+            details |= {"splits": self.options.splits, "proved_share": outcome.proved_share,
+                        "pieces": outcome.pieces}
         if self._loaded is not None and self._loaded[0] == instance.network_path:
             details["stored_dtype"] = self._loaded[1].stored_dtype
             details["dtype"] = self._loaded[1].dtype

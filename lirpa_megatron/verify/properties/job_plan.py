@@ -75,7 +75,8 @@ def _is_of(result: Result, instance: Instance, options: VerifyOptions) -> bool:
     """Whether an earlier result is this instance's; files of one name in two folders are two."""
     if result.key != (instance.network, instance.property, options.result_method):
         return False
-    if (result.rounding or "nearest") != options.rounding:
+    asked = options.rounding, options.order, options.splits
+    if (result.rounding or "nearest", result.order or 1, result.splits or 0) != asked:
         return False
     known = result.network_file, result.property_file
     return all(a in (None, b) for a, b in zip(known, instance.files, strict=True))

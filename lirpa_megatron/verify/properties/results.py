@@ -48,6 +48,13 @@ class Result:
     dtype: str | None = None
     # "outward" if bounds were widened by their rounding error; else it is left out
     rounding: str | None = None
+    # degree of a forward method's polynomials; left out where it is 1
+    order: int | None = None
+    # most cuts of a set of few inputs; left out where there were none
+    splits: int | None = None
+    # with splits: the share of the set's volume that is proved, and the pieces that it was cut into
+    proved_share: float | None = None
+    pieces: int | None = None
     # number of pipeline stages; left out where there is one
     pipeline_parallel: int | None = None
     # False if the model's own forward was not compared with its bounds; else it is left out
@@ -71,7 +78,7 @@ class Result:
     def to_line(self) -> str:
         optional = (
             "error", "note", "rounding", "live_check", "pipeline_parallel", "bound", "domains",
-            "open_domains",
+            "open_domains", "order", "splits", "proved_share", "pieces",
         )
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"

@@ -71,6 +71,8 @@ class SentenceOptions(RunOptions):
         }
         if self.order > 1:
             asked["order"] = self.order
+        if self.splits:
+            asked["splits"] = self.splits
         if self.outward:
             asked["rounding"] = self.rounding
         if self.no_live_check:

@@ -18,7 +18,7 @@ from lirpa_megatron.verify.sentences.tokenizer import Substitutes
 _KEY = (
     "network", "iteration", "property", "task", "method", "question", "norm", "eps", "words",
     "shape", "tolerance", "prompt", "label_tokens", "dtype", "text", "label",
-    "live_check", "rounding",
+    "live_check", "rounding", "order", "splits", "layer", "vectors",
 )
 
 
