@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from lirpa_megatron.adapters.views import at_position, bert_head, from_layer
     from lirpa_megatron.bounded_module import BoundedModule
     from lirpa_megatron.compat.auto_lirpa import BoundedParameter, BoundedTensor, PerturbationLpNorm
+    from lirpa_megatron.complete.input_splits import bound_by_splits
     from lirpa_megatron.crown.options import METHODS
     from lirpa_megatron.errors import RemoteRankError, SPMDError, UserError
     from lirpa_megatron.parallel.spmd import guard
+    from lirpa_megatron.problem.directions import directions, segment
     from lirpa_megatron.problem.margins import (
         classification_margins,
         label_token_margins,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
         smallest_margin,
         some_label_wins,
     )
-    from lirpa_megatron.problem.perturbations import PerturbationHull
+    from lirpa_megatron.problem.perturbations import PerturbationHull, PerturbationSegments
     from lirpa_megatron.problem.token_perturbations import perturb_tokens
 
 __version__ = "0.1.0"
@@ -44,13 +46,16 @@ __all__ = [
     "BoundedTensor",
     "PerturbationHull",
     "PerturbationLpNorm",
+    "PerturbationSegments",
     "PipelineStage",
     "RemoteRankError",
     "SPMDError",
     "UserError",
     "at_position",
     "bert_head",
+    "bound_by_splits",
     "classification_margins",
+    "directions",
     "embed",
     "explain",
     "from_layer",
@@ -59,6 +64,7 @@ __all__ = [
     "next_token_margins",
     "parallelize",
     "perturb_tokens",
+    "segment",
     "smallest_margin",
     "some_label_wins",
 ]
@@ -71,13 +77,15 @@ _MODULES = {
     "bounded_module": ("BoundedModule",),
     "errors": ("RemoteRankError", "SPMDError", "UserError"),
     "compat.auto_lirpa": ("BoundedParameter", "BoundedTensor", "PerturbationLpNorm"),
+    "complete.input_splits": ("bound_by_splits",),
     "crown.options": ("METHODS",),
     "parallel.spmd": ("guard",),
+    "problem.directions": ("directions", "segment"),
     "problem.margins": (
         "classification_margins", "label_token_margins", "next_token_margins", "smallest_margin",
         "some_label_wins",
     ),
-    "problem.perturbations": ("PerturbationHull",),
+    "problem.perturbations": ("PerturbationHull", "PerturbationSegments"),
     "problem.token_perturbations": ("perturb_tokens",),
 }
 

@@ -1,4 +1,6 @@
-"""Branch and bound with beta-CROWN: properties of ReLU networks are decided, on sharded models.
+"""Bounds of parts, until all is proved: of ReLU networks by beta-CROWN, of sets of few dimensions.
+
+Branch and bound, which decides properties of ReLU networks, on sharded models:
 
     problem      what is to be proved, and what is found out
     roots        alpha-CROWN's bounds of the boxes, and the numbering of neurons
@@ -11,6 +13,12 @@
     points       counterexamples
     search       the loop
     library      `branch_and_bound`
+
+Pieces of sets of few dimensions, for all models and methods:
+
+    pieces        the geometry
+    covering      the loop over pieces
+    input_splits  `bound_by_splits`
 """
 
 from lirpa_megatron.complete.library import branch_and_bound

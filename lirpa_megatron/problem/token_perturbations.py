@@ -24,6 +24,7 @@ from lirpa_megatron.arithmetic.floating import box_around, widened
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.parameters import HALF
+from lirpa_megatron.problem.directions import directions as along
 from lirpa_megatron.problem.perturbations import PerturbationHull, PerturbationPositions
 
 Substitutes = Mapping[int, Sequence[int]]
@@ -37,6 +38,7 @@ def perturb_tokens(
     norm: float = math.inf,
     positions: Iterable[int] | None = None,
     substitutes: Substitutes | Sequence[Substitutes] | None = None,
+    directions: torch.Tensor | Sequence[torch.Tensor] | None = None,
     shape: str = "box",
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
@@ -48,7 +50,8 @@ def perturb_tokens(
     """Makes the inputs of `BoundedModule(model, inputs)` and `compute_bounds(inputs)` from tokens.
 
     Either each embedding may change by up to `eps`, or words may be replaced by `substitutes`, or
-    (with shape 'box') both. Every rank calls it with the same arguments.
+    (with shape 'box') both; or hidden states move along `directions` alone. Every
+    rank calls it with the same arguments.
 
     In training mode of the model gradients flow to the parameters of the embedding (and of the
     layers before `start_layer`), in eval mode the result is constant.
@@ -66,6 +69,8 @@ def perturb_tokens(
             or a list of B such mappings. The set at a position contains the embeddings of its own
             word and of the substitutes, with position and token type added; positions are
             independent.
+        directions: d vectors [h]: the hidden states at all (or the chosen) positions change by t_1
+            D_1 + ... + t_d D_d, the same t at each; |t_i| is at most `eps`, a number or [d].
         shape: shape of the sets of substitutes: 'box', the smallest box that contains the
             embeddings, or 'hull', their convex hull, which is tighter.
         attention_mask: as Megatron's forward takes it: for a decoder [B or 1, 1, S, S], nonzero
@@ -98,6 +103,8 @@ def perturb_tokens(
     for name, value in words.items():
         if value is not None and value.shape != ids.shape:
             raise UserError(f"{name} have shape {tuple(value.shape)}, the ids {tuple(ids.shape)}")
+    if directions is not None:
+        _check_directions(eps, norm, substitutes, rounding)
     if eps is None and substitutes is None:
         raise UserError("nothing is perturbed: give eps or substitutes")
     if shape not in ("box", "hull"):
@@ -125,7 +132,9 @@ def perturb_tokens(
         )
     if first > 0:
         hidden = _enter(model, hidden, mask, first, check_live)
-    if substitutes is None:
+    if directions is not None:
+        perturbation = along(hidden, directions, eps, positions).ptb
+    elif substitutes is None:
         perturbation = _around(hidden, eps, norm, positions, off)
     else:
         vertices = _vertices(model, ids, substitutes, {**words, "check_live": check_live})
@@ -155,6 +164,11 @@ def perturb_tokens(
 
 
 # ------------------------------------------------------------------------- the model
+
+
+def check_start_layer(model: nn.Module, layer: int) -> None:
+    """Raises UserError unless hidden states that enter the layer (from 0) can be perturbed."""
+    _opened(model, layer)
 
 
 def _opened(model: nn.Module, start_layer: int | None) -> tuple[nn.Module, int]:
@@ -228,6 +242,17 @@ def _mask(model: nn.Module, mask: torch.Tensor, ids: torch.Tensor) -> torch.Tens
 def _check_ids(ids: torch.Tensor) -> None:
     if ids.ndim != 2 or not ids.numel():
         raise UserError(f"token ids have shape {tuple(ids.shape)}: give [B, S]")
+
+
+def _check_directions(eps: Any, norm: float, substitutes: Any, rounding: str) -> None:
+    if eps is None:
+        raise UserError("directions need eps: how far the hidden states move along them")
+    if substitutes is not None:
+        raise UserError("directions and substitutes are two questions: give one of them")
+    if norm != math.inf:
+        raise UserError(f"along directions each number has a limit: norm is inf, not {norm:g}")
+    if rounding == "outward":
+        raise UserError('rounding="outward" does not cover directions: give a box')
 
 
 def _around(
