@@ -75,7 +75,9 @@ print("cuda:", torch.cuda.is_initialized())
 def test_importing_changes_and_prints_nothing_and_needs_no_optional_package():
     names = ["apex", "transformer_engine", "flash_attn"]  # None in sys.modules: ImportError
     process = python(f"import sys; sys.modules.update(dict.fromkeys({names})); {STATE}")
-    assert (process.returncode, process.stderr) == (0, "")
+    # Megatron-core 0.15 itself logs this of a function of its mixtures of experts.
+    said = [x for x in process.stderr.splitlines() if "has reached end of life" not in x]
+    assert (process.returncode, said) == (0, [])
     assert process.stdout.splitlines() == ["changed: []", "group: False", "cuda: False"]
 
 
