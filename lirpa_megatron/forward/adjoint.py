@@ -175,12 +175,17 @@ class Adjoint:
         if fresh.grouped:
             g, inner = _by_group(fresh, g), True
         matrices = g.movedim(0, -2)  # [B, T..., R, F]
+        ball = fresh.ball.expand(matrices.shape[:-2])
+        some = (ball != 0).flatten()  # tokens before the perturbed ones have no errors
+        some = (some if inner else ranks.most(some.to(ball)) > 0).nonzero().flatten()
+        matrices = matrices.flatten(0, -3)[some]
         gram = matrices @ matrices.transpose(-1, -2)
         gram = gram if inner else ranks.total(gram)
-        finite = gram.isfinite().flatten(-2).all(-1)[..., None, None]
-        largest = above_largest_eigenvalue(torch.where(finite, gram, 0.0), 2)
-        size = torch.where(finite[..., 0, 0], safe_root(largest), torch.inf)
-        ball = _product(size * (1 + 10 * ROUNDING[g.dtype]), fresh.ball)
+        finite = gram.isfinite().flatten(1).all(1)
+        largest = above_largest_eigenvalue(torch.where(finite[:, None, None], gram, 0.0), 2)
+        found = torch.where(finite, safe_root(largest), torch.inf)
+        size = ball.new_zeros(ball.numel()).index_put((some,), found).reshape(ball.shape)
+        ball = _product(size * (1 + 10 * ROUNDING[g.dtype]), ball)
         ball = ball.flatten(1).sum(-1) if ball.ndim > 1 else ball  # of nodes without positions
         return one, torch.minimum(length, ranks.total(ball) if inner else ball)
 
