@@ -7,13 +7,13 @@ from typing import Any
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.final_pass import final_spec_sharded
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import Passes
 from lirpa_megatron.crown.placement import StartRows
 from lirpa_megatron.crown.row_limits import rows_of
 
 
 def alpha_start_nodes(
-    graph: BoundGraph, node: auto_lirpa.Bound, c: Any, share_alphas: bool, final_name: str
+    graph: Passes, node: auto_lirpa.Bound, c: Any, share_alphas: bool, final_name: str
 ) -> list[tuple]:
     """Start nodes whose passes go through `node`, each with its number of alpha rows there.
 
@@ -40,7 +40,7 @@ def alpha_start_nodes(
 
 
 def rows_with_alpha(
-    graph: BoundGraph, start: Any, is_final: bool, c: Any = None
+    graph: Passes, start: Any, is_final: bool, c: Any = None
 ) -> StartRows | None:
     """The rows of a start node that have alpha; None where none have.
 

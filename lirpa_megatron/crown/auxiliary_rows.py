@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import Passes
 from lirpa_megatron.operators.affine.form import LinearFormBounds
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.operators.operator import Operator
@@ -49,7 +49,7 @@ class DirectionRows:
 class Directions:
     """Bounds such rows by backward passes on one bound graph."""
 
-    def __init__(self, graph: BoundGraph) -> None:
+    def __init__(self, graph: Passes) -> None:
         self.graph, self.tp = graph, graph.context.collectives
 
     def along(
@@ -135,7 +135,7 @@ class CenteredRows:
         return placed
 
 
-def bound_centered(graph: BoundGraph, node: auto_lirpa.Bound, attend: Operator) -> LinearFormBounds:
+def bound_centered(graph: Passes, node: auto_lirpa.Bound, attend: Operator) -> LinearFormBounds:
     """Bounds scores relative to their weighted mean: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
 
     Adding a constant to all scores of a query does not change its softmax, and most of the scores'

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.communication import features_of
 from lirpa_megatron.crown.conjugates import conjugates_of_set, inputs_in_pass
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import Passes
 from lirpa_megatron.crown.host_visit import visit_host
 from lirpa_megatron.crown.placement import PassPlan, RowPlacement
 from lirpa_megatron.crown.relu_sparsity import live_columns
@@ -60,7 +60,7 @@ class BackwardPass:
 
     def __init__(
         self,
-        graph: BoundGraph,
+        graph: Passes,
         plan: PassPlan,
         start: auto_lirpa.Bound,
         alpha_rows: tuple[torch.Tensor, int] | None = None,

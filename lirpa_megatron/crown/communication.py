@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import Call
 from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement
 from lirpa_megatron.operators.context import OperatorInputs
 from lirpa_megatron.parallel.packed_gather import packed_bytes
@@ -86,7 +86,7 @@ class CommunicationPlan:
             as it was done ('chosen').
     """
 
-    def __init__(self, graph: BoundGraph) -> None:
+    def __init__(self, graph: Call) -> None:
         self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
         self.regions = find_regions(graph.named_nodes().values(), self.sharded)
         self.counted: Counter[str] = Counter()

@@ -8,13 +8,13 @@ import torch
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown import alpha
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import Passes
 from lirpa_megatron.crown.row_limits import rows_of
 from lirpa_megatron.forward.method import bound_forward
 from lirpa_megatron.parallel import spmd
 
 
-def bound_final(graph: BoundGraph, call: auto_lirpa.BackwardCall) -> list[torch.Tensor | None]:
+def bound_final(graph: Passes, call: auto_lirpa.BackwardCall) -> list[torch.Tensor | None]:
     """Bounds of the final node's rows.
 
     On a pipeline stage before the last, those of the model, which the last stage finds.
@@ -52,7 +52,7 @@ def bound_final(graph: BoundGraph, call: auto_lirpa.BackwardCall) -> list[torch.
     return bounds if graph.stages is None else graph.stages.found(bounds)
 
 
-def final_spec_sharded(graph: BoundGraph, final: auto_lirpa.Bound, identity: bool, S: int) -> bool:
+def final_spec_sharded(graph: Passes, final: auto_lirpa.Bound, identity: bool, S: int) -> bool:
     """Whether the ranks carry their own rows of the final pass.
 
     Args:

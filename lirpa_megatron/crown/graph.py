@@ -1,4 +1,4 @@
-"""What the engine uses of a BoundedModule."""
+"""What the engine uses of a BoundedModule: each collaborator is given the least of these."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.options import OwnOptions
 from lirpa_megatron.operators.context import CallState, GraphContext
+from lirpa_megatron.parallel.pipeline import Pipeline
 
 
 class Schedule(Protocol):
@@ -37,22 +38,38 @@ class IntermediateBounds(Protocol):
     def without_alpha(self) -> AbstractContextManager[None]: ...
 
 
-class BoundGraph(Protocol):
-    """A bound graph and what drives it. Its nodes are auto_LiRPA's operators, by name."""
+class Nodes(Protocol):
+    """A graph of auto_LiRPA's operators, by name, and how it lies on the ranks."""
 
     context: GraphContext
+    final_name: str
+    """Of the model's output."""
+
+    def __getitem__(self, name: str) -> auto_lirpa.Bound: ...
+
+    def named_nodes(self) -> dict[str, auto_lirpa.Bound]: ...
+
+    def get_forward_value(self, node: auto_lirpa.Bound) -> torch.Tensor: ...
+
+
+class Call(Nodes, Protocol):
+    """The graph in a call of `compute_bounds`."""
+
     call: CallState
-    """Of the `compute_bounds` that is running."""
     own_options: OwnOptions
-    schedule: Schedule
-    intermediate: IntermediateBounds
-    rounding: Any
-    """`rounding.outward.Outward`, or None."""
-    live: Any
-    """`live_check.LiveCheck`, or None."""
+    batch_size: int
+    """Samples in the inputs of the call."""
     device: Any
-    pipeline: Any
-    """`parallel.pipeline.Pipeline`, or None."""
+    final_node_name: str
+    """Of the node that the call bounds."""
+
+    def input_set(self) -> Any: ...
+
+
+class StagedCall(Call, Protocol):
+    """The same, and the stages of a pipeline that the model may be cut into."""
+
+    pipeline: Pipeline | None
     stages: Any
     """`stages.Stages`, or None: this is the whole model."""
     below: Any
@@ -62,32 +79,32 @@ class BoundGraph(Protocol):
     relaxes_rows: bool
     """Whether an operator of the model does (`Operator.relaxes_rows`)."""
 
-    # auto_LiRPA's
-    bound_opts: Mapping[str, Any]
-    final_name: str
-    """Of the model's output."""
-    batch_size: int
-    """Samples in the inputs of the call."""
-    final_node_name: str
-    """Of the node that the call bounds."""
-    optimizable_activations: Sequence[Any]
+
+class Passes(StagedCall, Protocol):
+    """The same, and what takes part in passes."""
+
+    schedule: Schedule
+    intermediate: IntermediateBounds
+    rounding: Any
+    """`rounding.outward.Outward`, or None."""
     backward_from: Mapping[str, list]
     """Node name -> the start nodes whose passes have gone through it."""
+
+    def has_alpha(self, start: auto_lirpa.Bound) -> bool: ...
+
+
+class BoundGraph(Passes, Protocol):
+    """The same, and auto_LiRPA's own state of a call."""
+
+    live: Any
+    """`live_check.LiveCheck`, or None."""
+    bound_opts: Mapping[str, Any]
+    optimizable_activations: Sequence[Any]
     return_A: bool
     needed_A_dict: Mapping[str, Any]
     A_dict: dict[str, Any]
     reference_bounds: Mapping[str, Any]
     aux_reference_bounds: Mapping[str, Any]
-
-    def __getitem__(self, name: str) -> auto_lirpa.Bound: ...
-
-    def named_nodes(self) -> dict[str, auto_lirpa.Bound]: ...
-
-    def input_set(self) -> Any: ...
-
-    def has_alpha(self, start: auto_lirpa.Bound) -> bool: ...
-
-    def get_forward_value(self, node: auto_lirpa.Bound) -> torch.Tensor: ...
 
     def IBP_general(self, node: auto_lirpa.Bound) -> Any: ...
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import StagedCall
 from lirpa_megatron.crown.limits import CACHE
 from lirpa_megatron.crown.placement import PassPlan, RowPlacement
 from lirpa_megatron.operators.operator import Operator
@@ -30,7 +30,7 @@ class RowLimits:
         graph: the graph.
     """
 
-    def __init__(self, graph: BoundGraph) -> None:
+    def __init__(self, graph: StagedCall) -> None:
         self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
         self._free: float | None = None
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import Call
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ class Cut:
     A context manager; `go_on` continues the backward pass from them.
     """
 
-    def __init__(self, graph: BoundGraph) -> None:
+    def __init__(self, graph: Call) -> None:
         self.graph = graph
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._known: dict[int, torch.Tensor] = {}

@@ -19,7 +19,7 @@ import torch
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.backward_pass import UPSTREAM, BackwardPass
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import Passes
 from lirpa_megatron.crown.placement import PassPlan, StartRows
 from lirpa_megatron.crown.stage_below import Course, StageBelow
 from lirpa_megatron.crown.stage_gradients import Cut, Served, Session
@@ -62,7 +62,7 @@ class StageService:
         below: None on the first stage.
     """
 
-    def __init__(self, graph: BoundGraph, pipeline: Pipeline, below: StageBelow | None) -> None:
+    def __init__(self, graph: Passes, pipeline: Pipeline, below: StageBelow | None) -> None:
         self.graph, self.pipeline, self.below = graph, pipeline, below
         self.tp = graph.context.collectives
         self.far_alpha: dict[str, int] = {}

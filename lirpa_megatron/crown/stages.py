@@ -20,7 +20,7 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.affine_forms import InputSet
 from lirpa_megatron.crown.alpha_rows import rows_with_alpha
 from lirpa_megatron.crown.clean_output_check import clean_is_inside
-from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.graph import Passes
 from lirpa_megatron.crown.stage_below import FarInputs, FarSet, StageBelow
 from lirpa_megatron.crown.stage_gradients import Handed, in_place_of
 from lirpa_megatron.crown.stage_service import StageService
@@ -79,7 +79,7 @@ class Stages:
         (hidden,) = message.tensors
         return (hidden.to(first.device), *others)
 
-    def attach(self, graph: BoundGraph) -> None:
+    def attach(self, graph: Passes) -> None:
         """The graph of this stage is there."""
         self.graph = graph
         self.service = StageService(graph, self.pipeline, self.below)
