@@ -93,6 +93,14 @@ class SafetensorsFolder:
         return value
 
 
+class SafetensorsFile(SafetensorsFolder):
+    """The same of one file, whatever its name."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError for a malformed file."""
+        self.directory, self._entries = path.parent, _read_header(path)
+
+
 def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
     """The files, and what the index says where each tensor is (nothing without an index)."""
     index = directory / INDEX

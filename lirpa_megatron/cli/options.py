@@ -186,11 +186,21 @@ def _add_sources(add: Any) -> None:
 def add_question(add: Any) -> None:
     """The options of runs over sentences alone."""
     add(
-        "--question", choices=("certify", "radius", "synonyms"),
+        "--question", choices=("certify", "radius", "synonyms", "direction"),
         help="certify: does the prediction hold within --eps; radius: the largest radius within "
-        "which it holds (default); synonyms: does it hold if candidates replace the words",
+        "which it holds (default); synonyms: does it hold if candidates replace the words; "
+        "direction: how far (or whether within --eps) hidden states may move along --vectors",
     )
     add("--eps", metavar="R", type=_number(float, 0), help="radius around the embeddings")
+    add(
+        "--vectors", metavar="FILE", type=Path,
+        help="with --question direction: vectors [d, hidden] in a file .npy, .json or .safetensors",
+    )
+    add(
+        "--layer", metavar="L", type=_number(int, 0),
+        help="with --question direction: the layer (from 0) whose input moves (default 0: the "
+        "embeddings)",
+    )
     add("--norm", choices=("inf", "2", "1"), help="norm of the radius (default inf)")
     add(
         "--words", choices=("all", "each"),
@@ -247,6 +257,12 @@ def _add_effort(add: Any) -> None:
         "--order", metavar="P", type=_number(int, 1),
         help="with --method forward: degree of the polynomials, above 1 for sets of few dimensions "
         "(default 1)",
+    )
+    add(
+        "--splits", metavar="N", type=_number(int, 0),
+        help="cut a set of at most 16 dimensions up to N times and bound its pieces, until all of "
+        "it is proved: for --question direction and synonyms, and for properties of few inputs "
+        "(default 0)",
     )
     add(
         "--tensor-parallel-size", metavar="N", type=_number(int, 1),

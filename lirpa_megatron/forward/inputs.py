@@ -80,6 +80,11 @@ def _positions(x: torch.Tensor, ptb: PerturbationPositions) -> Symbols:
     return x, directions, [Group(kind, size, len(directions) // size)] if len(directions) else []
 
 
+def most_symbols(order: int) -> int | None:
+    """Symbols that polynomials of a degree are made for; None: as many as there are."""
+    return {1: None, 2: 16, 3: 8}.get(order, 1)
+
+
 def of_leaves(leaves: Sequence[Any], order: int) -> tuple[dict[str, Symbols], list[Group]]:
     """The symbols of all perturbed inputs: leaf name -> its own, and all groups in their order.
 
@@ -89,7 +94,7 @@ def of_leaves(leaves: Sequence[Any], order: int) -> tuple[dict[str, Symbols], li
     found = {leaf.name: of_leaf(leaf) for leaf in leaves}
     groups = [group for symbols in found.values() for group in symbols[2]]
     count = sum(group.symbols for group in groups)
-    most = {1: None, 2: 16, 3: 8}.get(order, 1)
+    most = most_symbols(order)
     if most is not None and count > most:
         raise UserError(
             f"order={order} is for sets of at most {most} dimension{'s' if most > 1 else ''}, this "

@@ -34,7 +34,7 @@ WORDS = {
 }
 _SETTING = (
     "network", "iteration", "stored_dtype", "dtype", "method", "task", "question", "norm", "words",
-    "shape", "tolerance", "prompt", "label_tokens",
+    "shape", "tolerance", "prompt", "label_tokens", "order", "splits", "layer", "vectors",
 )
 
 Result = dict[str, Any]
@@ -85,7 +85,8 @@ def is_certified(result: Result) -> bool:
 
 
 def asks_radius(result: Result) -> bool:
-    return result.get("question") == "radius"
+    question = result.get("question")
+    return question == "radius" or (question == "direction" and result.get("eps") is None)
 
 
 def groups_of(results: Sequence[Result]) -> list[list[Result]]:
@@ -158,7 +159,7 @@ def accuracy_curve(results: Sequence[Result]) -> dict[str, Any]:
 def summary_rows(group: dict[str, Any]) -> list[tuple[str, str]]:
     """What is shown of a group: (measure, value), in reading order; "-" for what does not apply."""
     counts, total = group["counts"], group["inputs"]
-    at = " at a radius above 0" if group["question"] == "radius" else ""
+    at = " at a radius above 0" if group["asks_radius"] else ""
     rows = [
         ("network", group["network"]),
         ("iteration", group["iteration"] or "-"),
@@ -238,6 +239,7 @@ def _summary(group: list[Result]) -> dict[str, Any]:
 
     return {
         **{name: group[0].get(name) for name in _SETTING},
+        "asks_radius": asks_radius(group[0]),
         "eps": sorted(set(_numbers(r.get("eps") for r in group))),
         "tensor_parallel": sorted({r.get("tensor_parallel") for r in group} - {None}),
         "inputs": len(group),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
-from lirpa_megatron.verify.properties import complete
+from lirpa_megatron.verify.properties import complete, splits
 from lirpa_megatron.verify.properties.attack import Target, find_candidates
 from lirpa_megatron.verify.properties.counterexamples import Counterexample, confirm
 from lirpa_megatron.verify.properties.loading import Loaded
@@ -109,7 +110,8 @@ def verify_instance(
                 still_open.append((region, disjuncts))
     reported = reported_bounds(prop, bounds)
     if not still_open:
-        return Outcome("unsat", reported)
+        whole = {"proved_share": 1.0, "pieces": len(bounds)} if options.splits else {}
+        return Outcome("unsat", reported, **whole)
     near = None
     each = max(1, _MOST_WALKS // options.attack_restarts)
     for begin in range(0, len(still_open) if options.attack_steps else 0, each):
@@ -119,11 +121,48 @@ def verify_instance(
         if holds:
             return Outcome("sat", reported, found)
         near = near or _near_miss(found)
+    pieces: dict[str, Any] = {}
+    if options.splits:
+        cut = _by_splits(loaded, prop, still_open, places, bounds, options, deadline, ranks)
+        closed = len(bounds) - len(places)
+        pieces = {"proved_share": (closed + sum(cut.shares)) / len(bounds),
+                  "pieces": cut.count + closed}
+        reported = reported_bounds(prop, bounds)
+        left = [k for k, share in enumerate(cut.shares) if share < 1]
+        still_open, places = ([every[k] for k in left] for every in (still_open, places))
+        if cut.counterexample is not None:
+            return Outcome("sat", reported, cut.counterexample, **pieces)
+        if cut.is_over or not left:
+            ended = ("timeout", near) if cut.is_over else ("unsat", None)
+            return Outcome(ended[0], reported, note=ended[1], **pieces)
     if options.complete:
-        return _complete(
+        found = _complete(
             loaded, prop, still_open, places, bounds, options, deadline, ranks, near, progress
         )
-    return Outcome("unknown", reported, note=near)
+        return replace(found, **pieces)
+    return Outcome("unknown", reported, note=near, **pieces)
+
+
+def _by_splits(
+    loaded: Loaded, prop: Property, targets: list[Target], places: list[int],
+    bounds: list[dict[int, float]], options: VerifyOptions, deadline: Deadline, ranks: ModelRanks,
+) -> splits.Pieces:
+    """Bounds of the targets' pieces; what they say of a whole region is noted in `bounds`."""
+
+    def bound(regions: list[Region]) -> list[dict[int, float]]:
+        part = replace(prop, regions=tuple(regions))
+        return [
+            found for bounded, some in _batches(loaded, part)
+            for found in _bound_rows(loaded, bounded, prop, some, options, ranks)
+        ]
+
+    found = splits.bound_pieces(
+        loaded, prop, targets, [bounds[place] for place in places], bound, options.splits,
+        _most_boxes(loaded), deadline.is_over, ranks,
+    )
+    for place, tighter in zip(places, found.bounds, strict=True):
+        bounds[place] = tighter
+    return found
 
 
 def _complete(

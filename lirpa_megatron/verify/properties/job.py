@@ -21,6 +21,7 @@ from lirpa_megatron.verify.properties.instance_list import Instance
 from lirpa_megatron.verify.properties.loading import Loaded, load
 from lirpa_megatron.verify.properties.options import VerifyOptions
 from lirpa_megatron.verify.properties.results import Result
+from lirpa_megatron.verify.properties.splits import check_dimensions
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
 
@@ -61,7 +62,10 @@ class Runner:
         """
         sizes = loaded.description.n_in, loaded.description.n_out
         with self._agreed(f"reading property {instance.property}"):
-            return read_vnnlib(instance.property_path, *sizes, f"network {instance.network}")
+            prop = read_vnnlib(instance.property_path, *sizes, f"network {instance.network}")
+            if self.options.splits:
+                check_dimensions(prop)
+            return prop
 
     def run(self, instances: Iterable[Instance], write: Callable[[Result], None]) -> list[Result]:
         """Verifies all instances; one that raises gets the result "error".

@@ -23,8 +23,10 @@ from lirpa_megatron.errors import SPMDError, UserError
 from lirpa_megatron.networks.network import DTYPES
 from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.parallel.pipeline import guard
+from lirpa_megatron.problem.token_perturbations import check_start_layer
 from lirpa_megatron.report.summary import summarise, summary_table
 from lirpa_megatron.verify.agreement import agreed
+from lirpa_megatron.verify.sentences import vectors
 from lirpa_megatron.verify.sentences.data import Item, read_items
 from lirpa_megatron.verify.sentences.encoded import Encoded, Tokenizer
 from lirpa_megatron.verify.sentences.files import (
@@ -55,6 +57,7 @@ from lirpa_megatron.verify.sentences.tokenizer_files import (
     find_tokenizer,
     said_of,
 )
+from lirpa_megatron.verify.sentences.vectors import check_dimensions, read_vectors
 
 TERMINATED = 143
 """Exit status of a run that SIGTERM ended between two sentences; --resume goes on."""
@@ -137,8 +140,14 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
                 f"vocabulary {vocabulary}: they do not belong together"
             )
         task = make_task(
-            options.task, model, vocabulary, options.label_tokens, tokenizer, options.labels
+            options.task, model, vocabulary, options.label_tokens, tokenizer, options.labels,
+            options.layer,
         )
+        along = None
+        if options.vectors is not None:
+            along = read_vectors(options.vectors, model.config.hidden_size)
+            check_start_layer(model, options.layer)
+            check_dimensions(len(along), options)
         items = [task.with_label(item) for item in items]
     used = str(next(model.parameters()).dtype).removeprefix("torch.")
     asked = {
@@ -147,6 +156,8 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
         "iteration": description.stored.iteration, "stored_dtype": description.stored.dtype,
         "dtype": used, "tokenizer": None if path is None else said_of(path, files.load),
     }
+    if options.vectors is not None:
+        asked["vectors"] = vectors.said_of(options.vectors)
     done: list[dict[str, Any]] = []
     with agreed(dist.group.WORLD, "reading earlier results"):
         if files.resume and runtime.is_rank0():
@@ -163,7 +174,8 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
     replicas, own = _replicas()
     longest = description.longest_input
     return _Replica(
-        left[own::replicas], tokenizer, task, SentenceVerifier(model, task, options, group),
+        left[own::replicas], tokenizer, task,
+        SentenceVerifier(model, task, options, group, along),
         sys.maxsize if longest is None else longest, vocabulary, asked, done,
         of_items(items, done, asked),
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.options import RunOptions
 
-QUESTIONS = ("certify", "radius", "synonyms")
+QUESTIONS = ("certify", "radius", "synonyms", "direction")
 NORMS = {"inf": math.inf, "2": 2.0, "1": 1.0}
 
 
@@ -24,6 +25,9 @@ class SentenceOptions(RunOptions):
     question: str = "radius"
     # radius that is certified, or that is added around substitutes
     eps: float | None = None
+    # of the question "direction": a file of vectors, and the layer whose input moves along them
+    vectors: Path | None = None
+    layer: int = 0
     # a key of NORMS
     norm: str = "inf"
     # "all": the words move together; "each": one word at a time, the others stay
@@ -57,11 +61,38 @@ class SentenceOptions(RunOptions):
             raise UserError(f"--question synonyms uses a box or a hull, not --norm {self.norm}")
         if self.question == "synonyms" and self.eps is not None and self.shape == "hull":
             raise UserError("--eps around substitutes needs --shape box")
+        self._check_direction()
         super().check()
         if "{text}" not in self.prompt:
             raise UserError(f"--prompt {self.prompt!r} has no {{text}}, the place of the sentence")
         if self.prompt.count("{text}") > 1:
             raise UserError(f"--prompt {self.prompt!r} has {{text}} more than once")
+
+    def _check_direction(self) -> None:
+        along = self.question == "direction"
+        if along and self.vectors is None:
+            raise UserError("--question direction needs the vectors: give --vectors FILE")
+        if along and self.norm != "inf":
+            raise UserError(f"--question direction limits each vector's share, not --norm "
+                            f"{self.norm}: leave it out")
+        if along and self.outward:
+            raise UserError("--outward does not cover directions: leave it out")
+        if not along and (self.vectors is not None or self.layer):
+            name = "--layer" if self.vectors is None else "--vectors"
+            raise UserError(f"{name} is of --question direction")
+        few = along or (self.question == "synonyms" and self.shape == "hull")
+        if self.splits and not few:
+            raise UserError(
+                "--splits is for sets of few dimensions: --question direction, or synonyms with "
+                "--shape hull"
+            )
+        if self.splits and self.outward:
+            raise UserError("--outward with --splits covers properties alone: leave one out")
+
+    @property
+    def asks_radius(self) -> bool:
+        """Whether the largest radius is asked for."""
+        return self.question == "radius" or (self.question == "direction" and self.eps is None)
 
     def key(self) -> dict[str, Any]:
         """What tells the results of one question from those of another, as they are written."""
@@ -83,6 +114,8 @@ class SentenceOptions(RunOptions):
             asked["label_tokens"] = self.label_tokens
         if self.question == "synonyms":
             asked["shape"] = self.shape
-        if self.question == "radius":
+        if self.question == "direction":
+            asked["layer"] = self.layer
+        if self.asks_radius:
             asked["tolerance"] = self.tolerance
         return asked

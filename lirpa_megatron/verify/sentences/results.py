@@ -37,7 +37,7 @@ def result_of(
         positions = [
             {"position": p, "result": each.result, "margin": each.margin,
              "certified_radius": each.certified_radius, "attacked_radius": each.attacked_radius,
-             "counterexample": each.sentence}
+             "counterexample": each.sentence, **_pieces(each)}
             for p, each in sorted(verdict.positions.items())
         ]
     tried = {}
@@ -69,12 +69,20 @@ def result_of(
         "positions": positions,
         **tried,
         "counterexample": found.sentence,
+        **_pieces(found),
         "tensor_parallel": ranks[0],
         **({} if ranks[1] == 1 else {"pipeline_parallel": ranks[1]}),
         "seconds": round(seconds, 4),
         "peak_memory_mib": memory,
         **({} if error is None else {"error": error}),
     }
+
+
+def _pieces(found: Finding) -> dict[str, Any]:
+    """What splits have found, if there were any."""
+    if found.pieces is None:
+        return {}
+    return {"proved_share": found.proved_share, "pieces": found.pieces}
 
 
 def _fixed(encoded: Encoded, substitutes: Substitutes, asked: dict[str, Any]) -> list[int]:

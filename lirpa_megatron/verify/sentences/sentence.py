@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from lirpa_megatron.adapters.embeddings import embed
 from lirpa_megatron.adapters.stages import pipeline_of
 from lirpa_megatron.bounded_module import BoundedModule
+from lirpa_megatron.complete.input_splits import SplitBounds, bound_by_splits
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.model_ranks import ModelRanks
 from lirpa_megatron.problem.token_perturbations import perturb_tokens
@@ -44,6 +45,10 @@ class Finding:
     attacked_radius: float | None = None
     # ids of a sentence on which the model is wrong
     sentence: list[int] | None = None
+    # with splits: the share of the set's volume that is proved (at the certified radius: all of
+    # it), and how many pieces it was cut into
+    proved_share: float | None = None
+    pieces: int | None = None
 
 
 @dataclass
@@ -69,12 +74,14 @@ class SentenceVerifier:
         options: the question.
         group: the tensor-parallel group; every rank, of all pipeline stages of the model, calls
             `verify` with the same sentences.
+        vectors: [d, h] for the question "direction".
     """
 
     def __init__(
         self, model: nn.Module, task: Task, options: SentenceOptions,
-        group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup | None, vectors: torch.Tensor | None = None,
     ) -> None:
+        self.vectors, self._cover = vectors, None
         self.model, self.task, self.options, self.group = model, task, options, group
         self.norm, self.pipeline = NORMS[options.norm], pipeline_of(model)
         self._graphs: dict[int, BoundedModule] = {}
@@ -95,8 +102,15 @@ class SentenceVerifier:
         """
         self._deadline = Deadline(seconds, ModelRanks(self.group, self.pipeline))
         tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+        self._cover: SplitBounds | None = None
         with torch.no_grad():
-            hidden = embed(self.model, tokens, **self._types(tokens))
+            if self.options.layer:
+                hidden = perturb_tokens(
+                    self.model, tokens, eps=0.0, start_layer=self.options.layer,
+                    **self._types(tokens),
+                )[0].data
+            else:
+                hidden = embed(self.model, tokens, **self._types(tokens))
             scores = self.task.scores(self.task.net(hidden))[0].double().tolist()
         scores = spmd.broadcast_object(scores, self.group)
         if not all(map(math.isfinite, scores)):
@@ -115,6 +129,8 @@ class SentenceVerifier:
                 self._each(verdict, tokens, hidden, label, places, substitutes)
         except OutOfTime:
             verdict.result = "timeout"
+            if self._cover is not None and self.options.words == "all":
+                verdict.finding = Finding("unknown", **self._share())
         return verdict
 
     def _each(
@@ -146,22 +162,34 @@ class SentenceVerifier:
             return self._synonyms(tokens, label, places, substitutes)
         where = torch.zeros(tokens.shape[1], dtype=torch.bool, device=tokens.device)
         where[places] = True
+        words: dict[str, Any] = {"positions": places, "norm": self.norm}
+        space = _Space(lambda points: self.task.margin(points, label), hidden.detach(), where)
+        if self.options.question == "direction":
+            words = {"positions": places, "directions": self.vectors,
+                     "start_layer": self.options.layer}
+            space = space.along(self.vectors)
+        proved: dict[str, Any] = {}
 
         def margin_at(eps: float) -> float:
-            return self._margin(tokens, label, eps=eps, norm=self.norm, positions=places)
+            margin = self._margin(tokens, label, eps=eps, **words)
+            if margin > 0:
+                proved.update(self._share())
+            return margin
 
         def attack(radius: float) -> float | None:
-            return self._attack(hidden, label, where, radius)
+            return self._attack(space, radius)
 
-        if self.options.question == "certify":
+        if not self.options.asks_radius:
             eps = float(self.options.eps or 0.0)
             margin = margin_at(eps)
             if margin > 0:
-                return Finding("unsat", _finite(margin))
+                return Finding("unsat", _finite(margin), **proved)
             broken = attack(eps)
+            if broken is None and self._cover is not None and self._cover.counterexamples:
+                broken = eps  # one of the pieces has a point at which the model is wrong
             return Finding("unknown" if broken is None else "sat", _finite(margin),
-                           attacked_radius=broken)
-        clean, linear = self._tangent(hidden, label, where)
+                           attacked_radius=broken, **self._share())
+        clean, linear = self._tangent(space)
         tolerance = self.options.tolerance
         certified = largest_certified(margin_at, clean, linear, tolerance)
         attacked = None
@@ -169,7 +197,7 @@ class SentenceVerifier:
             attacked = smallest_attacked(attack, max(linear, certified))
         return Finding(
             "unsat" if certified > 0 else "unknown", certified_radius=certified,
-            attacked_radius=attacked,
+            attacked_radius=attacked, **proved,
         )
 
     def _synonyms(
@@ -182,7 +210,7 @@ class SentenceVerifier:
             words |= {"eps": self.options.eps, "positions": places}
         margin = self._margin(tokens, label, **words)
         if margin > 0:
-            return Finding("unsat", _finite(margin))
+            return Finding("unsat", _finite(margin), **self._share())
         found = None
         if self.options.attack_steps:
             self._check_time()
@@ -190,7 +218,8 @@ class SentenceVerifier:
                 lambda h: self.task.margin(h, label),
                 lambda ids: embed(self.model, ids, **self._types(ids)), tokens, chosen, self.group,
             )
-        return Finding("unknown" if found is None else "sat", _finite(margin), sentence=found)
+        return Finding("unknown" if found is None else "sat", _finite(margin), sentence=found,
+                       **self._share())
 
     # -------------------------------------------------------------------- numbers
 
@@ -222,42 +251,84 @@ class SentenceVerifier:
             )
         # Only alpha needs gradients; recording them otherwise costs memory.
         optimized = self.options.method == "CROWN-Optimized"
+        further = {"decision_thresh": 0.0} if optimized else {}
+        C = self.task.specification(label, inputs[0].data)
+        if self.options.splits:
+            return self._by_splits(self._graphs[length], inputs, C, label, further)
         with contextlib.nullcontext() if optimized else torch.no_grad():
             lower, _ = self._graphs[length].compute_bounds(
-                inputs, C=self.task.specification(label, inputs[0].data),
-                method=self.options.method, bound_upper=False,
-                **({"decision_thresh": 0.0} if optimized else {}),
+                inputs, C=C, method=self.options.method, bound_upper=False, **further
             )
         value = float(self.task.smallest(lower.detach(), label))
         value = spmd.broadcast_object(value, self.group)
         return value if math.isfinite(value) else -math.inf
 
-    def _attack(
-        self, hidden: torch.Tensor, label: int, where: torch.Tensor, radius: float
-    ) -> float | None:
+    def _by_splits(
+        self, graph: BoundedModule, inputs: tuple[Any, ...], C: torch.Tensor | None, label: int,
+        further: dict[str, Any],
+    ) -> float:
+        """The same by pieces of the set; `_cover` says what was found of them."""
+        self._cover = found = bound_by_splits(
+            graph, inputs, C, splits=self.options.splits, method=self.options.method,
+            margin=lambda rows, _: torch.stack([
+                torch.as_tensor(self.task.smallest(row[None], label)) for row in rows
+            ]),
+            margin_at=lambda points, _: self.task.margin(points, label),
+            is_over=self._deadline.is_over, bound_upper=False, **further,
+        )
+        if found.is_over and found.margin.item() <= 0:
+            raise OutOfTime
+        return found.margin.item()
+
+    def _share(self) -> dict[str, Any]:
+        """What a finding says of the pieces."""
+        if self._cover is None:
+            return {}
+        return {"proved_share": float(self._cover.proved), "pieces": int(self._cover.pieces)}
+
+    def _attack(self, space: _Space, radius: float) -> float | None:
         self._check_time()
         options = self.options
         if options.attack_steps < 1:
             return None
         return smallest_success(
-            lambda h: self.task.margin(h, label), hidden, where, self.norm, radius,
+            space.margin, space.origin, space.where, self.norm, radius,
             options.attack_steps, options.attack_restarts, options.seed, self.group,
-            smaller=self.options.tolerance if self.options.question == "radius" else 1.0,
+            smaller=self.options.tolerance if self.options.asks_radius else 1.0,
         )
 
-    def _tangent(
-        self, hidden: torch.Tensor, label: int, where: torch.Tensor
-    ) -> tuple[float, float]:
+    def _tangent(self, space: _Space) -> tuple[float, float]:
         """The clean margin, and the radius at which its tangent there is 0."""
-        points = hidden.detach().requires_grad_(True)
-        margin = self.task.margin(points, label)
+        points = space.origin.requires_grad_(True)
+        margin = space.margin(points)
         (gradient,) = torch.autograd.grad(margin.sum(), points)
         dual = {math.inf: 1.0, 1.0: math.inf, 2.0: 2.0}[self.norm]
-        slope = torch.linalg.vector_norm((gradient * where.view(1, -1, 1)).flatten(), ord=dual)
+        moved = gradient * space.where.view(1, -1, 1)
+        slope = torch.linalg.vector_norm(moved.flatten(), ord=dual)
         clean = float(margin.detach().sum())
         radius = clean / max(float(slope), 1e-20)
         radius = min(max(radius, 1e-12), 1e6) if math.isfinite(radius) else 1.0
         return spmd.broadcast_object((clean, radius), self.group)
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Where an attack looks: points [N, S, h], of which those at `where` [S] move from the origin.
+    """
+
+    margin: Callable[[torch.Tensor], torch.Tensor]
+    origin: torch.Tensor
+    where: torch.Tensor
+
+    def along(self, vectors: torch.Tensor) -> _Space:
+        """The shares t [N, 1, d] of vectors [d, h] that are added at all positions that move."""
+        vectors = vectors.to(self.origin)
+        moves = self.where.to(self.origin).view(1, -1, 1)
+
+        def margin(t: torch.Tensor) -> torch.Tensor:
+            return self.margin(self.origin + moves * (t @ vectors))
+
+        return _Space(margin, self.origin.new_zeros(1, 1, len(vectors)), self.where.new_ones(1))
 
 
 def _finite(value: float) -> float | None:

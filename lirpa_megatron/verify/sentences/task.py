@@ -11,7 +11,7 @@ from megatron.core.models.bert.bert_model import BertModel
 from torch import nn
 
 from lirpa_megatron.adapters.stages import forward_of
-from lirpa_megatron.adapters.views import at_position, bert_head
+from lirpa_megatron.adapters.views import at_position, bert_head, from_layer
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.problem.margins import (
     classification_margins,
@@ -103,7 +103,7 @@ class Classification(Task):
 
     name = "classification"
 
-    def __init__(self, model: BertModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.view = bert_head(model, "binary")
         self.net = forward_of(self.view)
         self.classes = 2  # Megatron's binary head has no other size
@@ -187,7 +187,7 @@ def _without(scores: torch.Tensor, label: int) -> torch.Tensor:
 
 def make_task(
     name: str | None, model: nn.Module, vocab_size: int, label_tokens: str | None,
-    tokenizer: Tokenizer | None, labels: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None, labels: Sequence[str] | None = None, start_layer: int = 0,
 ) -> Task:
     """The task of that name; by default what the model is made for.
 
@@ -199,12 +199,13 @@ def make_task(
         label_tokens: "bad,awful|good,great": words of class 0, 1, ...
         tokenizer: that knows them.
         labels: names of class 0, 1, ...
+        start_layer: which layer's input the task's modules take.
 
     Raises:
         UserError: a task that the model is not made for, label words that are no tokens, names that
             are not one for each class.
     """
-    task = _make_task(name, model, vocab_size, label_tokens, tokenizer)
+    task = _make_task(name, model, vocab_size, label_tokens, tokenizer, start_layer)
     if labels is None:
         return task
     if task.name == "next-token":
@@ -219,7 +220,7 @@ def make_task(
 
 def _make_task(
     name: str | None, model: nn.Module, vocab_size: int, label_tokens: str | None,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | None, start_layer: int,
 ) -> Task:
     is_bert = isinstance(model, BertModel)
     if name is None:
@@ -231,14 +232,15 @@ def _make_task(
         raise UserError(f"--task {name} is not for a {kind} model: choose {fits}")
     if (name == "label-tokens") != (label_tokens is not None):
         raise UserError("--label-tokens and --task label-tokens need each other")
+    part = from_layer(model, start_layer) if start_layer else model
     if name == "classification":
         if model.post_process and model.binary_head is None:
             raise UserError("the BERT model has no binary head (add_binary_head), so no classes")
-        return Classification(model)
+        return Classification(part)
     if name == "next-token":
-        return NextToken(model, vocab_size)
+        return NextToken(part, vocab_size)
     names, ids = _label_ids(label_tokens or "", tokenizer)
-    return LabelTokens(model, ids, names)
+    return LabelTokens(part, ids, names)
 
 
 def _label_ids(text: str, tokenizer: Tokenizer | None) -> tuple[list[str], list[list[int]]]:
