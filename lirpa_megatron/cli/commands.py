@@ -237,6 +237,25 @@ def _verify(arguments: dict[str, Any]) -> int:
     return 1 if any(result.result == "error" for result in results) else 0
 
 
+def _check(arguments: dict[str, Any]) -> int:
+    import torch.distributed as dist
+
+    from lirpa_megatron.networks.files import find_file
+    from lirpa_megatron.verify.properties.records import check_record
+
+    if dist.get_world_size() > 1:
+        raise UserError("check runs in one process: start it without torchrun")
+    network, is_checkpoint = arguments.get("load"), "load" in arguments
+    if "onnx" in arguments:
+        network = find_file(arguments["onnx"], "network")
+    prop = arguments.get("vnnlib")
+    prop = None if prop is None else find_file(prop, "property")
+    print(check_record(
+        arguments["record"], network, is_checkpoint, prop, arguments.get("onnx_output")
+    ))
+    return 0
+
+
 def _report(arguments: dict[str, Any]) -> int:
     """Needs one process, and none of the libraries that bounds need."""
     from lirpa_megatron.report.page import write_report
@@ -282,6 +301,7 @@ def _open_output(path: Path, keep_bytes: int) -> TextIO:
 
 
 _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "check": _check,
     "import-hf": _import_hf,
     "import-onnx": _import_onnx,
     "inspect": _inspect,

@@ -73,6 +73,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     _add_imports(commands)
     _add_inspect(commands)
     _add_verify(commands)
+    _add_check(commands)
     _add_report(commands)
     return parser
 
@@ -254,6 +255,11 @@ def _add_effort(add: Any) -> None:
         "attack leave open, until it is decided or --timeout is over",
     )
     add(
+        "--record", metavar="JSON", type=Path,
+        help="with --complete and --vnnlib: file for the proof of a property that holds, which "
+        "`check` verifies",
+    )
+    add(
         "--order", metavar="P", type=_number(int, 1),
         help="with --method forward: degree of the polynomials, above 1 for sets of few dimensions "
         "(default 1)",
@@ -319,6 +325,21 @@ def _add_effort(add: Any) -> None:
         help="do not run the model itself to check that the bounds describe it (for models too "
         "large to run); results then say live_check: false",
     )
+
+
+def _add_check(commands: Any) -> None:
+    parser = _add_command(
+        commands, "check",
+        "Prove a record of verify --complete --record again, leaf by leaf, in float64.",
+        "example:\n  lirpa-megatron check proof.json",
+    )
+    add = parser.add_argument
+    add("record", metavar="RECORD", type=Path, help="file that verify --record wrote")
+    where = "(default: where the record says)"
+    add("--onnx", metavar="FILE", type=Path, help=f"ONNX file of the network {where}")
+    add("--load", metavar="DIR", type=Path, help=f"checkpoint of the network {where}")
+    add("--onnx-output", metavar="NAME", help=_WHICH_OUTPUT)
+    add("--vnnlib", metavar="PROP", type=Path, help=f"the property {where}")
 
 
 def _add_report(commands: Any) -> None:

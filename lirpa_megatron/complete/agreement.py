@@ -70,3 +70,25 @@ def mean_over_ranks(
             for all_of, of_first in zip(whole, parts[0], strict=True)
         )
     return sums / counts.clamp(min=1)
+
+
+def unstable_numbers(
+    tp: Collectives, unstable: torch.Tensor, numbers: torch.Tensor, sharded: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unstable neurons of one ReLU, of all ranks.
+
+    Args:
+        tp: the ranks.
+        unstable: [K, n] of this rank's.
+        numbers: their numbers, [n].
+        sharded: whether each rank has its own.
+
+    Returns:
+        boxes and numbers, [U] each, the same on every rank.
+    """
+    box, place = unstable.nonzero(as_tuple=True)
+    own = list(zip(box.tolist(), numbers[place].tolist(), strict=True))
+    parts = spmd.gather_objects(own, tp.group)
+    found = sorted(pair for part in (parts if sharded else parts[:1]) for pair in part)
+    both = torch.tensor(found, dtype=torch.int64, device=numbers.device).view(-1, 2)
+    return both[:, 0], both[:, 1]

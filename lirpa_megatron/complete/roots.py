@@ -6,7 +6,7 @@ the lower bound becomes 0 or more), as alpha-beta-CROWN does by default.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,28 @@ class Roots:
     def neurons(self) -> int:
         """N."""
         return self.lower.shape[1]
+
+    def under(self, plan: PassPlan) -> Roots:
+        """What passes from another start node need: its ReLUs alone."""
+        names = {node.name for node in plan.order if node is not plan.start}
+        relus, chosen, first = [], [], 0
+        for r in self.relus:
+            if r.name in names:
+                relus.append(replace(r, first=first))
+                chosen.append(torch.arange(r.first, r.first + r.size))
+                first += r.size
+        index = torch.cat(chosen).to(self.number_of.device)
+        number_of = self.number_of[index]
+        place_of = torch.full_like(self.place_of, first)
+        place_of[number_of] = torch.arange(first, device=index.device)
+        old = [i for i, r in enumerate(self.relus) if r.name in names]
+        relu_of = torch.zeros_like(self.relu_of)
+        for new, i in enumerate(old):
+            relu_of[self.relu_of == i] = new
+        return replace(
+            self, plan=plan, relus=tuple(relus), lower=self.lower[:, index],
+            upper=self.upper[:, index], number_of=number_of, place_of=place_of, relu_of=relu_of,
+        )
 
 
 def bound_roots(graph: Any, problem: Problem, method: str = "CROWN-Optimized") -> Roots:
@@ -172,6 +194,17 @@ def _numbered(graph: Any, plan: PassPlan, margins: torch.Tensor) -> Roots:
         plan, tuple(relus), active, torch.cat(lowers, 1), torch.cat(uppers, 1), number_of,
         place_of, torch.tensor([*relu_of, 0], device=number_of.device), margins,
     )
+
+
+def neuron_count(graph: Any) -> int:
+    """How many neurons the ReLUs of a graph have, on all ranks."""
+    total = 0
+    for node in graph.named_nodes().values():
+        if type(node) is auto_lirpa.BoundRelu:
+            x = node.inputs[0]
+            each = _count(list(x.output_shape[1:]))
+            total += each * (graph.context.collectives.size if graph.sharded[x.name] else 1)
+    return total
 
 
 def _count(shape: list[int]) -> int:

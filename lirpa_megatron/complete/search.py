@@ -20,7 +20,8 @@ from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.complete import branching
 from lirpa_megatron.complete.bounding import Bounded, Bounder
 from lirpa_megatron.complete.domain_pass import passes
-from lirpa_megatron.complete.problem import Domain, Leaf, Problem, Searched, SearchOptions, Split
+from lirpa_megatron.complete.problem import Domain, Leaf, Problem, Searched, SearchOptions
+from lirpa_megatron.complete.refinement import refined
 from lirpa_megatron.complete.roots import Roots, bound_roots
 
 Confirm = Callable[[int, torch.Tensor], torch.Tensor | None]
@@ -51,7 +52,13 @@ def search(
     if roots is None:
         roots = bound_roots(graph, problem)
     with passes(graph, roots.active_columns), full_precision(graph.device):
+        if options.refinement_iterations:
+            roots = refined(graph, problem, roots, options, lambda: _is_over(options, begin))
         return _Search(graph, problem, roots, options, confirm, progress, begin).run()
+
+
+def _is_over(options: SearchOptions, begin: float) -> bool:
+    return options.timeout is not None and time.monotonic() - begin > options.timeout
 
 
 class _Search:
@@ -61,7 +68,9 @@ class _Search:
     ) -> None:
         self.problem, self.options, self.begin = problem, options, begin
         self.confirm, self.progress = confirm, progress
-        self.bounder = Bounder(graph, problem, roots, options, self._is_over)
+        self.bounder = Bounder(
+            graph, problem, roots, options, lambda: _is_over(options, begin)
+        )
         self.heap: list[tuple[float, int, Domain]] = []
         self.count = itertools.count()
         self.bounded = 0
@@ -69,10 +78,6 @@ class _Search:
         self.stuck: list[Domain] = []
         self.leaves: list[Leaf] = []
         self.refuted: tuple[int, torch.Tensor] | None = None
-
-    def _is_over(self) -> bool:
-        limit = self.options.timeout
-        return limit is not None and time.monotonic() - self.begin > limit
 
     # ------------------------------------------------------------------ the loop
 
@@ -232,7 +237,3 @@ class _Search:
             point, goal, self.leaves if status == "proved" else [],
         )
 
-
-def sorted_splits(splits: tuple[Split, ...]) -> tuple[Split, ...]:
-    """In the order of neurons' numbers."""
-    return tuple(sorted(splits))

@@ -46,7 +46,8 @@ class Decided:
         bound: smallest bound of an open disjunct; above 0 if all are proved.
         counterexample: if the result is sat.
         note: why it is unknown.
-        leaves: (target, disjunct, leaf) of the trees, if they are kept.
+        leaves: (target, disjunct, leaf) of the trees, if they are kept; after `merge` the region's
+            position in place of the target's.
     """
 
     result: str
@@ -58,8 +59,8 @@ class Decided:
     note: str | None = None
     leaves: list[tuple[int, int, Leaf]] = field(default_factory=list)
 
-    def merge(self, other: Decided, positions: Sequence[int]) -> None:
-        """With what was found out about other targets, at these positions among all."""
+    def merge(self, other: Decided, regions: Sequence[int]) -> None:
+        """With what was found out about other targets, of regions at these positions."""
         self.domains += other.domains
         self.open += other.open
         known = [b for b in (self.bound, other.bound) if b is not None]
@@ -68,7 +69,7 @@ class Decided:
         if other.result != "unsat" and self.result != "sat":
             self.result = other.result
             self.note = other.note or self.note
-        self.leaves += [(positions[k], d, leaf) for k, d, leaf in other.leaves]
+        self.leaves += [(regions[k], d, leaf) for k, d, leaf in other.leaves]
 
 
 @dataclass(frozen=True)

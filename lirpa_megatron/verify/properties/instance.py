@@ -187,7 +187,7 @@ def _complete(
         for (k, row), margin in found.bounds.items():
             known = bounds[places[positions[k]]]
             known[row] = max(known[row], margin)
-        total.merge(found, positions)
+        total.merge(found, [places[i] for i in positions])
         if total.result in ("sat", "timeout"):
             break
     return Outcome(

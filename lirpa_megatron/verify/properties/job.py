@@ -20,6 +20,7 @@ from lirpa_megatron.verify.properties.instance import Deadline, Outcome, verify_
 from lirpa_megatron.verify.properties.instance_list import Instance
 from lirpa_megatron.verify.properties.loading import Loaded, load
 from lirpa_megatron.verify.properties.options import VerifyOptions
+from lirpa_megatron.verify.properties.records import record_of, write_record
 from lirpa_megatron.verify.properties.results import Result
 from lirpa_megatron.verify.properties.splits import check_dimensions
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
@@ -136,9 +137,14 @@ class Runner:
         loaded = self.load(instance)
         prop = self.read_property(instance, loaded)
         with self.ranks.guard(f"instance {instance.network} {instance.property}"):
-            return verify_instance(
+            outcome = verify_instance(
                 loaded, prop, self.options, deadline, self.ranks, self.progress
             )
+            if self.options.record is not None and outcome.result == "unsat":
+                record = record_of(loaded, prop, instance, outcome)
+                if runtime.is_rank0():
+                    write_record(self.options.record, record)
+        return outcome
 
     def _agreed(self, what: str) -> contextlib.AbstractContextManager[None]:
         return agreed(self.ranks.group, what, self.ranks.pipeline)

@@ -55,6 +55,11 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
     output, keep_bytes, done = arguments.get("output"), 0, []
     if output is not None:
         check_writable(output)
+    if options.record is not None:
+        if not options.complete or "vnnlib" not in arguments:
+            raise UserError("--record writes the proof of one property: give --complete and "
+                            "--vnnlib")
+        check_writable(options.record)
     if arguments.get("resume"):
         if output is None:
             raise UserError("--resume needs --output, the file to continue")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lirpa_megatron.complete.problem import SearchOptions
 from lirpa_megatron.errors import UserError
@@ -23,6 +24,8 @@ class VerifyOptions(RunOptions):
     pipeline_layers: Sequence[int] | None = None
     # branch and bound on what bounds and the attack leave open
     complete: bool = False
+    # file for the record of a proved property
+    record: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +43,7 @@ class VerifyOptions(RunOptions):
 
     def search(self, seconds: float | None) -> SearchOptions:
         """Options of branch and bound with some time left."""
-        return SearchOptions(timeout=seconds)
+        return SearchOptions(timeout=seconds, keep_tree=self.record is not None)
 
     def attack(self) -> AttackOptions:
         return AttackOptions(

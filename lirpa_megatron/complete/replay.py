@@ -1,0 +1,104 @@
+"""Bounds the leaves of a tree anew, for the check of a record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lirpa_megatron.compat.full_precision import full_precision
+from lirpa_megatron.complete.bounding import Bounder
+from lirpa_megatron.complete.domain_pass import passes
+from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
+from lirpa_megatron.complete.refinement import refined
+from lirpa_megatron.complete.roots import bound_roots
+from lirpa_megatron.complete.tree import Node
+
+_MORE = 10
+"""How many times more steps a leaf gets that is not proved at first."""
+
+
+def unproved_leaves(
+    graph: Any, problem: Problem, trees: Sequence[Node], options: SearchOptions
+) -> list[tuple[int, int, float]]:
+    """Leaves whose bounds are not above their thresholds.
+
+    The tree is gone through from its root: alpha and beta of a domain begin with those of the
+    domain that it is a half of, and are optimized until the bound is positive.
+
+    Args:
+        graph: a BoundedModule, of one process.
+        problem: a goal for each tree.
+        trees: of `tree.tree_of`.
+        options: steps and step sizes.
+
+    Returns:
+        (goal, leaf, margin) of each.
+    """
+    roots = bound_roots(graph, problem)
+    with passes(graph, roots.active_columns), full_precision(graph.device):
+        if options.refinement_iterations:
+            roots = refined(graph, problem, roots, options, lambda: False)
+        return _Replay(graph, problem, roots, options).run(trees)
+
+
+class _Replay:
+    def __init__(self, graph: Any, problem: Problem, roots: Any, options: SearchOptions) -> None:
+        self.bounder, self.options = Bounder(graph, problem, roots, options), options
+        self.failed: list[tuple[int, int, float]] = []
+
+    def run(self, trees: Sequence[Node]) -> list[tuple[int, int, float]]:
+        bounder, goals = self.bounder, list(range(len(trees)))
+        found = bounder.ascend(bounder.whole(goals), 0)
+        if len(found.open):
+            bounder.measure(found.seen, found.batch.goal)
+        empty = [Domain(g, (), 0.0, torch.empty(0), torch.empty(0), ()) for g in goals]
+        level = self._ascended(
+            list(zip(empty, trees, strict=True)), bounder.whole(goals),
+            self.options.first_iterations,
+        )
+        while level:
+            following = []
+            for first in range(0, len(level), self.options.batch):
+                some = level[first : first + self.options.batch]
+                following += self._split(some)
+            level = following
+        return self.failed
+
+    def _split(self, parents: list[tuple[Domain, Node]]) -> list[tuple[Domain, Node]]:
+        """Both children of inner nodes; returns those that are inner nodes themselves."""
+        bounder = self.bounder
+        batch = bounder.batch([domain for domain, _ in parents])
+        both = torch.arange(len(parents), device=batch.C.device).repeat(2)
+        neurons = torch.tensor([node.neuron for _, node in parents], device=both.device).repeat(2)
+        signs = torch.ones_like(both)
+        signs[len(parents) :] = -1
+        children = [
+            (Domain(d.goal, (*d.splits, (node.neuron, sign)), 0.0, d.alpha, d.beta, ()), half)
+            for sign in (1, -1) for d, node in parents
+            for half in ((node.on if sign == 1 else node.off),)
+        ]
+        batch = batch.at(both).split(bounder.roots, neurons, signs, bounder.units)
+        return self._ascended(children, batch, self.options.iterations)
+
+    def _ascended(self, nodes: list[tuple[Domain, Node]], batch: Any, iterations: int
+                  ) -> list[tuple[Domain, Node]]:
+        """Leaves are to be proved; of what is proved before its leaves are, these are, too."""
+        found = self.bounder.ascend(batch, iterations)
+        inner, late = [], []
+        for i, at in enumerate(found.open.tolist()):
+            domain, node = nodes[at]
+            own = Domain(
+                domain.goal, domain.splits, float(found.margins[at]),
+                found.batch.alpha[:, i].clone(), found.batch.beta[:, i].clone(), (),
+            )
+            (inner if node.leaf is None else late).append((own, node))
+        if late:
+            batch = self.bounder.batch([domain for domain, _ in late])
+            found = self.bounder.ascend(batch, _MORE * iterations)
+            self.failed += [
+                (late[at][0].goal, late[at][1].leaf, float(found.margins[at]))
+                for at in found.open.tolist()
+            ]
+        return inner

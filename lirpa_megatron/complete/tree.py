@@ -1,0 +1,64 @@
+"""A proof by branch and bound as a tree, and what makes it one: its leaves cover the whole box.
+
+An inner node splits one neuron, z >= 0 and z <= 0; every point of the box satisfies one of them. So
+leaves cover the box if, from the root on, they are all the same leaf, or all begin with a split of
+the same neuron, of both signs, and those of each sign cover their half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lirpa_megatron.complete.problem import Split
+
+
+@dataclass(frozen=True)
+class Node:
+    """A split of a neuron, or a leaf."""
+
+    leaf: int | None
+    """Its position among the leaves; None: it is split."""
+    neuron: int = -1
+    on: Node | None = None
+    off: Node | None = None
+
+
+def tree_of(leaves: Sequence[Sequence[Split]], neurons: int) -> Node:
+    """The tree that some leaves are those of.
+
+    Args:
+        leaves: of each the splits, from the root on.
+        neurons: how many there are.
+
+    Raises:
+        ValueError: they do not cover the whole box, or overlap; with what is wrong.
+    """
+    return _node(leaves, list(range(len(leaves))), (), neurons)
+
+
+def _node(
+    leaves: Sequence[Sequence[Split]], own: list[int], path: tuple[Split, ...], neurons: int
+) -> Node:
+    depth = len(path)
+    where = f"with the splits {[list(split) for split in path]}" if path else "without a split"
+    if not own:
+        raise ValueError(f"no leaf covers the domain {where}")
+    if any(len(leaves[i]) == depth for i in own):
+        if len(own) > 1:
+            raise ValueError(f"{len(own)} leaves overlap in the domain {where}")
+        return Node(own[0])
+    found = {leaves[i][depth][0] for i in own}
+    if len(found) > 1:
+        raise ValueError(f"the domain {where} is split at {len(found)} neurons at once")
+    (neuron,) = found
+    if not 0 <= neuron < neurons or neuron in {n for n, _ in path}:
+        raise ValueError(f"the domain {where} cannot be split at neuron {neuron}")
+    if any(leaves[i][depth][1] not in (1, -1) for i in own):
+        raise ValueError(f"a split of the domain {where} has a sign that is neither 1 nor -1")
+    halves = [
+        _node(leaves, [i for i in own if leaves[i][depth][1] == sign], (*path, (neuron, sign)),
+              neurons)
+        for sign in (1, -1)
+    ]
+    return Node(None, neuron, *halves)

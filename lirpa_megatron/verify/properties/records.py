@@ -1,0 +1,210 @@
+"""Records of proved properties (`--record`), and their check (`lirpa-megatron check`).
+
+A record is a JSON file:
+
+    format, version     "lirpa_megatron record", 1
+    network, property   name, file, and a SHA-256: of structure and weights, of the text
+    tensor_parallel     ranks that found it
+    neurons             how many ReLU neurons there are
+    trees               for each box and disjunct of the property: its leaves, each with its splits
+                        [neuron, sign] from the root on, and its bound
+
+Neurons are numbered from the last ReLU to the first, all features of all ranks, so that a record
+does not depend on how the network was sharded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lirpa_megatron.complete.problem import SearchOptions
+from lirpa_megatron.complete.replay import unproved_leaves
+from lirpa_megatron.complete.roots import neuron_count
+from lirpa_megatron.complete.tree import tree_of
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.verify.properties import complete
+from lirpa_megatron.verify.properties.hashes import network_hash
+from lirpa_megatron.verify.properties.instance import Outcome
+from lirpa_megatron.verify.properties.instance_list import Instance
+from lirpa_megatron.verify.properties.loading import Loaded, load
+from lirpa_megatron.verify.properties.property import Property
+from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
+
+FORMAT, VERSION = "lirpa_megatron record", 1
+_EFFORT = SearchOptions(iterations=40, first_iterations=60)
+
+
+def record_of(
+    loaded: Loaded, prop: Property, instance: Instance, outcome: Outcome
+) -> dict[str, Any]:
+    """The record of a proved property, as plain data; every rank calls it.
+
+    Args:
+        loaded, prop, instance: what was verified.
+        outcome: "unsat", with the trees of branch and bound, if it was needed, kept.
+    """
+    split: dict[tuple[int, int], list[Any]] = {}
+    for region, disjunct, leaf in [] if outcome.decided is None else outcome.decided.leaves:
+        own = split.setdefault((region, disjunct), [])
+        own.append({"splits": [list(s) for s in leaf.splits], "bound": leaf.margin})
+    trees = []
+    for i, region in enumerate(prop.regions):
+        for d in range(len(region.disjuncts)):
+            # what was proved without a split is one leaf
+            leaves = split.get((i, d), [{"splits": [], "bound": None}])
+            trees.append({"box": i, "disjunct": d, "leaves": leaves})
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "network": {
+            "name": instance.network, "file": str(instance.network_path.resolve()),
+            "checkpoint": instance.is_checkpoint, "sha256": network_hash(loaded),
+        },
+        "property": {
+            "name": instance.property, "file": str(instance.property_path.resolve()),
+            "sha256": _text_hash(instance.property_path),
+        },
+        "tensor_parallel": loaded.ranks.size,
+        "neurons": neuron_count(loaded.bounded),
+        "trees": trees,
+    }
+
+
+def check_record(
+    path: Path, network: Path | None = None, is_checkpoint: bool = False,
+    prop: Path | None = None, onnx_output: str | None = None,
+) -> str:
+    """Proves a record's property again, in float64, leaf by leaf.
+
+    Args:
+        path: the record.
+        network: its network's file or checkpoint; None: where the record says.
+        is_checkpoint: whether that is a checkpoint.
+        prop: the property's file; None: where the record says.
+        onnx_output: as for `load`.
+
+    Returns:
+        what was proved, in one line.
+
+    Raises:
+        UserError: the record is of another network or property, its leaves do not cover the boxes,
+            or one of them is not proved.
+    """
+    record = _read(path)
+    net, text = record["network"], record["property"]
+    if network is None:
+        network, is_checkpoint = Path(net["file"]), bool(net["checkpoint"])
+    prop = Path(text["file"]) if prop is None else prop
+    for file, option in ((network, "--onnx or --load"), (prop, "--vnnlib")):
+        if not file.exists():
+            raise UserError(f"record {path}: {file} does not exist; say where it is with {option}")
+    loaded = load(network, is_checkpoint, "float64", {}, output=onnx_output)
+    if network_hash(loaded) != net["sha256"]:
+        raise UserError(f"record {path} is of another network than {network}: weights or structure "
+                        "differ")
+    if _text_hash(prop) != text["sha256"]:
+        raise UserError(f"record {path} is of another property than {prop}: the files differ")
+    sizes = loaded.description.n_in, loaded.description.n_out
+    read = read_vnnlib(prop, *sizes, f"network {loaded.description.name}")
+    leaves = _check_trees(path, record, loaded, read)
+    return (
+        f"record {path} holds: {text['name']} of {net['name']}, {leaves} leaves of "
+        f"{len(record['trees'])} trees bounded in float64"
+    )
+
+
+def _check_trees(path: Path, record: dict[str, Any], loaded: Loaded, prop: Property) -> int:
+    """Checks what the trees cover, and bounds their leaves; returns how many."""
+    wanted = [(i, d) for i, r in enumerate(prop.regions) for d in range(len(r.disjuncts))]
+    known = {(tree["box"], tree["disjunct"]): tree["leaves"] for tree in record["trees"]}
+    missing = [place for place in wanted if place not in known]
+    if missing and prop.vacuous is None:
+        raise UserError(f"record {path} has no tree for box {missing[0][0]}, disjunct "
+                        f"{missing[0][1]} of the property")
+    if prop.vacuous is not None:
+        return 0
+    targets = [(r, tuple(range(len(r.disjuncts)))) for r in prop.regions]
+    count = 0
+    for bounded, positions in complete.one_module(loaded, prop, targets, 64):
+        why = complete.why_not(bounded)
+        if why is not None:
+            raise UserError(f"record {path}: {why}")
+        goals = complete.goals_of(loaded, bounded, prop, [targets[i] for i in positions])
+        total, trees = neuron_count(bounded), []
+        for k, d in goals.of:
+            own = known[positions[k], d]
+            try:
+                trees.append(tree_of([[tuple(s) for s in leaf["splits"]] for leaf in own], total))
+            except ValueError as error:
+                raise UserError(f"record {path}, box {positions[k]}, disjunct {d}: {error}") \
+                    from None
+            count += len(own)
+        for goal, leaf, margin in unproved_leaves(bounded, goals.problem, trees, _EFFORT):
+            k, d = goals.of[goal]
+            raise UserError(
+                f"record {path}, box {positions[k]}, disjunct {d}: leaf {leaf} is not proved, its "
+                f"bound is {margin:.3g}"
+            )
+    return count
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes it at once: a file that is there is a whole one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"record {path} cannot be written: {error.strerror}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record, every field that is used checked."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"record {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"record {path} is not a JSON file") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{path} is not a record of verify --record")
+    if record.get("version") != VERSION:
+        raise UserError(f"record {path} has version {record.get('version')}; this program reads "
+                        f"{VERSION}")
+    try:
+        for part in ("network", "property"):
+            if not all(isinstance(record[part][k], str) for k in ("name", "file", "sha256")):
+                raise TypeError
+        if not isinstance(record["network"]["checkpoint"], bool):
+            raise TypeError
+        for tree in record["trees"]:
+            if not _are_whole([tree["box"], tree["disjunct"]]):
+                raise TypeError
+            for leaf in tree["leaves"]:
+                bound = leaf["bound"]
+                if not all(len(s) == 2 and _are_whole(s) for s in leaf["splits"]):
+                    raise TypeError
+                if bound is not None and not (0 < float(bound) < math.inf):
+                    raise UserError(f"record {path} has a leaf with a bound of {bound}, which "
+                                    "proves nothing")
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"record {path} is damaged: a field is missing or of a wrong kind") \
+            from None
+    return record
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int for v in values)
+
+
+def _text_hash(path: Path) -> str:
+    """Of what the file says, packed or not."""
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,141 @@
+"""Records of proved properties: `check` accepts them, and refuses every one that was changed."""
+
+import json
+
+import pytest
+from commands import on_ranks
+from small_networks import property_text, save, stack
+from test_complete_job import HIGH, LOW, folder  # noqa: F401
+
+from lirpa_megatron.cli.commands import main
+from lirpa_megatron.complete.tree import tree_of
+
+pytestmark = pytest.mark.usefixtures("unchanged_environment")
+
+
+def arguments_for(folder, path):
+    return [
+        "verify", "--onnx", str(folder / "net.onnx"), "--vnnlib", str(folder / "holds.vnnlib"),
+        "--method", "IBP", "--attack-steps", "0", "--complete", "--record", str(path),
+    ]
+
+
+@pytest.fixture(scope="module")
+def record(folder, tmp_path_factory, session):  # noqa: F811
+    path = tmp_path_factory.mktemp("record") / "proof.json"
+    assert main(arguments_for(folder, path)) == 0
+    return path
+
+
+def check(tmp_path, record, change, capsys, *more):
+    """Status and message of `check` for a changed record."""
+    content = json.loads(record.read_text())
+    change(content)
+    (tmp_path / "changed.json").write_text(json.dumps(content))
+    status = main(["check", str(tmp_path / "changed.json"), *more])
+    captured = capsys.readouterr()
+    return status, (captured.out + captured.err).strip()
+
+
+def leaves(content):
+    (tree,) = content["trees"]
+    return tree["leaves"]
+
+
+def test_a_record_is_proved_again_leaf_by_leaf(tmp_path, record, capsys):
+    count = len(leaves(json.loads(record.read_text())))
+    assert count > 3  # else nothing was split
+    status, message = check(tmp_path, record, lambda content: None, capsys)
+    assert status == 0 and f"holds: holds of net, {count} leaves of 1 trees" in message
+
+
+def test_a_record_of_two_ranks_is_one_of_the_same_tree(folder, tmp_path, record, capsys):  # noqa: F811
+    on_ranks(2, *arguments_for(folder, tmp_path / "two.json"))
+    one, two = (json.loads(p.read_text()) for p in (record, tmp_path / "two.json"))
+    assert two["tensor_parallel"] == 2 and two["network"] == one["network"]
+    paths = [[leaf["splits"] for leaf in leaves(content)] for content in (one, two)]
+    assert paths[0] == paths[1]
+    assert main(["check", str(tmp_path / "two.json")]) == 0
+
+
+def _drop(content):
+    leaves(content).pop(1)
+
+
+def _flip(content):
+    leaves(content)[0]["splits"][-1][1] *= -1
+
+
+def _other_neuron(content):
+    leaves(content)[0]["splits"][-1][0] += 1
+
+
+def _cut_off(content):
+    content["trees"][0]["leaves"] = [{"splits": [], "bound": 1.0}]
+
+
+def _no_proof(content):
+    leaves(content)[0]["bound"] = -0.5
+
+
+def _no_tree(content):
+    content["trees"] = []
+
+
+def _weights(content):
+    content["network"]["sha256"] = "0" * 64
+
+
+def _damaged(content):
+    del leaves(content)[0]["splits"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (_drop, "no leaf covers the domain"),
+    (_flip, "overlap"),
+    (_other_neuron, "neurons at once"),
+    (_cut_off, "is not proved, its bound is -"),
+    (_no_proof, "proves nothing"),
+    (_no_tree, "has no tree for box 0, disjunct 0"),
+    (_weights, "of another network"),
+    (_damaged, "is damaged"),
+])
+def test_a_changed_record_is_refused_in_one_line(tmp_path, record, change, message, capsys):
+    status, said = check(tmp_path, record, change, capsys)
+    assert status == 2 and message in said and len(said.splitlines()) == 1, said
+
+
+def test_a_record_of_another_network_or_property_is_refused(
+    folder, tmp_path, record, capsys  # noqa: F811
+):
+    save(stack([2, 8, 6, 3], seed=4, dtype="float64"), tmp_path / "other.onnx")
+    status, said = check(
+        tmp_path, record, lambda content: None, capsys, "--onnx", str(tmp_path / "other.onnx")
+    )
+    assert status == 2 and "of another network" in said and len(said.splitlines()) == 1
+    text = property_text(LOW, HIGH, 3, "(<= Y_0 -9.0)")
+    (tmp_path / "other.vnnlib").write_text(text)
+    status, said = check(
+        tmp_path, record, lambda content: None, capsys, "--vnnlib", str(tmp_path / "other.vnnlib")
+    )
+    assert status == 2 and "of another property" in said and len(said.splitlines()) == 1
+
+
+def test_a_record_is_of_one_property(folder, capsys, session):  # noqa: F811
+    arguments = ["verify", "--instances", str(folder / "instances.csv"), "--record", "r.json"]
+    assert main([*arguments, "--complete"]) == 2
+    assert "--record writes the proof of one property" in capsys.readouterr().err
+
+
+def test_leaves_are_a_tree_or_are_refused():
+    tree = tree_of([((3, 1),), ((3, -1), (0, 1)), ((3, -1), (0, -1))], 4)
+    assert (tree.neuron, tree.on.leaf, tree.off.neuron, tree.off.off.leaf) == (3, 0, 0, 2)
+    for leaves_, said in (
+        ([((3, 1),)], "no leaf covers"),
+        ([], "no leaf covers"),
+        ([((4, 1),), ((4, -1),)], "cannot be split at neuron 4"),
+        ([((1, 2),), ((1, -1),)], "neither 1 nor -1"),
+        ([((1, 1), (1, 1)), ((1, 1), (1, -1)), ((1, -1),)], "cannot be split at neuron 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            tree_of(leaves_, 4)
