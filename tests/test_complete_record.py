@@ -1,11 +1,12 @@
 """Records of proved properties: `check` accepts them, and refuses every one that was changed."""
 
 import json
+import re
 
 import pytest
 from commands import on_ranks
+from complete_cases import HIGH, LOW, write_complete
 from small_networks import property_text, save, stack
-from test_complete_job import HIGH, LOW, folder  # noqa: F401
 
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.complete.tree import tree_of
@@ -21,7 +22,12 @@ def arguments_for(folder, path):
 
 
 @pytest.fixture(scope="module")
-def record(folder, tmp_path_factory, session):  # noqa: F811
+def folder(tmp_path_factory):
+    return write_complete(tmp_path_factory.mktemp("complete"))
+
+
+@pytest.fixture(scope="module")
+def record(folder, tmp_path_factory, session):
     path = tmp_path_factory.mktemp("record") / "proof.json"
     assert main(arguments_for(folder, path)) == 0
     return path
@@ -49,7 +55,7 @@ def test_a_record_is_proved_again_leaf_by_leaf(tmp_path, record, capsys):
     assert status == 0 and f"holds: holds of net, {count} leaves of 1 trees" in message
 
 
-def test_a_record_of_two_ranks_is_one_of_the_same_tree(folder, tmp_path, record, capsys):  # noqa: F811
+def test_a_record_of_two_ranks_is_one_of_the_same_tree(folder, tmp_path, record, capsys):
     on_ranks(2, *arguments_for(folder, tmp_path / "two.json"))
     one, two = (json.loads(p.read_text()) for p in (record, tmp_path / "two.json"))
     assert two["tensor_parallel"] == 2 and two["network"] == one["network"]
@@ -92,7 +98,7 @@ def _damaged(content):
 
 @pytest.mark.parametrize("change, message", [
     (_drop, "no leaf covers the domain"),
-    (_flip, "overlap"),
+    (_flip, "overlap|no leaf covers"),
     (_other_neuron, "neurons at once"),
     (_cut_off, "is not proved, its bound is -"),
     (_no_proof, "proves nothing"),
@@ -102,11 +108,11 @@ def _damaged(content):
 ])
 def test_a_changed_record_is_refused_in_one_line(tmp_path, record, change, message, capsys):
     status, said = check(tmp_path, record, change, capsys)
-    assert status == 2 and message in said and len(said.splitlines()) == 1, said
+    assert status == 2 and re.search(message, said) and len(said.splitlines()) == 1, said
 
 
 def test_a_record_of_another_network_or_property_is_refused(
-    folder, tmp_path, record, capsys  # noqa: F811
+    folder, tmp_path, record, capsys
 ):
     save(stack([2, 8, 6, 3], seed=4, dtype="float64"), tmp_path / "other.onnx")
     status, said = check(
@@ -121,7 +127,7 @@ def test_a_record_of_another_network_or_property_is_refused(
     assert status == 2 and "of another property" in said and len(said.splitlines()) == 1
 
 
-def test_a_record_is_of_one_property(folder, capsys, session):  # noqa: F811
+def test_a_record_is_of_one_property(folder, capsys, session):
     arguments = ["verify", "--instances", str(folder / "instances.csv"), "--record", "r.json"]
     assert main([*arguments, "--complete"]) == 2
     assert "--record writes the proof of one property" in capsys.readouterr().err

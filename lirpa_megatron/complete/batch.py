@@ -85,20 +85,28 @@ class Batch:
         )}
         return Batch(**first, **second, lines=self.lines.map(lambda t: t[index]))
 
-    def split(self, roots: Roots, numbers: torch.Tensor, signs: torch.Tensor,
-              units: torch.Tensor) -> Batch:
+    def split(
+        self, roots: Roots, numbers: torch.Tensor, signs: torch.Tensor, units: torch.Tensor,
+        A: torch.Tensor | None = None,
+    ) -> Batch:
         """With one more split in each domain.
+
+        With A, beta of the new split begins where this neuron's term is at least the parent's: the
+        line alpha z of a neuron with A > 0 becomes z or 0, and beta = A (1 - alpha) or A alpha
+        makes alpha z of it again. Without A it begins at 0.
 
         Args:
             roots: the roots.
             numbers: of the neurons, [D].
             signs: [D]
             units: as for `of`.
+            A: at all neurons' outputs, [R, D, N].
         """
         place = roots.place_of[numbers][:, None]
         sign = signs.to(self.signs)[:, None]
         here = place < roots.neurons
         index = place.clamp(max=roots.neurons - 1)
+        unit = units[self.goal, roots.relu_of[numbers]][:, None]
 
         def put(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             value = torch.where(here, value.to(old.dtype), old.gather(1, index))
@@ -106,7 +114,12 @@ class Batch:
 
         lines, on = self.lines, (sign > 0).to(self.lines.on)
         zero = torch.zeros_like(on)
-        unit = units[self.goal, roots.relu_of[numbers]][:, None]
+        beta = self.alpha.new_zeros(*self.alpha.shape[:2], 1)
+        if A is not None:
+            each = index.expand(len(A), -1, -1)
+            alpha = self.alpha.gather(2, each)
+            beta = A.gather(2, each).clamp(min=0) * torch.where(sign > 0, 1 - alpha, alpha)
+            beta = torch.where(here, beta / unit, 0.0)
         return replace(
             self,
             lines=Lines(
@@ -116,9 +129,7 @@ class Batch:
             places=torch.cat([self.places, place], 1),
             signs=torch.cat([self.signs, sign], 1),
             units=torch.cat([self.units, unit], 1),
-            beta=torch.cat([self.beta, torch.zeros_like(self.beta[..., :1])
-                            if self.beta.shape[2] else self.beta.new_zeros(
-                                *self.beta.shape[:2], 1)], 2),
+            beta=torch.cat([self.beta, beta], 2),
         )
 
     def pull(self, beta: torch.Tensor) -> torch.Tensor:

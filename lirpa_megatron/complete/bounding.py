@@ -111,12 +111,16 @@ class Bounder:
         both, over = from_rank_zero(self.tp, torch.stack([margins, sure]), self.is_over())
         return both[0].nan_to_num(nan=-torch.inf), both[1], over
 
-    def quickly(self, batch: Batch) -> tuple[torch.Tensor, bool]:
-        """Margins [D] with alpha and beta as they are, and whether time is over."""
+    def quickly(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """With alpha and beta as they are: margins [D], A at ReLUs' outputs [R, D, N], and whether
+        time is over."""
         with torch.no_grad():
             lower, run = self.run(batch, batch.alpha, batch.beta)
             margins, _, over = self.margins(batch, lower, run)
-        return margins.amax(0), over
+        return margins.amax(0), self._seen(run), over
+
+    def _seen(self, run: DomainPass) -> torch.Tensor:
+        return torch.cat([run.seen[r.name] for r in self.roots.relus], 2)
 
     def ascend(self, batch: Batch, iterations: int, decay: float = _DECAY) -> Bounded:
         """Optimizes alpha and beta; a domain leaves the batch when it is proved.
@@ -163,8 +167,7 @@ class Bounder:
     ) -> Bounded:
         left = (~proved[alive]).nonzero().flatten()
         row = margins.argmax(0)[left]
-        seen = torch.cat([run.seen[r.name] for r in self.roots.relus], 2)
         return Bounded(
-            best, proved, alive[left], batch.at(left), seen[row, left],
+            best, proved, alive[left], batch.at(left), self._seen(run)[row, left],
             run.minimiser[row, left], row, over,
         )

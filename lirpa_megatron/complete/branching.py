@@ -22,6 +22,9 @@ from lirpa_megatron.complete.agreement import best_of_all_ranks
 from lirpa_megatron.complete.batch import Batch
 from lirpa_megatron.complete.bounding import Bounded, Bounder
 
+_SAME = 1e-5
+"""Pairs of bounds that differ by less, relative to the parent's, are equally good."""
+
 
 def scores(found: Bounded) -> torch.Tensor:
     """How much each unstable neuron may cost in each open domain: [O, N]; others: -1."""
@@ -59,27 +62,34 @@ def children(
         2 D domains, first those with sign +1; the neurons that were chosen [D]; whether time is
         over.
     """
-    D, over = len(parents), False
+    D = len(parents)
+    known, A, over = bounder.quickly(parents)
     chosen = torch.zeros(D, dtype=torch.int64, device=tried.device)
     if tried.shape[1] > 1:
         value = torch.full(tried.shape, -torch.inf, dtype=torch.float64, device=tried.device)
         for i in range(tried.shape[1]):
             some = (tried[:, i] >= 0).nonzero().flatten()
-            if not len(some):
+            if not len(some) or over:
                 continue
-            pair = _pair(bounder, parents.at(some), tried[some, i])
-            margins, over = bounder.quickly(pair)
-            value[some, i] = _worth(*margins.chunk(2))
-        chosen = value.argmax(1)
+            margins, _, over = bounder.quickly(_pair(bounder, parents.at(some), tried[some, i]))
+            # A child's bound is its parent's at least.
+            value[some, i] = _worth(*torch.maximum(margins, known[some].repeat(2)).chunk(2))
+        # Of those that are as good up to rounding, which differs between ranks' sums, the first.
+        enough = value.amax(1) - _SAME * known.abs()
+        chosen = (value >= enough[:, None]).to(torch.int8).argmax(1)
     neurons = tried.gather(1, chosen[:, None])[:, 0]
-    return _pair(bounder, parents, neurons), neurons, over
+    return _pair(bounder, parents, neurons, A), neurons, over
 
 
-def _pair(bounder: Bounder, parents: Batch, neurons: torch.Tensor) -> Batch:
+def _pair(
+    bounder: Bounder, parents: Batch, neurons: torch.Tensor, A: torch.Tensor | None = None
+) -> Batch:
     both = torch.arange(len(parents), device=neurons.device).repeat(2)
     signs = torch.ones_like(both)
     signs[len(parents) :] = -1
-    return parents.at(both).split(bounder.roots, neurons.repeat(2), signs, bounder.units)
+    return parents.at(both).split(
+        bounder.roots, neurons.repeat(2), signs, bounder.units, None if A is None else A[:, both]
+    )
 
 
 def _worth(on: torch.Tensor, off: torch.Tensor) -> torch.Tensor:

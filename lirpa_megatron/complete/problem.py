@@ -44,18 +44,18 @@ class SearchOptions:
     # most domains that are split at once
     batch: int = 128
     # steps of alpha and beta for each domain
-    iterations: int = 20
+    iterations: int = 16
     # the same for a goal's whole box
-    first_iterations: int = 40
+    first_iterations: int = 100
     # the same for a domain without an unstable neuron, which is a linear program
     last_iterations: int = 400
     # the same for each unstable inner neuron of a box, before anything is split; 0: not at all
     refinement_iterations: int = 20
     # step sizes of alpha, and of beta in units of A's mean size
-    lr_alpha: float = 0.1
-    lr_beta: float = 0.3
+    lr_alpha: float = 0.2
+    lr_beta: float = 0.5
     # neurons that are tried for each split
-    tried: int = 8
+    tried: int = 16
     # seconds; None: no limit
     timeout: float | None = None
     # most domains; None: no limit
