@@ -117,3 +117,15 @@ def test_pipelines_that_cannot_be_are_refused_in_one_line(folder, tmp_path, extr
     (line,) = found.stderr.strip().splitlines()
     assert message in line
     assert not output.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, tp", [("bert", 1), ("gpt", 2)])
+def test_pieces_of_a_direction_are_those_of_one_stage(folder, tmp_path, model, tp):
+    (folder / "vector.json").write_text(str([1.0, -1.0] * 4))
+    found = compare(
+        folder, tmp_path, model, tp, 2, "--question", "direction", "--vectors",
+        folder / "vector.json", "--eps", 0.4, "--splits", 6, "--method", "forward", "--order", 2,
+        "--attack-steps", 0,
+    )
+    assert max(result["pieces"] for result in found if "pieces" in result) > 2

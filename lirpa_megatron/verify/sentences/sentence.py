@@ -174,6 +174,8 @@ class SentenceVerifier:
             margin = self._margin(tokens, label, eps=eps, **words)
             if margin > 0:
                 proved.update(self._share())
+            if margin > 0 and self.options.splits and self.options.asks_radius:
+                return math.inf  # pieces are cut until they are proved, and say no more of it
             return margin
 
         def attack(radius: float) -> float | None:
