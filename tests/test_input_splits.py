@@ -313,6 +313,7 @@ def test_what_cannot_be_cut_is_said_in_one_line():
     refused("for one perturbed input, here are 0", x)
     refused("splits is -1", a_box(x), splits=-1)
     refused("unknown method", a_box(x), error=ValueError, method="CORWN")
+    refused("by lower bounds", a_box(x), error=ValueError, bound_lower=False)
     outward = BoundedModule(net, x, bound_opts={"rounding": "outward"})
     refused("is for boxes", SETS["segment"](x), error=NotImplementedError, on=outward)
 

@@ -114,10 +114,11 @@ def test_resume_does_not_take_bounds_of_fewer_pieces(networks, tmp_path):
 @pytest.mark.slow
 def test_two_processes_cut_the_same_pieces_of_a_property(networks, tmp_path):
     one = of_network(networks, "pieces", "--splits", 300, output=tmp_path / "one.jsonl")
-    status, *_ = commands.on_ranks(
+    ended = commands.on_ranks(
         2, "verify", "--onnx", networks / "net.onnx", "--vnnlib", networks / "pieces.vnnlib", *IBP,
         "--splits", 300, "--output", tmp_path / "two.jsonl",
     )
+    assert ended.returncode == 0, ended.stderr
     (two,) = commands.read(tmp_path / "two.jsonl")
     assert [two[k] for k in ("result", "pieces", "proved_share")] == [
         one[k] for k in ("result", "pieces", "proved_share")]

@@ -93,35 +93,37 @@ def bound_by_splits(
         Whatever `compute_bounds` raises.
     """
     x = (x,) if isinstance(x, torch.Tensor) else tuple(x)
-    search = _Search(
-        bounded, x, C, method, margin or _smallest, margin_at, at_once, stop_at_counterexample,
-        {"bound_upper": bound_upper, **kwargs},
-    )
-    if not isinstance(splits, int) or isinstance(splits, bool) or splits < 0:
-        raise UserError(f"splits is {splits!r}: give a whole number of at least 0")
-    with search.ranks.guard("bound_by_splits"):
+    ranks = ModelRanks(bounded.context.collectives.group, bounded.pipeline)
+    with ranks.guard("bound_by_splits"):
+        if not isinstance(splits, int) or isinstance(splits, bool) or splits < 0:
+            raise UserError(f"splits is {splits!r}: give a whole number of at least 0")
         spmd.check_replicated(
-            search.ranks.group, {"splits": f"{splits} {at_once}"}, "every rank must pass the same"
+            ranks.group, {"splits": f"{splits} {at_once}"}, "every rank must pass the same"
+        )
+        search = _Search(
+            bounded, ranks, x, C, method, margin or _smallest, margin_at, at_once,
+            stop_at_counterexample, {"bound_upper": bound_upper, **kwargs},
         )
         return search.run(splits, is_over)
 
 
 def _smallest(rows: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return rows.flatten(1).amin(1)
+    return rows.reshape(len(rows), -1).amin(1)
 
 
 class _Search:
     """The pieces of one call."""
 
     def __init__(
-        self, bounded: Any, x: tuple[Any, ...], C: torch.Tensor | None, method: str,
-        margin: Margin, margin_at: Margin | None, at_once: int | None, stops: bool,
+        self, bounded: Any, ranks: ModelRanks, x: tuple[Any, ...], C: torch.Tensor | None,
+        method: str, margin: Margin, margin_at: Margin | None, at_once: int | None, stops: bool,
         kwargs: dict[str, Any],
     ) -> None:
         self.bounded, self.x, self.C, self.margin = bounded, x, C, margin
         self.method, self.kwargs, self.stops = check_method(method), kwargs, stops
-        self.ranks = ModelRanks(bounded.context.collectives.group, bounded.pipeline)
-        self.margin_at = margin_at
+        self.ranks, self.margin_at = ranks, margin_at
+        if not kwargs.get("bound_lower", True):
+            raise ValueError("pieces are proved by lower bounds: leave out bound_lower=False")
         if bounded.has_output and bounded.sharded[bounded.final_name]:
             raise NotImplementedError(
                 "splits of a sharded output: build the layer with gather_output=True"
@@ -178,7 +180,7 @@ class _Search:
         batch = len(self.x[self.index])
         return tuple(
             first if i == self.index
-            else value[samples] if isinstance(value, torch.Tensor) and len(value) == batch
+            else value[samples] if isinstance(value, torch.Tensor) and value.shape[:1] == (batch,)
             else value
             for i, value in enumerate(self.x)
         )
@@ -268,7 +270,7 @@ class _Search:
             y = self.bounded.live.value(inputs) if live else value_at(self.bounded, inputs)
         y = y.detach().as_subclass(torch.Tensor)
         if self.C is not None:
-            y = torch.einsum("nsf,nf->ns", self.C[samples].flatten(2).to(y), y.flatten(1))
+            y = torch.einsum("nsf,nf->ns", self.C[samples].flatten(2).to(y), y.reshape(len(y), -1))
         return self._agreed(self.margin(y, of))
 
     def _try(self, sample: int, points: torch.Tensor, margins: list[float] | None) -> None:

@@ -118,7 +118,8 @@ class _Box(_Intervals):
 
     def __init__(self, x: torch.Tensor, ptb: Any) -> None:
         x = x.detach().as_subclass(torch.Tensor)
-        eps = torch.as_tensor(ptb.eps).to(x)
+        if ptb.x_L is None or ptb.x_U is None:
+            eps = torch.as_tensor(ptb.eps).to(x)
         self.low = x - eps if ptb.x_L is None else ptb.x_L.detach()
         self.high = x + eps if ptb.x_U is None else ptb.x_U.detach()
         self.moved = [
