@@ -9,9 +9,13 @@ Branch and bound, which decides properties of ReLU networks, on sharded models:
     batch        domains as tensors; alpha, beta and their optimizer
     bounding     bounds of a batch of domains
     branching    which neuron to split
+    refinement   bounds of inner neurons, each optimized for itself
+    linear_leaves  multipliers where nothing is left to split
     agreement    what the ranks tell each other
     points       counterexamples
     search       the loop
+    tree         whether leaves cover the whole box
+    replay       bounds the leaves of a tree anew
     library      `branch_and_bound`
 
 Pieces of sets of few dimensions, for all models and methods:

@@ -132,12 +132,19 @@ class Batch:
             beta=torch.cat([self.beta, beta], 2),
         )
 
-    def pull(self, beta: torch.Tensor) -> torch.Tensor:
+    def pull(self) -> torch.Tensor:
         """s_j beta_j at split neurons, 0 elsewhere: [R, D, N]."""
-        R, D, _ = beta.shape
-        whole = beta.new_zeros(R, D, self.alpha.shape[2] + 1)
-        terms = beta * (self.signs * self.units)
+        R, D, _ = self.beta.shape
+        whole = self.beta.new_zeros(R, D, self.alpha.shape[2] + 1)
+        terms = self.beta * (self.signs * self.units)
         return whole.scatter(2, self.places.expand(R, -1, -1), terms)[..., :-1]
+
+    def to_beta(self, z: torch.Tensor) -> torch.Tensor:
+        """The bounds' gradients with respect to beta, [R, D, k], from those with respect to minus
+        `pull`, [R, D, N]."""
+        here = self.places < z.shape[2]
+        index = torch.where(here, self.places, 0).expand(len(z), -1, -1)
+        return -z.gather(2, index) * torch.where(here, self.signs * self.units, 0.0)
 
 
 class Ascent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from lirpa_megatron.complete.agreement import from_rank_zero, mean_over_ranks
 from lirpa_megatron.complete.batch import Ascent, Batch
 from lirpa_megatron.complete.domain_pass import DomainPass
+from lirpa_megatron.complete.linear_leaves import proposal
 from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
 from lirpa_megatron.complete.roots import Roots
 from lirpa_megatron.complete.split_relu import SplitRelu
@@ -35,6 +36,10 @@ class Bounded:
         minimiser: where the best row's bound is attained, [O, inputs].
         row: which, [O].
         is_over: whether time was.
+        primal: the pre-activations at which the best rows' bounds are attained in the relaxation,
+            averaged over the steps, [O, N]; None without steps. They are the gradients of beta, and
+            their average goes to a solution of the linear program that the ascent solves.
+        point: the minimisers, averaged alike, [O, inputs].
     """
 
     margins: torch.Tensor
@@ -45,6 +50,8 @@ class Bounded:
     minimiser: torch.Tensor
     row: torch.Tensor
     is_over: bool
+    primal: torch.Tensor | None = None
+    point: torch.Tensor | None = None
 
 
 class Bounder:
@@ -64,6 +71,10 @@ class Bounder:
         self.graph, self.problem, self.roots, self.options = graph, problem, roots, options
         self.tp, self.is_over = graph.context.collectives, is_over
         self.units = problem.C.new_ones(len(problem), len(roots.relus))
+        # of this rank's neurons, those that it counts: a replicated one is rank 0's
+        self.counted = torch.ones(roots.neurons + 1, dtype=torch.bool, device=problem.C.device)
+        for r in roots.relus:
+            self.counted[r.first : r.first + r.size] = r.sharded or self.tp.rank == 0
 
     def whole(self, goals: Sequence[int]) -> Batch:
         """The goals' boxes, with CROWN's alpha."""
@@ -91,12 +102,12 @@ class Bounder:
         means = mean_over_ranks(self.tp, sums, counts, sharded)
         self.units[goals] = torch.where(means > 0, means, 1.0)
 
-    def run(self, batch: Batch, alpha: torch.Tensor, beta: torch.Tensor) -> tuple[Any, Any]:
+    def run(self, batch: Batch, alpha: torch.Tensor, pull: torch.Tensor) -> tuple[Any, Any]:
         """One pass: its lower bounds [R, D], and the pass."""
         sizes = [r.size for r in self.roots.relus]
         parts = zip(
             self.roots.relus, batch.lines.split(sizes), alpha.split(sizes, -1),
-            batch.pull(beta).split(sizes, -1), strict=True,
+            pull.split(sizes, -1), strict=True,
         )
         relus = {r.name: SplitRelu(*values) for r, *values in parts}
         run = DomainPass(self.graph, self.roots.plan, relus, batch.low, batch.high)
@@ -115,7 +126,7 @@ class Bounder:
         """With alpha and beta as they are: margins [D], A at ReLUs' outputs [R, D, N], and whether
         time is over."""
         with torch.no_grad():
-            lower, run = self.run(batch, batch.alpha, batch.beta)
+            lower, run = self.run(batch, batch.alpha, batch.pull())
             margins, _, over = self.margins(batch, lower, run)
         return margins.amax(0), self._seen(run), over
 
@@ -135,12 +146,12 @@ class Bounder:
         proved = torch.zeros(D, dtype=torch.bool, device=device)
         alive = torch.arange(D, device=device)
         ascent = Ascent(batch, self.options.lr_alpha, self.options.lr_beta)
-        over = False
+        over, primal, point = False, None, None
         for i in range(iterations + 1):
             steps = i < iterations
             with torch.set_grad_enabled(steps):
-                alpha, beta = (t.detach().requires_grad_(steps) for t in (batch.alpha, batch.beta))
-                lower, run = self.run(batch, alpha, beta)
+                leaves = [t.detach().requires_grad_(steps) for t in (batch.alpha, batch.pull())]
+                lower, run = self.run(batch, *leaves)
             margins, sure, over = self.margins(batch, lower, run)
             best[alive] = torch.maximum(best[alive], margins.amax(0))
             # NaN and infinity prove nothing.
@@ -150,17 +161,71 @@ class Bounder:
             if not steps or over or bool(done.all()):
                 break
             counts = torch.where(done | ~lower.detach().isfinite(), 0.0, 1.0)
-            gradients = torch.autograd.grad((lower.nan_to_num() * counts).sum(), (alpha, beta),
-                                            allow_unused=True)
-            gradients = [torch.zeros_like(v) if g is None else g.nan_to_num()
-                         for v, g in zip((alpha, beta), gradients, strict=True)]
+            to_alpha, to_pull = torch.autograd.grad((lower.nan_to_num() * counts).sum(), leaves)
+            new = 3 / (i + 3)
             with torch.no_grad():
-                ascent.step(batch, gradients, decay**i)
+                z = to_pull.nan_to_num_().neg_()
+                x = run.minimiser.clone() if point is None else point.lerp(run.minimiser, new)
+                primal, point = z if primal is None else primal.lerp(z, new), x
+                ascent.step(batch, (to_alpha.nan_to_num_(), batch.to_beta(z)), decay**i)
             if done.sum() > _DROP * len(done):
                 left = (~proved[alive]).nonzero().flatten()
                 batch, alive = batch.at(left), alive[left]
                 ascent.at(left)
-        return self._bounded(best, proved, alive, batch, run, margins, over)
+                primal, point = primal[:, left], point[:, left]
+        found = self._bounded(best, proved, alive, batch, run, margins, over)
+        if primal is not None:
+            left = (~proved[alive]).nonzero().flatten()
+            found.primal, found.point = primal[found.row, left], point[found.row, left]
+        return found
+
+    def solve(self, batch: Batch) -> Bounded:
+        """Domains that are linear programs, with beta from `linear_leaves`.
+
+        The forms in the input are those of passes with beta 0 and beta 1 at one split after the
+        other, in which A is linear. Rank 0 solves.
+
+        Args:
+            batch: D domains; its beta is changed.
+        """
+        R, D, k = batch.beta.shape
+        given = replace(batch, beta=torch.zeros_like(batch.beta))
+        forms, constants = [], []
+        with torch.no_grad():
+            for j in range(-1, k):
+                own = given.beta.clone()
+                if j >= 0:
+                    own[..., j] = 1
+                _, run = self.run(batch, batch.alpha, replace(batch, beta=own).pull())
+                forms.append(run.A.double())
+                constants.append(run.constant.double())
+            # pull was s_j u_j: the term that a pass with beta 1 has lost is s_j u_j z_j
+            beta, points = self._solved(batch, torch.stack(forms, 2), torch.stack(constants, 2))
+            batch.beta.copy_(torch.where(batch.places < batch.alpha.shape[2], beta, 0.0))
+        found = self.ascend(batch, 0)
+        found.point = points[found.row, found.open]
+        return found
+
+    def _solved(
+        self, batch: Batch, forms: torch.Tensor, constants: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """beta [R, D, k] and points [R, D, inputs], from forms [R, D, k + 1, inputs]."""
+        R, D, count, _ = forms.shape
+        forms[:, :, 1:] = forms[:, :, :1] - forms[:, :, 1:]
+        constants[..., 1:] = constants[..., :1] - constants[..., 1:]
+        constants[..., 0] -= batch.thresholds
+        used = (batch.signs != 0).double()
+        beta = forms.new_zeros(R, D, count - 1)
+        points = forms.new_zeros(R, D, forms.shape[3])
+        for r in range(R if self.tp.rank == 0 else 0):
+            for d in range(D):
+                beta[r, d], points[r, d] = proposal(
+                    forms[r, d], constants[r, d], used[d], batch.low[d].double(),
+                    batch.high[d].double(),
+                )
+        both, _ = from_rank_zero(self.tp, torch.cat([beta, points], 2), False)
+        beta, points = both.split([count - 1, forms.shape[3]], 2)
+        return beta.to(batch.beta), points.to(batch.low)
 
     def _bounded(
         self, best: Any, proved: Any, alive: Any, batch: Batch, run: Any, margins: Any, over: bool

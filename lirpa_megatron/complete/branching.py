@@ -27,24 +27,25 @@ _SAME = 1e-5
 
 
 def scores(found: Bounded) -> torch.Tensor:
-    """How much each unstable neuron may cost in each open domain: [O, N]; others: -1."""
+    """What each unstable neuron costs in each open domain: [O, N]; others: -1."""
     lines, A = found.batch.lines, found.seen
     alpha = found.batch.alpha[found.row, torch.arange(len(A), device=A.device)]
     # u = intercept / slope and -l = intercept / (1 - slope), from the upper line
     up = lines.intercept / lines.upper_slope
     down = lines.intercept / (1 - lines.upper_slope)
-    below = torch.maximum(alpha * down, (1 - alpha) * up)
-    cost = A.abs() * torch.where(A > 0, below, lines.intercept)
-    return torch.where(lines.unstable, cost.nan_to_num(), -1.0)
+    if found.primal is None:
+        most = torch.where(A > 0, torch.maximum(alpha * down, (1 - alpha) * up), lines.intercept)
+    else:
+        z = torch.minimum(torch.maximum(found.primal, -down), up)
+        line = torch.where(A > 0, alpha * z, lines.upper_slope * z + lines.intercept)
+        most = (line - z.clamp(min=0)).abs()
+    return torch.where(lines.unstable, (A.abs() * most).nan_to_num(), -1.0)
 
 
 def candidates(bounder: Bounder, found: Bounded, count: int) -> torch.Tensor:
     """The neurons to try in each open domain, the most promising first: [O, count], -1 for none."""
     own, roots = scores(found), bounder.roots
-    if bounder.tp.rank > 0:  # a replicated neuron is rank 0's
-        for r in roots.relus:
-            if not r.sharded:
-                own[:, r.first : r.first + r.size] = -1.0
+    own[:, ~bounder.counted[:-1]] = -1.0
     return best_of_all_ranks(bounder.tp, own, roots.number_of.expand(len(own), -1), count)
 
 

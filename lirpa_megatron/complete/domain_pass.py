@@ -35,6 +35,7 @@ class DomainPass(BackwardPass):
         seen: ReLU's name -> A at its output, [R, D, n], without gradient.
         minimiser: where each row's bound is attained, [R, D, inputs].
         size: of the terms that a bound is the sum of, [R, D].
+        A, constant: the rows as functions of the input, [R, D, inputs] and [R, D].
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class DomainPass(BackwardPass):
         self.seen: dict[str, torch.Tensor] = {}
         self.minimiser: torch.Tensor | None = None
         self.size: torch.Tensor | None = None
+        self.A: torch.Tensor | None = None
+        self.constant: torch.Tensor | None = None
 
     def lower(self, C: torch.Tensor) -> torch.Tensor:
         """Lower bounds [R, D] of the rows C [R, D, outputs]."""
@@ -62,10 +65,10 @@ class DomainPass(BackwardPass):
         return split.bound_backward(A)
 
     def _concretize(self, leaf: auto_lirpa.Bound, A: LowerUpper, result: RowBounds) -> None:
-        least, self.minimiser, size = LeastOverBox.apply(
-            dense(A.lower).flatten(2), self.low, self.high
-        )
-        self.size = size + result.lower.detach().abs()
+        lower = dense(A.lower).flatten(2)
+        self.A, self.constant = lower.detach(), result.lower.detach()
+        least, self.minimiser, size = LeastOverBox.apply(lower, self.low, self.high)
+        self.size = size + self.constant.abs()
         result.lower = result.lower + least
 
 

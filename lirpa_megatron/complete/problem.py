@@ -47,8 +47,8 @@ class SearchOptions:
     iterations: int = 16
     # the same for a goal's whole box
     first_iterations: int = 100
-    # the same for a domain without an unstable neuron, which is a linear program
-    last_iterations: int = 400
+    # the same for a domain without an unstable neuron, before it is solved as a linear program
+    last_iterations: int = 40
     # the same for each unstable inner neuron of a box, before anything is split; 0: not at all
     refinement_iterations: int = 20
     # step sizes of alpha, and of beta in units of A's mean size

@@ -97,8 +97,13 @@ class _Replay:
         if late:
             batch = self.bounder.batch([domain for domain, _ in late])
             found = self.bounder.ascend(batch, _MORE * iterations)
+            margins, left = found.margins, found.open
+            linear = ~found.batch.lines.unstable.any(1)
+            if bool(linear.any()):
+                solved = self.bounder.solve(found.batch.at(linear.nonzero().flatten()))
+                margins = margins.scatter(0, left[linear], solved.margins)
+                left = torch.cat([left[~linear], left[linear][solved.open]])
             self.failed += [
-                (late[at][0].goal, late[at][1].leaf, float(found.margins[at]))
-                for at in found.open.tolist()
+                (late[at][0].goal, late[at][1].leaf, float(margins[at])) for at in left.tolist()
             ]
         return inner

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,6 @@ def search(
 
 def _is_over(options: SearchOptions, begin: float) -> bool:
     return options.timeout is not None and time.monotonic() - begin > options.timeout
-
 
 class _Search:
     def __init__(
@@ -145,27 +145,17 @@ class _Search:
     def _sort_out(self, domains: list[Domain], found: Bounded) -> bool:
         """Proved domains are closed, others go on; returns whether time is over."""
         self.bounded += len(domains)
-        margins = found.margins.tolist()
-        for i in found.proved.nonzero().flatten().tolist():
-            self._close(domains[i], margins[i])
-        if not len(found.open):
+        rest = self._after(domains, found)
+        if not rest:
             return found.is_over
-        rest = [domains[i] for i in found.open.tolist()]
         chosen = branching.candidates(self.bounder, found, self.options.tried).tolist()
-        batch, last = found.batch, []
-        for i, (domain, at, numbers) in enumerate(
-            zip(rest, found.open.tolist(), chosen, strict=True)
-        ):
-            child = Domain(
-                domain.goal, domain.splits, max(domain.margin, margins[at]),
-                batch.alpha[:, i].half() if batch.alpha.dtype is torch.float32
-                else batch.alpha[:, i].clone(),
-                batch.beta[:, i, : len(domain.splits)].clone(), tuple(numbers),
-            )
+        last = []
+        for domain, numbers in zip(rest, chosen, strict=True):
+            domain.candidates = tuple(numbers)
             if numbers[0] < 0:
-                last.append(child)
+                last.append(domain)
             else:
-                self._push(child)
+                self._push(domain)
         self._try_points(found)
         if self.refuted is None and last:
             return self._finish(last)
@@ -173,23 +163,36 @@ class _Search:
 
     def _finish(self, domains: list[Domain]) -> bool:
         """Domains in which the network is linear: nothing is left but the multipliers."""
-        over = False
         for first in range(0, len(domains), self.options.batch):
             some = domains[first : first + self.options.batch]
-            found = self.bounder.ascend(
-                self.bounder.batch(some), self.options.last_iterations, decay=0.99
-            )
-            over = found.is_over
-            margins = found.margins.tolist()
-            for i in found.proved.nonzero().flatten().tolist():
-                self._close(some[i], margins[i])
-            if len(found.open):
-                self._try_points(found)
-            for i in found.open.tolist():
-                self.stuck.append(replace(some[i], margin=max(some[i].margin, margins[i])))
-            if over or self.refuted is not None:
-                break
-        return over
+            steps = self.options.last_iterations
+            for solve in (partial(self.bounder.ascend, iterations=steps), self.bounder.solve):
+                found = solve(self.bounder.batch(some))
+                some = self._after(some, found)
+                if some:
+                    self._try_points(found)
+                if found.is_over or self.refuted is not None or not some:
+                    break
+            self.stuck += some
+            if found.is_over or self.refuted is not None:
+                return found.is_over
+        return False
+
+    def _after(self, domains: list[Domain], found: Bounded) -> list[Domain]:
+        """Closes what was proved; returns the others, as they are now."""
+        margins, batch = found.margins.tolist(), found.batch
+        for i in found.proved.nonzero().flatten().tolist():
+            self._close(domains[i], margins[i])
+        rest = []
+        for i, at in enumerate(found.open.tolist()):
+            domain = domains[at]
+            alpha = batch.alpha[:, i]
+            rest.append(Domain(
+                domain.goal, domain.splits, max(domain.margin, margins[at]),
+                alpha.half() if alpha.dtype is torch.float32 else alpha.clone(),
+                batch.beta[:, i, : len(domain.splits)].clone(), (),
+            ))
+        return rest
 
     def _try_points(self, found: Bounded) -> None:
         """Where the bounds are attained, the goals may fail."""
@@ -199,7 +202,10 @@ class _Search:
         worst = sorted(range(len(goals)), key=lambda i: found.margins[found.open[i]].item())
         for goal in sorted(set(goals)):
             index = [i for i in worst if goals[i] == goal]
-            point = self.confirm(goal, found.minimiser[index])
+            points = found.minimiser[index]
+            if found.point is not None:  # by turns
+                points = torch.stack([points, found.point[index]], 1).flatten(0, 1)
+            point = self.confirm(goal, points)
             if point is not None:
                 self.refuted = goal, point
                 return
