@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lirpa_megatron.bounded_module import BoundedModule
     from lirpa_megatron.compat.auto_lirpa import BoundedParameter, BoundedTensor, PerturbationLpNorm
     from lirpa_megatron.complete.input_splits import bound_by_splits
+    from lirpa_megatron.complete.library import branch_and_bound
     from lirpa_megatron.crown.options import METHODS
     from lirpa_megatron.errors import RemoteRankError, SPMDError, UserError
     from lirpa_megatron.parallel.spmd import guard
@@ -54,6 +55,7 @@ __all__ = [
     "at_position",
     "bert_head",
     "bound_by_splits",
+    "branch_and_bound",
     "classification_margins",
     "directions",
     "embed",
@@ -78,6 +80,7 @@ _MODULES = {
     "errors": ("RemoteRankError", "SPMDError", "UserError"),
     "compat.auto_lirpa": ("BoundedParameter", "BoundedTensor", "PerturbationLpNorm"),
     "complete.input_splits": ("bound_by_splits",),
+    "complete.library": ("branch_and_bound",),
     "crown.options": ("METHODS",),
     "parallel.spmd": ("guard",),
     "problem.directions": ("directions", "segment"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import scipy.optimize
 import torch
 from torch import nn
 
 from lirpa_megatron import BoundedModule
 from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
+from lirpa_megatron.complete.linear_leaves import solve_game
 from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
+from lirpa_megatron.complete.refinement import refined
 from lirpa_megatron.complete.roots import bound_roots
 from lirpa_megatron.complete.split_relu import LeastOverBox, Lines, SplitRelu
 from lirpa_megatron.operators.coefficients import LowerUpper
@@ -149,3 +152,34 @@ def test_beta_proves_what_no_bound_without_it_does(network, one_thread):
         without, _, _ = bounder.quickly(batch)
         found = bounder.ascend(batch, 400, decay=1.0)
     assert bool(found.proved.any()) and not bool((without > 0).any())
+
+
+def test_refined_bounds_hold_and_are_not_wider(network, one_thread):
+    model, graph, problem, roots = network
+    with passes(graph, roots.active_columns):
+        tighter = refined(graph, problem, roots, SearchOptions(), lambda: False)
+    x = torch.rand(20000, 2, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    z = _pre_activations(model, x)[:, roots.number_of]
+    # 1e-12: rounding of sums of a few products in float64
+    assert (z >= tighter.lower - 1e-12).all() and (z <= tighter.upper + 1e-12).all()
+    assert (tighter.lower >= roots.lower).all() and (tighter.upper <= roots.upper).all()
+    assert (tighter.upper - tighter.lower).sum() < (roots.upper - roots.lower).sum()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_games_of_linear_leaves_have_the_value_that_a_linear_program_has(seed):
+    rows, inputs = 2 + seed % 5, 1 + seed % 4
+    M, b = drawn(rows, inputs, seed=seed), drawn(rows, seed=seed + 100)
+    low = drawn(inputs, seed=seed + 200)
+    high = low + drawn(inputs, seed=seed + 300).abs()
+    high[0] = low[0] if seed % 3 == 0 else high[0]  # an input of no width
+    w, x = solve_game(M, b, low, high)
+    found = scipy.optimize.linprog(
+        [*[0] * inputs, 1], A_ub=torch.cat([M, -torch.ones(rows, 1)], 1).numpy(), b_ub=-b.numpy(),
+        bounds=[*zip(low.tolist(), high.tolist(), strict=True), (None, None)],
+    )
+    below = (w @ b) + torch.where(w @ M > 0, low, high) @ (w @ M)
+    # The barrier ends at mu of 1e-11 of the sizes, and both ends of the game meet there.
+    assert float(below) == pytest.approx(found.fun, abs=1e-7)
+    assert float((M @ x + b).amax()) == pytest.approx(found.fun, abs=1e-7)
+    assert bool((low <= x).all() and (x <= high).all())

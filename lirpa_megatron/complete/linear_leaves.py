@@ -46,6 +46,7 @@ def solve_game(
     size = float(torch.cat([N.abs().sum(1), c.abs()]).max().clamp(min=1e-300))
     N, c = N / size, c / size
     y, t, mu = torch.zeros_like(width), c.max() + 1, 1.0
+    most, best = -float("inf"), torch.full_like(c, 1 / len(c))
     for _ in range(_ROUNDS):
         mu *= 0.15
         for _ in range(_NEWTON):
@@ -69,9 +70,14 @@ def solve_game(
             y, t = y + length * dy, t + length * dt
             if float(-(gradient @ step)) < 1e-9 * mu:
                 break
-    w = mu / (t - (N @ y + c))
+        # Where mu is small, slacks are differences of nearly equal numbers: the best weights count.
+        w = mu / (t - (N @ y + c))
+        w = w / w.sum()
+        value = float(w @ c - (w @ N).abs().sum())
+        if value > most:
+            most, best = value, w
     x[free] = x[free] + width * y
-    return w / w.sum(), x
+    return best, x
 
 
 def proposal(

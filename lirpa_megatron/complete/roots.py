@@ -6,12 +6,15 @@ the lower bound becomes 0 or more), as alpha-beta-CROWN does by default.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.complete.agreement import from_rank_zero
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.crown.placement import PassPlan
 from lirpa_megatron.crown.relu_sparsity import live_columns
@@ -80,13 +83,15 @@ class Roots:
         )
 
 
-def bound_roots(graph: Any, problem: Problem, method: str = "CROWN-Optimized") -> Roots:
-    """Bounds the boxes with a BoundedModule.
+def bound_roots(
+    graph: Any, problem: Problem, is_over: Callable[[], bool] = lambda: False
+) -> Roots:
+    """Bounds the boxes with a BoundedModule, by alpha-CROWN.
 
     Args:
         graph: the BoundedModule, whose graph must be linear but for ReLUs.
         problem: boxes and goals.
-        method: of the bounds.
+        is_over: whether time is, on this rank; what has been found by then is used.
 
     Raises:
         UserError: the graph cannot be split, by name.
@@ -98,12 +103,33 @@ def bound_roots(graph: Any, problem: Problem, method: str = "CROWN-Optimized") -
         norm=float("inf"), x_L=problem.low, x_U=problem.high
     )
     x = auto_lirpa.BoundedTensor((problem.low + problem.high) / 2, box)
-    found, _ = graph.compute_bounds(x=(x,), C=C, method=method, bound_upper=False)
+    with _until(graph, is_over):
+        found, _ = graph.compute_bounds(
+            x=(x,), C=C, method="CROWN-Optimized", bound_upper=False
+        )
     margins = rows.of(found.detach().double())
     plan = graph.schedule.plan(final, spec_sharded=False)
     if len(plan.leaves) != 1:
         raise UserError("branch and bound needs a network in which outputs depend on one input")
     return _numbered(graph, plan, margins - problem.thresholds)
+
+
+@contextlib.contextmanager
+def _until(graph: Any, is_over: Callable[[], bool]) -> Iterator[None]:
+    """While the host optimises alpha, it stops when time is over."""
+    options, tp = graph.bound_opts["optimize_bound_args"], graph.context.collectives
+    saved = options["stop_criterion_func"]
+
+    def stop(lower: torch.Tensor) -> torch.Tensor:
+        nothing = torch.zeros(1, dtype=torch.float64, device=lower.device)
+        _, over = from_rank_zero(tp, nothing, is_over())
+        return torch.full((len(lower), 1), over, device=lower.device)
+
+    options["stop_criterion_func"] = stop
+    try:
+        yield
+    finally:
+        options["stop_criterion_func"] = saved
 
 
 def check_graph(graph: Any, final: auto_lirpa.Bound) -> None:

@@ -51,7 +51,7 @@ def search(
     """
     begin = time.monotonic()
     if roots is None:
-        roots = bound_roots(graph, problem)
+        roots = bound_roots(graph, problem, lambda: _is_over(options, begin))
     with passes(graph, roots.active_columns), full_precision(graph.device):
         if options.refinement_iterations:
             roots = refined(graph, problem, roots, options, lambda: _is_over(options, begin))

@@ -59,6 +59,9 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
         if not options.complete or "vnnlib" not in arguments:
             raise UserError("--record writes the proof of one property: give --complete and "
                             "--vnnlib")
+        if options.splits:
+            raise UserError("--record does not write proofs of pieces of the input: leave out "
+                            "--splits")
         check_writable(options.record)
     if arguments.get("resume"):
         if output is None:
