@@ -25,6 +25,7 @@ from lirpa_megatron import (
     segment,
     smallest_margin,
 )
+from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.complete.covering import Leaf, cover
 from lirpa_megatron.complete.pieces import Piece, cut_into_pieces
 from lirpa_megatron.errors import UserError
@@ -95,6 +96,30 @@ def points_of(set_, count):
         return ptb.centre + torch.einsum("nbd,bd...->nb...", t, ptb.directions)
     t[: count // 2] = t[: count // 2].sign()
     return (ptb.x_L + ptb.x_U) / 2 + t * (ptb.x_U - ptb.x_L) / 2
+
+
+def descent(set_, function):
+    """The least value of a function [B] over each sample's set that gradient steps find."""
+    ptb, least = set_.ptb, torch.full((len(set_),), INFINITY)
+    hull = isinstance(ptb, PerturbationHull)
+    shape = ptb.vertices.shape[:-1] if hull else set_.shape
+    shape = ptb.directions.shape[:2] if hasattr(ptb, "directions") else shape
+    for _ in range(4):
+        t = torch.randn(shape).requires_grad_()
+        step = torch.optim.Adam([t], lr=0.3)
+        for _ in range(15):
+            if hull:
+                x = torch.einsum("bsk,bskh->bsh", t.softmax(-1), ptb.vertices)
+            elif hasattr(ptb, "directions"):
+                x = ptb.centre + torch.einsum("bd,bd...->b...", t.clamp(-1, 1), ptb.directions)
+            else:
+                x = (ptb.x_L + ptb.x_U) / 2 + t.clamp(-1, 1) * (ptb.x_U - ptb.x_L) / 2
+            value = function(x)
+            least = torch.minimum(least, value.detach())
+            step.zero_grad()
+            value.sum().backward()
+            step.step()
+    return least
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -169,6 +194,10 @@ def test_bounds_of_pieces_hold_over_the_whole_set_and_are_tighter(name, method):
     points = points_of(given, 1000)
     y = torch.einsum("bsf,nbf->nbs", C, model(points.flatten(0, 1)).unflatten(0, (-1, 2)))
     assert (y >= found.lower - 1e-12).all() and (y <= found.upper + 1e-12).all()
+    for row, sign in itertools.product(range(C.shape[1]), (1, -1)):
+        low = descent(given, lambda x, row=row, sign=sign: sign * (C[:, row] * model(x)).sum(-1))
+        bound = found.lower[:, row] if sign > 0 else -found.upper[:, row]
+        assert (low >= bound - 1e-12).all()
     assert (found.lower >= whole.lower).all() and (found.upper <= whole.upper).all()
     if method != "CROWN-Optimized":
         assert (found.lower - whole.lower).max() > 1e-3 * (y.amax(0) - y.amin(0)).max()
@@ -242,25 +271,40 @@ def test_the_largest_pieces_are_cut_first_and_time_ends_the_search():
 # ------------------------------------------------------------------- sharded models
 
 
-def language_case(splits, method, order, least=0.05):
-    """A GPT's next token along a segment between two sentences, and in a hull of words."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
+def language_segment():
+    """(model, ids, next tokens, the ends of a fifth of the way to another sentence)."""
     model = transformers.gpt(torch.float64)
     ids = transformers.tokens()[0]
     other = ids.clone()
     other[:, 3] = (ids[:, 3] + 5) % transformers.VOCABULARY
     targets = model(ids, torch.arange(ids.shape[1]).unsqueeze(0), None)[:, -1].argmax(-1)
     ends = [perturb_tokens(model, words, eps=0.0)[0].data for words in (ids, other)]
-    between = ends[0] + 0.2 * (ends[1] - ends[0])
+    return model, ids, targets, (ends[0], ends[0] + 0.2 * (ends[1] - ends[0]))
+
+
+def language_case(splits, method, order, least=0.05):
+    """A GPT's next token along a segment between two sentences, and in a hull of words."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    model, ids, targets, ends = language_segment()
     view = next_token_margins(model)
     few = {"order": order, "refined_rows": 0, "adjoint_rows": 2}  # for the time's sake
     bounded = BoundedModule(view, (ends[0], targets), bound_opts=few)
     return bound_by_splits(
-        bounded, (segment(ends[0], between), targets), splits=splits, method=method,
+        bounded, (segment(*ends), targets), splits=splits, method=method,
         margin=lambda rows, of: smallest_margin(rows, targets[of]) - least, at_once=4,
         stop_at_counterexample=False,
     )
+
+
+def language_values(points):
+    """Margins at points of that segment, [points, B, V]."""
+    torch.set_default_dtype(torch.float64)
+    model, ids, targets, ends = language_segment()
+    net = traceable(next_token_margins(model))
+    t = torch.linspace(0, 1, points).view(-1, 1, 1, 1)
+    x = ends[0] + t * (ends[1] - ends[0])
+    return net(x.flatten(0, 1), targets.repeat(points)).unflatten(0, (points, -1)).detach()
 
 
 def network_case(splits, method):
@@ -291,6 +335,12 @@ def test_every_rank_cuts_the_same_pieces_and_bounds_are_one_device_s(case, argum
         for a, b in ((found.lower, one.lower), (found.upper, one.upper)):
             assert ((a - b).abs() <= 1e-10 * width).all()
         assert torch.equal(found.lower, many[0].lower)
+
+
+def test_bounds_of_a_segment_s_pieces_hold_everywhere_on_it():
+    found = alone(language_case, 4, "forward", 3)
+    y = pool(1).run(language_values, 400)[0]
+    assert (y >= found.lower - 1e-12).all() and (y <= found.upper + 1e-12).all()
 
 
 # ------------------------------------------------------------------------ bad input
