@@ -55,6 +55,7 @@ def test_a_record_is_proved_again_leaf_by_leaf(tmp_path, record, capsys):
     assert status == 0 and f"holds: holds of net, {count} leaves of 1 trees" in message
 
 
+@pytest.mark.slow
 def test_a_record_of_two_ranks_is_one_of_the_same_tree(folder, tmp_path, record, capsys):
     on_ranks(2, *arguments_for(folder, tmp_path / "two.json"))
     one, two = (json.loads(p.read_text()) for p in (record, tmp_path / "two.json"))

@@ -52,8 +52,8 @@ class SearchOptions:
     # the same for each unstable inner neuron of a box, before anything is split; 0: not at all
     refinement_iterations: int = 20
     # step sizes of alpha, and of beta in units of A's mean size
-    lr_alpha: float = 0.2
-    lr_beta: float = 0.5
+    lr_alpha: float = 0.7
+    lr_beta: float = 0.7
     # neurons that are tried for each split
     tried: int = 16
     # seconds; None: no limit
