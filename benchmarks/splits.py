@@ -1,7 +1,7 @@
-"""Whole segments proved in pieces: the classifier of examples/sst, and a model of GPT-2's shape.
+"""Whole segments proved in pieces, on the classifier of examples/sst.
 
     python benchmarks/splits.py [--radii 1 2 4 8] [--modes CROWN:1 forward:1 forward:3 forward:8]
-        [--splits 200] [--model sst|gpt2] [--limit 1200] [--json FILE]
+        [--splits 200] [--limit 1200] [--json FILE]
 
 The set is x + r t D, |t| <= 1, with a random direction D as long as the embedding of the last word
 but one. Each radius of each mode runs in a process of its own, one thread, float32, and stops at a
@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "sst"
 
 
 def _sst():
-    """(module to be bounded, inputs, specification, margin of rows, place of the word)."""
+    """(module to be bounded, embeddings, specification, place of the word)."""
     import torch
 
     from lirpa_megatron import bert_head, embed
@@ -34,27 +34,7 @@ def _sst():
     x = embed(model, ids, tokentype_ids=torch.zeros_like(ids)).detach()
     C = torch.zeros(1, 1, 2)
     C[0, 0, given["label"]], C[0, 0, 1 - given["label"]] = 1, -1
-    return bert_head(model, "binary"), (x,), C, None, ids.shape[1] - 2
-
-
-def _gpt2():
-    """The same of a model of GPT-2 small's shape, 12 x 768, with 16 tokens."""
-    import gpt2_shape
-    import torch
-
-    from lirpa_megatron import at_position, embed, next_token_margins, smallest_margin
-    from lirpa_megatron.adapters.traceable import traceable
-
-    model = gpt2_shape._model(12, 16)
-    drawn = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, gpt2_shape.VOCABULARY, (1, 16), generator=drawn)
-    x = embed(model, ids).detach()
-    target = traceable(at_position(model, -1))(x).argmax(-1)
-
-    def margin(rows, samples):
-        return smallest_margin(rows, target[samples])
-
-    return next_token_margins(model), (x, target), None, margin, 14
+    return bert_head(model, "binary"), x, C, ids.shape[1] - 2
 
 
 def _one(task: dict) -> dict:
@@ -67,18 +47,14 @@ def _one(task: dict) -> dict:
 
     torch.set_num_threads(1)
     with runtime.session(), torch.no_grad():
-        view, (x, *rest), C, margin, place = {"sst": _sst, "gpt2": _gpt2}[task["model"]]()
+        view, x, C, place = _sst()
         D = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(2))
         D = D / D.norm() * x[0, place].norm()
         given = directions(x, D[None], task["radius"], positions=[place])
-        options = {"order": task["order"]}
-        if task["model"] == "gpt2":
-            options |= {"adjoint_rows": 1, "refined_rows": 0}
-        bounded = BoundedModule(view, (x, *rest), bound_opts=options)
+        bounded = BoundedModule(view, (x,), bound_opts={"order": task["order"]})
         memory, begin = PeakMemory(), time.process_time()
         found = bound_by_splits(
-            bounded, (given, *rest), C, splits=task["splits"], method=task["method"],
-            margin=margin, bound_upper=False,
+            bounded, given, C, splits=task["splits"], method=task["method"], bound_upper=False,
         )
         seconds, peak = time.process_time() - begin, memory.stop()
     return {"pieces": int(found.pieces), "proved": float(found.proved), "mib": peak,
@@ -87,7 +63,6 @@ def _one(task: dict) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=("sst", "gpt2"), default="sst")
     parser.add_argument("--radii", nargs="+", type=float, default=[1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--modes", nargs="+",
                         default=["CROWN:1", "forward:1", "forward:3", "forward:8"])
@@ -102,8 +77,8 @@ def main() -> None:
     for radius in options.radii:
         for mode in options.modes:
             method, order = mode.split(":")
-            task = {"model": options.model, "radius": radius, "method": method,
-                    "order": int(order), "splits": options.splits}
+            task = {"radius": radius, "method": method, "order": int(order),
+                    "splits": options.splits}
             ranks = launch(__file__, task, 1, options.limit, None)
             if ranks is None:
                 print(f"| {radius:g} | {method} | {order} | more than {options.limit:g} s |")
