@@ -20,6 +20,7 @@ HEAVIEST = (
     "test_bridge_checkpoints", "test_live_megatron", "test_plain_modules", "test_job_resume",
     "test_mnist_fc", "test_rounding_curves", "test_host_operators", "test_onnx_normalisation",
     "test_traffic", "test_bad_input", "test_onnx_operators", "test_coefficients",
+    "test_complete_sharded", "test_complete", "test_complete_job", "test_complete_record",
     "test_stage_failures", "test_training", "test_instances", "test_language_margins",
 )
 """Files of more than 5 s of processor time, the heaviest first: the two workers of `make test` then
