@@ -1,7 +1,8 @@
 """Forward methods at GPT-2 small's shape: seconds, memory and radii of next-token margins.
 
     python benchmarks/gpt2_shape.py [--sets segment words ball] [--orders 1 3 8] [--modes tp1 tp2]
-        [--layers 12] [--tokens 16] [--refined 0] [--steps 12] [--limit 1800] [--json FILE]
+        [--layers 12] [--tokens 16] [--rows 1] [--refined 0] [--steps 12] [--limit 1800]
+        [--json FILE]
 
 12 layers, hidden 768, 12 heads, 50304 words (GPT-2's 50257, padded to share out), learned
 positions, tied embeddings, tanh GELU; weights drawn as GPT-2's are at initialisation; float32. The

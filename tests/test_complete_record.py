@@ -146,3 +146,5 @@ def test_leaves_are_a_tree_or_are_refused():
     ):
         with pytest.raises(ValueError, match=said):
             tree_of(leaves_, 4)
+    with pytest.raises(ValueError, match="5000 splits of one leaf are more than 400"):
+        tree_of([tuple((i, 1) for i in range(5000))], 5000)

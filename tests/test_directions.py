@@ -9,7 +9,7 @@ import transformers
 from lirpa_megatron import directions, perturb_tokens, segment
 from lirpa_megatron.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("session", "one_thread")
+pytestmark = pytest.mark.usefixtures("session", "one_thread", "double")
 
 
 @pytest.mark.parametrize("match, given", [
@@ -38,12 +38,12 @@ def test_a_segment_needs_two_inputs_of_one_shape():
 def test_hidden_states_move_along_directions_at_any_layer():
     model = transformers.gpt(torch.float64)
     ids = transformers.tokens()[0]
-    D = torch.randn(2, 16, dtype=torch.float64)
+    D = torch.randn(2, 16)
     (hidden,) = perturb_tokens(model, ids, directions=D, eps=[0.1, 0.2], start_layer=1,
                                positions=[-1])
     scaled = hidden.ptb.directions
     assert scaled.shape == (len(ids), 2, *hidden.shape[1:])
-    assert torch.equal(scaled[0, :, -1], D * D.new_tensor([[0.1], [0.2]]))
+    assert torch.equal(scaled[0, :, -1], D * torch.tensor([[0.1], [0.2]]))
     assert not scaled[:, :, :-1].any()
     (clean,) = perturb_tokens(model, ids, eps=0.1, start_layer=1)
     assert torch.equal(clean.data, hidden.data)

@@ -15,20 +15,12 @@ from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm, per
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.problem.perturbations import PerturbationSegments
 
-pytestmark = pytest.mark.usefixtures("session", "one_thread")
+pytestmark = pytest.mark.usefixtures("session", "one_thread", "double")
 
 ROUNDING = 1e-12
 """Relative to a value's size; float64 with sums of some hundred terms."""
 MODELS = ("gpt", "llama", "bert", "gpt, squared relu, RMSNorm, untied",
           "one key group, norms of queries and keys", "bert's language head")
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @functools.cache

@@ -30,17 +30,9 @@ from lirpa_megatron.complete.covering import Leaf, cover
 from lirpa_megatron.complete.pieces import Piece, cut_into_pieces
 from lirpa_megatron.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("session", "one_thread")
+pytestmark = pytest.mark.usefixtures("session", "one_thread", "double")
 
 INFINITY = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def never(rows, _):

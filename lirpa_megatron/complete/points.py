@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lirpa_megatron.parallel import spmd
+from lirpa_megatron.complete.agreement import from_rank_zero
 from lirpa_megatron.parallel.collectives import Collectives
 
 
@@ -65,5 +65,5 @@ class Walks:
             x = (x.detach() - rate * width * slope.sign()).clamp(low, high)
         margin, order = margin.sort()
         both = torch.cat([margin[:, None], best[order].to(margin)], 1)
-        both = spmd.broadcast_tensor(both, self.tp.group)
+        both, _ = from_rank_zero(self.tp, both, False)
         return both[:, 1:].to(points), both[:, 0]

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from lirpa_megatron.complete.problem import Split
 
 
+_DEEPEST = 400
+"""Splits of a leaf; trees are gone through by recursion."""
+
+
 @dataclass(frozen=True)
 class Node:
     """A split of a neuron, or a leaf."""
@@ -34,6 +38,9 @@ def tree_of(leaves: Sequence[Sequence[Split]], neurons: int) -> Node:
     Raises:
         ValueError: they do not cover the whole box, or overlap; with what is wrong.
     """
+    deepest = max(map(len, leaves), default=0)
+    if deepest > _DEEPEST:
+        raise ValueError(f"{deepest} splits of one leaf are more than {_DEEPEST}")
     return _node(leaves, list(range(len(leaves))), (), neurons)
 
 
