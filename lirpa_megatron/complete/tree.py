@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from lirpa_megatron.complete.problem import Split
 
-
 _DEEPEST = 400
 """Splits of a leaf; trees are gone through by recursion."""
 
