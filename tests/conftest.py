@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+from forks import share_cores
 
 HEAVIEST = (
     "test_exactness", "test_transformers", "test_stages", "test_packaging",
@@ -30,6 +31,7 @@ end at about the same time."""
 def pytest_configure(config: pytest.Config) -> None:
     # pytest-xdist would begin with the files that have the most tests.
     config.option.loadscopereorder = False
+    share_cores()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -45,6 +45,24 @@ IMPORTED = (
 )
 
 
+_cores = os.sched_getaffinity(0)
+"""Of the whole test run."""
+
+
+def share_cores() -> None:
+    """Makes switching between ranks cheaper, for this process and all that it starts.
+
+    A collective of small tensors is a dozen switches between threads. Under SCHED_BATCH a thread
+    that wakes another runs on until it waits itself, which saves a third of them; and the ranks of
+    a pytest-xdist worker stay on its own share of the cores, near each other's caches.
+    """
+    with contextlib.suppress(PermissionError):  # some containers forbid it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    own = sorted(_cores)[int(worker) :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    os.sched_setaffinity(0, own or _cores)
+
+
 @dataclass
 class Child:
     """A process and this end of the connection to it."""
@@ -90,6 +108,7 @@ class Parent:
             [sys.executable, __file__, str(address)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
+        os.sched_setaffinity(process.pid, _cores)  # it serves all workers
         while not address.exists():
             if process.poll() is not None:
                 raise RuntimeError(f"tests/forks.py ended with status {process.returncode}")
@@ -100,7 +119,8 @@ class Parent:
         self.count += 1
         key = bytes(current_process().authkey)  # torch shares tensors with those who know it
         with Listener(str(self.folder / str(self.count)), "AF_UNIX") as listener:
-            self.pipe.send((listener.address, key, pickle.dumps((function, args))))
+            call = pickle.dumps((function, args))
+            self.pipe.send((listener.address, key, os.sched_getaffinity(0), call))
             return Child(self.pipe.recv(), listener.accept())
 
 
@@ -237,8 +257,9 @@ def _be_a_parent(address: Path) -> None:
         address.parent.rmdir()
 
 
-def _be_a_child(where: str, key: bytes, call: bytes) -> NoReturn:
+def _be_a_child(where: str, key: bytes, cores: set[int], call: bytes) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.sched_setaffinity(0, cores)
     current_process().authkey = key
     random.seed()
     with Client(where, "AF_UNIX") as own:
