@@ -45,11 +45,32 @@ def _rank():
     return runtime.tp_rank()
 
 
-def _together(function, size=2):
+def _together(function, ranks=None):
     start = time.monotonic()
-    outcomes = pool(size).outcomes(function, timeout=BOUNDED_TIME)
+    outcomes = (ranks or pool(2)).outcomes(function, timeout=BOUNDED_TIME)
     assert time.monotonic() - start < BOUNDED_TIME
     return outcomes
+
+
+def _be_on_several_machines():
+    from lirpa_megatron.parallel import local_links
+
+    local_links.connect = lambda *_: None
+
+
+@pytest.fixture(scope="module")
+def far_apart():
+    """Two ranks that do not find each other's sockets, so that they talk over gloo."""
+    ranks = RankPool(2)
+    ranks.run(_be_on_several_machines)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(params=["on one machine", "on several machines"])
+def ranks(request):
+    apart = request.param == "on several machines"
+    return request.getfixturevalue("far_apart") if apart else pool(2)
 
 
 def test_the_ranks_of_tests_order_sets_differently_as_torchruns_do():
@@ -68,8 +89,8 @@ def _one_rank_raises_inside_a_pass():
     bounded.compute_bounds(x=(_ball(_input()),), method="CROWN")
 
 
-def test_an_error_on_one_rank_inside_a_pass_ends_all_ranks_with_its_message():
-    first, second = _together(_one_rank_raises_inside_a_pass)
+def test_an_error_on_one_rank_inside_a_pass_ends_all_ranks_with_its_message(ranks):
+    first, second = _together(_one_rank_raises_inside_a_pass, ranks)
     assert second.error == "MemoryError"
     assert first.error == "RemoteRankError"
     assert "rank 1" in first.message and "rank 1 is out of memory" in first.message
@@ -98,8 +119,9 @@ def _one_rank_raises_while_a_collective_is_under_way():
         return caught, later().sum().item(), total.sum().item()
 
 
-def test_an_error_while_a_collective_is_under_way_ends_all_ranks_and_leaves_nothing_behind():
-    first, second = (o.value for o in _together(_one_rank_raises_while_a_collective_is_under_way))
+def test_an_error_while_a_collective_is_under_way_ends_all_ranks_and_leaves_nothing_behind(ranks):
+    outcomes = _together(_one_rank_raises_while_a_collective_is_under_way, ranks)
+    first, second = (outcome.value for outcome in outcomes)
     assert first[0].startswith("RemoteRankError") and "rank 1 is out of memory" in first[0]
     assert second[0].startswith("MemoryError")
     assert first[1:] == second[1:] == (12.0, 6.0)
@@ -114,8 +136,8 @@ def _one_rank_begins_another_collective():
         tp.begin_gather_rows(torch.ones(2 + tp.rank, 3))()
 
 
-def test_ranks_that_begin_different_collectives_all_raise():
-    for outcome in _together(_one_rank_begins_another_collective):
+def test_ranks_that_begin_different_collectives_all_raise(ranks):
+    for outcome in _together(_one_rank_begins_another_collective, ranks):
         assert outcome.error == "SPMDError" and "(2, 3)" in outcome.message
 
 
@@ -184,10 +206,21 @@ def _chunks_differ():
     (_modules_differ, "0.weight"),
     (_chunks_differ, "disagree"),
 ])
-def test_what_differs_between_ranks_is_named_on_every_rank(function, named):
-    for outcome in _together(function):
+def test_what_differs_between_ranks_is_named_on_every_rank(function, named, ranks):
+    for outcome in _together(function, ranks):
         assert outcome.error == "SPMDError", outcome
         assert named in outcome.message and "\n" not in outcome.message
+
+
+def _long_words():
+    from lirpa_megatron.parallel import runtime, spmd
+
+    word = str(_rank()) * 100_000
+    return spmd.gather_objects(word, runtime.tp_group()) == ["0" * 100_000, "1" * 100_000]
+
+
+def test_what_ranks_tell_each_other_may_be_long(ranks):
+    assert [outcome.value for outcome in _together(_long_words, ranks)] == [True, True]
 
 
 def _ranks_compute_after_an_error():
@@ -268,8 +301,11 @@ def _die():
     bounded.compute_bounds(x=(_ball(_input()),), method="CROWN")
 
 
-def test_a_rank_that_dies_without_a_word_ends_the_others():
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_rank_that_dies_without_a_word_ends_the_others(apart):
     mortal = RankPool(2)
+    if apart:
+        mortal.run(_be_on_several_machines)
     try:
         start = time.monotonic()
         outcomes = mortal.outcomes(_die, timeout=BOUNDED_TIME)

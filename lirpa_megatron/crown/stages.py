@@ -26,7 +26,7 @@ from lirpa_megatron.crown.stage_gradients import Handed, in_place_of
 from lirpa_megatron.crown.stage_service import StageService
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators import is_elementwise
-from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.checksums import check_same, checksums
 from lirpa_megatron.parallel.pipeline import DOWN, UP, Pipeline
 
 _UNAVAILABLE = (
@@ -64,8 +64,8 @@ class Stages:
             values: what must be the same on all stages.
             outward: whether bounds are rounded outwards.
         """
-        found = self.pipeline.agree("options", spmd.checksums(values))
-        spmd.check_same(found, "pipeline stages", "every stage must be built alike")
+        found = self.pipeline.agree("options", checksums(values))
+        check_same(found, "pipeline stages", "every stage must be built alike")
         if outward:
             raise NotImplementedError("rounding='outward' is not available over pipeline stages")
 
@@ -132,8 +132,8 @@ class Stages:
         Returns:
             The inputs of this stage's graph.
         """
-        found = self.pipeline.agree("the arguments of compute_bounds", spmd.checksums(values))
-        spmd.check_same(found, "pipeline stages", "every rank must pass the same")
+        found = self.pipeline.agree("the arguments of compute_bounds", checksums(values))
+        check_same(found, "pipeline stages", "every rank must pass the same")
         given = [name for name in _UNAVAILABLE if kwargs.get(name)]
         if given:
             raise NotImplementedError(

@@ -14,24 +14,31 @@ collective begins when that is found to be done, at the latest before the next h
 all ranks begin in the same order. A rank that fails in between begins it all the same, because the
 others have its word.
 
-The handshake runs over gloo also where the data runs over NCCL, so that it never waits for the GPU.
-A rank that dies without a word closes its connections, which ends the others' handshake too.
+The handshake never waits for the GPU: it runs through sockets between ranks of one machine
+(`local_links`), and over gloo, also where the data runs over NCCL, between several. A rank that
+dies without a word closes its connections, which ends the others' handshake too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import pickle
+import struct
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lirpa_megatron.errors import RemoteRankError, SPMDError, StageError, UserError
+from lirpa_megatron.parallel import local_links
+from lirpa_megatron.parallel.checksums import check_same, checksums
 
 _controls: weakref.WeakKeyDictionary[Any, _Control] = weakref.WeakKeyDictionary()
+_NUMBERS = struct.Struct("3q")
 
 
 class _Control:
@@ -49,11 +56,29 @@ class _Control:
             own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
             self._group = lambda: own
 
+    @functools.cached_property
+    def _links(self) -> local_links.Links | None:
+        """Made at the first handshake, as that is when all ranks are here."""
+        options = getattr(self._group()._get_backend(torch.device("cpu")), "options", None)
+        timeout = getattr(options, "_timeout", dist.default_pg_timeout).total_seconds()
+        return _or_gone(
+            lambda: local_links.connect(self.rank, self.size, timeout, self._gather_by_gloo)
+        )
+
     def start(self, values: list[int]) -> Callable[[], Any]:
         """The largest of each number over ranks, when the function that is returned is called.
 
         It has the attribute `is_done`, a function that says whether it would not wait.
         """
+        if self._links is not None:
+            said = _or_gone(lambda: self._links.begin(_NUMBERS.pack(*values)))
+
+            def heard() -> list[int]:
+                everyone = map(_NUMBERS.unpack, _or_gone(said.wait))
+                return [max(numbers) for numbers in zip(*everyone, strict=True)]
+
+            heard.is_done = said.is_done
+            return heard
         tensor = torch.tensor(values, dtype=torch.int64)
 
         def run() -> Any:
@@ -73,6 +98,15 @@ class _Control:
 
     def all_gather(self, value: Any) -> list[Any]:
         """Plain data of every rank, in rank order."""
+        if self._links is not None:
+            data = pickle.dumps(value)
+            short = data if len(data) <= local_links.LONGEST else b""
+            everyone = _or_gone(lambda: self._links.begin(short).wait())
+            if all(everyone):
+                return [pickle.loads(said) for said in everyone]
+        return self._gather_by_gloo(value)
+
+    def _gather_by_gloo(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.size
         with _talking():
             dist.all_gather_object(gathered, value, group=self._group())
@@ -170,7 +204,7 @@ def _said(step: str) -> list[int]:
 def _or_gone(function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise RemoteRankError(
             "a tensor-parallel rank ended without a message (see its own output); "
             f"the connection to it is gone: {str(error).splitlines()[0]}"
@@ -312,15 +346,6 @@ class _FromRankZero(torch.autograd.Function):
         return grad, None
 
 
-def _checksum(x: torch.Tensor) -> int:
-    """A checksum of the bits of `x` that also depends on their order."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = x.detach().contiguous().view(integers[x.element_size()]).flatten().to(torch.int64)
-    weights = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
-    header = zlib.crc32(f"{tuple(x.shape)}{x.dtype}".encode())
-    return int((bits * weights).sum().item()) ^ header
-
-
 def check_replicated(
     group: dist.ProcessGroup | None, values: Mapping[str, torch.Tensor | str | None], remedy: str
 ) -> None:
@@ -340,39 +365,3 @@ def check_replicated(
     mine = checksums(values)
     control.handshake("check of replicated values")
     check_same(control.all_gather(mine), "tensor-parallel ranks", remedy)
-
-
-def checksums(values: Mapping[str, torch.Tensor | str | None]) -> dict[str, int | str]:
-    """What `check_same` compares of named tensors and texts: plain data."""
-    return {
-        name: _checksum(value) if isinstance(value, torch.Tensor) else str(value)
-        for name, value in values.items()
-    }
-
-
-def check_same(
-    gathered: Sequence[Mapping[str, int | str]], whose: str, remedy: str
-) -> None:
-    """Raises if the checksums of anyone differ from the first one's.
-
-    Args:
-        gathered: `checksums` of all of them, in order.
-        whose: what they are, for the message.
-        remedy: what the user can do.
-
-    Raises:
-        SPMDError: naming the values, and who differs.
-    """
-    for i, theirs in enumerate(gathered):
-        names = sorted(set(theirs) | set(gathered[0]))
-        wrong = [n for n in names if theirs.get(n) != gathered[0].get(n)]
-        if wrong:
-            shown = [_shown(n, gathered[0].get(n), theirs.get(n)) for n in wrong[:3]]
-            raise SPMDError(
-                f"{', '.join(shown)} differs between {whose} 0 and {i}: {remedy}"
-            )
-
-
-def _shown(name: str, first: Any, other: Any) -> str:
-    texts = isinstance(first, str) and isinstance(other, str)
-    return f"{name} ({first} and {other})" if texts else name
