@@ -9,7 +9,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
-from onnx_cases import CASES, W, graph, ints, node, numbers
+from onnx_attention_cases import CASES as OF_TRANSFORMERS
+from onnx_cases import CASES as BASIC
+from onnx_cases import W, graph, ints, node, numbers
 from small_networks import save
 
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
@@ -18,6 +20,7 @@ from lirpa_megatron.networks.network import Network, NetworkDescription
 from lirpa_megatron.networks.onnx_import import read_onnx
 
 METHODS = ("IBP", "CROWN")
+CASES = BASIC | OF_TRANSFORMERS
 
 
 def imported(proto, tmp_path, **options):
@@ -157,8 +160,19 @@ REFUSED = {
         r"node 'y' \(Where\) .* may jump",
     ),
     "ArgMax": (graph([node("ArgMax", ["x"], ["y"])], {}, [1, 5]), "compare the scores"),
-    "two activations multiplied as matrices": (
-        graph([node("MatMul", ["x", "x"], ["y"])], {}, [3, 3]), "of two activations"
+    "a convolution": (
+        graph([node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])], {"w": numbers(2, 1, 3, 3)},
+              [1, 1, 4, 4]),
+        r"node 'y' \(Conv\) is a convolution, .* verify convolutional networks with auto_LiRPA",
+    ),
+    "a mask without attention": (
+        graph([node("Add", ["x", "m"], ["a"]), node("Softmax", ["a"], ["y"])],
+              {"m": np.array([0, -np.inf], "f")}, [1, 2]),
+        r"node 'a' \(Add\) .* number that is far below 0.* use a finite one such as -10000",
+    ),
+    "infinity": (
+        graph([node("Add", ["x", "m"], ["y"])], {"m": np.array([0, np.inf], "f")}, [1, 2]),
+        "NaN or infinite values",
     ),
     "an exponent that is no whole number": (
         graph([node("Pow", ["x", "e"], ["y"])], {"e": np.float32(1.5)}, [1, 5]), "exponent 1.5"

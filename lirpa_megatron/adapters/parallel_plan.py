@@ -2,16 +2,19 @@
 
 A *stream* is a set of values that have their features in the same places: the output of a Linear
 and everything that elementwise operators make of it, and of other streams they combine it with (a
-residual addition makes one stream of two). A stream can be sharded when only Linear layers write to
-it (they become Column) and only Linear layers read from it (they become Row). A Linear between two
-streams cannot be Column and Row at once, so streams that are sharded are never neighbours; among
-those choices, the one that shards the most weights is taken.
+residual addition makes one stream of two). Attention whose queries, keys and values are features of
+all heads side by side (`head_dim_at`) makes one stream of them and its output, sharded by heads. A
+stream can be sharded when only Linear layers write to it (they become Column) and only Linear
+layers read from it (they become Row). A Linear between two streams cannot be Column and Row at
+once, so streams that are sharded are never neighbours; among those choices, the one that shards the
+most weights is taken.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
+import math
 import operator
 from collections import Counter
 from dataclasses import dataclass, field
@@ -62,6 +65,8 @@ class _Stream:
     readers: list[str] = field(default_factory=list)
     obstacle: str = ""
     width: int = 0
+    head_dim: int = 1
+    """Features that stay together."""
 
 
 def plan_layers(module: nn.Module, size: int) -> dict[str, Decision]:
@@ -125,9 +130,8 @@ def _streams(
     values = [node for node in graph.nodes if node.op != "output"]
     for node in values:
         parent[node] = node
-        if _is_elementwise(node, modules):
-            for x in node.all_input_nodes:
-                parent[root(x)] = root(node)
+        for x in _of_one_stream(node, modules):
+            parent[root(x)] = root(node)
 
     number: dict[fx.Node, int] = {}
     streams: list[_Stream] = []
@@ -154,6 +158,9 @@ def _streams(
         elif node.op == "output":
             for x in node.all_input_nodes:
                 streams[number[x]].obstacle = "it is the output"
+        elif _is_of_heads(node):
+            stream = streams[number[node]]
+            stream.head_dim = math.lcm(stream.head_dim, node.args[node.target.head_dim_at])
         elif not _is_elementwise(node, modules):
             what = "the input" if node.op == "placeholder" else f"{node.op} {node.target}"
             streams[number[node]].obstacle = streams[number[node]].obstacle or f"{what} writes it"
@@ -162,11 +169,25 @@ def _streams(
     return streams, input_of, output_of
 
 
+def _of_one_stream(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The inputs that have their features in the same places as the result."""
+    if _is_of_heads(node):
+        return [x for x in node.args[:2] if isinstance(x, fx.Node)]
+    return node.all_input_nodes if _is_elementwise(node, modules) else []
+
+
+def _is_of_heads(node: fx.Node) -> bool:
+    """Whether each head of the result depends on that head of the first two inputs alone."""
+    return node.op == "call_function" and hasattr(node.target, "head_dim_at")
+
+
 def _is_elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether each feature of the result depends on that feature of the inputs alone."""
     if node.op == "call_module":
         return _is_elementwise_module(modules[str(node.target)])
     if node.op == "call_function":
+        if getattr(node.target, "elementwise", False):
+            return True
         name = getattr(node.target, "__name__", "").rstrip("_")
         if name not in _names() | _OTHER_NAMES:
             return False
@@ -193,7 +214,7 @@ def _choose(streams: list[_Stream], linears: dict[str, Any], size: int) -> set[i
 
     possible = [
         i for i, s in enumerate(streams)
-        if not s.obstacle and s.writers and s.readers and s.width % size == 0
+        if not s.obstacle and s.writers and s.readers and s.width % (size * s.head_dim) == 0
         and not set(s.writers) & set(s.readers)
     ]
     layers = {i: {*streams[i].writers, *streams[i].readers} for i in possible}
@@ -230,6 +251,11 @@ def _decide(
         stream = streams[index]
         if stream.obstacle:
             reasons.append(f"its {side} stays whole: {stream.obstacle}")
+        elif stream.width % size == 0 and stream.width % (size * stream.head_dim):
+            reasons.append(
+                f"its {side} has {stream.width // stream.head_dim} heads, which tensor-parallel "
+                f"size {size} does not divide"
+            )
         elif stream.width % size:
             reasons.append(
                 f"its {side} width {stream.width} is not divisible by tensor-parallel size {size}"

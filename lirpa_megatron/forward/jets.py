@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -114,17 +114,27 @@ def _gate(a: float, b: float) -> Callable[[torch.Tensor, int], Coefficients]:
     return jet
 
 
+def _erf_gate(k: float) -> Callable[[torch.Tensor, int], Coefficients]:
+    """x Phi(k x) = g(k x) / k, g the function of `_erf_gelu`."""
+
+    def jet(x: torch.Tensor, order: int) -> Coefficients:
+        return [k ** (j - 1) * c for j, c in enumerate(_erf_gelu(k * x, order))]
+
+    return jet
+
+
 @cache
 def _known() -> dict[int, Jets]:
     """Identity of a curve of the table -> its coefficients."""
-    root = 2 * math.sqrt(2 / math.pi)
-    made = {
-        "GeluErf": _erf_gelu, "GeluTanh": _gate(root, root * 0.044715), "Silu": _gate(1.0, 0.0),
-        "QuickGelu": _gate(1.702, 0.0), "Tanh": _tanh, "Sigmoid": _sigmoid,
-    }
+    made = {"Tanh": _tanh, "Sigmoid": _sigmoid}
     return {id(FUNCTIONS[name].curve()): Jets(jet) for name, jet in made.items()}
+
+
+@lru_cache(maxsize=32)
+def _of_family(name: str, numbers: tuple[float, ...]) -> Jets:
+    return Jets({"erf": _erf_gate, "logistic": _gate}[name](*numbers))
 
 
 def of(curve: Curve) -> Jets | None:
     """The coefficients of a curve; None where only lines are known."""
-    return _known().get(id(curve))
+    return _known().get(id(curve)) if curve.family is None else _of_family(*curve.family)

@@ -1,7 +1,8 @@
-"""The operators of imported networks: what each needs, and the module that computes it.
+"""The operators of imported networks: what each needs, and which module computes it.
 
-All work on flat activations [B, n]. Constants (`constant`, `slope`, ...) are parameters [n], so
-that checkpoints store them beside the weights; indices are part of the description.
+Activations are [B, n], or in the layouts that `layouts` says. Constants (`constant`, `slope`, ...)
+are parameters, so that checkpoints store them beside the weights; indices are part of the
+description.
 """
 
 from __future__ import annotations
@@ -15,8 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lirpa_megatron.adapters.tracing import untraced
 from lirpa_megatron.networks import functions
+from lirpa_megatron.networks.modules import (
+    Attend,
+    BatchNorm,
+    Cast,
+    Function,
+    Indexed,
+    Norm,
+    PReLU,
+    WithConstant,
+)
 
 
 @dataclass(frozen=True)
@@ -40,107 +50,9 @@ class Operator:
             (len(widths) == self.arity if self.arity is not None else len(widths) >= 1)
             and set(layer.attributes) == set(self.attributes)
             and all(possible(layer.attributes[n]) for n, possible in self.attributes.items())
-            and (not layer.bias or layer.op in ("linear", "tokens"))
+            and (not layer.bias or layer.op in ("linear", "tokens", "norm"))
             and self.widths(layer, widths)
         )
-
-
-class TokenLinear(nn.Linear):
-    """A linear layer on each of T equal parts: x [B, T n] -> [B, T m]."""
-
-    def __init__(self, tokens: int, n_in: int, n_out: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__(n_in, n_out, bias=bias, dtype=dtype)
-        self.tokens = tokens
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functions.on_tokens(x, self.weight, self.bias, self.tokens)
-
-
-class Indexed(nn.Module):
-    """A selection (`select`) or sum (`sum`) of columns, by an index."""
-
-    def __init__(self, index: Sequence[int], width: int | None = None) -> None:
-        super().__init__()
-        # On the CPU also where weights are still on the meta device: it is part of the structure.
-        values = torch.tensor(index, dtype=torch.int64, device="cpu")
-        self.register_buffer("index", values, persistent=False)
-        self.width = width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.width is None:
-            return functions.select(x, self.index)
-        return functions.sum_groups(x, self.index, self.width)
-
-
-class WithConstant(nn.Module):
-    """x and a constant: x + c, x c, x / c."""
-
-    def __init__(self, function: Callable, n: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.function = function
-        self.constant = nn.Parameter(torch.empty(n, dtype=dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x, self.constant)
-
-
-class BatchNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) weight + bias, in this order; each [n]."""
-
-    def __init__(self, n: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps = eps
-        for name in ("mean", "variance", "weight", "bias"):
-            self.register_parameter(name, nn.Parameter(torch.empty(n, dtype=dtype)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with untraced():
-            minus_mean, deviation = -self.mean, torch.sqrt(self.variance + self.eps)
-        x = functions.divide(functions.shift(x, minus_mean), deviation)
-        return functions.shift(functions.scale(x, self.weight), self.bias)
-
-    def at_once(self, x: torch.Tensor) -> torch.Tensor:
-        """The same as x s + (bias - mean s), as other programs compute it."""
-        s = self.weight / torch.sqrt(self.variance + self.eps)
-        return x * s + (self.bias - self.mean * s)
-
-
-class PReLU(nn.Module):
-    """x where x > 0, else slope x; slope [n]."""
-
-    def __init__(self, n: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.empty(n, dtype=dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_tracing():
-            return F.prelu(x, self.slope)
-        # The same in exact arithmetic, and a relaxation of the ReLU is one of the whole.
-        with untraced():
-            rest = 1 - self.slope
-        return functions.scale(x, self.slope) + functions.scale(F.relu(x), rest)
-
-
-class Function(nn.Module):
-    """A function of one or more activations, with attributes."""
-
-    def __init__(self, function: Callable, attributes: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.function, self.attributes = function, dict(attributes)
-
-    def forward(self, *x: torch.Tensor) -> torch.Tensor:
-        return self.function(*x, **self.attributes)
-
-
-class Cast(nn.Module):
-    """Rounds to a type; None: stays in the type that everything is computed in."""
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.dtype is None else x.to(self.dtype)
 
 
 # ------------------------------------------------------------------------------ attributes
@@ -148,6 +60,10 @@ class Cast(nn.Module):
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_nonzero(value: Any) -> bool:
+    return _is_number(value) and value != 0
 
 
 def _is_positive(value: Any) -> bool:
@@ -160,6 +76,18 @@ def _is_count(value: Any) -> bool:
 
 def _is_exponent(value: Any) -> bool:
     return type(value) is int and 2 <= value <= 64
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is int and value in (0, 1)
+
+
+def _is_fill(value: Any) -> bool:
+    return value == "-inf" or _is_number(value) and value < 0
 
 
 def _are_indices(value: Any) -> bool:
@@ -202,6 +130,23 @@ def _parts_fit(layer: Any, widths: Sequence[int]) -> bool:
     return _alike(layer, widths) and layer.n_in % layer.attributes["size"] == 0
 
 
+def _scores_fit(layer: Any, widths: Sequence[int]) -> bool:
+    heads, queries, keys = (layer.attributes[name] for name in ("heads", "queries", "keys"))
+    return (
+        widths[0] == layer.n_in and layer.n_in % (heads * queries) == 0
+        and widths[1] * queries == widths[0] * keys and layer.n_out == heads * queries * keys
+    )
+
+
+def _attend_fits(layer: Any, widths: Sequence[int]) -> bool:
+    heads, queries, keys = (layer.attributes[name] for name in ("heads", "queries", "keys"))
+    return (
+        widths[0] == layer.n_in == heads * queries * keys and widths[1] % (heads * keys) == 0
+        and layer.n_out * keys == widths[1] * queries
+        and layer.attributes["masks"] in (0, 1, heads)
+    )
+
+
 # ------------------------------------------------------------------------------ the table
 
 
@@ -219,9 +164,9 @@ def _vectors(*names: str) -> Callable[[Any], dict[str, tuple[int, ...]]]:
     return lambda layer: {name: (layer.n_in,) for name in names}
 
 
-def _constant(function: Callable) -> Operator:
+def _constant(name: str) -> Operator:
     def make(layer: Any, dtype: torch.dtype) -> nn.Module:
-        return WithConstant(function, layer.n_in, dtype)
+        return WithConstant(name, layer.n_in, dtype)
 
     return Operator(1, _alike, {}, _vectors("constant"), make)
 
@@ -235,6 +180,19 @@ def _function(function: Callable, arity: int = 1, **attributes: Callable) -> Ope
         return Function(function, layer.attributes)
 
     return Operator(arity, _alike, attributes, _none, make)
+
+
+def _norm_tensors(layer: Any) -> dict[str, tuple[int, ...]]:
+    size = layer.attributes["size"]
+    return {"weight": (size,)} | ({"bias": (size,)} if layer.bias else {})
+
+
+def _mask(layer: Any) -> dict[str, tuple[int, ...]]:
+    shape = tuple(layer.attributes[name] for name in ("masks", "queries", "keys"))
+    return {"mask": shape} if shape[0] else {}
+
+
+_HEADS = {"heads": _is_count, "queries": _is_count, "keys": _is_count}
 
 
 def _on_parts(function: Callable, **attributes: Callable) -> Operator:
@@ -251,9 +209,9 @@ OPERATORS: dict[str, Operator] = {
     ),
     "tokens": Operator(
         1, _tokens_fit, {"tokens": _is_count}, _weight,
-        lambda layer, dtype: TokenLinear(
-            layer.attributes["tokens"], layer.n_in // layer.attributes["tokens"],
-            layer.n_out // layer.attributes["tokens"], layer.bias, dtype,
+        lambda layer, dtype: nn.Linear(
+            layer.n_in // layer.attributes["tokens"], layer.n_out // layer.attributes["tokens"],
+            bias=layer.bias, dtype=dtype,
         ),
     ),
     # columns
@@ -266,12 +224,16 @@ OPERATORS: dict[str, Operator] = {
         lambda layer, dtype: Indexed(layer.attributes["index"], layer.n_out),
     ),
     "join": Operator(
-        None, _join_fits, {}, _none, lambda layer, dtype: Function(functions.join, {})
+        None, _join_fits, {}, _none,
+        lambda layer, dtype: Function(lambda *x: functions.join(*x), {}),
     ),
     # arithmetic with constants
-    "shift": _constant(functions.shift),
-    "scale": _constant(functions.scale),
-    "divide": _constant(functions.divide),
+    "shift": _constant("shift"),
+    "scale": _constant("scale"),
+    "divide": _constant("divide"),
+    # a single number for all elements
+    "times": _function(lambda x, number: functions.times(x, number), number=_is_number),
+    "over": _function(lambda x, number: functions.over(x, number), number=_is_nonzero),
     "batchnorm": Operator(
         1, _alike, {"eps": _is_number}, _vectors("mean", "variance", "weight", "bias"),
         lambda layer, dtype: BatchNorm(layer.n_in, layer.attributes["eps"], dtype),
@@ -305,8 +267,11 @@ OPERATORS: dict[str, Operator] = {
     "sin": _function(torch.sin),
     "cos": _function(torch.cos),
     "erf": _function(torch.erf),
+    "atan": _function(torch.atan),
     "gelu": _function(F.gelu),
     "gelutanh": _function(lambda x: F.gelu(x, approximate="tanh")),
+    "erfgate": _function(functions.erf_gate, divisor=_is_positive),
+    "tanhgate": _function(functions.tanh_gate, factor=_is_positive, cubic=_is_positive),
     "silu": _function(F.silu),
     "elu": _function(F.elu, alpha=_is_positive),
     "celu": _function(F.celu, alpha=_is_positive),
@@ -314,9 +279,33 @@ OPERATORS: dict[str, Operator] = {
     "softsign": _function(F.softsign),
     "mish": _function(F.mish),
     "hardswish": _function(F.hardswish),
-    # of each part of `size` columns
-    "softmax": _on_parts(functions.softmax),
-    "logsoftmax": _on_parts(functions.log_softmax),
-    "layernorm": _on_parts(functions.layer_norm, eps=_is_number),
+    # of each vector of `size` columns
+    "softmax": _on_parts(lambda x, size: functions.softmax(x, size)),
+    "logsoftmax": _on_parts(lambda x, size: functions.log_softmax(x, size)),
+    "layernorm": _on_parts(
+        lambda x, size, eps: functions.layer_norm(x, size, eps), eps=_is_number
+    ),
+    "norm": Operator(
+        1, _parts_fit, {"size": _is_count, "eps": _is_number, "centred": _is_flag}, _norm_tensors,
+        lambda layer, dtype: Norm(
+            layer.attributes["size"], layer.attributes["eps"], bool(layer.attributes["centred"]),
+            layer.bias, dtype,
+        ),
+    ),
+    # attention: vectors of all heads side by side
+    "scores": Operator(
+        2, _scores_fit, _HEADS, _none, lambda layer, dtype: Function(
+            lambda q, k, heads, queries, keys:
+                functions.scores(q, k, layer.n_in // (heads * queries)),
+            layer.attributes,
+        ),
+    ),
+    "attend": Operator(
+        2, _attend_fits, {**_HEADS, "masks": _is_size, "fill": _is_fill}, _mask,
+        lambda layer, dtype: Attend(
+            layer.n_out // (layer.attributes["queries"] * layer.attributes["heads"]),
+            _mask(layer).get("mask", ()), layer.attributes["fill"], dtype,
+        ),
+    ),
 }
 """Name -> what a layer of this kind has to have."""

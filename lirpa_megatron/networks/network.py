@@ -20,6 +20,7 @@ from lirpa_megatron.networks.description import (
     NetworkDescription,
 )
 from lirpa_megatron.networks.layers import OPERATORS
+from lirpa_megatron.networks.layouts import layouts_of
 
 __all__ = [
     "DTYPES", "FORMAT", "FORMAT_VERSION", "INPUT", "STORED_DTYPES", "LayerDescription", "Network",
@@ -45,8 +46,7 @@ class Network(nn.Module):
         """
         super().__init__()
         self.description = description
-        self.reads: tuple[str, ...] = (INPUT,)
-        self.runs = description.layers
+        self._run((INPUT,), description.layers)
         stored = dtype is None
         self.input_dtype = (
             STORED_DTYPES[description.input_dtype or description.dtype] if stored else None
@@ -85,9 +85,16 @@ class Network(nn.Module):
         if self.reads != (INPUT,):
             values = dict(zip(self.reads, self._split(x), strict=True))
         for layer in self.runs:
-            x = self.layers[layer.name](*(values[name] for name in layer.inputs))
+            inputs = [
+                self._in_layout(values[name], name, wanted)
+                for name, wanted in zip(layer.inputs, self._wanted[layer.name], strict=True)
+            ]
+            x = self.layers[layer.name](*inputs)
             values[layer.name] = x
-        if not self.runs:  # a part without layers, of a network that is arithmetic alone
+        if self.runs:
+            last = self.runs[-1]
+            x = self._in_layout(x, last.name, (last.n_out,))
+        else:  # a part without layers, of a network that is arithmetic alone
             x = functions.select(x, _columns(0, self.n_in, x.device))
         return x
 
@@ -99,14 +106,23 @@ class Network(nn.Module):
             output: the layer that makes its output; not one of `reads`.
         """
         part = copy.copy(self)
-        part.reads, part.input_dtype = tuple(reads), None
+        part.input_dtype = None
         needed, runs = {output}, []
         for layer in reversed(self.description.layers):
-            if layer.name in needed and layer.name not in part.reads:
+            if layer.name in needed and layer.name not in reads:
                 needed.update(layer.inputs)
                 runs.append(layer)
-        part.runs = tuple(reversed(runs))
+        part._run(tuple(reads), tuple(reversed(runs)))
         return part
+
+    def _run(self, reads: tuple[str, ...], runs: Sequence[LayerDescription]) -> None:
+        """Sets what forward reads, and which layers it runs in which layouts."""
+        self.reads, self.runs = reads, runs
+        known = dict(zip(reads, ((width,) for width in self._widths()), strict=True))
+        self._made, self._wanted = layouts_of(runs, known)
+
+    def _in_layout(self, x: torch.Tensor, name: str, wanted: tuple[int, ...]) -> torch.Tensor:
+        return x if self._made[name] == wanted else functions.arranged(x, wanted)
 
     @property
     def n_in(self) -> int:

@@ -19,7 +19,7 @@ import torch
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.description import INPUT, STORED_DTYPES, NetworkDescription
-from lirpa_megatron.networks.layers import BatchNorm
+from lirpa_megatron.networks.modules import BatchNorm
 from lirpa_megatron.networks.network import Network
 
 _ARITHMETIC = {"shift", "scale", "divide", "batchnorm", "cast"}

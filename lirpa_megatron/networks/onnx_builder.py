@@ -80,6 +80,7 @@ class Builder:
     indices: int = 0
     _numbers: dict[str, int] = field(default_factory=dict)
     _selections: dict[tuple[str, bytes], str] = field(default_factory=dict)
+    _parts: dict[tuple[str, bytes], str] = field(default_factory=dict)
 
     def spend(self, elements: int, where: str) -> None:
         """Counts elements that are about to be made.
@@ -152,6 +153,7 @@ class Builder:
 
     def plain(self, x: Activation, where: str) -> Activation:
         """x as a layer's whole output, in order."""
+        x = self.of_own_layer(x)
         if x.index is None:
             return x
         if len(x.index) > MAX_INDICES:
@@ -167,8 +169,8 @@ class Builder:
 
     def layer(
         self, op: str, inputs: Sequence[Activation], shape: Shape, where: str,
-        arrays: Mapping[str, np.ndarray] | None = None, n_out: int | None = None,
-        bias: bool = False, dtype: str | None = None, **attributes: Any,
+        arrays: Mapping[str, np.ndarray] | None = None, n_in: int | None = None,
+        n_out: int | None = None, bias: bool = False, dtype: str | None = None, **attributes: Any,
     ) -> Activation:
         """Adds a layer.
 
@@ -178,11 +180,11 @@ class Builder:
             shape: of what it makes, the batch included.
             where: the node, for errors.
             arrays: its parameters.
-            n_out: its width, where that is not the shape's.
+            n_in, n_out: widths, where they are not those of the shapes.
             bias, attributes: as in LayerDescription.
             dtype: what it computes in; None: its inputs' type.
         """
-        widths = None if op == "select" else [self.width(x) for x in inputs]
+        widths = None if op == "select" else [n_in or self.width(x) for x in inputs]
         if op != "select":
             inputs = [self.plain(x, where) for x in inputs]
         if len({x.dtype for x in inputs}) > 1:
@@ -211,7 +213,54 @@ class Builder:
         self, op: str, x: Activation, vector: np.ndarray, where: str, name: str = "constant"
     ) -> Activation:
         """A layer of x and a constant vector."""
-        return self.layer(op, [x], x.shape, where, {name: vector})
+        base, order = self.unmoved(x)
+        arrays = {name: unordered(vector, order)}
+        return self.moved_again(self.layer(op, [base], base.shape, where, arrays), x, order)
+
+    def unmoved(self, x: Activation) -> tuple[Activation, np.ndarray | None]:
+        """(all of the layer's output that x moves, x's order of it) where x has each column once;
+        x as it is, and None, where it does not. What is done to each element is done before it
+        moves, so that vectors stay together."""
+        x = self.of_own_layer(x)
+        n = self._width_of(x.layer)
+        if x.index is None or n > MAX_INDICES or len(x.index) != n or len(np.unique(x.index)) < n:
+            return x, None
+        shape = (self.batch, n) if self.batch > 1 else (n,)
+        return replace(x, shape=shape, index=None), x.index
+
+    def moved_again(self, y: Activation, x: Activation, order: np.ndarray | None) -> Activation:
+        """What was made of x `unmoved`, in x's shape and order."""
+        return replace(y, shape=x.shape, index=order)
+
+    def of_own_layer(self, x: Activation) -> Activation:
+        """Some features of all tokens of a linear layer, as a linear layer of its own: queries,
+        keys and values that one layer makes side by side. Anything else as it is."""
+        layer = self.layers.get(x.layer)
+        if x.index is None or len(x.index) > MAX_INDICES or layer is None or layer.op != "tokens":
+            return x
+        tokens = layer.attributes["tokens"]
+        size = layer.n_out // tokens
+        if len(x.index) % tokens or len(x.index) >= layer.n_out:
+            return x
+        order = np.argsort(x.index, kind="stable")
+        columns = x.index[order].reshape(tokens, -1)
+        rows = columns[0]
+        if rows[-1] >= size or (np.diff(rows) <= 0).any() or not np.array_equal(
+            columns, rows + size * np.arange(tokens)[:, None]
+        ):
+            return x
+        key = x.layer, rows.tobytes()
+        if key not in self._parts:
+            arrays = {name: array[rows] for name, array in self.arrays[x.layer].items()}
+            source = Activation(layer.inputs[0], (), x.dtype)
+            self._parts[key] = self.layer(
+                "tokens", [source], (), "", arrays, n_in=layer.n_in, n_out=len(rows) * tokens,
+                bias=layer.bias, tokens=tokens,
+            ).layer
+        index = np.empty_like(order)
+        index[order] = np.arange(len(order))
+        return replace(x, layer=self._parts[key], exclusive=False,
+                       index=None if np.array_equal(index, np.arange(len(index))) else index)
 
     def needed(self, last: str) -> list[LayerDescription]:
         """The layers that one depends on, in order; it comes last."""
@@ -221,6 +270,15 @@ class Builder:
                 needed.update(layer.inputs)
         chosen = [layer for layer in self.layers.values() if layer.name in needed]
         return [layer for layer in chosen if layer.name != last] + [self.layers[last]]
+
+
+def unordered(vector: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Numbers for an activation in this order of a layer's columns, for the layer's columns."""
+    if order is None:
+        return vector
+    own = np.empty_like(vector)
+    own[order] = vector
+    return own
 
 
 def type_name(array: np.ndarray) -> str:

@@ -22,19 +22,28 @@ MAX_CONSTANT = 2**25
 # Multiplications of a product of constants.
 _MAX_PRODUCTS = 2**32
 
+# Operator sets from which the evaluator has an operator that did the same before.
+_FIRST_EVALUATED = {"DequantizeLinear": 19}
+
 _ELEMENTWISE = (
-    "Abs Add And Cast CastLike Ceil Clip Cos DequantizeLinear Div Dropout Equal Erf Exp Floor "
-    "Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg Not Or Pow "
-    "Reciprocal Relu Round Sigmoid Sign Sin Sqrt Sub Sum Tanh Where Xor"
+    "Abs Acos Acosh Add And Asin Asinh Atan Atanh BatchNormalization BitShift BitwiseAnd "
+    "BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Cos Cosh DequantizeLinear "
+    "Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual GroupNormalization "
+    "HardSigmoid HardSwish Identity InstanceNormalization IsInf IsNaN LeakyRelu Less "
+    "LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow QuantizeLinear Reciprocal "
+    "Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan "
+    "Tanh ThresholdedRelu Where Xor"
 ).split()
 _OF_FIRST = (
-    "ArgMax ArgMin CumSum DepthToSpace Flatten ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd "
-    "ReduceSum ReduceSumSquare Reshape Shape Size Slice SpaceToDepth Split Squeeze "
-    "Transpose Trilu Unsqueeze"
+    "ArgMax ArgMin Compress CumSum DepthToSpace Det EyeLike Flatten Hardmax LayerNormalization "
+    "LogSoftmax LpNormalization RMSNormalization ReduceL1 ReduceL2 ReduceLogSum "
+    "ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare "
+    "Reshape ReverseSequence ScatterElements ScatterND Scatter Shape Size Slice Softmax "
+    "SpaceToDepth Split Squeeze Transpose Trilu Unique Unsqueeze"
 ).split()
 MOVES = (
-    "DepthToSpace Expand Flatten Gather GatherElements Reshape Slice SpaceToDepth Split Squeeze "
-    "Tile Transpose Unsqueeze"
+    "DepthToSpace Expand Flatten Gather GatherElements GatherND Reshape Slice SpaceToDepth "
+    "Split Squeeze Tile Transpose Unsqueeze"
 ).split()
 """Operators whose first input's elements are moved, whatever they are."""
 
@@ -86,10 +95,14 @@ def evaluate(
     except (ArithmeticError, ValueError, IndexError, TypeError, AttributeError):
         raise UserError(f"{where} has operands that do not fit each other") from None
     if size is None:
-        raise UserError(f"{where} of constants is not supported")
+        raise UserError(
+            f"{where} is made of constants alone by an operator that is not evaluated: compute it "
+            "before the export"
+        )
     if size > MAX_CONSTANT:
         raise UserError(f"{where} makes a constant of {size:,} elements, which is too large")
     spend(size, where)
+    opset = max(opset, _FIRST_EVALUATED.get(node.op_type, 0))
     named = {
         name: array for name, array in zip(node.input, inputs, strict=True) if array is not None
     }
@@ -137,6 +150,21 @@ def _size(node: onnx.NodeProto, inputs: Sequence[np.ndarray | None]) -> int | No
         return math.prod(shapes[1]) * math.prod(shapes[0]) // max(1, shapes[0][axis])
     if op == "GatherElements":
         return math.prod(shapes[1])
+    if op == "GatherND":
+        lead = attributes["batch_dims"].i if "batch_dims" in attributes else 0
+        return math.prod(shapes[1][:-1]) * math.prod(shapes[0][lead + shapes[1][-1] :])
+    if op == "Pad":
+        ends = integers(1, "pads")
+        axes = integers(3, "") if len(inputs) > 3 and inputs[3] is not None else range(
+            len(shapes[0]))
+        sizes = list(shapes[0])
+        for axis, begin, end in zip(axes, ends, ends[len(ends) // 2 :], strict=False):
+            sizes[axis] += max(begin, 0) + max(end, 0)
+        return math.prod(sizes)
+    if op == "OneHot":
+        return math.prod(shapes[0]) * max(0, int(inputs[1].reshape(-1)[0]))
+    if op == "Einsum":
+        return _einsum_size(attributes["equation"].s.decode(), shapes)
     if op == "Expand":
         return math.prod(np.broadcast_shapes(shapes[0], tuple(integers(1, "shape"))))
     if op == "Tile":
@@ -152,6 +180,17 @@ def _size(node: onnx.NodeProto, inputs: Sequence[np.ndarray | None]) -> int | No
         products = math.prod(shapes[0]) * math.prod(shapes[1]) // deep
         return products // deep if products <= _MAX_PRODUCTS else MAX_CONSTANT + 1
     return None
+
+
+def _einsum_size(equation: str, shapes: Sequence[tuple[int, ...]]) -> int | None:
+    """The products that it takes, which are at least as many as elements of the result."""
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    if "." in equation or len(terms) != len(shapes):
+        return None
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        sizes.update(zip(term, shape, strict=True))
+    return math.prod(sizes.values())
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:

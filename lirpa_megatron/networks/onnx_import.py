@@ -29,6 +29,7 @@ from lirpa_megatron.networks.files import find_file, read_file, stem
 from lirpa_megatron.networks.onnx_builder import Activation, Builder, as_tensor
 from lirpa_megatron.networks.onnx_constants import array_of, constant_of, evaluate
 from lirpa_megatron.networks.onnx_operators import HANDLERS, Node
+from lirpa_megatron.networks.onnx_operators.attention import check_masks
 from lirpa_megatron.networks.onnx_operators.node import place
 
 # Before this operator set, element-wise operators broadcast by other rules.
@@ -127,6 +128,11 @@ def _import(model: onnx.ModelProto, name: str, output: str | None) -> ImportedNe
             continue
         if not _is_open(inputs[0]):
             break
+    if not found and not errors:
+        raise UserError(
+            f"input {inputs[0].name!r} leaves a size open that nothing in the file fixes: export "
+            "the network with fixed sizes"
+        )
     if not found:
         raise errors[-1 if len(errors) == 2 and not _is_open(inputs[0]) else 0]
     if len(found) > 1:
@@ -207,6 +213,8 @@ def _readings(
         n for node in nodes if node.op_type == "Constant"
         for a in node.attribute for n in a.t.dims
     }
+    others = math.prod(n for n in dims if n)
+    sizes |= {n // others for n in sizes if n % others == 0}
     tried = sorted(n for n in sizes if 1 < n <= MAX_WIDTH)[:_MAX_TRIED]
     batch = dims[0] if len(dims) > 1 and dims[0] > 1 else 1
     for size in tried:
@@ -266,14 +274,22 @@ class _Reader:
             return evaluate(node, operands, self.opset, where, builder.spend)
         if handler is None:
             raise UserError(
-                f"operator {node.op_type} of {where} is not supported "
-                f"(supported are {SUPPORTED_OPS})"
+                f"operator {node.op_type} of {where} is not supported (supported are "
+                f"{SUPPORTED_OPS}): export the network without it"
             )
-        made = handler(Node(node, self.opset, builder, values, reads))
+        try:
+            made = handler(Node(node, self.opset, builder, values, reads))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # Operands and attributes that a valid node cannot have: onnx.checker looks at few.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{where} has operands or attributes that do not fit: {reason[:200]}"
+            ) from None
         return made if isinstance(made, list) else [made]
 
     def _finish(self, builder, shape, dtype, result) -> ImportedNetwork:
         layers = builder.needed(result.layer)
+        check_masks(layers)
         weights = {
             f"layers.{layer.name}.{name}": as_tensor(array)
             for layer in layers for name, array in builder.arrays[layer.name].items()

@@ -3,6 +3,7 @@
 from lirpa_megatron.networks.onnx_operators import (  # noqa: F401
     activations,
     arithmetic,
+    attention,
     comparisons,
     linear,
     moves,

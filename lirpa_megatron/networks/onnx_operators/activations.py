@@ -15,6 +15,15 @@ def plain(node: Node) -> Activation:
     return node.function(node.op.lower(), node.activation(0))
 
 
+@operator("Swish")
+def swish(node: Node) -> Activation:
+    """x sigmoid(alpha x)."""
+    x, alpha = node.activation(0), node.number("alpha", 1.0)
+    if alpha == 1.0:
+        return node.function("silu", x)
+    return node.pair("mul", x, node.function("sigmoid", _times(node, x, alpha)))
+
+
 @operator("HardSwish")
 def hard_swish(node: Node) -> Activation:
     return node.function("hardswish", node.activation(0))
@@ -71,7 +80,10 @@ def clip(node: Node) -> Activation:
     for i, name in enumerate(("min", "max"), start=1):
         value = node.attributes.get(name)
         if value is None and node.value(i) is not None:
-            value = uniform(node.like(x, node.constant(i, finite=False), i))
+            constant = node.like(x, node.constant(i, finite=False), i)
+            if node.joint_shape(x, constant) != x.shape:
+                raise node.refuse(f"has {name} of shape {constant.shape}")
+            value = uniform(constant)
         if value is not None and math.isnan(value):
             raise node.refuse(f"has {name} NaN")
         # The largest number of the type, which exporters write for "none", clips nothing either.

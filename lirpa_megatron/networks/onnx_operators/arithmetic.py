@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from lirpa_megatron.networks.onnx_builder import Activation, number_like
+from lirpa_megatron.networks.description import LayerDescription
+from lirpa_megatron.networks.onnx_builder import Activation, number_like, unordered
+from lirpa_megatron.networks.onnx_operators import attention, patterns
 from lirpa_megatron.networks.onnx_operators.node import Node, operator, uniform
 
 
@@ -48,12 +50,16 @@ def mul(node: Node) -> Activation:
         if a.is_same(b):
             return node.function("power", a, exponent=2)
         for x, gate in ((a, b), (b, a)):
-            if (whole := _gated(node, x, gate)) is not None:
-                return node.function(whole, x)
+            whole = patterns.gated(node, x, gate)
+            if whole is None and _widens(node, gate, x):
+                wide = node.builder.expanded(gate, x.shape, node.where)
+                whole = patterns.normalised(node, x, wide, quotient=False)
+            if whole is not None:
+                return whole
         return node.pair("mul", a, b)
     index = 0 if isinstance(a, np.ndarray) else 1
     x = node.activation(1 - index)
-    return node.with_constant("scale", x, node.like(x, node.constant(index), index))
+    return scaled(node, x, node.like(x, node.constant(index), index))
 
 
 @operator("Div")
@@ -64,7 +70,12 @@ def div(node: Node) -> Activation:
         divisor = node.like(x, node.constant(1), 1)
         if np.any(divisor == 0):
             raise node.refuse("divides by zero")
-        return node.with_constant("divide", x, divisor)
+        return node.by_number("over", x, divisor) or node.with_constant("divide", x, divisor)
+    if isinstance(a, Activation) and _widens(node, b, a):
+        wide = node.builder.expanded(b, a.shape, node.where)
+        whole = patterns.normalised(node, a, wide, quotient=True)
+        if whole is not None:
+            return whole
     below = node.function("reciprocal", node.activation(1))
     if isinstance(a, Activation):
         return node.pair("mul", a, below)
@@ -78,7 +89,7 @@ def pow_(node: Node) -> Activation:
     k = uniform(exponent) if isinstance(exponent, np.ndarray) else None
     if k is None:
         raise node.refuse("is supported with one constant exponent for all elements")
-    if np.broadcast_shapes(x.shape, exponent.shape) != x.shape:
+    if node.joint_shape(x, exponent) != x.shape:
         raise node.refuse(f"has an exponent of shape {exponent.shape} for operands of {x.shape}")
     if k == 1:
         return x
@@ -91,7 +102,7 @@ def pow_(node: Node) -> Activation:
     return power if k > 0 else node.function("reciprocal", power)
 
 
-@operator("Sqrt", "Reciprocal", "Exp", "Log", "Sin", "Cos", "Abs", "Sign", "Erf")
+@operator("Sqrt", "Reciprocal", "Exp", "Log", "Sin", "Cos", "Abs", "Sign", "Erf", "Atan")
 def function(node: Node) -> Activation:
     return node.function(node.op.lower(), node.activation(0))
 
@@ -127,26 +138,41 @@ def batch_normalization(node: Node) -> Activation:
     eps = node.number("epsilon", 1e-5)
     if not np.all(arrays["variance"].astype(np.float64) + eps > 0):
         raise node.refuse("has a variance that is not positive")
-    return node.builder.layer(
-        "batchnorm", [x], x.shape, node.where, arrays, eps=eps
+    base, order = node.builder.unmoved(x)
+    arrays = {name: unordered(array, order) for name, array in arrays.items()}
+    y = node.builder.layer("batchnorm", [base], base.shape, node.where, arrays, eps=eps)
+    return node.builder.moved_again(y, x, order)
+
+
+def _widens(node: Node, x: Activation, to: Activation) -> bool:
+    return x.shape != to.shape and node.joint_shape(x, to) == to.shape
+
+
+def scaled(node: Node, x: Activation, constant: np.ndarray) -> Activation:
+    """x c; of a normalisation as its weight."""
+    half = patterns.half_of_double(node, x, constant)
+    if half is not None:
+        return half
+    layer = node.builder.layers.get(x.layer)
+    if layer is not None and x.exclusive and x.index is None and _takes_weight(node, layer):
+        weight = of_features(constant, x.shape)
+        if weight is not None and len(weight) == layer.attributes["size"]:
+            centred = layer.attributes.get("centred", 1)
+            node.builder.layers[x.layer] = replace(
+                layer, op="norm", attributes={**layer.attributes, "centred": centred}
+            )
+            node.builder.arrays[x.layer] = {"weight": weight}
+            return x
+    return node.by_number("times", x, constant) or node.with_constant("scale", x, constant)
+
+
+def _takes_weight(node: Node, layer: LayerDescription) -> bool:
+    """Whether a layer is a normalisation that nothing has been multiplied or added to."""
+    if layer.op == "layernorm":
+        return True
+    return layer.op == "norm" and not layer.bias and bool(
+        (node.builder.arrays[layer.name]["weight"] == 1).all()
     )
-
-
-def _gated(node: Node, x: Activation, gate: Activation) -> str | None:
-    """The name of x gate where the gate is a function of x: x sigmoid(x) is silu(x), and
-    x tanh(softplus(x)) is mish(x)."""
-
-    def read_by(name: str, op: str) -> str:
-        layer = node.builder.layers.get(name)
-        return layer.inputs[0] if layer is not None and layer.op == op else ""
-
-    if x.index is not None or gate.index is not None or x.shape != gate.shape:
-        return None
-    if read_by(gate.layer, "sigmoid") == x.layer:
-        return "silu"
-    if read_by(read_by(gate.layer, "tanh"), "softplus") == x.layer:
-        return "mish"
-    return None
 
 
 def negated(node: Node, x: Activation) -> Activation:
@@ -158,8 +184,8 @@ def clipped(node: Node, x: Activation, constant: np.ndarray, op: str) -> Activat
     """max(x, c) or min(x, c)."""
     c = uniform(constant)
     if c is None:
-        raise node.refuse("with several constants is not supported, only with one for all elements")
-    x = node.builder.expanded(x, np.broadcast_shapes(x.shape, constant.shape), node.where)
+        return node.pair(op, x, node.as_activation(x, constant))
+    x = node.builder.expanded(x, node.joint_shape(x, constant), node.where)
     if op == "max":
         return node.function("relu", x) if c == 0 else node.function("clipmin", x, min=c)
     return node.function("clipmax", x, max=c)
@@ -179,24 +205,34 @@ def _sum(node: Node, a, b, index: int) -> Activation:
     if isinstance(a, Activation) and isinstance(b, Activation):
         return node.pair("add", a, b)
     if isinstance(a, Activation):
-        return _plus(node, a, node.like(a, node.constant(index), index))
+        return _plus(node, a, node.like(a, node.constant(index, finite=False), index))
     x = node.activation(1)
-    return _plus(node, x, node.like(x, node.constant(0), 0))
+    return _plus(node, x, node.like(x, node.constant(0, finite=False), 0))
 
 
 def _plus(node: Node, x: Activation, constant: np.ndarray) -> Activation:
-    """x + c, as the bias of the linear layer that made x where it has none."""
+    """x + c, as the bias of the linear layer or norm that made x where it has none."""
+    far = attention.mask_of(node, x, constant)
+    if far is not None:
+        return far
+    if not np.isfinite(constant.astype(np.float64)).all():
+        raise node.refuse("adds NaN or infinite values")
     layer = node.builder.layers.get(x.layer)
     if (
-        layer is not None and layer.op in ("linear", "tokens") and not layer.bias
+        layer is not None and layer.op in ("linear", "tokens", "norm") and not layer.bias
         and x.exclusive and x.index is None
     ):
         bias = of_features(constant, x.shape)
-        if bias is not None:
+        # A reshape may have made other vectors than those that the layer makes.
+        if bias is not None and len(bias) == _vector_size(layer):
             node.builder.layers[x.layer] = replace(layer, bias=True)
             node.builder.arrays[x.layer]["bias"] = bias
             return x
     return node.with_constant("shift", x, constant)
+
+
+def _vector_size(layer: LayerDescription) -> int:
+    return layer.attributes.get("size", layer.n_out // layer.attributes.get("tokens", 1))
 
 
 def of_features(constant: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:

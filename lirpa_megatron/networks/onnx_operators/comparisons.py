@@ -12,10 +12,19 @@ of each of these have one value. Anything else may jump, and is refused.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from lirpa_megatron.networks.onnx_builder import Activation
-from lirpa_megatron.networks.onnx_operators.node import Condition, Node, operator, uniform
+from lirpa_megatron.networks.onnx_builder import Activation, number_like
+from lirpa_megatron.networks.onnx_operators import attention
+from lirpa_megatron.networks.onnx_operators.node import (
+    Condition,
+    Node,
+    Undefined,
+    operator,
+    uniform,
+)
 
 _SIGNS = {"Greater": ">", "GreaterOrEqual": ">", "Less": "<", "LessOrEqual": "<"}
 
@@ -34,9 +43,18 @@ def compare(node: Node) -> Condition:
     return Condition(x, sign, node.builder.vector(constant, x.shape, node.where))
 
 
+@operator("IsNaN", "IsInf")
+def is_nan(node: Node) -> Undefined:
+    return Undefined(node.activation(0))
+
+
 @operator("Where")
 def where(node: Node) -> Activation:
     condition = node.value(0)
+    if isinstance(condition, np.ndarray):
+        return _chosen(node, condition)
+    if isinstance(condition, Undefined):
+        return _guarded(node, condition.x)
     if not isinstance(condition, Condition):
         raise node.refuse("takes a comparison of an activation with a constant as its condition")
     x, c = condition.x, uniform(condition.constant)
@@ -50,6 +68,52 @@ def where(node: Node) -> Activation:
             "condition compares; other choices may jump"
         )
     return made
+
+
+def _chosen(node: Node, condition: np.ndarray) -> Activation:
+    """By a constant condition: elements of two activations, or of one and a constant."""
+    a, b = node.value(1), node.value(2)
+    if condition.dtype != bool or any(not isinstance(x, (Activation, np.ndarray)) for x in (a, b)):
+        raise node.refuse("takes a condition and two numbers")
+    shape = node.joint_shape(condition, a, b)
+    node.builder.spend(math.prod(shape), node.where)
+    condition = np.broadcast_to(condition, shape)
+    if isinstance(a, Activation) and isinstance(b, Activation):
+        both = [node.builder.expanded(x, shape, node.where) for x in (a, b)]
+        width = node.builder.width(both[0])
+        flat = (node.builder.batch, 2 * width) if node.builder.batch > 1 else (2 * width,)
+        joined = node.builder.layer("join", both, flat, node.where)
+        rows = node.builder.of_sample(np.broadcast_to(condition, shape), node.where)
+        columns = np.arange(width) + np.where(rows, 0, width)
+        columns = columns + np.arange(node.builder.batch)[:, None] * 2 * width
+        return node.builder.moved(joined, columns.reshape(shape), node.where)
+    index = 1 if isinstance(a, Activation) else 2
+    x = node.builder.expanded(node.activation(index), shape, node.where)
+    other = np.broadcast_to(node.like(x, node.constant(3 - index, finite=False), 3 - index), shape)
+    filled = ~condition if index == 1 else condition
+    lowest = np.unique(other[filled].astype(np.float64))
+    if len(lowest) == 1 and lowest[0] <= attention.FAR_BELOW[x.dtype]:
+        return attention.masked(node, x, filled, float(lowest[0]))
+    if not np.isfinite(lowest).all():
+        raise node.refuse("fills in NaN or infinite values")
+    one = number_like(x, 1.0)
+    y = node.with_constant("scale", x, np.where(filled, 0 * one, one))
+    return node.with_constant("shift", y, np.where(filled, other, 0 * one))
+
+
+def _guarded(node: Node, x: Activation) -> Activation:
+    """Where(isnan(p), c, p), p a softmax that is never NaN: no row of it is all -inf."""
+    layer = node.builder.layers.get(x.layer)
+    scores = layer and node.builder.layers.get(layer.inputs[0])
+    if layer is None or layer.op != "softmax" or x.index is not None or not x.is_same(
+        node.value(2)
+    ):
+        raise node.refuse("replaces NaN or infinity of what is no softmax: not supported")
+    if scores is not None and scores.op == "mask":
+        mask = node.builder.arrays[scores.name]["mask"].reshape(-1, layer.attributes["size"])
+        if (mask != 0).all(-1).any():
+            raise node.refuse("guards a softmax that has all of a query's keys masked")
+    return node.value(2)
 
 
 def _function(node: Node, x: Activation, c: float, high, low) -> Activation | None:

@@ -1,4 +1,4 @@
-"""Products with constant matrices: Gemm, MatMul."""
+"""Products with constant matrices: Gemm, MatMul, and Conv on patches that do not overlap."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from lirpa_megatron.networks.onnx_builder import Activation
+from lirpa_megatron.networks.onnx_operators import attention
 from lirpa_megatron.networks.onnx_operators.arithmetic import of_features
 from lirpa_megatron.networks.onnx_operators.node import Node, operator
 
@@ -15,7 +16,7 @@ from lirpa_megatron.networks.onnx_operators.node import Node, operator
 def matmul(node: Node) -> Activation:
     a, b = node.value(0), node.value(1)
     if isinstance(a, Activation) and isinstance(b, Activation):
-        raise node.refuse("of two activations is not supported")
+        return attention.product(node, a, b)
     if isinstance(a, Activation):
         weight = _matrix(node, 1, a)
         y = _linear(node, a, weight.T)
@@ -63,6 +64,83 @@ def gemm(node: Node) -> Activation:
                                                      np.asarray(beta).astype(weight.dtype))
         return node.pair("add", y, C)
     return node.with_constant("shift", y, _times(beta, node.like(y, node.constant(2), 2)))
+
+
+@operator("Einsum")
+def einsum(node: Node) -> Activation:
+    """Products with a constant matrix, in which each of its letters but one is summed over."""
+    equation = node.attributes["equation"].decode().replace(" ", "")
+    terms, _, out = equation.partition("->")
+    terms = terms.split(",")
+    if len(terms) != 2 or "." in equation or not out:
+        raise node.refuse(f"with the equation {equation!r} is not supported")
+    both = [isinstance(node.value(i), Activation) for i in range(2)]
+    for i, term in enumerate(terms):
+        if len(getattr(node.value(i), "shape", ())) != len(term) or len(set(term)) < len(term):
+            raise node.refuse(f"has the equation {equation!r}, which does not fit")
+    if all(both):
+        a, b = terms
+        if (a[:-2], a[-1]) == (b[:-2], b[-1]) and out == a[:-1] + b[-2]:
+            return attention.scores(node, node.activation(0), node.activation(1))
+        if (a[:-2], a[-1]) == (b[:-2], b[-2]) and out == a[:-1] + b[-1]:
+            return attention.product(node, node.activation(0), node.activation(1))
+        raise node.refuse(f"of two activations with the equation {equation!r} is not supported")
+    index = 0 if both[0] else 1
+    x, own, other = node.activation(index), terms[index], terms[1 - index]
+    weight = node.like(x, node.constant(1 - index), 1 - index)
+    summed = [letter for letter in own if letter not in out]
+    made = [letter for letter in other if letter not in own]
+    if (
+        len(summed) != 1 or len(made) != 1 or set(other) != {summed[0], made[0]}
+        or out != own.replace(summed[0], made[0])
+    ):
+        raise node.refuse(f"with the equation {equation!r} is not supported")
+    at = own.index(summed[0])
+    last = node.builder.moved(
+        x, np.moveaxis(node.builder.positions(x, node.where), at, -1), node.where
+    )
+    y = _linear(node, last, weight if other.index(summed[0]) == 1 else weight.T)
+    return node.builder.moved(
+        y, np.moveaxis(node.builder.positions(y, node.where), -1, at), node.where
+    )
+
+
+@operator("Conv")
+def conv(node: Node) -> Activation:
+    """A linear layer on patches: x [B, C, ...] where the stride is the kernel."""
+    x = node.activation(0)
+    weight = node.like(x, node.constant(1), 1)
+    kernel, n = weight.shape[2:], weight.ndim - 2
+    sizes = {
+        name: list(node.attributes.get(name, [1] * n)) for name in ("strides", "dilations")
+    }
+    patches = sizes["strides"] == list(kernel) and (
+        sizes["dilations"] == [1] * n or all(k == 1 for k in kernel)
+    )
+    padded = any(node.attributes.get("pads", ())) or node.attributes.get("auto_pad", b"NOTSET") in (
+        b"SAME_UPPER", b"SAME_LOWER"
+    )
+    if not patches or padded or node.attributes.get("group", 1) != 1 or len(x.shape) != n + 2:
+        raise node.refuse(
+            "is a convolution, which is supported only as a patch embedding (stride equal to the "
+            "kernel, no padding, one group): verify convolutional networks with auto_LiRPA"
+        )
+    counts = [size // k for size, k in zip(x.shape[2:], kernel, strict=True)]
+    if weight.shape[1] != x.shape[1] or not all(counts):
+        raise node.refuse(f"does not fit: {x.shape} is read by a weight of shape {weight.shape}")
+    positions = node.builder.positions(x, node.where)
+    cut = positions[(..., *(slice(0, c * k) for c, k in zip(counts, kernel, strict=True)))]
+    cut = cut.reshape(*x.shape[:2], *(d for pair in zip(counts, kernel, strict=True) for d in pair))
+    order = [0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)]
+    patch = cut.transpose(order).reshape(x.shape[0], *counts, -1)
+    bias = None if node.value(2) is None else node.like(x, node.constant(2), 2)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise node.refuse(f"has a bias of shape {bias.shape} for {len(weight)} channels")
+    y = _linear(node, node.builder.moved(x, patch, node.where),
+                weight.reshape(len(weight), -1), bias)
+    return node.builder.moved(
+        y, np.moveaxis(node.builder.positions(y, node.where), -1, 1), node.where
+    )
 
 
 def _times(factor: float, array: np.ndarray) -> np.ndarray:

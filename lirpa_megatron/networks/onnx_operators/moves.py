@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from lirpa_megatron.networks.description import STORED_DTYPES
-from lirpa_megatron.networks.onnx_builder import Activation
+from lirpa_megatron.networks.onnx_builder import Activation, number_like
 from lirpa_megatron.networks.onnx_constants import MOVES, evaluate
 from lirpa_megatron.networks.onnx_operators.node import Node, operator
 
@@ -21,6 +21,39 @@ def move(node: Node) -> list[Activation]:
     positions = node.builder.positions(x, node.where)
     made = evaluate(node.proto, [positions, *rest], node.opset, node.where, node.builder.spend)
     return [node.builder.moved(x, p, node.where) for p in made]
+
+
+@operator("Pad")
+def pad(node: Node) -> Activation:
+    """Positions are padded with -1, which stands for the constant; other modes repeat elements."""
+    x = node.activation(0)
+    mode = node.attributes.get("mode", b"constant")
+    value = np.asarray(node.attributes.get("value", 0.0)).astype(number_like(x, 0.0).dtype)
+    given = node.constant(2)
+    value = value if given is None else node.like(x, given, 2)
+    pads, axes = node.constant(1), node.constant(3)
+    if node.opset < 11:
+        pads = np.asarray(node.attributes.get("pads", []), np.int64)
+    rest = [pads, np.array(-1), *([] if axes is None else [axes])]
+    proto = helper.make_node(
+        "Pad", [node.proto.input[0], "pads", "value", "axes"][: 1 + len(rest)], ["made"], mode=mode
+    )
+    positions = node.builder.positions(x, node.where)
+    (made,) = evaluate(proto, [positions, *rest], max(node.opset, 18), node.where,
+                       node.builder.spend)
+    filled = made < 0
+    if not filled.any():
+        return node.builder.moved(x, made, node.where)
+    # What stands at the padding is multiplied by 0: of each sample its first element.
+    first = positions.reshape(node.builder.batch, -1)[:, :1]
+    rows = node.builder.of_sample(np.where(filled, 0, made), node.where)
+    rows = np.where(node.builder.of_sample(filled, node.where), first, rows)
+    y = node.builder.moved(x, rows.reshape(made.shape), node.where)
+    one = number_like(x, 1.0)
+    y = node.with_constant("scale", y, np.where(filled, 0 * one, one))
+    if not np.any(value):
+        return y
+    return node.with_constant("shift", y, np.where(filled, value, 0 * one))
 
 
 @operator("Identity")
@@ -90,17 +123,7 @@ def concat(node: Node) -> Activation:
 
 
 def _constant_columns(node: Node, x: Activation, index: int) -> Activation:
-    """A constant as a layer: zero times one of x's columns, plus the constant."""
     constant = node.like(x, node.constant(index), index)
     if not constant.size:
         raise node.refuse(f"joins an empty constant, operand {index}")
-    vector = node.builder.vector(constant, constant.shape, node.where)
-    positions = np.zeros(constant.shape, np.int64)
-    if node.builder.batch > 1:
-        width = node.builder.width(x)
-        samples = np.arange(node.builder.batch) * width
-        positions += samples.reshape(-1, *[1] * (constant.ndim - 1))
-    y = node.builder.moved(x, positions, node.where)
-    y = node.builder.with_vector("scale", y, np.zeros_like(vector), node.where)
-    return node.builder.with_vector("shift", y, vector, node.where)
-
+    return node.as_activation(x, constant)

@@ -13,6 +13,8 @@ from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.onnx_builder import Activation, Builder, type_name
 from lirpa_megatron.networks.onnx_constants import attributes_of
 
+_NUMBERS = ("times", "over")
+
 HANDLERS: dict[str, Callable[[Node], Any]] = {}
 """Operator -> what makes its result (one value, or a list of them) of a node."""
 
@@ -37,6 +39,13 @@ class Condition:
     sign: str
     # [n] of one sample, flat
     constant: np.ndarray
+
+
+@dataclass(frozen=True)
+class Undefined:
+    """Where an activation is NaN, or infinite."""
+
+    x: Activation
 
 
 @dataclass
@@ -126,30 +135,56 @@ class Node:
             raise self.refuse(f"mixes the samples of the file's batch of {self.builder.batch}")
         return axis
 
+    def joint_shape(self, *operands: Any) -> tuple[int, ...]:
+        """The shape to which activations and constants (or shapes) are broadcast together."""
+        shapes = [x if isinstance(x, tuple) else x.shape for x in operands]
+        try:
+            return np.broadcast_shapes(*shapes)
+        except ValueError:
+            raise self.refuse(
+                f"has operands of shapes {' and '.join(map(str, shapes))}, which do not fit"
+            ) from None
+
+    def as_activation(self, x: Activation, constant: np.ndarray) -> Activation:
+        """A constant as a layer: zero times one of x's columns, plus the constant."""
+        builder = self.builder
+        vector = builder.vector(constant, constant.shape, self.where)
+        positions = np.zeros(constant.shape, np.int64)
+        if builder.batch > 1:
+            samples = np.arange(builder.batch) * builder.width(x)
+            positions += samples.reshape(-1, *[1] * (constant.ndim - 1))
+        y = builder.moved(x, positions, self.where)
+        y = builder.with_vector("scale", y, np.zeros_like(vector), self.where)
+        return builder.with_vector("shift", y, vector, self.where)
+
     def function(self, op: str, x: Activation, **attributes: Any) -> Activation:
         """A layer that computes x elementwise."""
-        return self.builder.layer(op, [x], x.shape, self.where, **attributes)
+        base, order = self.builder.unmoved(x)
+        y = self.builder.layer(op, [base], base.shape, self.where, **attributes)
+        return self.builder.moved_again(y, x, order)
+
+    def by_number(self, op: str, x: Activation, constant: np.ndarray) -> Activation | None:
+        """x times or over a number, inside of attention, where it must not keep heads from being
+        sharded; None for any other x or constant."""
+        base, order = self.builder.unmoved(x)
+        layer, number = self.builder.layers.get(base.layer), uniform(constant)
+        if number is None or layer is None or layer.op not in ("tokens", "scores", *_NUMBERS) or (
+            self.joint_shape(x, constant) != x.shape
+        ):
+            return None
+        y = self.builder.layer(op, [base], base.shape, self.where, number=number)
+        return self.builder.moved_again(y, x, order)
 
     def with_constant(self, op: str, x: Activation, constant: np.ndarray) -> Activation:
         """A layer of x and a constant (shift, scale, divide), which are broadcast to each other."""
-        try:
-            shape = np.broadcast_shapes(x.shape, constant.shape)
-        except ValueError:
-            raise self.refuse(
-                f"has operands of shapes {x.shape} and {constant.shape}, which do not fit"
-            ) from None
+        shape = self.joint_shape(x, constant)
         x = self.builder.expanded(x, shape, self.where)
         vector = self.builder.vector(constant, shape, self.where)
         return self.builder.with_vector(op, x, vector, self.where)
 
     def pair(self, op: str, a: Activation, b: Activation) -> Activation:
         """A layer of two activations, which are broadcast to each other."""
-        try:
-            shape = np.broadcast_shapes(a.shape, b.shape)
-        except ValueError:
-            raise self.refuse(
-                f"has operands of shapes {a.shape} and {b.shape}, which do not fit"
-            ) from None
+        shape = self.joint_shape(a, b)
         both = [self.builder.expanded(x, shape, self.where) for x in (a, b)]
         return self.builder.layer(op, both, shape, self.where)
 

@@ -13,8 +13,12 @@ from lirpa_megatron.networks.onnx_operators.node import Node, operator
 _MAX_COMPARED = 256
 
 
-@operator("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "GlobalAveragePool")
+@operator(
+    "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "GlobalAveragePool", "ReduceL1",
+    "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp",
+)
 def reduce(node: Node) -> Activation:
+    """Norms are sums of absolute values or squares; log sum exp is x_1 minus its log-softmax."""
     x = node.activation(0)
     if node.op == "GlobalAveragePool":
         axes, keep = list(range(2, len(x.shape))), True
@@ -28,14 +32,29 @@ def reduce(node: Node) -> Activation:
     kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
     shape = kept if keep else tuple(n for i, n in enumerate(x.shape) if i not in axes)
     count = math.prod(x.shape[i] for i in axes)
-    if count == 1:
+    if node.op == "ReduceLogSumExp":
+        y = _on_last(node, x, axes, "logsoftmax")
+        first = tuple(0 if i in axes else slice(None) for i in range(len(x.shape)))
+        both = [
+            node.builder.moved(z, node.builder.positions(z, node.where)[first].reshape(shape),
+                               node.where)
+            for z in (x, y)
+        ]
+        return node.builder.layer("sub", both, shape, node.where)
+    if node.op == "ReduceL1":
+        x = node.function("abs", x)
+    elif node.op in ("ReduceL2", "ReduceSumSquare"):
+        x = node.function("power", x, exponent=2)
+    if count == 1 and node.op != "ReduceL2":
         return _reshaped(node, x, shape)
     if node.op in ("ReduceMax", "ReduceMin"):
         return _reshaped(node, _extremum(node, x, axes, count, node.op[6:].lower()), shape)
     groups = np.arange(math.prod(kept)).reshape(kept)
     index = node.builder.of_sample(np.broadcast_to(groups, x.shape), node.where)[0]
     y = node.builder.layer("sum", [x], shape, node.where, index=index.tolist())
-    if node.op == "ReduceSum":
+    if node.op == "ReduceL2":
+        return node.function("sqrt", node.function("relu", y))  # bounds of y may be negative
+    if node.op not in ("ReduceMean", "GlobalAveragePool"):
         return y
     return node.with_constant("divide", y, number_like(y, count))
 
@@ -54,12 +73,27 @@ def layer_normalization(node: Node) -> Activation:
     x = node.activation(0)
     if len([n for n in node.proto.output if n]) > 1:
         raise node.refuse("with more than one output is not supported")
+    return _norm(node, x, 1)
+
+
+@operator("RMSNormalization")
+def rms_normalization(node: Node) -> Activation:
+    return _norm(node, node.activation(0), 0)
+
+
+def _norm(node: Node, x: Activation, centred: int) -> Activation:
     axis = node.axis(x, node.attributes.get("axis", -1))
-    y = _on_last(node, x, list(range(axis, len(x.shape))), "layernorm",
-                 eps=node.number("epsilon", 1e-5))
-    y = node.with_constant("scale", y, node.like(x, node.constant(1), 1))
-    return y if node.value(2) is None else node.with_constant(
-        "shift", y, node.like(x, node.constant(2), 2)
+    size, eps = math.prod(x.shape[axis:]), node.number("epsilon", 1e-5)
+    arrays = {}
+    for i, name in ((1, "weight"), (2, "bias")):
+        if i == 1 or node.value(i) is not None:
+            constant = node.like(x, node.constant(i), i)
+            if np.broadcast_shapes(constant.shape, x.shape[axis:]) != x.shape[axis:]:
+                raise node.refuse(f"has {name} of shape {constant.shape} for {x.shape[axis:]}")
+            arrays[name] = np.broadcast_to(constant, x.shape[axis:]).reshape(-1).copy()
+    return node.builder.layer(
+        "norm", [x], x.shape, node.where, arrays, bias="bias" in arrays, size=size, eps=eps,
+        centred=centred,
     )
 
 

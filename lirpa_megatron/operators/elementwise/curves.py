@@ -77,6 +77,8 @@ class Curve:
     """What a model computes, if `value` is a more accurate formula."""
     together: Callable[[torch.Tensor], Both] | None = None
     """(f, f') computed together, if they share work."""
+    family: tuple[str, tuple[float, ...]] | None = None
+    """A family of curves and the numbers of this one, for `forward.jets`."""
 
     def __post_init__(self) -> None:
         if len(self.bends) != len(self.breaks) + 1 or set(self.bends) - set("+-0"):

@@ -79,6 +79,29 @@ def _one(x: torch.Tensor) -> torch.Tensor:
 
 elementwise("GeluErf")(lambda: gated.GELU_ERF)
 elementwise("GeluTanh")(lambda: gated.GELU_TANH)
+
+
+@elementwise("ErfGate")
+def erf_gate(divisor: float) -> Curve:
+    """x / 2 (1 + erf(x / divisor)): GELU with another number in place of the root of 2."""
+    _near("erf(x / c)", divisor, math.sqrt(2))
+    return gated.erf_gate(divisor, lambda x: gated.half_erf(x, divisor))
+
+
+@elementwise("TanhGate")
+def tanh_gate(factor: float, cubic: float) -> Curve:
+    """x / 2 (1 + tanh(factor (x + cubic x^3))): GELU's approximation with numbers as rounded."""
+    _near("tanh(a (x + b x^3))", factor, math.sqrt(2 / math.pi))
+    _near("tanh(a (x + b x^3))", cubic, 0.044715)
+    return gated.tanh_gate(factor, cubic, lambda x: gated.half_tanh(x, factor, cubic))
+
+
+def _near(what: str, number: float, usual: float) -> None:
+    """The shape of these curves is known for numbers near GELU's."""
+    if not 0.9 * usual <= number <= 1.1 * usual:
+        raise UserError(f"x (1 + {what}) with the number {number:g} is far from GELU's {usual:g}")
+
+
 elementwise("Silu", {"aten::silu": ()})(lambda: gated.SILU)
 elementwise("QuickGelu")(lambda: gated.QUICK_GELU)
 elementwise("Mish", {"aten::mish": ()})(lambda: gated.MISH)

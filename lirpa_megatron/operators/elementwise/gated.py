@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,23 +31,40 @@ def _root(function: Callable[[float], float], a: float, b: float) -> float:
     return (a + b) / 2
 
 
-def _gated(both: Callable, forward: Callable, first: float, second: float) -> Curve:
+def _gated(
+    both: Callable, forward: Callable, first: float, second: float, family: Any = None
+) -> Curve:
     return Curve(
         lambda x: both(x)[0], lambda x: both(x)[1], "-+-", (first, second), left=(0, 0),
-        right=(1, 0), forward=forward, together=both,
+        right=(1, 0), forward=forward, together=both, family=family,
     )
 
 
-def _erf_gelu() -> Curve:
-    """x Phi(x), Phi the normal distribution: f' = Phi + x phi, f'' = (2 - x^2) phi, c = sqrt 2."""
+def half_erf(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """x / 2 (1 + erf(x / divisor))."""
+    return x * (1 + torch.erf(x / divisor)) * 0.5
+
+
+def half_tanh(x: torch.Tensor, factor: float, cubic: float) -> torch.Tensor:
+    """x / 2 (1 + tanh(factor (x + cubic x^3)))."""
+    return x * (1 + torch.tanh((x + x.pow(3) * cubic) * factor)) * 0.5
+
+
+def erf_gate(divisor: float, forward: Callable) -> Curve:
+    """x Phi(k x), Phi the normal distribution and k = sqrt 2 / divisor:
+
+    f' = Phi + k x phi,  f'' = k (2 - (k x)^2) phi, which is 0 at +-divisor.
+    """
+    k = math.sqrt(2) / divisor if divisor != math.sqrt(2) else 1.0
 
     def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         near = x.clamp(-_FAR, _FAR)
-        gate = 0.5 * torch.erfc(near * -math.sqrt(0.5))
-        density = torch.exp(-0.5 * near.square()) / math.sqrt(2 * math.pi)
-        return x.clamp(min=-_FAR) * gate, gate + near * density
+        scaled = near if k == 1.0 else near * k
+        gate = 0.5 * torch.erfc(scaled * -math.sqrt(0.5))
+        density = torch.exp(-0.5 * scaled.square()) / math.sqrt(2 * math.pi)
+        return x.clamp(min=-_FAR) * gate, gate + scaled * density
 
-    return _gated(both, F.gelu, -math.sqrt(2), math.sqrt(2))
+    return _gated(both, forward, -divisor, divisor, ("erf", (k,)))
 
 
 def _sigmoid_gated(a: float, b: float, forward: Callable) -> Curve:
@@ -70,7 +88,7 @@ def _sigmoid_gated(a: float, b: float, forward: Callable) -> Curve:
         return 2 * dz + x * ((1 - 2 * gate) * dz * dz + ddz)
 
     bend = _root(lambda x: -bending(x), 0.5, 4.0)
-    return _gated(both, forward, -bend, bend)
+    return _gated(both, forward, -bend, bend, ("logistic", (a, b)))
 
 
 def _mish() -> Curve:
@@ -103,7 +121,7 @@ def _mish() -> Curve:
     return _gated(both, F.mish, _root(bending, -4.0, 0.0), _root(lambda x: -bending(x), 0.0, 4.0))
 
 
-GELU_ERF = _erf_gelu()
+GELU_ERF = erf_gate(math.sqrt(2), F.gelu)
 GELU_TANH = _sigmoid_gated(
     2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715,
     lambda x: F.gelu(x, approximate="tanh"),
@@ -111,3 +129,8 @@ GELU_TANH = _sigmoid_gated(
 SILU = _sigmoid_gated(1.0, 0.0, F.silu)
 QUICK_GELU = _sigmoid_gated(1.702, 0.0, lambda x: x * torch.sigmoid(1.702 * x))
 MISH = _mish()
+
+
+def tanh_gate(factor: float, cubic: float, forward: Callable) -> Curve:
+    """x / 2 (1 + tanh(factor (x + cubic x^3)))."""
+    return _sigmoid_gated(2 * factor, 2 * factor * cubic, forward)

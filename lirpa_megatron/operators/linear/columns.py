@@ -1,11 +1,13 @@
 """Linear operators on flat activations [B, n]: move, join, sum and scale columns.
 
-All are exact for IBP and CROWN and replicated on every rank. Their constants are inputs of the
-graph: `index` and `group` are int64 vectors, `c` is a vector of numbers.
+All are exact for IBP and CROWN and replicated on every rank, but for products and quotients with a
+single number, which may be sharded. Their constants are inputs of the graph: `index` and `group`
+are int64 vectors, `c` is a vector of numbers, or one number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +18,24 @@ from lirpa_megatron.operators.context import Visit
 from lirpa_megatron.operators.operator import Operator, boxed
 
 
+def like(c: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Numbers in a shape; a single one as it is."""
+    return c if c.numel() == 1 else c.reshape(shape)
+
+
 class _Linear(Operator, auto_lirpa.Bound):
     """Base: y = M x (+ c), with one row of M for each column of y."""
 
     feature_dim = 0
+
+    def check_sharded(self, sharded: Sequence[bool], where: str) -> None:
+        if not (isinstance(self, (BoundScaleColumns, BoundDivideColumns)) and (
+            self.inputs[1].output_shape.numel() == 1
+        )):
+            raise NotImplementedError(
+                f"{where}: works on columns that are sharded over the ranks: build the layer "
+                "before it with gather_output=True"
+            )
 
     def bound_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not offer forward mode")
@@ -92,73 +108,46 @@ class BoundJoinColumns(_Linear):
 
 
 class BoundShiftColumns(_Linear):
-    """y = x + c: A_x = A_y, bias <A_y, c>."""
+    """y = x + c: A_x = A_y, bias <A_y, c>; x [B, *shape], c [prod(shape)]."""
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return x + c
+        return x + like(c, x.shape[1:])
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
-        """A [R, B, n] -> the same, and biases [R, B]."""
+        """A [R, B, *shape] -> the same, and biases [R, B]."""
         A, value = A.dense(), visit.inputs[1].value
-        return Propagated((A,), A.map(lambda A: A.matmul(value)))
+        return Propagated((A,), A.map(lambda A: A.flatten(2).matmul(value)))
 
 
 class BoundScaleColumns(_Linear):
-    """y = c x: A_x = c A_y."""
+    """y = c x: A_x = c A_y; shapes as for a shift."""
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return x * c
+        return x * like(c, x.shape[1:])
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
-        """A [R, B, n] -> the same shape."""
+        """A [R, B, *shape] -> the same shape."""
         value = visit.inputs[1].value
-        return Propagated((A.map(lambda A: dense(A) * value),))
+        return Propagated((A.map(lambda A: dense(A) * like(value, A.shape[2:])),))
 
 
 class BoundDivideColumns(_Linear):
-    """y = x / c, c without zeros: A_x = A_y / c."""
+    """y = x / c, c without zeros: A_x = A_y / c; shapes as for a shift."""
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return x / c
+        return x / like(c, x.shape[1:])
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
-        """A [R, B, n] -> the same shape."""
+        """A [R, B, *shape] -> the same shape."""
         value = visit.inputs[1].value
-        return Propagated((A.map(lambda A: dense(A) / value),))
-
-
-class BoundPartsOfColumns(_Linear):
-    """Splits columns into T parts: x [B, T n], y [B, T, n]; A likewise."""
-
-    def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        super().__init__(attr, *args, **kwargs)
-        self.count = attr["count"]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.count, -1))
-
-    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
-        """A [R, B, T, n] -> [R, B, T n]."""
-        return Propagated((A.map(lambda A: dense(A).flatten(2)),))
-
-
-class BoundColumnsOfParts(_Linear):
-    """Joins T parts: x [B, T, n], y [B, T n]; A likewise."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1)
-
-    def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
-        """A [R, B, T n] -> [R, B, T, n]."""
-        shape = visit.inputs[0].output_shape[1:]
-        return Propagated((A.map(lambda A: dense(A).unflatten(2, shape)),))
+        return Propagated((A.map(lambda A: dense(A) / like(value, A.shape[2:])),))
 
 
 COLUMN_OPS: dict[str, type[auto_lirpa.Bound]] = {
     f"lirpa_megatron::{cls.__name__.removeprefix('Bound')}": cls
     for cls in (
         BoundSelectColumns, BoundSumColumns, BoundJoinColumns, BoundShiftColumns,
-        BoundScaleColumns, BoundDivideColumns, BoundPartsOfColumns, BoundColumnsOfParts,
+        BoundScaleColumns, BoundDivideColumns,
     )
 }
 """Operators of the traced graph -> Bound classes, for `CUSTOM_OPS`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lirpa_megatron.adapters.parallel_plan import plan_layers
 from lirpa_megatron.adapters.parallelize import parallelize
 from lirpa_megatron.adapters.stages import PipelineStage
 from lirpa_megatron.adapters.traceable import traceable
@@ -65,6 +67,8 @@ class Loaded:
     forward_in: Callable[[torch.dtype], nn.Module]
     # that hold the network
     ranks: ModelRanks = ALONE
+    # share of the linear layers' weights that tensor parallelism splits; None without it
+    sharded_share: float | None = None
 
     @property
     def dtype(self) -> str:
@@ -189,7 +193,7 @@ def load(
     forward = forward_of(network) if description.dtype in _HALF else stored_forward
     loaded = Loaded(
         description, forward, like, stored_forward, description.dtype, stored, part, bounded_to,
-        lambda types: forward_of(build(types)), ranks,
+        lambda types: forward_of(build(types)), ranks, _sharded_share(own, ranks),
     )
     loaded.bounded_for(())  # what cannot be bounded is said now
     return loaded
@@ -210,6 +214,21 @@ def _own_stage(
         )
     counts = split_layers(parts, ranks.stages, given)
     return stage_of(description, counts, 0 if ranks.pipeline is None else ranks.pipeline.stage)
+
+
+def _sharded_share(description: NetworkDescription, ranks: ModelRanks) -> float | None:
+    """Of this stage's layers: what `parallelize` splits, by the numbers in the weights."""
+    if ranks.size == 1:
+        return None
+    with torch.device("meta"):
+        plan = plan_layers(Network(description), ranks.size)
+    sizes = description.weight_shapes()
+    split = whole = 0
+    for name, decision in plan.items():
+        size = math.prod(sizes[f"{name}.weight"])
+        whole += size
+        split += size if decision.kind != "replicated" else 0
+    return round(split / whole, 4) if whole else 0.0
 
 
 def _compares(row: OutputRow, any_bound: bool) -> bool:
