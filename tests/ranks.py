@@ -41,15 +41,16 @@ def _serve(pipe: Any, rank: int, size: int, tp: int, pp: int, store: str) -> Non
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from lirpa_megatron.compat import megatron_cpu
+    from lirpa_megatron.compat import gloo, megatron_cpu
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
     megatron_cpu.install()
-    parallel_state.initialize_model_parallel(tp, pp)
+    with gloo.one_device():
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size,
+            timeout=timedelta(seconds=TIMEOUT),
+        )
+        parallel_state.initialize_model_parallel(tp, pp)
     while True:
         torch.set_default_dtype(torch.float32)  # also while a task's module is imported
         task = pipe.recv()

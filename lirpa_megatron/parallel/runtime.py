@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from lirpa_megatron.compat import megatron_cpu
+from lirpa_megatron.compat import gloo, megatron_cpu
 from lirpa_megatron.errors import UserError
 
 
+@gloo.one_device()
 def initialize(
     tensor_parallel_size: int | None = None, timeout: timedelta = timedelta(minutes=30),
     pipeline_parallel_size: int = 1,
