@@ -255,7 +255,8 @@ def _bounds_of(proto_bytes, folder):
     options = VerifyOptions(attack_steps=0, dtype="float64")
     found = verify_instance(loaded, prop, options, Deadline(None, ranks), ranks)
     kinds = {type(m).__name__ for m in loaded.network.modules()}
-    return found.lower_bounds, sorted(kinds & {"ColumnLinear", "RowLinear"})
+    kinds = sorted(kinds & {"ColumnLinear", "RowLinear"})
+    return found.lower_bounds, kinds, loaded.sharded_share
 
 
 def test_bounds_of_a_normalised_network_are_the_same_on_two_ranks(tmp_path):
@@ -272,6 +273,8 @@ def test_bounds_of_a_normalised_network_are_the_same_on_two_ranks(tmp_path):
     one = pool(1).run(_bounds_of, proto.SerializeToString(), str(tmp_path))[0]
     two = pool(2).run(_bounds_of, proto.SerializeToString(), str(tmp_path))
     assert two[0] == two[1] and two[0][1] == ["ColumnLinear", "RowLinear"]
+    # Of 4 x 8 + 8 x 8 + 8 x 3 weights the first two layers'.
+    assert (one[2], two[0][2]) == (None, 0.8)
     np.testing.assert_allclose(one[0], two[0][0], rtol=1e-12, atol=1e-12)
 
 

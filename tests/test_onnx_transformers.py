@@ -10,6 +10,7 @@ from ranks import pool
 from torch import nn
 
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
+from lirpa_megatron.adapters.parallel_plan import plan_layers
 from lirpa_megatron.networks.network import Network
 from lirpa_megatron.networks.onnx_import import read_onnx
 
@@ -97,6 +98,7 @@ MODELS = {
     "words, set 14": (lambda: Words(fused=True), SENTENCE, 14),
     "torch's encoder": (Causal, SENTENCE, 17),
 }
+LAYERS = {name: 1 if name == "torch's encoder" else 2 for name in MODELS}
 
 
 def imported(name, folder):
@@ -144,7 +146,7 @@ def reached(network, x, eps):
 def test_a_transformer_is_imported_as_attention_norms_and_gates(name, tmp_path):
     model, network, x = imported(name, tmp_path)
     ops = [layer.op for layer in network.description.layers]
-    assert ops.count("attend") == ops.count("scores") == (1 if name == "torch's encoder" else 2)
+    assert ops.count("attend") == ops.count("scores") == LAYERS[name]
     # Whatever an exporter writes in parts would be bounded as if the parts were independent.
     assert not {"softmax", "mul", "erf", "sqrt", "reciprocal", "power"} & set(ops)
     # The file has GELU's root of 2, the scale of scores and eps rounded to float32.
@@ -153,7 +155,7 @@ def test_a_transformer_is_imported_as_attention_norms_and_gates(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["pictures, set 11", "words, set 14", "torch's encoder"])
 def test_bounds_of_a_transformer_hold(name, tmp_path):
     _, network, x = imported(name, tmp_path)
     module = BoundedModule(network, x)
@@ -191,6 +193,20 @@ def test_alpha_tightens_the_bounds_of_a_transformer(tmp_path):
     assert (upper - lower).mean() < (crown[1] - crown[0]).mean()
 
 
+@pytest.mark.parametrize("size, kinds", [(2, {"column", "row"}), (4, {"replicated"})])
+def test_attention_is_sharded_by_whole_heads(size, kinds, tmp_path):
+    _, network, _ = imported("words, set 14", tmp_path)
+    layers = {layer.name: layer for layer in network.description.layers}
+    (attend,) = (layer for layer in layers.values() if layer.name == "attend1")
+    around = [name for name, layer in layers.items() if layer.inputs == ("attend1",)]
+    assert attend.attributes["heads"] == 2
+    names = [name for name in ("fc1", "fc2", "fc3", *around) if layers[name].op == "tokens"]
+    plan = plan_layers(network, size)
+    assert len(names) == 4 and {plan[f"layers.{name}"].kind for name in names} == kinds
+    if size == 4:  # of 8 features, which 4 divides
+        assert "2 heads, which tensor-parallel size 4" in plan["layers.fc1"].reason
+
+
 def _bounds_of(weights, description, x):
     from lirpa_megatron.adapters.parallelize import parallelize
 
@@ -206,7 +222,7 @@ def test_two_ranks_compute_the_bounds_of_one(name, tmp_path):
     _, network, x = imported(name, tmp_path)
     task = dict(network.state_dict()), network.description, x
     one, two = pool(1).run(_bounds_of, *task)[0], pool(2).run(_bounds_of, *task)
-    layers = 1 if name == "torch's encoder" else 2
+    layers = LAYERS[name]
     for found, y, columns, rows in two:
         assert (columns, rows) == (4 * layers, 2 * layers)  # q, k, v and up; out and down
         torch.testing.assert_close(y, one[1], rtol=1e-12, atol=1e-12)
