@@ -212,6 +212,16 @@ def test_a_batch_that_moves_is_found_whatever_its_size(samples):
         BoundedModule(Moved(), torch.randn(samples, 5, 6))
 
 
+def test_two_heads_are_not_taken_for_a_batch_that_moves():
+    class Heads(nn.Module):
+        def forward(self, x):
+            return x.view(*x.shape[:2], 2, -1).transpose(1, 2).flatten(1)
+
+    x = torch.randn(1, 3, 8)
+    module = BoundedModule(nn.Sequential(Heads(), nn.ReLU()), x)
+    torch.testing.assert_close(module(x), Heads()(x).relu())
+
+
 def test_the_submodule_of_an_unknown_operator_is_named():
     class Strange(nn.Module):
         def forward(self, x):

@@ -46,7 +46,7 @@ def rearranged(
         several = isinstance(found, (tuple, list))
         maps = [_map_of(y, shape, batched) for y in (found if several else (found,))]
         if batched and shape[0] == 1:
-            _check_two(shape, function)
+            _check_two(shape, function, found if several else (found,))
         nodes = [_node_of(shape, *entry, batched) for entry in maps]
     results = []
     for attributes, index in nodes:
@@ -127,8 +127,11 @@ def _map_of(
     return list(y.shape[1:]), own[0]
 
 
-def _check_two(shape: tuple[int, ...], function: Callable[[torch.Tensor], Any]) -> None:
-    """With one sample a moved batch is not to be seen: a second one shows it.
+def _check_two(
+    shape: tuple[int, ...], function: Callable[[torch.Tensor], Any], ones: Sequence[torch.Tensor]
+) -> None:
+    """With one sample a moved batch is not to be seen: a second one shows it, where `ones`, the
+    results of one sample, have a 1.
 
     A model may have its batch of 1 written into it (`view(1, -1)`), which two samples do not fit.
     """
@@ -136,8 +139,9 @@ def _check_two(shape: tuple[int, ...], function: Callable[[torch.Tensor], Any]) 
         found = function(_places((2, *shape[1:]), True))
     except (RuntimeError, IndexError, ValueError):
         return
-    for y in found if isinstance(found, (tuple, list)) else (found,):
-        if y.ndim and 2 in y.shape[1:] and y.shape[0] != 2:
+    for y, one in zip(found if isinstance(found, (tuple, list)) else (found,), ones, strict=False):
+        grown = list(zip(one.shape, y.shape, strict=False))[1:]
+        if y.ndim and (1, 2) in grown and y.shape[0] != 2:
             raise MovesBatch(f"moves the batch of {shape}")
 
 
