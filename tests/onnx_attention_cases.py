@@ -1,6 +1,7 @@
 """Small ONNX graphs of what transformers are made of, for tests."""
 
 import numpy as np
+from onnx import helper
 from onnx_cases import graph, ints, node, numbers
 
 MASK = np.array([[0, 1, 1], [0, 0, 1], [0, 0, 0]], bool)
@@ -77,6 +78,38 @@ def norm(centred):
         {"two": np.float32(2), "eps": np.float32(1e-5), "g": numbers(5), "b": numbers(5)},
         [1, 3, 5],
     )
+
+
+def branch():
+    """Whether x has 4 columns decides, and it has."""
+    graphs = [
+        helper.make_graph([node("Relu", ["h"], [name])], name, [],
+                          [helper.make_tensor_value_info(name, 1, None)])
+        for name in ("yes", "no")
+    ]
+    graphs[1].node[0].op_type = "Floor"
+    return graph(
+        [
+            node("MatMul", ["x", "w"], ["h"]), node("Shape", ["x"], ["s"]),
+            node("Gather", ["s", "i"], ["n"]), node("Equal", ["n", "four"], ["c"]),
+            node("If", ["c"], ["y"], then_branch=graphs[0], else_branch=graphs[1]),
+        ],
+        {"w": numbers(4, 3), "i": np.int64(1), "four": np.int64(4)}, [1, 4],
+    )
+
+
+def function():
+    proto = graph(
+        [node("Gate", ["x", "w"], ["y"], domain="own")], {"w": numbers(4, 3)}, [1, 4]
+    )
+    nodes = [
+        node("MatMul", ["a", "b"], ["h"]), node("Sigmoid", ["h"], ["s"]),
+        node("Mul", ["h", "s"], ["c"]),
+    ]
+    sets = [helper.make_opsetid("", 17)]
+    proto.functions.append(helper.make_function("own", "Gate", ["a", "b"], ["c"], nodes, sets))
+    proto.opset_import.append(helper.make_opsetid("own", 1))
+    return proto
 
 
 PARTS = {
@@ -222,6 +255,23 @@ OTHERS = {
         op: graph([node(op, ["x"], ["y"], axes=[2], keepdims=0)], {}, [1, 2, 3])
         for op in ("ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp")
     },
+    "InstanceNormalization": graph(
+        [node("InstanceNormalization", ["x", "s", "b"], ["y"])],
+        {"s": numbers(2), "b": numbers(2)}, [1, 2, 3],
+    ),
+    "GroupNormalization": graph(
+        [node("GroupNormalization", ["x", "s", "b"], ["y"], num_groups=2)],
+        {"s": numbers(4), "b": numbers(4)}, [1, 4, 3], 21,
+    ),
+    "CumSum": graph(
+        [node("CumSum", ["x", "a"], ["y"], reverse=1, exclusive=1)], {"a": np.int64(1)}, [1, 3, 2]
+    ),
+    "Mean": graph(
+        [node("Tanh", ["x"], ["t"]), node("Mean", ["x", "t", "c"], ["y"])], {"c": numbers(4)},
+        [1, 4],
+    ),
+    "a branch by a size": branch(),
+    "a function of the file": function(),
     "Swish": graph([node("Swish", ["x"], ["y"], alpha=0.7)], {}, [1, 4], 24),
     "Atan": graph([node("Atan", ["x"], ["y"])], {}, [1, 4]),
     "constants by any operator": graph(

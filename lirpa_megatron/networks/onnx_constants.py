@@ -161,6 +161,10 @@ def _size(node: onnx.NodeProto, inputs: Sequence[np.ndarray | None]) -> int | No
         for axis, begin, end in zip(axes, ends, ends[len(ends) // 2 :], strict=False):
             sizes[axis] += max(begin, 0) + max(end, 0)
         return math.prod(sizes)
+    if op == "NonZero":
+        return len(shapes[0]) * math.prod(shapes[0])
+    if op == "TopK":
+        return 2 * math.prod(shapes[0])
     if op == "OneHot":
         return math.prod(shapes[0]) * max(0, int(inputs[1].reshape(-1)[0]))
     if op == "Einsum":

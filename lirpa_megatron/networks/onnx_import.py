@@ -28,6 +28,7 @@ from lirpa_megatron.networks.description import INPUT, MAX_WIDTH, NetworkDescrip
 from lirpa_megatron.networks.files import find_file, read_file, stem
 from lirpa_megatron.networks.onnx_builder import Activation, Builder, as_tensor
 from lirpa_megatron.networks.onnx_constants import array_of, constant_of, evaluate
+from lirpa_megatron.networks.onnx_functions import reads_of, written_out
 from lirpa_megatron.networks.onnx_operators import HANDLERS, Node
 from lirpa_megatron.networks.onnx_operators.attention import check_masks
 from lirpa_megatron.networks.onnx_operators.node import place
@@ -44,7 +45,7 @@ _TYPES = {
     TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64",
     TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
 }
-SUPPORTED_OPS = ", ".join(sorted([*HANDLERS, "Constant"]))
+SUPPORTED_OPS = ", ".join(sorted([*HANDLERS, "Constant", "If"]))
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,13 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def _import(model: onnx.ModelProto, name: str, output: str | None) -> ImportedNetwork:
+    model = written_out(model, MAX_NODES)
     graph = model.graph
     if graph.sparse_initializer:
         raise UserError("sparse initializers are not supported")
     chosen = _output(graph, output)
     nodes = _needed(graph, chosen)
-    read = {n for node in nodes for n in node.input} | {chosen}
+    read = {n for node in nodes for n in reads_of(node)} | {chosen}
     constants = {t.name: t for t in graph.initializer if t.name in read}
     inputs = [v for v in graph.input if v.name in read and v.name not in constants]
     if len(inputs) != 1:
@@ -163,7 +165,7 @@ def _needed(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
     needed, nodes = {output}, []
     for node in reversed(graph.node):
         if needed.intersection(node.output):
-            needed.update(n for n in node.input if n)
+            needed.update(reads_of(node))
             nodes.append(node)
     return nodes[::-1]
 
@@ -241,13 +243,9 @@ class _Reader:
         values: dict[str, object] = {n: array_of(t) for n, t in self.initializers.items()}
         values[self.input.name] = Activation(INPUT, shape, dtype, exclusive=False)
         reads: dict[str, int] = {self.output: 1}
-        for name in [name for node in self.nodes for name in node.input]:
+        for name in [name for node in self.nodes for name in reads_of(node)]:
             reads[name] = reads.get(name, 0) + 1
-        for node in self.nodes:
-            made = self._convert(node, builder, values, reads)
-            for name, value in zip(node.output, made, strict=False):
-                if name and value is not None:
-                    values[name] = value
+        self._read(self.nodes, builder, values, reads)
         result = values[self.output]
         if isinstance(result, np.ndarray):
             raise UserError(f"output {self.output!r} does not depend on the input")
@@ -258,6 +256,24 @@ class _Reader:
         if plain.layer == INPUT:
             raise UserError("the output is the input: there is no layer to bound")
         return self._finish(builder, shape, dtype, plain)
+
+    def _read(self, nodes, builder, values, reads) -> None:
+        for node in nodes:
+            made = self._convert(node, builder, values, reads)
+            for name, value in zip(node.output, made, strict=False):
+                if name and value is not None:
+                    values[name] = value
+
+    def _branch(self, node, builder, values, reads) -> list:
+        """An If: the branch that a condition chooses which does not depend on the input."""
+        where, condition = place(node), values[node.input[0]]
+        if not isinstance(condition, np.ndarray) or condition.size != 1:
+            raise UserError(f"{where} chooses by what depends on the input: not supported")
+        chosen = "then_branch" if condition.reshape(-1)[0] else "else_branch"
+        graph = next(a.g for a in node.attribute if a.name == chosen)
+        inner = values | {t.name: array_of(t) for t in graph.initializer}
+        self._read(graph.node, builder, inner, reads)
+        return [inner[value.name] for value in graph.output]
 
     def _convert(self, node, builder, values, reads) -> list:
         where = place(node)
@@ -270,6 +286,8 @@ class _Reader:
         operands = [values[name] if name else None for name in node.input]
         if node.op_type == "Constant":
             return [constant_of(node, where)]
+        if node.op_type == "If":
+            return self._branch(node, builder, values, reads)
         if all(x is None or isinstance(x, np.ndarray) for x in operands):
             return evaluate(node, operands, self.opset, where, builder.spend)
         if handler is None:

@@ -38,6 +38,12 @@ def sum_(node: Node) -> Activation:
     return _folded(node, lambda a, i: _sum(node, a, node.value(i), i))
 
 
+@operator("Mean")
+def mean(node: Node) -> Activation:
+    total = sum_(node)
+    return node.with_constant("divide", total, number_like(total, node.count))
+
+
 @operator("Neg")
 def neg(node: Node) -> Activation:
     return negated(node, node.activation(0))

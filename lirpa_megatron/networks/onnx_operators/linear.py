@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lirpa_megatron.networks.onnx_builder import Activation
+from lirpa_megatron.networks.onnx_builder import Activation, number_like
 from lirpa_megatron.networks.onnx_operators import attention
 from lirpa_megatron.networks.onnx_operators.arithmetic import of_features
 from lirpa_megatron.networks.onnx_operators.node import Node, operator
@@ -102,6 +102,23 @@ def einsum(node: Node) -> Activation:
     y = _linear(node, last, weight if other.index(summed[0]) == 1 else weight.T)
     return node.builder.moved(
         y, np.moveaxis(node.builder.positions(y, node.where), -1, at), node.where
+    )
+
+
+@operator("CumSum")
+def cum_sum(node: Node) -> Activation:
+    """A product with a triangle of ones."""
+    x = node.activation(0)
+    axis = node.axis(x, int(node.constant(1).reshape(-1)[0]))
+    n = x.shape[axis]
+    node.builder.spend(n * n, node.where)
+    weight = np.tri(n, k=-node.attributes.get("exclusive", 0))
+    weight = weight.T if node.attributes.get("reverse", 0) else weight
+    order = np.moveaxis(node.builder.positions(x, node.where), axis, -1)
+    y = _linear(node, node.builder.moved(x, order, node.where),
+                weight.astype(number_like(x, 1.0).dtype))
+    return node.builder.moved(
+        y, np.moveaxis(node.builder.positions(y, node.where), -1, axis), node.where
     )
 
 

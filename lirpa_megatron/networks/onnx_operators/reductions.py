@@ -81,6 +81,30 @@ def rms_normalization(node: Node) -> Activation:
     return _norm(node, node.activation(0), 0)
 
 
+@operator("InstanceNormalization", "GroupNormalization")
+def group_normalization(node: Node) -> Activation:
+    """LayerNorm of each group of channels, x [B, C, ...]; then each channel (before set 21 each
+    group) times its scale, plus its bias."""
+    x = node.activation(0)
+    channels = x.shape[1]
+    groups = channels if node.op == "InstanceNormalization" else node.attributes["num_groups"]
+    if len(x.shape) < 3 or channels % groups:
+        raise node.refuse(f"takes [batch, channels, ...] in {groups} groups, not {x.shape}")
+    size = math.prod(x.shape[1:]) // groups
+    if size == 1:
+        raise node.refuse("normalises single numbers, which makes them 0")
+    y = node.builder.layer("layernorm", [x], x.shape, node.where, size=size,
+                           eps=node.number("epsilon", 1e-5))
+    for i, op in ((1, "scale"), (2, "shift")):
+        constant = node.like(x, node.constant(i), i)
+        if len(constant) == groups != channels:
+            constant = constant.repeat(channels // groups)
+        if constant.shape != (channels,):
+            raise node.refuse(f"has {constant.shape} numbers for {channels} channels")
+        y = node.with_constant(op, y, constant.reshape(-1, *[1] * (len(x.shape) - 2)))
+    return y
+
+
 def _norm(node: Node, x: Activation, centred: int) -> Activation:
     axis = node.axis(x, node.attributes.get("axis", -1))
     size, eps = math.prod(x.shape[axis:]), node.number("epsilon", 1e-5)
