@@ -223,6 +223,7 @@ def _be_a_parent(address: Path) -> None:
         warnings.simplefilter("ignore")  # megatron-core's, on optional packages
         for name in IMPORTED:
             importlib.import_module(name)
+        importlib.import_module("warm").up()
     gc.collect()
     gc.freeze()
     gc.enable()
