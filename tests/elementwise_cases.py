@@ -42,6 +42,8 @@ _NUMBERS: dict[str, list[dict]] = {
     "Elu": [{}, {"alpha": 0.5}, {"alpha": 3.0},
             {"alpha": 1.6732632423543772, "scale": 1.0507009873554805}],
     "Celu": [{}, {"alpha": 0.3}, {"alpha": 4.0}],
+    "ErfGate": [{"divisor": 1.4142135}, {"divisor": 1.3}],
+    "TanhGate": [{"factor": 0.7978846, "cubic": 0.044715}, {"factor": 0.87, "cubic": 0.0403}],
 }
 
 CASES = [
