@@ -135,6 +135,10 @@ ATTENTION = {
         [node("Add", ["s1", "b"], ["s2"]), node("Softmax", ["s2"], ["p"])],
         {"b": np.where(MASK, -1e4, 0).astype("float32")},
     ),
+    "attention, a mask that masks nothing": masked(
+        [node("Add", ["s1", "b"], ["s2"]), node("Softmax", ["s2"], ["p"])],
+        {"b": np.zeros((1, 1, 3, 3), "float32")},
+    ),
     "attention, masked by a choice": masked(
         [node("Where", ["b", "low", "s1"], ["s2"]), node("Softmax", ["s2"], ["p"])],
         {"b": MASK, "low": np.float32(-np.inf)},

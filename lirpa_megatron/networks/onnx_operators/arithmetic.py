@@ -224,6 +224,10 @@ def _plus(node: Node, x: Activation, constant: np.ndarray) -> Activation:
     if not np.isfinite(constant.astype(np.float64)).all():
         raise node.refuse("adds NaN or infinite values")
     layer = node.builder.layers.get(x.layer)
+    if layer is not None and layer.op in ("scores", "times", "over") and not constant.any() and (
+        node.joint_shape(x, constant) == x.shape
+    ):
+        return x  # a mask that masks nothing
     if (
         layer is not None and layer.op in ("linear", "tokens", "norm") and not layer.bias
         and x.exclusive and x.index is None
