@@ -26,6 +26,7 @@ def _loops_of_a_program():
     first = loops()
     runtime.initialize()
     print(first, loops())
+    dist.barrier()  # rank 0 has the store, which the other may still need
 
 
 def test_a_process_has_one_thread_for_the_messages_of_all_groups():
