@@ -49,8 +49,9 @@ def leaves(content):
 
 
 def test_a_record_is_proved_again_leaf_by_leaf(tmp_path, record, capsys):
-    count = len(leaves(json.loads(record.read_text())))
-    assert count > 3  # else nothing was split
+    content = json.loads(record.read_text())
+    count = len(leaves(content))
+    assert count > 3 and content["inner"]  # else nothing was split
     status, message = check(tmp_path, record, lambda content: None, capsys)
     assert status == 0 and f"holds: holds of net, {count} leaves of 1 trees" in message
 
@@ -93,6 +94,22 @@ def _weights(content):
     content["network"]["sha256"] = "0" * 64
 
 
+def _inner_bound(content):
+    content["inner"][0]["bound"] += 1.0
+
+
+def _inner_leaf(content):
+    max(content["inner"], key=lambda claim: len(claim["leaves"]))["leaves"].pop()
+
+
+def _inner_neuron(content):
+    content["inner"][0]["neuron"] = 99
+
+
+def _inner_sign(content):
+    content["inner"][0]["sign"] = 0
+
+
 def _damaged(content):
     del leaves(content)[0]["splits"]
 
@@ -105,6 +122,10 @@ def _damaged(content):
     (_no_proof, "proves nothing"),
     (_no_tree, "has no tree for box 0, disjunct 0"),
     (_weights, "of another network"),
+    (_inner_bound, r"box 0, neuron \d+: leaf 0 is not proved, its bound is"),
+    (_inner_leaf, r"box 0, neuron \d+: no leaf covers the domain"),
+    (_inner_neuron, "box 0, neuron 99: the network has 14 neurons"),
+    (_inner_sign, "is damaged"),
     (_damaged, "is damaged"),
 ])
 def test_a_changed_record_is_refused_in_one_line(tmp_path, record, change, message, capsys):

@@ -32,12 +32,13 @@ def decided(net, offset, most):
     # few steps: each takes the ranks several collectives
     options = SearchOptions(
         most_domains=most, keep_tree=True, batch=8, tried=4, iterations=6, first_iterations=10,
-        refinement_iterations=4,
+        refinement_iterations=4, refinement_domains=4,
     )
     found = branch_and_bound(graph, where.bounded(), C, thresholds, options=options)
     leaves = [(leaf.goal, leaf.splits, leaf.margin) for leaf in found.leaves]
     point = None if found.point is None else found.point.tolist()
-    return found.status, found.margins, found.domains, found.open, leaves, point
+    inner = {(c.box, c.number, c.sign): (c.bound, c.leaves) for c in found.claims}
+    return found.status, found.margins, found.domains, found.open, leaves, point, inner
 
 
 CASES = {"proved": (0.7, None), "refuted": (1.05, None), "unknown": (0.9, 40)}
@@ -61,5 +62,8 @@ def test_verdicts_bounds_and_trees_are_those_of_one_device(tp, status):
         assert [leaf[:2] for leaf in got[4]] == [leaf[:2] for leaf in want[4]]
         assert [leaf[2] for leaf in got[4]] == pytest.approx([leaf[2] for leaf in want[4]],
                                                              abs=1e-10)
+        assert got[6].keys() == want[6].keys()
+        for key, (bound, where) in got[6].items():
+            assert bound == pytest.approx(want[6][key][0], abs=1e-10) and where == want[6][key][1]
         if got[5] is not None:
             assert got[5] == pytest.approx(want[5], abs=1e-10)

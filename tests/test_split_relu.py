@@ -12,7 +12,6 @@ from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.linear_leaves import solve_game
 from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
-from lirpa_megatron.complete.refinement import refined
 from lirpa_megatron.complete.roots import bound_roots
 from lirpa_megatron.complete.split_relu import LeastOverBox, Lines, SplitRelu
 from lirpa_megatron.operators.coefficients import LowerUpper
@@ -152,18 +151,6 @@ def test_beta_proves_what_no_bound_without_it_does(network, one_thread):
         without, _, _ = bounder.quickly(batch)
         found = bounder.ascend(batch, 400, decay=1.0)
     assert bool(found.proved.any()) and not bool((without > 0).any())
-
-
-def test_refined_bounds_hold_and_are_not_wider(network, one_thread):
-    model, graph, problem, roots = network
-    with passes(graph, roots.active_columns):
-        tighter = refined(graph, problem, roots, SearchOptions(), lambda: False)
-    x = torch.rand(20000, 2, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-    z = _pre_activations(model, x)[:, roots.number_of]
-    # 1e-12: rounding of sums of a few products in float64
-    assert (z >= tighter.lower - 1e-12).all() and (z <= tighter.upper + 1e-12).all()
-    assert (tighter.lower >= roots.lower).all() and (tighter.upper <= roots.upper).all()
-    assert (tighter.upper - tighter.lower).sum() < (roots.upper - roots.lower).sum()
 
 
 @pytest.mark.parametrize("seed", range(8))

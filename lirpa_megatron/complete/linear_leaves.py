@@ -15,7 +15,13 @@ The game is solved by Newton's method on the barrier
 
     t / mu - sum log(t - h_i(x)) - sum log(x - l) - sum log(u - x),    h = (f_0, -f_1, ...),
 
-for mu going to 0; w_i = mu / (t - h_i(x)).
+for mu going to 0; w_i = mu / (t - h_i(x)). In y = x scaled to [-1, 1], with s_i = t - h_i, h = N y
++ c and the box's own second derivatives D, a step (dy, dt) solves
+
+    D dy + N' u = -g_y,    1' u = g_t,    u = (w / s) (N dy - dt),
+
+which leaves k + 2 equations in u and dt: (N D^-1 N' + s / w) u + dt = -N D^-1 g_y. Few, because
+inputs are many and splits are few.
 """
 
 from __future__ import annotations
@@ -45,6 +51,8 @@ def solve_game(
     N, c = M[:, free] * width, M @ x + b
     size = float(torch.cat([N.abs().sum(1), c.abs()]).max().clamp(min=1e-300))
     N, c = N / size, c / size
+    K = torch.ones(len(c) + 1, len(c) + 1, dtype=c.dtype, device=c.device)
+    K[-1, -1] = 0
     y, t, mu = torch.zeros_like(width), c.max() + 1, 1.0
     most, best = -float("inf"), torch.full_like(c, 1 / len(c))
     for _ in range(_ROUNDS):
@@ -53,22 +61,18 @@ def solve_game(
             slack = t - (N @ y + c)
             below, above = 1 + y, 1 - y
             w = mu / slack
-            gradient = torch.cat([N.t() @ w - mu / below + mu / above, (1 - w.sum())[None]])
-            weighted = N * (w / slack)[:, None]
-            corner = -weighted.sum(0)
-            H = torch.zeros(len(y) + 1, len(y) + 1, dtype=y.dtype, device=y.device)
-            H[:-1, :-1] = N.t() @ weighted + torch.diag(mu / below**2 + mu / above**2)
-            H[-1, :-1] = H[:-1, -1] = corner
-            H[-1, -1] = (w / slack).sum()
-            step = torch.linalg.solve_ex(H, -gradient)[0]
-            if not bool(step.isfinite().all()):
+            g, g_t = N.t() @ w - mu / below + mu / above, 1 - w.sum()
+            D = mu / below**2 + mu / above**2
+            K[:-1, :-1] = (N / D) @ N.t() + torch.diag(slack / w)
+            u = torch.linalg.solve_ex(K, torch.cat([-N @ (g / D), g_t[None]]))[0]
+            dy, dt = (-g - N.t() @ u[:-1]) / D, u[-1]
+            if not bool(dy.isfinite().all() & dt.isfinite()):
                 break
-            dy, dt = step[:-1], step[-1]
             # as far as all logarithms stay defined
             closing = torch.cat([-dy / below, dy / above, (N @ dy - dt) / slack]).max()
             length = min(1.0, 0.9 / float(closing.clamp(min=1e-300)))
             y, t = y + length * dy, t + length * dt
-            if float(-(gradient @ step)) < 1e-9 * mu:
+            if float(-(g @ dy + g_t * dt)) < 1e-9 * mu:
                 break
         # Where mu is small, slacks are differences of nearly equal numbers: the best weights count.
         w = mu / (t - (N @ y + c))

@@ -49,8 +49,16 @@ class SearchOptions:
     first_iterations: int = 100
     # the same for a domain without an unstable neuron, before it is solved as a linear program
     last_iterations: int = 40
-    # the same for each unstable inner neuron of a box, before anything is split; 0: not at all
+    # the same for each bound of an unstable inner neuron of a box; 0: they are left as they are
     refinement_iterations: int = 20
+    # most domains for each of these bounds where they are split first, after a search that was not
+    # enough; four times as many after each search that follows. 0: they are not split
+    refinement_domains: int = 32
+    # of these domains: how many are split at once, steps of alpha and beta for each (as many more
+    # each time), and neurons tried for each split
+    inner_batch: int = 512
+    inner_iterations: int = 3
+    inner_tried: int = 1
     # step sizes of alpha, and of beta in units of A's mean size
     lr_alpha: float = 0.7
     lr_beta: float = 0.7
@@ -89,6 +97,18 @@ class Leaf:
     margin: float
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A bound of an inner neuron: `sign * z` of the neuron `number` is at least `bound` in a box,
+    because it is in each of the leaves, which cover it."""
+
+    box: int
+    number: int
+    sign: int
+    bound: float
+    leaves: tuple[tuple[Split, ...], ...]
+
+
 @dataclass
 class Searched:
     """What branch and bound found out.
@@ -99,11 +119,13 @@ class Searched:
         margins: for each goal the same.
         domains: how many were bounded.
         open: how many were left.
+        inner_domains: how many were bounded for inner neurons' bounds.
         seconds: that it took.
         why: why it is unknown.
         point: where a goal fails, [inputs].
         goal: which.
-        leaves: of the tree, if it was kept.
+        leaves: of the trees, if they were kept.
+        claims: bounds of inner neurons that they rest on, if they were kept.
     """
 
     status: str
@@ -116,3 +138,5 @@ class Searched:
     point: torch.Tensor | None = None
     goal: int | None = None
     leaves: list[Leaf] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    inner_domains: int = 0

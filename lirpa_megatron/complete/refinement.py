@@ -1,9 +1,14 @@
-"""Tighter bounds of the boxes' inner neurons, each optimized for itself.
+"""Tighter bounds of the boxes' inner neurons, by branch and bound for each of them.
 
-alpha-CROWN's alpha for inner neurons serves the sum of the final bounds. Here each bound of each
-unstable neuron has an ascent of its own, layer after layer, so that a layer's lines are made from
-what was found out about those before it: the bound of a row e_j or -e_j is a goal like any other,
-with the node in front of the ReLU as the start of the passes.
+alpha-CROWN's alpha for inner neurons serves the sum of the final bounds, and what its lines lose
+grows with each layer. Here each bound of each unstable neuron is raised for itself, layer after
+layer, so that a layer's lines are made from what was found out about those before it: the bound of
+a row e_j or -e_j is a goal like any other, with the node in front of the ReLU as the start of the
+passes. It is optimized for the whole box first, then over domains. (alpha-beta-CROWN solves
+mixed-integer programs for the same purpose.)
+
+A bound that was raised is a `Claim`: its domains cover the box, and the row is above it in each.
+A search for it ends at 0, where the neuron is stable, or close to a value that is attained.
 """
 
 from __future__ import annotations
@@ -14,73 +19,116 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.complete.agreement import unstable_numbers
 from lirpa_megatron.complete.bounding import Bounder
-from lirpa_megatron.complete.problem import Problem, SearchOptions
-from lirpa_megatron.complete.roots import ReluPlace, Roots
+from lirpa_megatron.complete.inner_rows import InnerStart, Rows, inner_starts
+from lirpa_megatron.complete.inner_search import grow
+from lirpa_megatron.complete.inner_values import least_attained
+from lirpa_megatron.complete.problem import Claim, Problem, SearchOptions
+from lirpa_megatron.complete.roots import Roots
+
+_CLOSE = 0.05
+"""How close to an attained value a bound has to be, in widths of the attained interval."""
+_SLACK = 1e-3
+"""By how much less than what was found is claimed, in the same widths: another run, in another
+number type, is to find it again."""
 
 
-def refined(
-    graph: Any, problem: Problem, roots: Roots, options: SearchOptions,
-    is_over: Callable[[], bool],
-) -> Roots:
-    """The roots with tighter bounds of unstable neurons; call it inside `passes`.
+class Refinement:
+    """Bounds of the boxes' inner neurons, tighter with each round; call it inside `passes`.
 
     Args:
         graph: a BoundedModule.
         problem: whose boxes they are.
         roots: bounds so far.
-        options: `refinement_iterations` for each neuron.
+        options: steps, and domains in the first round.
         is_over: whether time is, on this rank.
+
+    Attributes:
+        roots: with the bounds found so far.
+        claims: (box, neuron, sign) -> what they rest on.
+        domains: how many were bounded.
+        is_done: whether further rounds could change nothing.
+        is_over: whether time was, in the last round.
     """
-    lower, upper = roots.lower.clone(), roots.upper.clone()
-    for relu in reversed(roots.relus):
-        known = replace(roots, lower=lower, upper=upper)
-        node = graph[relu.name].inputs[0]
-        plan = graph.schedule.plan(node, spec_sharded=False)
-        if not any(n.name == r.name for n in plan.order for r in roots.relus):
-            continue  # interval arithmetic is exact in the first layer
-        if _refine(graph, problem, known, relu, known.under(plan), options, is_over):
-            break
-    return replace(roots, lower=lower, upper=upper)
 
+    def __init__(
+        self, graph: Any, problem: Problem, roots: Roots, options: SearchOptions,
+        is_over: Callable[[], bool],
+    ) -> None:
+        self.graph, self.problem, self.options, self._clock = graph, problem, options, is_over
+        self.roots = replace(roots, lower=roots.lower.clone(), upper=roots.upper.clone())
+        self.claims: dict[tuple[int, int, int], Claim] = {}
+        self.domains, self.is_over = 0, False
+        self.is_done = not options.refinement_iterations
+        self._attained: dict[tuple[int, int, int], float] = {}
+        # where a value is tried next
+        self._points: dict[tuple[int, int, int], torch.Tensor] = {}
+        # domains of each goal in the next round, and steps for each
+        self._most, self._steps = 1, options.inner_iterations
 
-def _refine(
-    graph: Any, problem: Problem, roots: Roots, relu: ReluPlace, below: Roots,
-    options: SearchOptions, is_over: Callable[[], bool],
-) -> bool:
-    """Tightens one ReLU's bounds in `roots`; returns whether time is over."""
-    at = slice(relu.first, relu.first + relu.size)
-    lower, upper = roots.lower[:, at], roots.upper[:, at]
-    unstable = (lower < 0) & (upper > 0)
-    tp = graph.context.collectives
-    boxes, numbers = unstable_numbers(tp, unstable, roots.number_of[at], relu.sharded)
-    places = roots.place_of[numbers] - relu.first
-    own = (places >= 0) & (places < relu.size)
-    node = graph[relu.name].inputs[0]
-    columns, shape = roots.active_columns.get(node.name), node.output_shape[1:]
-    for first in range(0, len(boxes), options.batch):
-        some = slice(first, first + options.batch)
-        box, mine, place = boxes[some], own[some], places[some]
-        feature = place[mine]
-        if columns is not None:
-            live = len(columns)
-            feature = feature // live * shape[-1] + columns[feature % live]
-        rows = lower.new_zeros(len(box), shape.numel())
-        rows[mine.nonzero().flatten(), feature] = 1.0
-        rows = rows.view(len(box), *shape)
-        both = Problem(
-            problem.low, problem.high, tuple(box.tolist() * 2),
-            torch.cat([rows, -rows])[:, None],
-            torch.zeros(2 * len(box), 1, dtype=torch.float64, device=box.device),
-        )
-        bounder = Bounder(graph, both, below, options, is_over)
-        found = bounder.ascend(bounder.whole(range(len(both))), options.refinement_iterations)
-        low, high = found.margins.to(lower).chunk(2)
-        i, j = box[mine], place[mine]
-        lower[i, j] = torch.maximum(lower[i, j], low[mine])
-        upper[i, j] = torch.minimum(upper[i, j], -high[mine])
-        if found.is_over:
-            return True
-    return False
+    def round(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Raises bounds of all layers, of each with more domains than in the last round."""
+        left = False
+        for start in inner_starts(self.graph, self.roots):
+            left |= self._raise(start)
+            progress()
+            if self.is_over:
+                return
+        first = self.options.refinement_domains
+        if self._most == 1:
+            self._most = first
+        else:
+            self._most *= 4
+            self._steps += self.options.inner_iterations
+        self.is_done = not (left and first)
 
+    def _raise(self, start: InnerStart) -> bool:
+        """One ReLU's bounds; whether more domains could raise them further."""
+        rows = start.unstable()
+        keys = rows.keys()
+        known = start.known(rows).tolist()
+        aims, widths = self._aims(start, rows, keys)
+        goals = [g for g in range(len(keys)) if known[g] < float(aims[g])]
+        if not goals:
+            return False
+        problem = start.problem(self.problem, rows, aims + _SLACK * widths)
+        bounder = Bounder(self.graph, problem, start.below, self.options, self._clock)
+        options = replace(self.options, inner_iterations=self._steps)
+        trees, self.is_over = grow(bounder, goals, options, self._most)
+        raised, left = {}, False
+        for goal, tree in zip(goals, trees, strict=True):
+            self.domains += tree.domains
+            left |= tree.can_rise
+            if tree.can_rise and tree.point is not None:
+                self._points[keys[goal]] = tree.point
+            bound = float(aims[goal]) + tree.margin
+            if known[goal] < bound:  # not if it is NaN
+                raised[goal] = bound
+                self.claims[keys[goal]] = Claim(*keys[goal], bound, tuple(tree.all_leaves))
+        start.set(rows, raised)
+        return left
+
+    def _aims(
+        self, start: InnerStart, rows: Rows, keys: list[tuple[int, int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each goal where its search may end, and the width of the neuron's attained interval:
+        [G] each."""
+        new = [i for i, key in enumerate(keys)
+               if key not in self._attained or key in self._points]
+        if new:
+            some = rows.at(torch.tensor(new, device=rows.box.device))
+            low, high = self.problem.low[some.box], self.problem.high[some.box]
+            points = [self._points.pop(keys[i], middle)
+                      for i, middle in zip(new, (low + high) / 2, strict=True)]
+            found = least_attained(
+                self.graph, start.below.plan, some.C, low, high, torch.stack(points)
+            )
+            for i, value in zip(new, found.tolist(), strict=True):
+                self._attained[keys[i]] = min(value, self._attained.get(keys[i], value))
+        both = [(self._attained[box, number, sign], self._attained[box, number, -sign])
+                for box, number, sign in keys]
+        least, other = torch.tensor(both, dtype=torch.float64).view(-1, 2).t()
+        widths = -least - other  # the largest value is minus the other's least
+        widths = widths.nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-6)
+        aims = (least - _CLOSE * widths).clamp(max=0)
+        return torch.where(aims.isfinite(), aims, 0.0), widths

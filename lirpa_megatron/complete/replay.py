@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
+from lirpa_megatron.complete.inner_rows import inner_starts
 from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
-from lirpa_megatron.complete.refinement import refined
 from lirpa_megatron.complete.roots import bound_roots
 from lirpa_megatron.complete.tree import Node
 
@@ -19,28 +20,54 @@ _MORE = 10
 """How many times more steps a leaf gets that is not proved at first."""
 
 
+@dataclass(frozen=True)
+class ClaimedBound:
+    """A bound of an inner neuron that a record claims, as in `problem.Claim`, with its tree."""
+
+    box: int
+    number: int
+    sign: int
+    bound: float
+    tree: Node
+
+
 def unproved_leaves(
-    graph: Any, problem: Problem, trees: Sequence[Node], options: SearchOptions
-) -> list[tuple[int, int, float]]:
+    graph: Any, problem: Problem, trees: Sequence[Node], options: SearchOptions,
+    claims: Sequence[ClaimedBound] = (),
+) -> list[tuple[int | ClaimedBound, int, float]]:
     """Leaves whose bounds are not above their thresholds.
 
-    The tree is gone through from its root: alpha and beta of a domain begin with those of the
-    domain that it is a half of, and are optimized until the bound is positive.
+    Bounds of inner neurons come first, layer by layer: each that is proved is used for those after
+    it, and for the goals. A tree is gone through from its root: alpha and beta of a domain begin
+    with those of the domain that it is a half of, and are optimized until the bound is positive.
 
     Args:
         graph: a BoundedModule, of one process.
         problem: a goal for each tree.
         trees: of `tree.tree_of`.
         options: steps and step sizes.
+        claims: of inner neurons.
 
     Returns:
-        (goal, leaf, margin) of each.
+        (goal or claim, leaf, margin) of each; those of goals only if all claims are proved.
     """
     roots = bound_roots(graph, problem)
+    roots = replace(roots, lower=roots.lower.clone(), upper=roots.upper.clone())
     with passes(graph, roots.active_columns), full_precision(graph.device):
-        if options.refinement_iterations:
-            roots = refined(graph, problem, roots, options, lambda: False)
-        return _Replay(graph, problem, roots, options).run(trees)
+        for start in inner_starts(graph, roots):
+            own = [c for c in claims if start.has(c.number)]
+            if not own:
+                continue
+            keys = [(c.box, c.number, c.sign) for c in own]
+            rows = start.rows(*torch.tensor(keys, device=roots.lower.device).t())
+            bounds = torch.tensor([c.bound for c in own], dtype=torch.float64)
+            goals = start.problem(problem, rows, bounds)
+            failed = _Replay(graph, goals, start.below, options).run([c.tree for c in own])
+            if failed:
+                return [(own[goal], leaf, margin) for goal, leaf, margin in failed]
+            known = start.known(rows).tolist()
+            start.set(rows, {i: c.bound for i, c in enumerate(own) if known[i] < c.bound})
+        return [*_Replay(graph, problem, roots, options).run(trees)]
 
 
 class _Replay:

@@ -1,5 +1,10 @@
 """The loop: the worst domains are split, their children bounded, until none is left.
 
+Two things bring a proof closer: splits, and tighter bounds of inner neurons (`refinement`). Which
+of them is the better one shows on the way, so that they take turns: after each round of refinement
+the goals are searched, for as long as that round has taken at most and only while the bound rises.
+Then inner bounds are raised further, until they cannot be, and what is left is searched again.
+
 Every rank processes the same domains in the same order: bounds and the clock are rank 0's, and
 neurons to split are chosen from the scores of all ranks (`agreement`).
 """
@@ -10,20 +15,26 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from lirpa_megatron.compat.full_precision import full_precision
-from lirpa_megatron.complete import branching
 from lirpa_megatron.complete.bounding import Bounded, Bounder
 from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.problem import Domain, Leaf, Problem, Searched, SearchOptions
-from lirpa_megatron.complete.refinement import refined
+from lirpa_megatron.complete.refinement import Refinement
 from lirpa_megatron.complete.roots import Roots, bound_roots
+from lirpa_megatron.complete.steps import halves, splittable, still_open
+
+_FEW = 500
+"""Domains that every search may have, and after which the bound has to have risen."""
+_RISE = 0.3
+"""By how much, as a share of what was missing."""
+_CHEAPER = 8
+"""How many domains of inner neurons' bounds take about the time of one of a goal."""
 
 Confirm = Callable[[int, torch.Tensor], torch.Tensor | None]
 """Called on every rank with a goal and points [P, inputs] of its box where it may fail, the most
@@ -49,98 +60,170 @@ def search(
     Raises:
         UserError: the graph is not one of linear operators and ReLUs.
     """
-    begin = time.monotonic()
-    if roots is None:
-        roots = bound_roots(graph, problem, lambda: _is_over(options, begin))
-    with passes(graph, roots.active_columns), full_precision(graph.device):
-        if options.refinement_iterations:
-            roots = refined(graph, problem, roots, options, lambda: _is_over(options, begin))
-        return _Search(graph, problem, roots, options, confirm, progress, begin).run()
+    return _Run(graph, problem, options, confirm, progress).run(roots)
 
 
-def _is_over(options: SearchOptions, begin: float) -> bool:
-    return options.timeout is not None and time.monotonic() - begin > options.timeout
+class _Run:
+    """Rounds of refinement and searches, until all goals are decided."""
+
+    def __init__(
+        self, graph: Any, problem: Problem, options: SearchOptions, confirm: Confirm,
+        progress: Progress | None,
+    ) -> None:
+        self.graph, self.problem, self.options = graph, problem, options
+        self.confirm, self.progress = confirm, progress
+        self.begin = time.monotonic()
+        self.margins = [-math.inf] * len(problem)
+        self.left = list(range(len(problem)))
+        self.bounded = self.inner = 0
+        self.leaves: list[Leaf] = []
+
+    def is_over(self) -> bool:
+        timeout = self.options.timeout
+        return timeout is not None and time.monotonic() - self.begin > timeout
+
+    def run(self, roots: Roots | None) -> Searched:
+        if roots is None:
+            roots = bound_roots(self.graph, self.problem, self.is_over)
+        known = roots.margins.amax(1).tolist()
+        self.margins = [margin if margin < math.inf else -math.inf for margin in known]
+        with passes(self.graph, roots.active_columns), full_precision(self.graph.device):
+            inner = Refinement(self.graph, self.problem, roots, self.options, self.is_over)
+            while True:
+                if not inner.is_done:
+                    inner.round(self._shown)
+                    self.inner = inner.domains
+                search = self._search(inner)
+                status = search.run()
+                self._note(search)
+                if status not in ("stuck", "limit") or self._is_last(inner):
+                    return self._result(status, search, inner)
+
+    def _search(self, inner: Refinement) -> _Search:
+        most = math.inf if inner.is_done else max(_FEW, inner.domains // _CHEAPER)
+        if self.options.most_domains is not None:
+            most = min(most, self.options.most_domains - self.bounded)
+        bounder = Bounder(self.graph, self.problem, inner.roots, self.options, self.is_over)
+        return _Search(
+            bounder, self.options, self.confirm, self.left, most, inner.is_done, self._shown
+        )
+
+    def _is_last(self, inner: Refinement) -> bool:
+        most = self.options.most_domains
+        return inner.is_done or (most is not None and self.bounded >= most)
+
+    def _note(self, search: _Search) -> None:
+        """What a search has found out; proofs of goals that it left open are not kept."""
+        for goal, margin in search.margins().items():
+            self.margins[goal] = max(self.margins[goal], margin)
+        self.bounded += search.bounded
+        still = search.open_goals()
+        self.left = [goal for goal in self.left if goal in still]
+        self.leaves += [leaf for leaf in search.leaves if leaf.goal not in still]
+
+    def _shown(self, bound: float | None = None, left: int = 0, domains: int = 0) -> None:
+        if self.progress is not None:
+            known = min(self.margins) if bound is None else bound
+            self.progress(known, left, self.bounded + domains, self._seconds())
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    def _result(self, status: str, search: _Search, inner: Refinement) -> Searched:
+        why = None
+        if status == "stuck":
+            why = (f"{len(search.stuck)} domains without an unstable neuron were left, the closest "
+                   f"with a bound of {max(d.margin for d in search.stuck):.3g}")
+        elif status == "limit":
+            why = "the limit on domains was reached"
+        goal, point = search.refuted or (None, None)
+        proofs = self.options.keep_tree and status == "proved"
+        return Searched(
+            "unknown" if why else status, min(self.margins), self.margins, self.bounded,
+            search.open(), self._seconds(), why, point, goal, self.leaves if proofs else [],
+            list(inner.claims.values()) if proofs else [], self.inner,
+        )
+
 
 class _Search:
+    """One search with some bounds of inner neurons.
+
+    Args:
+        bounder: that has them.
+        options: steps.
+        confirm: as for `search`.
+        goals: of the problem.
+        most: domains.
+        is_last: whether it goes on however little splits raise the bound.
+        progress: told of the bound, open domains and bounded domains.
+    """
+
     def __init__(
-        self, graph: Any, problem: Problem, roots: Roots, options: SearchOptions,
-        confirm: Confirm, progress: Progress | None, begin: float,
+        self, bounder: Bounder, options: SearchOptions, confirm: Confirm, goals: Sequence[int],
+        most: float, is_last: bool, progress: Callable[[float, int, int], None],
     ) -> None:
-        self.problem, self.options, self.begin = problem, options, begin
-        self.confirm, self.progress = confirm, progress
-        self.bounder = Bounder(
-            graph, problem, roots, options, lambda: _is_over(options, begin)
-        )
+        self.bounder, self.options, self.confirm = bounder, options, confirm
+        self.goals, self.most, self.is_last, self.progress = goals, most, is_last, progress
         self.heap: list[tuple[float, int, Domain]] = []
         self.count = itertools.count()
-        self.bounded = 0
-        self.proved_bounds = [math.inf] * len(problem)
+        self.bounded, self.first = 0, -math.inf
+        self.proved_bounds = dict.fromkeys(goals, math.inf)
         self.stuck: list[Domain] = []
         self.leaves: list[Leaf] = []
         self.refuted: tuple[int, torch.Tensor] | None = None
 
     # ------------------------------------------------------------------ the loop
 
-    def run(self) -> Searched:
+    def run(self) -> str:
+        """"proved", "refuted", "timeout", "limit" of domains, or "stuck": domains are left that
+        cannot be split."""
         over = self._begin()
         while self.heap and not over and self.refuted is None:
-            if self.options.most_domains is not None:
-                if self.bounded >= self.options.most_domains:
-                    return self._result("unknown", "the limit on domains was reached")
+            if self.bounded >= self.most or self._is_slow():
+                return "limit"
             taken = [heapq.heappop(self.heap)[2]
                      for _ in range(min(self.options.batch, len(self.heap)))]
             over = self._step(taken)
-            if over:  # what was taken is open still
-                for domain in taken:
-                    self._push(domain)
-            if self.progress is not None:
-                self.progress(self._bound(), self._open(), self.bounded, self._seconds())
+            self.progress(self._bound(), self.open(), self.bounded)
         if self.refuted is not None:
-            return self._result("refuted")
-        if over:
-            return self._result("timeout")
-        if self.stuck:
-            return self._result(
-                "unknown", f"{len(self.stuck)} domains without an unstable neuron were left, the "
-                f"closest with a bound of {max(d.margin for d in self.stuck):.3g}",
-            )
-        return self._result("proved")
+            return "refuted"
+        if over and self.open():
+            return "timeout"
+        return "stuck" if self.stuck else "proved"
+
+    def _is_slow(self) -> bool:
+        """Whether splits raise the bound too little, where there is something else to do."""
+        if self.is_last or self.bounded < _FEW:
+            return False
+        return self._bound() < (1 - _RISE) * self.first
 
     def _begin(self) -> bool:
         """The goals' boxes; those that alpha-CROWN proved have no more to be done."""
-        known = self.bounder.roots.margins.amax(1).tolist()
+        margins = self.bounder.roots.margins.amax(1).tolist()
         left = []
-        for goal, margin in enumerate(known):
-            if 0 < margin < math.inf:
-                self._close(Domain(goal, (), margin, *[self.bounder.units[:0]] * 2, ()), margin)
+        for goal in self.goals:
+            if 0 < margins[goal] < math.inf:
+                empty = self.bounder.units[:0]
+                self._close(Domain(goal, (), margins[goal], empty, empty, ()), margins[goal])
             else:
                 left.append(goal)
         if not left:
             return False
-        batch = self.bounder.whole(left)
-        found = self.bounder.ascend(batch, 0)
+        found = self.bounder.ascend(self.bounder.whole(left), 0)
         self.bounder.measure(found.seen, found.batch.goal)
-        batch = self.bounder.whole(left)
-        domains = [Domain(g, (), known[g], None, None, ()) for g in left]
-        found = self.bounder.ascend(batch, self.options.first_iterations)
+        domains = [Domain(g, (), margins[g], None, None, ()) for g in left]
+        found = self.bounder.ascend(self.bounder.whole(left), self.options.first_iterations)
+        self.first = float(found.margins.min())
         return self._sort_out(domains, found)
 
     def _step(self, parents: list[Domain]) -> bool:
-        """Splits domains; returns whether time is over, and then nothing has changed."""
-        bounder = self.bounder
-        batch = bounder.batch(parents)
-        tried = torch.tensor([d.candidates for d in parents], device=batch.C.device)
-        pair, neurons, over = branching.children(bounder, batch, tried)
-        if over:
+        """Splits domains; returns whether time is over, and then they are left as they were."""
+        found = halves(self.bounder, parents, self.options.iterations)
+        if found is None:
+            for domain in parents:
+                self._push(domain)
             return True
-        both = [(d, int(n)) for d, n in zip(parents, neurons.tolist(), strict=True)]
-        domains = [
-            replace(d, splits=(*d.splits, (n, sign))) for sign in (1, -1) for d, n in both
-        ]
-        found = bounder.ascend(pair, self.options.iterations)
-        if found.is_over:
-            return True
-        return self._sort_out(domains, found)
+        return self._sort_out(*found)
 
     def _sort_out(self, domains: list[Domain], found: Bounded) -> bool:
         """Proved domains are closed, others go on; returns whether time is over."""
@@ -148,14 +231,9 @@ class _Search:
         rest = self._after(domains, found)
         if not rest:
             return found.is_over
-        chosen = branching.candidates(self.bounder, found, self.options.tried).tolist()
-        last = []
-        for domain, numbers in zip(rest, chosen, strict=True):
-            domain.candidates = tuple(numbers)
-            if numbers[0] < 0:
-                last.append(domain)
-            else:
-                self._push(domain)
+        split, last = splittable(self.bounder, rest, found, self.options.tried)
+        for domain in split:
+            self._push(domain)
         self._try_points(found)
         if self.refuted is None and last:
             return self._finish(last)
@@ -175,24 +253,16 @@ class _Search:
                     break
             self.stuck += some
             if found.is_over or self.refuted is not None:
+                self.stuck += domains[first + self.options.batch :]
                 return found.is_over
         return False
 
     def _after(self, domains: list[Domain], found: Bounded) -> list[Domain]:
         """Closes what was proved; returns the others, as they are now."""
-        margins, batch = found.margins.tolist(), found.batch
+        margins = found.margins.tolist()
         for i in found.proved.nonzero().flatten().tolist():
             self._close(domains[i], margins[i])
-        rest = []
-        for i, at in enumerate(found.open.tolist()):
-            domain = domains[at]
-            alpha = batch.alpha[:, i]
-            rest.append(Domain(
-                domain.goal, domain.splits, max(domain.margin, margins[at]),
-                alpha.half() if alpha.dtype is torch.float32 else alpha.clone(),
-                batch.beta[:, i, : len(domain.splits)].clone(), (),
-            ))
-        return rest
+        return still_open(domains, found)
 
     def _try_points(self, found: Bounded) -> None:
         """Where the bounds are attained, the goals may fail."""
@@ -220,26 +290,21 @@ class _Search:
         if self.options.keep_tree:
             self.leaves.append(Leaf(domain.goal, domain.splits, margin))
 
-    def _left(self) -> Iterable[Domain]:
-        return itertools.chain((d for *_, d in self.heap), self.stuck)
-
-    def _open(self) -> int:
-        return len(self.heap) + len(self.stuck)
-
     def _bound(self) -> float:
         worst = self.heap[0][0] if self.heap else math.inf
-        return min(worst, *(d.margin for d in self.stuck), *self.proved_bounds)
+        return min(worst, *(d.margin for d in self.stuck), *self.proved_bounds.values())
 
-    def _seconds(self) -> float:
-        return time.monotonic() - self.begin
+    def open(self) -> int:
+        """How many domains are left."""
+        return len(self.heap) + len(self.stuck)
 
-    def _result(self, status: str, why: str | None = None) -> Searched:
-        margins = list(self.proved_bounds)
-        for domain in self._left():
+    def open_goals(self) -> set[int]:
+        """Goals that have some."""
+        return {d.goal for *_, d in self.heap} | {d.goal for d in self.stuck}
+
+    def margins(self) -> dict[int, float]:
+        """Of each goal what is known."""
+        margins = dict(self.proved_bounds)
+        for domain in itertools.chain((d for *_, d in self.heap), self.stuck):
             margins[domain.goal] = min(margins[domain.goal], domain.margin)
-        goal, point = self.refuted or (None, None)
-        return Searched(
-            status, min(margins), margins, self.bounded, self._open(), self._seconds(), why,
-            point, goal, self.leaves if status == "proved" else [],
-        )
-
+        return margins

@@ -140,6 +140,7 @@ _FIELDS: dict[str, _Field] = {
     "bound": _NUMBER,
     "domains": _WHOLE,
     "open_domains": _WHOLE,
+    "inner_domains": _WHOLE,
     "words": _TEXT,
     "shape": _TEXT,
     "tolerance": _NUMBER,

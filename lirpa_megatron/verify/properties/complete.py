@@ -11,7 +11,7 @@ import torch
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.complete.points import Walks
-from lirpa_megatron.complete.problem import Leaf, Problem, Searched, SearchOptions
+from lirpa_megatron.complete.problem import Claim, Leaf, Problem, Searched, SearchOptions
 from lirpa_megatron.complete.roots import check_graph
 from lirpa_megatron.complete.search import search
 from lirpa_megatron.errors import UserError
@@ -48,6 +48,8 @@ class Decided:
         note: why it is unknown.
         leaves: (target, disjunct, leaf) of the trees, if they are kept; after `merge` the region's
             position in place of the target's.
+        claims: bounds of inner neurons that they rest on; `box` as in `leaves`.
+        inner_domains: how many domains were bounded for these.
     """
 
     result: str
@@ -58,10 +60,13 @@ class Decided:
     counterexample: Counterexample | None = None
     note: str | None = None
     leaves: list[tuple[int, int, Leaf]] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    inner_domains: int = 0
 
     def merge(self, other: Decided, regions: Sequence[int]) -> None:
         """With what was found out about other targets, of regions at these positions."""
         self.domains += other.domains
+        self.inner_domains += other.inner_domains
         self.open += other.open
         known = [b for b in (self.bound, other.bound) if b is not None]
         self.bound = min(known) if known else None
@@ -70,6 +75,7 @@ class Decided:
             self.result = other.result
             self.note = other.note or self.note
         self.leaves += [(regions[k], d, leaf) for k, d, leaf in other.leaves]
+        self.claims += [replace(claim, box=regions[claim.box]) for claim in other.claims]
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ def decide(
         domains=found.domains, open=found.open, bound=found.bound, note=found.why,
         counterexample=hunt.found,
         leaves=[(*goals.of[leaf.goal], leaf) for leaf in found.leaves],
+        claims=found.claims, inner_domains=found.inner_domains,
     )
     if decided.result == "unknown" and hunt.near is not None:
         decided = replace(decided, note=f"{decided.note}; {hunt.near}")

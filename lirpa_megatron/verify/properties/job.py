@@ -123,6 +123,7 @@ class Runner:
         if outcome.decided is not None:
             details |= {"bound": _finite(outcome.decided.bound),
                         "domains": outcome.decided.domains,
+                        "inner_domains": outcome.decided.inner_domains,
                         "open_domains": outcome.decided.open}
         found = outcome.counterexample
         if found is not None:

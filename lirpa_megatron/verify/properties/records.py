@@ -2,12 +2,14 @@
 
 A record is a JSON file:
 
-    format, version     "lirpa_megatron record", 1
+    format, version     "lirpa_megatron record", 2
     network, property   name, file, and a SHA-256: of structure and weights, of the text
     tensor_parallel     ranks that found it
     neurons             how many ReLU neurons there are
     trees               for each box and disjunct of the property: its leaves, each with its splits
                         [neuron, sign] from the root on, and its bound
+    inner               bounds of inner neurons that the trees rest on, `sign * z >= bound` in a
+                        box: box, neuron, sign, bound, and the splits of the leaves
 
 Neurons are numbered from the last ReLU to the first, all features of all ranks, so that a record
 does not depend on how the network was sharded.
@@ -23,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from lirpa_megatron.complete.problem import SearchOptions
-from lirpa_megatron.complete.replay import unproved_leaves
+from lirpa_megatron.complete.replay import ClaimedBound, unproved_leaves
 from lirpa_megatron.complete.roots import neuron_count
-from lirpa_megatron.complete.tree import tree_of
+from lirpa_megatron.complete.tree import Node, tree_of
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.properties import complete
 from lirpa_megatron.verify.properties.hashes import network_hash
@@ -35,7 +37,7 @@ from lirpa_megatron.verify.properties.loading import Loaded, load
 from lirpa_megatron.verify.properties.property import Property
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
-FORMAT, VERSION = "lirpa_megatron record", 1
+FORMAT, VERSION = "lirpa_megatron record", 2
 _EFFORT = SearchOptions(iterations=40, first_iterations=60)
 
 
@@ -58,6 +60,12 @@ def record_of(
             # what was proved without a split is one leaf
             leaves = split.get((i, d), [{"splits": [], "bound": None}])
             trees.append({"box": i, "disjunct": d, "leaves": leaves})
+    claims = [] if outcome.decided is None else outcome.decided.claims
+    inner = [
+        {"box": c.box, "neuron": c.number, "sign": c.sign, "bound": c.bound,
+         "leaves": [[list(s) for s in leaf] for leaf in c.leaves]}
+        for c in claims
+    ]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -72,6 +80,7 @@ def record_of(
         "tensor_parallel": loaded.ranks.size,
         "neurons": neuron_count(loaded.bounded),
         "trees": trees,
+        "inner": inner,
     }
 
 
@@ -112,9 +121,10 @@ def check_record(
     sizes = loaded.description.n_in, loaded.description.n_out
     read = read_vnnlib(prop, *sizes, f"network {loaded.description.name}")
     leaves = _check_trees(path, record, loaded, read)
+    inner = f" and bounds of {len(record['inner'])} inner neurons" if record["inner"] else ""
     return (
         f"record {path} holds: {text['name']} of {net['name']}, {leaves} leaves of "
-        f"{len(record['trees'])} trees bounded in float64"
+        f"{len(record['trees'])} trees{inner} bounded in float64"
     )
 
 
@@ -138,19 +148,37 @@ def _check_trees(path: Path, record: dict[str, Any], loaded: Loaded, prop: Prope
         total, trees = neuron_count(bounded), []
         for k, d in goals.of:
             own = known[positions[k], d]
-            try:
-                trees.append(tree_of([[tuple(s) for s in leaf["splits"]] for leaf in own], total))
-            except ValueError as error:
-                raise UserError(f"record {path}, box {positions[k]}, disjunct {d}: {error}") \
-                    from None
+            where = f"box {positions[k]}, disjunct {d}"
+            trees.append(_tree(path, where, [leaf["splits"] for leaf in own], total))
             count += len(own)
-        for goal, leaf, margin in unproved_leaves(bounded, goals.problem, trees, _EFFORT):
-            k, d = goals.of[goal]
-            raise UserError(
-                f"record {path}, box {positions[k]}, disjunct {d}: leaf {leaf} is not proved, its "
-                f"bound is {margin:.3g}"
-            )
+        claims = []
+        for claim in record["inner"]:
+            if claim["box"] in positions:
+                where = f"box {claim['box']}, neuron {claim['neuron']}"
+                if not 0 <= claim["neuron"] < total:
+                    raise UserError(f"record {path}, {where}: the network has {total} neurons")
+                tree = _tree(path, where, claim["leaves"], total)
+                box = positions.index(claim["box"])
+                claims.append(
+                    ClaimedBound(box, claim["neuron"], claim["sign"], claim["bound"], tree)
+                )
+        for goal, leaf, margin in unproved_leaves(bounded, goals.problem, trees, _EFFORT, claims):
+            if isinstance(goal, ClaimedBound):
+                where = f"box {positions[goal.box]}, neuron {goal.number}"
+                margin += goal.bound
+            else:
+                k, d = goals.of[goal]
+                where = f"box {positions[k]}, disjunct {d}"
+            raise UserError(f"record {path}, {where}: leaf {leaf} is not proved, its bound is "
+                            f"{margin:.3g}")
     return count
+
+
+def _tree(path: Path, where: str, leaves: list[Any], neurons: int) -> Node:
+    try:
+        return tree_of([[tuple(split) for split in leaf] for leaf in leaves], neurons)
+    except ValueError as error:
+        raise UserError(f"record {path}, {where}: {error}") from None
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -192,6 +220,12 @@ def _read(path: Path) -> dict[str, Any]:
                 if bound is not None and not (0 < float(bound) < math.inf):
                     raise UserError(f"record {path} has a leaf with a bound of {bound}, which "
                                     "proves nothing")
+        for claim in record["inner"]:
+            splits = [split for leaf in claim["leaves"] for split in leaf]
+            if not _are_whole([claim["box"], claim["neuron"], claim["sign"]]) \
+                    or claim["sign"] not in (1, -1) or type(claim["bound"]) is not float \
+                    or not all(len(s) == 2 and _are_whole(s) for s in splits):
+                raise TypeError
     except (KeyError, TypeError, ValueError):
         raise UserError(f"record {path} is damaged: a field is missing or of a wrong kind") \
             from None

@@ -64,6 +64,8 @@ class Result:
     bound: float | None = None
     domains: int | None = None
     open_domains: int | None = None
+    # how many domains were bounded for tighter bounds of inner neurons
+    inner_domains: int | None = None
     # what a reader must know, if there is such: why a property holds whatever the network does, or
     # why a point that seemed a counterexample is none
     note: str | None = None
@@ -78,7 +80,7 @@ class Result:
     def to_line(self) -> str:
         optional = (
             "error", "note", "rounding", "live_check", "pipeline_parallel", "bound", "domains",
-            "open_domains", "order", "splits", "proved_share", "pieces",
+            "open_domains", "inner_domains", "order", "splits", "proved_share", "pieces",
         )
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"

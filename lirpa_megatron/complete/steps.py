@@ -1,0 +1,73 @@
+"""One step of a search: domains are split, and their halves bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lirpa_megatron.complete import branching
+from lirpa_megatron.complete.bounding import Bounded, Bounder
+from lirpa_megatron.complete.problem import Domain
+
+
+def halves(
+    bounder: Bounder, parents: Sequence[Domain], iterations: int
+) -> tuple[list[Domain], Bounded] | None:
+    """Both halves of each domain, split at the best of its candidates, and what bounds say of them.
+
+    Args:
+        bounder: bounds them.
+        parents: domains with a candidate at least.
+        iterations: steps of alpha and beta for each half.
+
+    Returns:
+        2 D domains, whose bounds and multipliers are still the parents', and their bounds; None if
+        time is over, and then nothing has changed.
+    """
+    batch = bounder.batch(parents)
+    tried = torch.tensor([d.candidates for d in parents], device=batch.C.device)
+    pair, neurons, over = branching.children(bounder, batch, tried)
+    if over:
+        return None
+    both = [(d, int(n)) for d, n in zip(parents, neurons.tolist(), strict=True)]
+    domains = [
+        replace(d, splits=(*d.splits, (n, sign))) for sign in (1, -1) for d, n in both
+    ]
+    found = bounder.ascend(pair, iterations)
+    return None if found.is_over else (domains, found)
+
+
+def still_open(domains: Sequence[Domain], found: Bounded) -> list[Domain]:
+    """Those that were not proved, as they are now; without candidates."""
+    margins, batch, rest = found.margins.tolist(), found.batch, []
+    for i, at in enumerate(found.open.tolist()):
+        domain = domains[at]
+        alpha = batch.alpha[:, i]
+        rest.append(Domain(
+            domain.goal, domain.splits, max(domain.margin, margins[at]),
+            alpha.half() if alpha.dtype is torch.float32 else alpha.clone(),
+            batch.beta[:, i, : len(domain.splits)].clone(), (),
+        ))
+    return rest
+
+
+def splittable(
+    bounder: Bounder, domains: Sequence[Domain], found: Bounded, count: int
+) -> tuple[list[Domain], list[Domain]]:
+    """Open domains with the neurons to try for their next split, and those without an unstable one.
+
+    Args:
+        bounder: that found bounds.
+        domains: `still_open`.
+        found: their bounds.
+        count: neurons to try.
+    """
+    if not domains:
+        return [], []
+    chosen = branching.candidates(bounder, found, count).tolist()
+    for domain, numbers in zip(domains, chosen, strict=True):
+        domain.candidates = tuple(numbers)
+    return ([d for d in domains if d.candidates[0] >= 0],
+            [d for d in domains if d.candidates[0] < 0])
