@@ -125,6 +125,7 @@ _FIELDS: dict[str, _Field] = {
     "property_file": _TEXT,
     "task": _TEXT,
     "tensor_parallel": _WHOLE,
+    "sharded_share": _NUMBER,
     "pipeline_parallel": _WHOLE,
     "seconds": ("a time", lambda value: _is_number(value) and 0 <= value < math.inf),
     "lower_bounds": (

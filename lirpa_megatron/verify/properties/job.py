@@ -120,6 +120,7 @@ class Runner:
         if self._loaded is not None and self._loaded[0] == instance.network_path:
             details["stored_dtype"] = self._loaded[1].stored_dtype
             details["dtype"] = self._loaded[1].dtype
+            details["sharded_share"] = self._loaded[1].sharded_share
         if outcome.decided is not None:
             details |= {"bound": _finite(outcome.decided.bound),
                         "domains": outcome.decided.domains,

@@ -55,6 +55,8 @@ class Result:
     # with splits: the share of the set's volume that is proved, and the pieces that it was cut into
     proved_share: float | None = None
     pieces: int | None = None
+    # share of the linear layers' weights that the ranks split; the others are on each of them
+    sharded_share: float | None = None
     # number of pipeline stages; left out where there is one
     pipeline_parallel: int | None = None
     # False if the model's own forward was not compared with its bounds; else it is left out
@@ -81,6 +83,7 @@ class Result:
         optional = (
             "error", "note", "rounding", "live_check", "pipeline_parallel", "bound", "domains",
             "open_domains", "inner_domains", "order", "splits", "proved_share", "pieces",
+            "sharded_share",
         )
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"
