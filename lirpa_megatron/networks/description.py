@@ -1,7 +1,8 @@
 """A network's structure as plain data: what a checkpoint stores beside the weights.
 
-Every activation is flat, [B, n]: what ONNX calls a reshape only renames row-major elements, and
-input variable X_i of a property is column i.
+Every activation is described as flat, [B, n]: what ONNX calls a reshape only renames row-major
+elements, and input variable X_i of a property is column i. The shapes in which layers compute are
+those of `layouts`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks import layers as vocabulary
 
 FORMAT = "lirpa_megatron.network"
-# Version 1 had fewer operators, one number type, and no attributes.
-FORMAT_VERSION = 2
+# Version 1 had fewer operators, one number type, and no attributes; version 2 no attention.
+FORMAT_VERSION = 3
 INPUT = "input"
 # What bounds are computed in.
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
