@@ -37,9 +37,14 @@ setup(
             "mpmath",  # values of 200 bits that rounding errors are compared with
             "tokenizers",  # the tests of tokenizer.json
             "sentencepiece",  # the tests of tokenizer.model
+            'vnnlib==1.0.2; platform_machine == "x86_64"',  # the tests of VNN-LIB 2.0
         ],
         "tokenizers": ["tokenizers"],  # reads the tokenizer.json of verify --data --tokenizer
         "sentencepiece": ["sentencepiece"],  # reads a tokenizer.model
+        # Reads properties of VNN-LIB 2.0. Not required: on Linux it has wheels for x86-64 alone
+        # (CPython 3.9 to 3.14, glibc 2.27 or newer; no source), and it asks for pybind11, which it
+        # does not use. 1.0 is read without it.
+        "vnnlib": ["vnnlib==1.0.2"],
         "examples": [
             "scikit-learn",  # bundles the images of handwritten digits
             "matplotlib",  # draws the curves of certified_training.py

@@ -104,14 +104,14 @@ WRONG_ROWS = {
     "other separators": ("net.onnx;small.vnnlib;60", "expected network,property,seconds"),
     "no network": (",small.vnnlib,60", "expected network,property,seconds"),
     "four cells": ("net.onnx,small.vnnlib,60,1", "expected network,property,seconds"),
-    "two networks": ("\"[('f', 'net.onnx'), ('g', 'net.onnx')]\",small.vnnlib,60",
-                     "it asks about 2 networks"),
-    "two without quotes": ("[(f,net.onnx),(g,net.onnx)],small.vnnlib,60", "about 2 networks"),
+    "one name twice": ("\"[('f', 'net.onnx'), ('f', 'net.onnx')]\",small.vnnlib,60",
+                       "each network needs a name of its own"),
+    "no names": ("\"['net.onnx', 'net.onnx']\",small.vnnlib,60", "needs a name of its own"),
     "no networks": ("[],small.vnnlib,60", "neither a network nor a list"),
 }
 
 
-@pytest.mark.parametrize("row", ["two networks", "two without quotes", "no networks"])
+@pytest.mark.parametrize("row", ["one name twice", "no names", "no networks"])
 def test_a_list_of_networks_that_is_refused_is_called_by_its_line(row, tmp_path):
     (tmp_path / "i.csv").write_text(f"# comment\n{WRONG_ROWS[row][0]}\n")
     (read,) = read_rows(tmp_path / "i.csv")

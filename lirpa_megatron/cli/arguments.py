@@ -9,7 +9,11 @@ from typing import Any
 from lirpa_megatron.cli.options import add_question, make_parser
 from lirpa_megatron.errors import UserError
 
-_EXCLUSIVE = (("load", "onnx"), ("vnnlib", "instances"), ("data", "vnnlib"), ("data", "instances"))
+_EXCLUSIVE = (
+    ("load", "onnx"), ("network", "load"), ("network", "onnx"), ("vnnlib", "instances"),
+    ("query", "vnnlib"), ("query", "instances"), ("network", "instances"), ("data", "vnnlib"),
+    ("data", "instances"), ("data", "query"), ("data", "network"),
+)
 """Of each group, one option at most; an option of the command line replaces the configuration's."""
 
 
@@ -32,7 +36,8 @@ def parse_arguments(argv: list[str], version: str) -> dict[str, Any]:
         given = configured | given
     for first, second in _EXCLUSIVE:
         if first in given and second in given:
-            raise UserError(f"--{first} and --{second} exclude each other: give one of them")
+            names = ["QUERY" if n == "query" else f"--{n}" for n in (first, second)]
+            raise UserError(f"{names[0]} and {names[1]} exclude each other: give one of them")
     if given["command"] == "verify":
         _check_sentences(given)
     return given
@@ -110,4 +115,6 @@ def _verify_options(parser: argparse.ArgumentParser) -> dict[str, int | str | No
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     actions = commands.choices["verify"]._actions
     names = {a.option_strings[-1][2:]: a.nargs for a in actions if a.option_strings}
-    return {name: count for name, count in names.items() if name not in ("help", "config")}
+    # not --network: it is given once for each network
+    left_out = ("help", "config", "network")
+    return {name: count for name, count in names.items() if name not in left_out}

@@ -221,10 +221,8 @@ def _verify(arguments: dict[str, Any]) -> int:
 
     runner = Runner(options, ModelRanks.of_megatron())
     if plan.instances and plan.one_network:  # nothing of the run makes sense without it
-        loaded = runner.load(plan.instances[0])
-        if plan.one_property:
-            runner.read_property(plan.instances[0], loaded)
-    with _results_stream(plan, group) as stream:
+        runner.prepare(plan.instances[0], only_network=not plan.one_property)
+    with _results_stream(plan, group, "query" in arguments) as stream:
 
         def write(result: Any) -> None:
             if stream is not None:
@@ -232,9 +230,25 @@ def _verify(arguments: dict[str, Any]) -> int:
                 stream.flush()
 
         results = plan.done + runner.run(with_progress(plan.instances, runner), write)
-    if runtime.is_rank0():
+    if "query" in arguments:
+        if runtime.is_rank0():
+            _answer(runner, results[0])
+    elif runtime.is_rank0():
         print(summary_table(results), file=sys.stdout if plan.output else sys.stderr, flush=True)
     return 1 if any(result.result == "error" for result in results) else 0
+
+
+def _answer(runner: Any, result: Any) -> None:
+    """Prints a result as the VNN-LIB standard says."""
+    from lirpa_megatron.verify.properties.assignment import assignment
+
+    if result.result == "error":
+        print_error(result.error)
+        return
+    print("timed-out" if result.result == "timeout" else result.result)
+    if result.result == "sat":
+        print("\n".join(assignment(*runner.counterexample)))
+    sys.stdout.flush()
 
 
 def _check(arguments: dict[str, Any]) -> int:
@@ -275,14 +289,16 @@ def _report(arguments: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _results_stream(plan: Any, group: Any) -> Iterator[TextIO | None]:
-    """Where rank 0 writes results; None on the other ranks."""
+def _results_stream(plan: Any, group: Any, quiet: bool) -> Iterator[TextIO | None]:
+    """Where rank 0 writes results: the output, or unless `quiet` standard output; None on the other
+    ranks."""
     from lirpa_megatron.verify.agreement import agreed
 
     stream = None
     with agreed(group, "opening the output"):
         if launched_as_rank0():
-            stream = _open_output(plan.output, plan.keep_bytes) if plan.output else sys.stdout
+            default = None if quiet else sys.stdout
+            stream = _open_output(plan.output, plan.keep_bytes) if plan.output else default
     try:
         yield stream
     finally:

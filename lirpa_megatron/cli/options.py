@@ -49,6 +49,19 @@ def _number(kind: type, minimum: float, exclusive: bool = False) -> Any:
     return parse
 
 
+def _path_if_given(text: str) -> Path | str:
+    """An argparse type; argparse converts the mark of an absent positional argument too."""
+    return text if text == argparse.SUPPRESS else Path(text)
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    """An argparse type: NAME=FILE."""
+    name, _, file = text.partition("=")
+    if not name.strip() or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name.strip(), Path(file)
+
+
 def _method(text: str) -> str:
     """An argparse type: a method under its usual name."""
     from lirpa_megatron.crown.options import check_method
@@ -167,7 +180,16 @@ def _add_sources(add: Any) -> None:
         help="sentences for the language model of --load, one JSON object per line: sentence or "
         "ids, and optionally id, label, candidates",
     )
-    add("--vnnlib", metavar="PROP", type=Path, help="property, VNN-LIB 1.0 (.vnnlib or .gz)")
+    add("--vnnlib", metavar="PROP", type=Path, help="property, VNN-LIB 1.0 or 2.0 (.vnnlib or .gz)")
+    add(
+        "query", metavar="QUERY", nargs="?", type=_path_if_given,
+        help="as --vnnlib, but print what the VNN-LIB standard says: sat, unsat, unknown or "
+        "timed-out, and the values of all variables if it is sat",
+    )
+    add(
+        "--network", metavar="NAME=FILE", action="append", type=_named_file,
+        help="file of a network that the property (VNN-LIB 2.0) declares; once for each",
+    )
     add(
         "--instances", metavar="CSV", type=Path,
         help="rows of network,property[,seconds]; paths are relative to the file, .gz may be "

@@ -49,20 +49,38 @@ SUPPORTED_OPS = ", ".join(sorted([*HANDLERS, "Constant", "If"]))
 
 
 @dataclass(frozen=True)
+class Port:
+    """An input or output of the file."""
+
+    name: str
+    # elements of one sample
+    size: int
+    # a key of STORED_DTYPES
+    dtype: str
+
+
+@dataclass(frozen=True)
 class ImportedNetwork:
     """An ONNX file's content."""
 
     description: NetworkDescription
     # full weights by parameter name of `Network`, in the types of the file
     weights: dict[str, torch.Tensor]
+    # in the order in which they stand in the network's input and output
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
 
 
-def read_onnx(path: str | Path, output: str | None = None) -> ImportedNetwork:
+def read_onnx(
+    path: str | Path, output: str | None = None, whole: bool = False
+) -> ImportedNetwork:
     """Reads NET.onnx or NET.onnx.gz.
 
     Args:
         path: the file.
         output: which of several outputs; None: the only one.
+        whole: with all inputs of the file, also those that the output does not depend on, and
+            unless `output` says which, with all outputs.
 
     Raises:
         UserError: missing, truncated or invalid file; an operator, shape or weight that is not
@@ -70,7 +88,7 @@ def read_onnx(path: str | Path, output: str | None = None) -> ImportedNetwork:
     """
     model = _load(path)
     try:
-        return _import(model, stem(path), output)
+        return _import(model, stem(path), output, whole)
     except UserError as error:
         raise UserError(f"network {path}: {error}") from None
 
@@ -103,28 +121,29 @@ def _opset(model: onnx.ModelProto) -> int:
     return max((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), default=0)
 
 
-def _import(model: onnx.ModelProto, name: str, output: str | None) -> ImportedNetwork:
+def _import(
+    model: onnx.ModelProto, name: str, output: str | None, whole: bool
+) -> ImportedNetwork:
     model = written_out(model, MAX_NODES)
     graph = model.graph
     if graph.sparse_initializer:
         raise UserError("sparse initializers are not supported")
-    chosen = _output(graph, output)
+    chosen = _outputs(graph, output, whole)
     nodes = _needed(graph, chosen)
-    read = {n for node in nodes for n in reads_of(node)} | {chosen}
+    read = {n for node in nodes for n in reads_of(node)} | set(chosen)
+    initializers = {t.name for t in graph.initializer}
     constants = {t.name: t for t in graph.initializer if t.name in read}
-    inputs = [v for v in graph.input if v.name in read and v.name not in constants]
-    if len(inputs) != 1:
-        raise UserError(
-            f"output {chosen!r} depends on {len(inputs)} inputs"
-            + (f" ({', '.join(v.name for v in inputs)})" if inputs else "")
-            + "; exactly one is supported"
-        )
-    reader = _Reader(nodes, constants, inputs[0], chosen, name, _opset(model))
+    inputs = [v for v in graph.input if v.name not in initializers and (whole or v.name in read)]
+    if not inputs:
+        raise UserError(f"output {chosen[0]!r} depends on no input")
+    reader = _Reader(nodes, constants, inputs, chosen, name, _opset(model))
+    if len(inputs) > 1:
+        return reader.run([_fixed_shape(value) for value in inputs], 1)
     errors = []
     found: list[tuple[tuple[int, ...], ImportedNetwork]] = []
     for shape, batch in _readings(inputs[0], graph, nodes):
         try:
-            found.append((shape, reader.run(shape, batch)))
+            found.append((shape, reader.run([shape], batch)))
         except UserError as error:
             errors.append(error)
             continue
@@ -146,23 +165,23 @@ def _import(model: onnx.ModelProto, name: str, output: str | None) -> ImportedNe
     return found[0][1]
 
 
-def _output(graph: onnx.GraphProto, wanted: str | None) -> str:
+def _outputs(graph: onnx.GraphProto, wanted: str | None, whole: bool) -> list[str]:
     names = [value.name for value in graph.output]
     if wanted is not None:
         if wanted not in names:
             raise UserError(f"there is no output {wanted!r}; its outputs are {', '.join(names)}")
-        return wanted
-    if len(names) != 1:
+        return [wanted]
+    if len(names) != 1 and not whole:
         raise UserError(
             f"it has {len(names)} outputs ({', '.join(names)}): say which one is meant "
             "(--onnx-output NAME)"
         )
-    return names[0]
+    return names
 
 
-def _needed(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
-    """The nodes that an output depends on, in order."""
-    needed, nodes = {output}, []
+def _needed(graph: onnx.GraphProto, outputs: list[str]) -> list[onnx.NodeProto]:
+    """The nodes that outputs depend on, in order."""
+    needed, nodes = set(outputs), []
     for node in reversed(graph.node):
         if needed.intersection(node.output):
             needed.update(reads_of(node))
@@ -185,6 +204,19 @@ def _dims(value: onnx.ValueInfoProto) -> list[int]:
     if math.prod(n or 1 for n in dims) > MAX_WIDTH:
         raise UserError(f"input {value.name!r} of shape {dims} is too large")
     return dims
+
+
+def _fixed_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    """Shape of one of several inputs: of one sample, and otherwise fixed."""
+    dims = _dims(value)
+    if len(dims) > 1 and dims[0] == 0:
+        dims[0] = 1
+    if 0 in dims:
+        raise UserError(
+            f"input {value.name!r} has shape {dims} (0: left open); of several inputs all sizes "
+            "but the batch's must be fixed: export the network so"
+        )
+    return tuple(dims)
 
 
 def _is_open(value: onnx.ValueInfoProto) -> bool:
@@ -228,34 +260,58 @@ def _readings(
 
 @dataclass
 class _Reader:
-    """Reads the nodes that an output needs, for one reading of the input's shape."""
+    """Reads the nodes that outputs need, for one reading of the inputs' shapes."""
 
     nodes: list[onnx.NodeProto]
     initializers: dict[str, onnx.TensorProto]
-    input: onnx.ValueInfoProto
-    output: str
+    inputs: list[onnx.ValueInfoProto]
+    outputs: list[str]
     name: str
     opset: int
 
-    def run(self, shape: tuple[int, ...], batch: int) -> ImportedNetwork:
-        builder = Builder(math.prod(shape) // batch, batch)
-        dtype = _TYPES[self.input.type.tensor_type.elem_type]
+    def run(self, shapes: list[tuple[int, ...]], batch: int) -> ImportedNetwork:
+        types = [_TYPES[value.type.tensor_type.elem_type] for value in self.inputs]
+        if len(set(types)) > 1:
+            raise UserError(f"its inputs are of different types ({', '.join(types)})")
+        widths = [math.prod(shape) // batch for shape in shapes]
+        if sum(widths) > MAX_WIDTH:
+            raise UserError(f"its inputs have too many elements together ({sum(widths):,})")
+        builder = Builder(sum(widths), batch)
         values: dict[str, object] = {n: array_of(t) for n, t in self.initializers.items()}
-        values[self.input.name] = Activation(INPUT, shape, dtype, exclusive=False)
-        reads: dict[str, int] = {self.output: 1}
+        begin = 0
+        for value, shape, width in zip(self.inputs, shapes, widths, strict=True):
+            index = np.arange(begin, begin + width) if len(shapes) > 1 else None
+            values[value.name] = Activation(INPUT, shape, types[0], index, exclusive=False)
+            begin += width
+        reads: dict[str, int] = dict.fromkeys(self.outputs, 1)
         for name in [name for node in self.nodes for name in reads_of(node)]:
             reads[name] = reads.get(name, 0) + 1
         self._read(self.nodes, builder, values, reads)
-        result = values[self.output]
-        if isinstance(result, np.ndarray):
-            raise UserError(f"output {self.output!r} does not depend on the input")
-        if not isinstance(result, Activation):
-            raise UserError(f"output {self.output!r} is a comparison, not a number")
-        where = f"output {self.output!r}"
-        plain = builder.plain(result, where)
-        if plain.layer == INPUT:
+        results = [self._result(name, builder, values) for name in self.outputs]
+        whole = results[0]
+        if len(results) > 1:
+            n_out = sum(map(builder.width, results))
+            shape = (batch, n_out) if batch > 1 else (n_out,)
+            whole = builder.layer("join", results, shape, "the join of its outputs", n_out=n_out)
+        if whole.layer == INPUT:
             raise UserError("the output is the input: there is no layer to bound")
-        return self._finish(builder, shape, dtype, plain)
+        ports = [
+            tuple(Port(*port) for port in zip(names, sizes, dtypes, strict=True))
+            for names, sizes, dtypes in (
+                ([v.name for v in self.inputs], widths, types),
+                (self.outputs, map(builder.width, results), [r.dtype for r in results]),
+            )
+        ]
+        shape = shapes[0] if len(shapes) == 1 else (sum(widths),)
+        return self._finish(builder, shape, types[0], whole, *ports)
+
+    def _result(self, name, builder, values) -> Activation:
+        result = values[name]
+        if isinstance(result, np.ndarray):
+            raise UserError(f"output {name!r} does not depend on the input")
+        if not isinstance(result, Activation):
+            raise UserError(f"output {name!r} is a comparison, not a number")
+        return builder.plain(result, f"output {name!r}")
 
     def _read(self, nodes, builder, values, reads) -> None:
         for node in nodes:
@@ -305,7 +361,7 @@ class _Reader:
             ) from None
         return made if isinstance(made, list) else [made]
 
-    def _finish(self, builder, shape, dtype, result) -> ImportedNetwork:
+    def _finish(self, builder, shape, dtype, result, inputs, outputs) -> ImportedNetwork:
         layers = builder.needed(result.layer)
         check_masks(layers)
         weights = {
@@ -319,7 +375,7 @@ class _Reader:
             tuple(layers), dtype,
         )
         description.check()
-        return ImportedNetwork(description, weights)
+        return ImportedNetwork(description, weights, inputs, outputs)
 
 
 def _of_sample(shape: tuple[int, ...], batch: int) -> tuple[int, ...]:

@@ -76,10 +76,10 @@ def confirm(
     outputs, exact = ranks.broadcast_object(
         (stored.double().tolist(), double.tolist()), "the outputs"
     )
-    found = {d: _violation(prop, region.disjuncts[d], outputs) for d in disjuncts}
+    found = {d: _violation(prop, region.disjuncts[d], outputs, spelled) for d in disjuncts}
     best = max(disjuncts, key=found.__getitem__)
     holds, violation = found[best]
-    holds_exactly, float64_violation = _violation(prop, region.disjuncts[best], exact)
+    holds_exactly, float64_violation = _violation(prop, region.disjuncts[best], exact, spelled)
     clear = violation > CLEAR * max([1.0, *map(abs, outputs)])
     is_one = holds and (holds_exactly or clear) and outside == 0.0
     return is_one, Counterexample(
@@ -91,14 +91,18 @@ _INFINITE = Fraction(10**400)
 
 
 def _violation(
-    prop: Property, disjunct: Sequence[int], outputs: Sequence[float]
+    prop: Property, disjunct: Sequence[int], outputs: Sequence[float], point: Sequence[float]
 ) -> tuple[bool, Fraction]:
-    """Whether outputs satisfy all rows, and by how much at least; exact."""
+    """Whether outputs satisfy all rows, and by how much at least; exact. Where rows also have
+    inputs, these are those of the point, as it is written."""
     if not all(map(math.isfinite, outputs)):
         return False, -_INFINITE
     if not disjunct:
         return True, _INFINITE
     y = [Fraction(value) for value in outputs]
+    if prop.wiring is not None:
+        handed_on = [Fraction(repr(point[i])) for i in prop.wiring.handed_on]
+        y[len(y) - len(handed_on) :] = handed_on
     slacks = [(prop.rows[row], prop.rows[row].slack(y)) for row in disjunct]
     return all(row.allows(slack) for row, slack in slacks), min(slack for _, slack in slacks)
 

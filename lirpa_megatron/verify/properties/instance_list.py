@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.files import find_file, read_text, stem
+from lirpa_megatron.verify.properties.sources import Named
 
 # What a column's name may be in a first line that is no row: words without the dot of a file name.
 _NAME = re.compile(r"[\w -]*[A-Za-z][\w -]*(\s*[(\[][\w ]*[)\]])?")
@@ -35,11 +36,14 @@ class Instance:
     timeout: float | None = None
     # why it cannot be verified: its row is wrong
     error: str | None = None
+    # networks by the names that the property (VNN-LIB 2.0) has for them; none: network_path alone
+    named: Named = ()
 
     @property
     def files(self) -> tuple[str, str]:
         """Network and property as results tell files of one name apart: with their folder."""
-        return tail(self.network_path), tail(self.property_path)
+        networks = dict.fromkeys(tail(path) for _, path in self.named)
+        return "+".join(networks) or tail(self.network_path), tail(self.property_path)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Row:
     timeout: float | None = None
     # what is wrong with it, without the line
     error: str | None = None
+    # of a list of pairs, the networks by their names in the property
+    named: Named = ()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -117,16 +123,20 @@ def _row(folder: Path, line: int, content: str, cells: list[str]) -> Row:
 
     if not 2 <= len(cells) <= 3 or not cells[0] or not cells[1]:
         return wrong(f"expected network,property,seconds, found {content.strip()[:200]!r}")
+    named: Named = ()
     if cells[0].startswith(("[", "(")):
-        networks = _listed(cells[0])
-        if networks is None:
+        pairs = _listed(cells[0])
+        if pairs is None:
             return wrong(f"{cells[0][:200]!r} is neither a network nor a list of (name, network)")
-        if len(networks) != 1:
+        names = [name for name, _ in pairs]
+        if len(pairs) > 1 and (len(set(names)) < len(names) or "" in names):
             return wrong(
-                f"it asks about {len(networks)} networks ({', '.join(networks)[:200]}): only "
-                "queries of one network are supported"
+                f"{cells[0][:200]!r}: each network needs a name of its own, as in "
+                "[('f', 'a.onnx'), ('g', 'b.onnx')]"
             )
-        cells[0] = networks[0]
+        cells[0] = "+".join(dict.fromkeys(network for _, network in pairs))
+        named = tuple((name, folder / network) for name, network in pairs if name)
+    paths = [path for _, path in named] or [folder / cells[0]]
     if any("\0" in cell for cell in cells):
         return wrong("it has a NUL character")
     seconds = cells[2] if len(cells) == 3 else ""
@@ -137,27 +147,28 @@ def _row(folder: Path, line: int, content: str, cells: list[str]) -> Row:
     if not timeout > 0:
         return wrong(f"the time limit {seconds} must be positive")
     return Row(
-        line, cells[0], cells[1], folder / cells[0], folder / cells[1],
-        timeout if math.isfinite(timeout) else None,
+        line, cells[0], cells[1], paths[0], folder / cells[1],
+        timeout if math.isfinite(timeout) else None, named=named,
     )
 
 
-def _listed(cell: str) -> list[str] | None:
-    """The networks of [('f', 'a.onnx'), ('g', 'b.onnx')], in quotes or not; None if it is none."""
+def _listed(cell: str) -> list[tuple[str, str]] | None:
+    """The pairs of [('f', 'a.onnx'), ('g', 'b.onnx')], in quotes or not; None if it is none. A
+    network alone has the name ""."""
     try:
         value = ast.literal_eval(cell)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         pairs = re.findall(r"\(\s*([^(),]+?)\s*,\s*([^(),]+?)\s*\)", cell)
         bare = re.sub(r"\([^()]*\)", "", cell).strip("[]() ,")
-        return [network for _, network in pairs] if pairs and not bare else None
+        return pairs if pairs and not bare else None
     if isinstance(value, tuple) and all(isinstance(v, str) for v in value):
         value = [value]
     if not isinstance(value, (list, tuple)):
         return None
     pairs = [(v if isinstance(v, (list, tuple)) else ("", v)) for v in value]
-    if not all(len(pair) == 2 and isinstance(pair[1], str) for pair in pairs):
+    if not all(len(pair) == 2 and all(isinstance(v, str) for v in pair) for pair in pairs):
         return None
-    return [network for _, network in pairs] or None
+    return [(name, network) for name, network in pairs] or None
 
 
 def looked_up(path: Path, row: Row, needs_network: bool = True) -> Row:
@@ -168,16 +179,18 @@ def looked_up(path: Path, row: Row, needs_network: bool = True) -> Row:
         row: of it.
         needs_network: whether its network's file is read.
     """
-    error, network, prop = row.error, row.network_path, row.property_path
+    error, network, prop, named = row.error, row.network_path, row.property_path, row.named
     if error is None:
         try:
             prop = find_file(prop, "property")
-            network = find_file(network, "network") if needs_network else network
+            if needs_network:
+                network = find_file(network, "network")
+                named = tuple((name, find_file(path, "network")) for name, path in named)
         except (UserError, OSError) as failure:
             error = str(failure)
     if error is not None:
         error = f"instances file {path}, line {row.line}: {error}"
-    return Row(row.line, row.network, row.property, network, prop, row.timeout, error)
+    return Row(row.line, row.network, row.property, network, prop, row.timeout, error, named)
 
 
 def same_file(path: Path) -> Path:

@@ -16,12 +16,21 @@ from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
 from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
 from lirpa_megatron.verify.agreement import agreed
+from lirpa_megatron.verify.properties.counterexamples import Counterexample
 from lirpa_megatron.verify.properties.instance import Deadline, Outcome, verify_instance
 from lirpa_megatron.verify.properties.instance_list import Instance
-from lirpa_megatron.verify.properties.loading import Loaded, load
+from lirpa_megatron.verify.properties.loading import Loaded, load_sources
 from lirpa_megatron.verify.properties.options import VerifyOptions
+from lirpa_megatron.verify.properties.property import Property
 from lirpa_megatron.verify.properties.records import record_of, write_record
 from lirpa_megatron.verify.properties.results import Result
+from lirpa_megatron.verify.properties.sources import (
+    Source,
+    check_sources,
+    files_of,
+    read_source,
+    read_sources,
+)
 from lirpa_megatron.verify.properties.splits import check_dimensions
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
@@ -32,41 +41,74 @@ class Runner:
     def __init__(self, options: VerifyOptions, ranks: ModelRanks = ALONE) -> None:
         self.options, self.ranks = options, ranks
         self.progress: Callable[[str], None] | None = None
-        self._loaded: tuple[Path, Loaded] | None = None
+        # what of, without their weights, and the network
+        self._loaded: tuple[Any, list[Source], Loaded] | None = None
+        self._read: tuple[Path, Property] | None = None
+        # of the last instance, if it has one
+        self.counterexample: tuple[Property, Counterexample] | None = None
 
-    def load(self, instance: Instance) -> Loaded:
-        """The instance's network.
+    def prepare(self, instance: Instance, only_network: bool = False) -> tuple[Loaded, Property]:
+        """The instance's network and its property, which is of that network.
+
+        Args:
+            instance: what is to be verified.
+            only_network: a property that cannot be read is passed over; the result then is the
+                network as it is, and None.
 
         Raises:
-            UserError: whatever is wrong with the file, on every rank.
+            UserError: whatever is wrong with the files, on every rank.
         """
-        if self._loaded is None or self._loaded[0] != instance.network_path:
+        prop = None
+        try:
+            prop = self._property(instance)
+        except UserError:
+            if not only_network:
+                raise
+        with self._agreed(f"loading network {instance.network}"):
+            sources = self._sources(instance, prop)
+        return self._network(instance, prop, sources), prop
+
+    def _property(self, instance: Instance) -> Property:
+        path = instance.property_path
+        if self._read is None or self._read[0] != path:
+            self._read = None
+            with self._agreed(f"reading property {instance.property}"):
+                prop = read_vnnlib(path)
+                if self.options.splits:
+                    check_dimensions(prop)
+            self._read = path, prop
+        return self._read[1]
+
+    def _sources(self, instance: Instance, prop: Property | None) -> list[Source]:
+        """The files, whose weights are read unless the network is there."""
+        output = self.options.onnx_output
+        if prop is None:
+            return [read_source(instance.network_path, instance.is_checkpoint, output)]
+        path = instance.property_path
+        files = files_of(prop, path, instance.network_path, instance.named)
+        known = self._loaded
+        if known is not None and known[0] == (files, bool(prop.networks), prop.wiring):
+            sources = known[1]
+        else:
             self._loaded = None  # free the old one first
+            sources = read_sources(files, instance.is_checkpoint, output, prop)
+        check_sources(prop, path, sources)
+        return sources
+
+    def _network(
+        self, instance: Instance, prop: Property | None, sources: list[Source]
+    ) -> Loaded:
+        if self._loaded is None or self._loaded[1] is not sources:
+            wiring = None if prop is None else prop.wiring
             with self._agreed(f"loading network {instance.network}"):
-                loaded = load(
-                    instance.network_path,
-                    instance.is_checkpoint,
-                    self.options.dtype,
-                    self.options.bound_opts(),
-                    self.ranks,
-                    self.options.onnx_output,
+                loaded = load_sources(
+                    sources, wiring, self.options.dtype, self.options.bound_opts(), self.ranks,
                     self.options.pipeline_layers,
                 )
-            self._loaded = instance.network_path, loaded
-        return self._loaded[1]
-
-    def read_property(self, instance: Instance, loaded: Loaded):
-        """The instance's property, checked against the network's sizes.
-
-        Raises:
-            UserError: whatever is wrong with the file, on every rank.
-        """
-        sizes = loaded.description.n_in, loaded.description.n_out
-        with self._agreed(f"reading property {instance.property}"):
-            prop = read_vnnlib(instance.property_path, *sizes, f"network {instance.network}")
-            if self.options.splits:
-                check_dimensions(prop)
-            return prop
+            paths = tuple(source.path for source in sources)
+            light = [source.without_weights() for source in sources]
+            self._loaded = (paths, bool(prop and prop.networks), wiring), light, loaded
+        return self._loaded[2]
 
     def run(self, instances: Iterable[Instance], write: Callable[[Result], None]) -> list[Result]:
         """Verifies all instances; one that raises gets the result "error".
@@ -117,10 +159,10 @@ class Runner:
         if self.options.splits:
             details |= {"splits": self.options.splits, "proved_share": outcome.proved_share,
                         "pieces": outcome.pieces}
-        if self._loaded is not None and self._loaded[0] == instance.network_path:
-            details["stored_dtype"] = self._loaded[1].stored_dtype
-            details["dtype"] = self._loaded[1].dtype
-            details["sharded_share"] = self._loaded[1].sharded_share
+        if self._loaded is not None and instance.network_path in self._loaded[0][0]:
+            details["stored_dtype"] = self._loaded[2].stored_dtype
+            details["dtype"] = self._loaded[2].dtype
+            details["sharded_share"] = self._loaded[2].sharded_share
         if outcome.decided is not None:
             details |= {"bound": _finite(outcome.decided.bound),
                         "domains": outcome.decided.domains,
@@ -128,16 +170,16 @@ class Runner:
                         "open_domains": outcome.decided.open}
         found = outcome.counterexample
         if found is not None:
+            self.counterexample = self._read[1], found
             details |= {
-                "counterexample": found.point, "violation": found.violation,
-                "float64_violation": found.float64_violation,
+                "counterexample": self._read[1].declared_inputs(found.point),
+                "violation": found.violation, "float64_violation": found.float64_violation,
             }
         return details
 
     def _verify(self, instance: Instance) -> Outcome:
         deadline = Deadline(instance.timeout, self.ranks)
-        loaded = self.load(instance)
-        prop = self.read_property(instance, loaded)
+        loaded, prop = self.prepare(instance)
         with self.ranks.guard(f"instance {instance.network} {instance.property}"):
             outcome = verify_instance(
                 loaded, prop, self.options, deadline, self.ranks, self.progress

@@ -56,7 +56,7 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
     if output is not None:
         check_writable(output)
     if options.record is not None:
-        if not options.complete or "vnnlib" not in arguments:
+        if not options.complete or "instances" in arguments:
             raise UserError("--record writes the proof of one property: give --complete and "
                             "--vnnlib")
         if options.splits:
@@ -71,8 +71,8 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
             done = [r for r in earlier if any(_is_of(r, i, options) for i in instances)]
     return JobPlan(
         [i for i in instances if not any(_is_of(r, i, options) for r in done)],
-        one_network="load" in arguments or "onnx" in arguments,
-        one_property="vnnlib" in arguments,
+        one_network=any(name in arguments for name in ("load", "onnx", "network")),
+        one_property="instances" not in arguments,
         output=output,
         keep_bytes=keep_bytes,
         done=done,
@@ -92,11 +92,16 @@ def _is_of(result: Result, instance: Instance, options: VerifyOptions) -> bool:
 
 def _instances(arguments: dict[str, Any], options: VerifyOptions) -> list[Instance]:
     named = _named_network(arguments)
-    if "vnnlib" in arguments:
-        if named is None:
-            raise UserError("--vnnlib needs the network: give --load DIR or --onnx FILE")
-        prop = find_file(arguments["vnnlib"], "property")
-        return [Instance(*named, stem(prop), prop, options.timeout)]
+    for option in ("vnnlib", "query"):
+        if option in arguments:
+            prop = find_file(arguments[option], "property")
+            if "network" in arguments:
+                return [_of_networks(arguments["network"], prop, options)]
+            if named is None:
+                what = "--vnnlib" if option == "vnnlib" else "a query"
+                raise UserError(f"{what} needs the network: give --load DIR or --onnx FILE, or "
+                                "--network NAME=FILE for each")
+            return [Instance(*named, stem(prop), prop, options.timeout)]
     if "instances" not in arguments:
         raise UserError("nothing to verify: give --vnnlib PROP or --instances CSV")
     path = arguments["instances"]
@@ -108,16 +113,44 @@ def _instances(arguments: dict[str, Any], options: VerifyOptions) -> list[Instan
     if len(wrong) == len(rows):
         others = f" (and so are {len(wrong) - 1} more rows, which are all)" * (len(wrong) > 1)
         raise UserError(f"{wrong[0]}{others}")
-    networks = names_of(row.network_path for row in rows)
+    paths = [[path for _, path in row.named] or [row.network_path] for row in rows]
+    networks = names_of(path for some in paths for path in some)
     properties = names_of(row.property_path for row in rows)
     return [
         Instance(
-            *(named or (networks[row.network_path], row.network_path, False)),
+            *(named or (_network_name(row, networks), row.network_path, False)),
             properties[row.property_path], row.property_path, options.timeout or row.timeout,
-            row.error,
+            row.error, () if named else row.named,
         )
         for row in rows
     ]
+
+
+def _of_networks(
+    networks: list[tuple[str, Path]], prop: Path, options: VerifyOptions
+) -> Instance:
+    """A property of networks that are given by name, all ONNX files or all checkpoints."""
+    names = [name for name, _ in networks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--network {twice}=FILE is given twice")
+    kinds = {path.is_dir() for _, path in networks}
+    if len(kinds) > 1:
+        raise UserError("--network: give ONNX files or checkpoints, not one of each")
+    is_checkpoint = kinds.pop()
+    named = tuple(
+        (name, path if is_checkpoint else find_file(path, "network")) for name, path in networks
+    )
+    stems = names_of(path for _, path in named)
+    label = "+".join(dict.fromkeys(stems[path] for _, path in named))
+    return Instance(
+        label, named[0][1], is_checkpoint, stem(prop), prop, options.timeout, named=named
+    )
+
+
+def _network_name(row: Row, names: dict[Path, str]) -> str:
+    paths = [path for _, path in row.named] or [row.network_path]
+    return "+".join(dict.fromkeys(names[path] for path in paths))
 
 
 def _rows_of(named: tuple[str, Path, bool], rows: list[Row], path: Path) -> list[Row]:

@@ -17,7 +17,7 @@ from lirpa_megatron.adapters.parallelize import parallelize
 from lirpa_megatron.adapters.stages import PipelineStage
 from lirpa_megatron.adapters.traceable import traceable
 from lirpa_megatron.bounded_module import BoundedModule
-from lirpa_megatron.checkpoint.reader import load_network, read_description
+from lirpa_megatron.checkpoint.reader import load_network
 from lirpa_megatron.checkpoint.stage import split_layers
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.network import (
@@ -28,11 +28,12 @@ from lirpa_megatron.networks.network import (
     NetworkDescription,
 )
 from lirpa_megatron.networks.normalisation import Normalisation, normalisation, outward, through
-from lirpa_megatron.networks.onnx_import import read_onnx
 from lirpa_megatron.networks.stages import parts_of, stage_of, width_of
+from lirpa_megatron.networks.wiring import Wiring, wired, wired_network
 from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
 from lirpa_megatron.parallel.stage_forward import StagedForward, from_first_stage
 from lirpa_megatron.verify.properties.property import OutputRow, Region
+from lirpa_megatron.verify.properties.sources import Source, read_source
 
 _HALF = ("float16", "bfloat16")
 
@@ -135,15 +136,34 @@ def load(
     output: str | None = None,
     pipeline_layers: Sequence[int] | None = None,
 ) -> Loaded:
-    """Reads an ONNX file or a checkpoint and shards it over the ranks, which all call this.
+    """Reads an ONNX file or a checkpoint and shards it; see `load_sources`.
 
     Args:
         path: NET.onnx[.gz], or a checkpoint's directory.
         is_checkpoint: which of the two.
+        dtype, bound_opts, ranks, pipeline_layers: as there.
+        output: which output of an ONNX graph; None: its only one.
+    """
+    source = read_source(path, is_checkpoint, output)
+    return load_sources([source], None, dtype, bound_opts, ranks, pipeline_layers)
+
+
+def load_sources(
+    sources: Sequence[Source],
+    wiring: Wiring | None,
+    dtype: str | None,
+    bound_opts: dict[str, Any],
+    ranks: ModelRanks = ALONE,
+    pipeline_layers: Sequence[int] | None = None,
+) -> Loaded:
+    """Shards a network over the ranks, which all call this.
+
+    Args:
+        sources: its parts, of which one may be there twice.
+        wiring: how they are put together; None: there is one, as it is.
         dtype: a key of DTYPES; None: the least that holds what is stored.
         bound_opts: options of `BoundedModule`.
         ranks: that are to hold the network.
-        output: which output of an ONNX graph; None: its only one.
         pipeline_layers: how many of the network's parts (`networks.stages`) each pipeline stage
             has; None: balanced for verification.
 
@@ -151,16 +171,29 @@ def load(
         UserError: whatever is wrong with the file; stages that the network cannot be split into.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else "cpu"
-    imported = None if is_checkpoint else read_onnx(path, output)
-    description = read_description(path) if imported is None else imported.description
+    description = sources[0].description
+    if wiring is not None:
+        description = wired([source.description for source in sources], wiring)
+        if ranks.pipeline is not None or pipeline_layers is not None:
+            raise UserError(
+                "a property that relates inputs to outputs or compares networks runs in one "
+                "pipeline stage: leave out --pipeline-parallel-size"
+            )
     own = _own_stage(description, ranks, pipeline_layers)
 
+    def build_source(source: Source, layers: NetworkDescription, types: Any) -> Network:
+        if source.imported is None:
+            return load_network(source.path, ranks.group, types, device, layers)[1]
+        network = Network.from_weights(layers, source.imported.weights, types)
+        return parallelize(network, tp_group=ranks.group).to(device)
+
     def build(types: torch.dtype | None) -> Network:
-        if imported is None:
-            network = load_network(path, ranks.group, types, device, own)[1]
+        if wiring is None:
+            network = build_source(sources[0], own, types)
         else:
-            network = Network.from_weights(own, imported.weights, types)
-            network = parallelize(network, tp_group=ranks.group).to(device)
+            made = {id(s): build_source(s, s.description, types) for s in sources}
+            parts = [made[id(s)] for s in sources]
+            network = wired_network(description, parts, wiring, types, device)
         return network.requires_grad_(False).eval()
 
     def forward_of(network: Network) -> nn.Module:

@@ -21,8 +21,10 @@ from functools import cached_property
 
 import numpy as np
 
+from lirpa_megatron.networks.wiring import Wiring
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)  # large files make millions
 class Interval:
     """The values that one input may have; an end that is None is not there."""
 
@@ -64,7 +66,7 @@ class Interval:
         return not (below or above)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputRow:
     """One linear constraint on the outputs, `sum(coefficients[j] * Y_j) <= bound`."""
 
@@ -83,6 +85,40 @@ class OutputRow:
 
     def allows(self, slack: Fraction) -> bool:
         return slack > 0 or (slack == 0 and not self.strict)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output that a file of VNN-LIB 2.0 declares."""
+
+    name: str
+    # "real", or a number type: "float32", ...
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A network that a file of VNN-LIB 2.0 declares."""
+
+    name: str
+    # flattened in row-major order, one after the other, these are its inputs and outputs
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    # the network that it is equal to, if it says so
+    equal_to: str | None = None
+
+    @property
+    def n_in(self) -> int:
+        return sum(tensor.size for tensor in self.inputs)
+
+    @property
+    def n_out(self) -> int:
+        return sum(tensor.size for tensor in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -136,9 +172,9 @@ class Property:
 
     # file name without folder and extensions
     name: str
-    # number of input variables declared
+    # number of input variables declared; those that are equal count once
     n_in: int
-    # number of output variables declared
+    # number of output variables declared, and behind them the inputs that rows also have
     n_out: int
     # every output constraint, in file order
     rows: tuple[OutputRow, ...]
@@ -146,3 +182,13 @@ class Property:
     regions: tuple[Region, ...]
     # why it holds whatever the network does; None if that depends on the network
     vacuous: str | None = None
+    # networks that the file declares: VNN-LIB 2.0
+    networks: tuple[Declared, ...] = ()
+    # how the network that it is about is made of the files'; None: it is one, as it is
+    wiring: Wiring | None = None
+
+    def declared_inputs(self, point: Sequence[float]) -> list[float]:
+        """The value of each input that the file declares, [at least n_in], at a point [n_in]."""
+        if self.wiring is None:
+            return list(point)
+        return [point[variable] for reads in self.wiring.reads for variable in reads]

@@ -3,7 +3,8 @@
 A record is a JSON file:
 
     format, version     "lirpa_megatron record", 2
-    network, property   name, file, and a SHA-256: of structure and weights, of the text
+    network, property   name, file, and a SHA-256: of structure and weights, of the text; of a
+                        network also `named`: the files by their names in a query of VNN-LIB 2.0
     tensor_parallel     ranks that found it
     neurons             how many ReLU neurons there are
     trees               for each box and disjunct of the property: its leaves, each with its splits
@@ -33,8 +34,9 @@ from lirpa_megatron.verify.properties import complete
 from lirpa_megatron.verify.properties.hashes import network_hash
 from lirpa_megatron.verify.properties.instance import Outcome
 from lirpa_megatron.verify.properties.instance_list import Instance
-from lirpa_megatron.verify.properties.loading import Loaded, load
+from lirpa_megatron.verify.properties.loading import Loaded, load_sources
 from lirpa_megatron.verify.properties.property import Property
+from lirpa_megatron.verify.properties.sources import check_sources, files_of, read_sources
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
 FORMAT, VERSION = "lirpa_megatron record", 2
@@ -72,6 +74,7 @@ def record_of(
         "network": {
             "name": instance.network, "file": str(instance.network_path.resolve()),
             "checkpoint": instance.is_checkpoint, "sha256": network_hash(loaded),
+            "named": [[name, str(path.resolve())] for name, path in instance.named],
         },
         "property": {
             "name": instance.property, "file": str(instance.property_path.resolve()),
@@ -106,20 +109,30 @@ def check_record(
     """
     record = _read(path)
     net, text = record["network"], record["property"]
+    named = tuple((name, Path(file)) for name, file in net.get("named", ()))
     if network is None:
         network, is_checkpoint = Path(net["file"]), bool(net["checkpoint"])
+    else:
+        if len({file for _, file in named}) > 1:
+            raise UserError(f"record {path} is of two networks, which are looked for where it "
+                            "says: leave out --onnx and --load")
+        named = tuple((name, network) for name, _ in named)
     prop = Path(text["file"]) if prop is None else prop
-    for file, option in ((network, "--onnx or --load"), (prop, "--vnnlib")):
+    files = [(file, "--onnx or --load") for file in (network, *(file for _, file in named))]
+    for file, option in (*files, (prop, "--vnnlib")):
         if not file.exists():
             raise UserError(f"record {path}: {file} does not exist; say where it is with {option}")
-    loaded = load(network, is_checkpoint, "float64", {}, output=onnx_output)
+    if _text_hash(prop) != text["sha256"]:
+        raise UserError(f"record {path} is of another property than {prop}: the files differ")
+    read = read_vnnlib(prop)
+    sources = read_sources(
+        files_of(read, prop, network, named), is_checkpoint, onnx_output, read
+    )
+    check_sources(read, prop, sources)
+    loaded = load_sources(sources, read.wiring, "float64", {})
     if network_hash(loaded) != net["sha256"]:
         raise UserError(f"record {path} is of another network than {network}: weights or structure "
                         "differ")
-    if _text_hash(prop) != text["sha256"]:
-        raise UserError(f"record {path} is of another property than {prop}: the files differ")
-    sizes = loaded.description.n_in, loaded.description.n_out
-    read = read_vnnlib(prop, *sizes, f"network {loaded.description.name}")
     leaves = _check_trees(path, record, loaded, read)
     inner = f" and bounds of {len(record['inner'])} inner neurons" if record["inner"] else ""
     return (
@@ -210,6 +223,9 @@ def _read(path: Path) -> dict[str, Any]:
                 raise TypeError
         if not isinstance(record["network"]["checkpoint"], bool):
             raise TypeError
+        for pair in record["network"].get("named", ()):
+            if len(pair) != 2 or not all(isinstance(value, str) for value in pair):
+                raise TypeError
         for tree in record["trees"]:
             if not _are_whole([tree["box"], tree["disjunct"]]):
                 raise TypeError

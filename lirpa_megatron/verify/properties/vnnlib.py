@@ -1,10 +1,10 @@
-"""VNN-LIB 1.0 properties.
+"""VNN-LIB properties: version 1.0, and 2.0 (`vnnlib2`) where the file's first word says so.
 
 The subset of SMT-LIB that VNN-LIB 1.0 defines, and what its files have in practice: `declare-const`
 of real X_i and Y_j, and `assert` of trees of `and`, `or`, `not` over comparisons of linear
-expressions (chains too). Inputs may be constrained one variable at a time only (boxes), but
-different boxes may stand in different disjuncts. Boxes that are empty are dropped, and so are
-disjuncts whose output constraints contradict each other: a property of which nothing is left holds.
+expressions (chains too). Every input needs bounds; different boxes may stand in different
+disjuncts. Boxes that are empty are dropped, and so are disjuncts whose output constraints
+contradict each other: a property of which nothing is left holds.
 
 Strict comparisons stay strict where a counterexample is checked; bounds prove the closed ones
 impossible, which is more.
@@ -17,14 +17,14 @@ disjunctions (an AssertionError), and drops constraints without variables.
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from pathlib import Path
 
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.networks.files import read_text, stem
-from lirpa_megatron.verify.properties.contradictions import contradict
-from lirpa_megatron.verify.properties.property import Interval, Property, Region
-from lirpa_megatron.verify.properties.vnnlib_formula import Box, Dnf, Formulas, conjunction
+from lirpa_megatron.verify.properties.assembly import Assertions, assemble
+from lirpa_megatron.verify.properties.property import Property
+from lirpa_megatron.verify.properties.vnnlib2 import is_version_2, parse_query
+from lirpa_megatron.verify.properties.vnnlib_formula import Formulas
 from lirpa_megatron.verify.properties.vnnlib_syntax import (
     Expression,
     Variable,
@@ -39,7 +39,6 @@ _IGNORED = {
     "set-logic", "set-info", "set-option", "check-sat", "get-model", "get-value", "get-info",
     "get-option", "echo",
 }
-_EVERYTHING = Interval()
 
 
 def read_vnnlib(
@@ -63,22 +62,37 @@ def read_vnnlib(
         raise UserError(f"property {path}, line {error.line}: {error}") from None
     except UserError as error:
         raise UserError(f"property {path}: {error}") from None
-    for kind, found, expected in (("input", prop.n_in, n_in), ("output", prop.n_out, n_out)):
-        if expected is not None and found != expected:
-            raise UserError(
-                f"property {path} declares {found} {kind} variables, "
-                f"but {network} has {expected} {kind}s"
-            )
+    check_sizes(prop, path, 0, n_in, n_out, network)
     return prop
 
 
+def check_sizes(
+    prop: Property, path: str | Path, k: int, n_in: int | None, n_out: int | None, network: str
+) -> None:
+    """Raises UserError unless the property's k-th network has as many inputs and outputs as the
+    file's, which is called `network` in the error."""
+    declared_in, declared_out = prop.n_in, prop.n_out
+    if prop.wiring is not None:
+        declared_in = len(prop.wiring.reads[k])
+        declared_out = prop.n_out - len(prop.wiring.handed_on)
+    if prop.networks:
+        declared_in, declared_out = prop.networks[k].n_in, prop.networks[k].n_out
+    sizes = (("input", declared_in, n_in), ("output", declared_out, n_out))
+    for kind, declared, expected in sizes:
+        if expected is not None and declared != expected:
+            raise UserError(
+                f"property {path} declares {declared} {kind} variables, "
+                f"but {network} has {expected} {kind}s"
+            )
+
+
 def parse_vnnlib(text: str, name: str) -> Property:
-    """Parses the text of a property; see `read_vnnlib`."""
+    """Parses the text of a property of either version; see `read_vnnlib`."""
     # Large files make millions of small objects and no cycles: looking for those triples the time.
     collects = gc.isenabled()
     gc.disable()
     try:
-        return _parse(text, name)
+        return parse_query(text, name) if is_version_2(text) else _parse(text, name)
     finally:
         if collects:
             gc.enable()
@@ -87,7 +101,7 @@ def parse_vnnlib(text: str, name: str) -> Property:
 def _parse(text: str, name: str) -> Property:
     declared: dict[Variable, int] = {}
     formulas = Formulas(declared)
-    assertions: list[Dnf] = []
+    assertions = Assertions()
     for command, line in read_expressions(text):
         words = command if isinstance(command, list) else []
         head = words[0][0] if words else command
@@ -96,21 +110,17 @@ def _parse(text: str, name: str) -> Property:
         elif head == "assert":
             if len(words) != 2:
                 raise VnnlibError(line, f"assert takes one formula, found {len(words) - 1}")
-            assertions.append(formulas.read(words[1]))
+            assertions.add(formulas.read(words[1]))
         elif head == "exit":
             break
         elif head == "vnnlib-version":
-            raise VnnlibError(line, "this is a file of VNN-LIB 2.0, only 1.0 is read")
+            raise VnnlibError(line, "vnnlib-version must come first: this is read as VNN-LIB 1.0")
         elif head not in _IGNORED:
             raise VnnlibError(line, f"unknown command {shown(head)}")
     n_in, n_out = (_count(declared, kind) for kind in "XY")
     if not formulas.rows:
         raise UserError("it constrains no output")
-    regions = _regions(n_in, assertions)
-    prop = Property(name, n_in, n_out, tuple(formulas.rows), regions)
-    if not regions:
-        return replace(prop, vacuous="no input satisfies the constraints on inputs")
-    return _without_contradictions(prop)
+    return assemble(name, n_in, n_out, formulas.rows, assertions, "X_{}".format)
 
 
 def _declare(words: list[Expression], line: int, declared: dict[Variable, int]) -> None:
@@ -142,62 +152,3 @@ def _count(declared: dict[Variable, int], kind: str) -> int:
     if not indices:
         raise UserError(f"no variable {kind}_0 is declared")
     return len(indices)
-
-
-def _regions(n_in: int, assertions: list[Dnf]) -> tuple[Region, ...]:
-    """The disjuncts of the whole file, those of the same box together."""
-    # Nearly all assertions are single constraints on one input: keep them out of the product.
-    common: Box = {}
-    rows: list[int] = []
-    for dnf in assertions:
-        if len(dnf) == 1:
-            for index, interval in dnf[0][0].items():
-                common[index] = interval.meet(common.get(index, _EVERYTHING))
-            rows += dnf[0][1]
-    if any(interval.is_empty() for interval in common.values()):
-        return ()
-    inner = [
-        [choice for choice in dnf if not _is_empty(choice[0], common)]
-        for dnf in assertions if len(dnf) != 1
-    ]
-    disjuncts: dict[tuple, list[tuple[int, ...]]] = {}
-    for box, more in conjunction(inner, 1, within=common):
-        key = tuple(sorted(box.items()))
-        disjuncts.setdefault(key, []).append(tuple(sorted({*rows, *more})))
-    regions = []
-    around = [common.get(index, _EVERYTHING) for index in range(n_in)]
-    for key, unsafe in disjuncts.items():
-        box = list(around)
-        for index, interval in key:
-            box[index] = box[index].meet(interval)
-        for index, interval in enumerate(box):
-            for side in ("lower", "upper"):
-                if getattr(interval, side) is None:
-                    raise UserError(f"X_{index} has no {side} bound")
-        regions.append(Region(tuple(box), tuple(unsafe)))
-    return tuple(regions)
-
-
-def _is_empty(box: Box, common: Box) -> bool:
-    return any(
-        interval.meet(common.get(index, _EVERYTHING)).is_empty() for index, interval in box.items()
-    )
-
-
-def _without_contradictions(prop: Property) -> Property:
-    """Without the disjuncts that no outputs satisfy."""
-    known: dict[tuple[int, ...], bool] = {}
-    regions = []
-    for region in prop.regions:
-        kept = []
-        for disjunct in region.disjuncts:
-            if disjunct not in known:
-                known[disjunct] = contradict(prop.rows[row] for row in disjunct)
-            if not known[disjunct]:
-                kept.append(disjunct)
-        if kept:
-            regions.append(replace(region, disjuncts=tuple(kept)))
-    if not regions:
-        reason = "no outputs satisfy the constraints on outputs, which contradict each other"
-        return replace(prop, regions=(), vacuous=reason)
-    return replace(prop, regions=tuple(regions))

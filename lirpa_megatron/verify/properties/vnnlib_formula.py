@@ -25,7 +25,7 @@ from lirpa_megatron.verify.properties.vnnlib_syntax import (
 _MAX_DISJUNCTS = 200_000
 _MAX_LITERALS = 5_000_000
 _MAX_TRIED = 5_000_000
-_MAX_TERMS = 100_000
+MAX_TERMS = 100_000
 
 # input index -> the values it may have, for the inputs that are constrained
 Box = dict[int, Interval]
@@ -35,9 +35,9 @@ Conjunct = tuple[Box, tuple[int, ...]]
 Dnf = list[Conjunct]
 ALWAYS: Conjunct = ({}, ())
 
-_ZERO, _ONE = Fraction(0), Fraction(1)
+ZERO, ONE = Fraction(0), Fraction(1)
 # coefficients of the variables, and the constant
-_Linear = tuple[dict[Variable, Fraction], Fraction]
+Linear = tuple[dict[Variable, Fraction], Fraction]
 _NEGATED = {"<=": ">", ">=": "<", "<": ">=", ">": "<="}
 _COMPARISONS = (*_NEGATED, "=", "distinct")
 _KNOWN = "and, or, not, =>, <=, >=, <, >, = or distinct"
@@ -54,7 +54,8 @@ class Formulas:
     """Reads the formulas of one file.
 
     Attributes:
-        rows: every constraint on outputs so far, in file order.
+        rows: every constraint on outputs so far, in file order, and on several inputs; coefficient
+            -1 - i is input i's.
     """
 
     def __init__(self, declared: dict[Variable, int]):
@@ -62,7 +63,7 @@ class Formulas:
         self.rows: list[OutputRow] = []
         self._declared = declared
         # what was read before: large files repeat a few numbers and variables
-        self._terms: dict[str, _Linear] = {}
+        self._terms: dict[str, Linear] = {}
 
     def read(self, expression: Expression, negated: bool = False) -> Dnf:
         """Disjunctive normal form of a formula, or of its negation.
@@ -104,53 +105,50 @@ class Formulas:
             raise VnnlibError(line, "distinct takes two operands here: write pairs")
         sides = [self._linear(operand) for operand in operands]
         links = [
-            self._comparison(operator, left, right, line, negated)
+            self.comparison(operator, left, right, line, negated)
             for left, right in zip(sides, sides[1:], strict=False)
         ]
         if negated:  # one of them fails
             return [conjunct for link in links for conjunct in link]
         return conjunction(links, line)
 
-    def _comparison(
-        self, operator: str, left: _Linear, right: _Linear, line: int, negated: bool
+    def comparison(
+        self, operator: str, left: Linear, right: Linear, line: int, negated: bool = False
     ) -> Dnf:
+        """left `operator` right, or its negation."""
         if operator in ("=", "distinct"):
             if (operator == "=") == negated:
                 return [
-                    *self._comparison("<", left, right, line, False),
-                    *self._comparison(">", left, right, line, False),
+                    *self.comparison("<", left, right, line, False),
+                    *self.comparison(">", left, right, line, False),
                 ]
             return conjunction(
-                [self._comparison(o, left, right, line, False) for o in ("<=", ">=")], line
+                [self.comparison(o, left, right, line, False) for o in ("<=", ">=")], line
             )
         if negated:
             operator = _NEGATED[operator]
         is_upper, strict = operator in ("<=", "<"), operator in ("<", ">")
-        if len(left[0]) == 1 and left[1] is _ZERO and not right[0]:  # nearly always
+        if len(left[0]) == 1 and left[1] is ZERO and not right[0]:  # nearly always
             terms, bound = left[0], right[1]
         else:
-            terms, constant = _sum([left, right], [1, -1], line)
+            terms, constant = linear_sum([left, right], [1, -1], line)
             bound = -constant
         # terms <= bound, or >= bound
         if not terms:
             holds = bound > 0 if is_upper else bound < 0
             return [ALWAYS] if holds or (bound == 0 and not strict) else []
-        kinds = {kind for kind, _ in terms}
-        if len(kinds) > 1:
-            raise VnnlibError(line, "a constraint that relates inputs to outputs is not supported")
-        if kinds == {"Y"}:
-            own = {j: c if is_upper else -c for (_, j), c in terms.items()}
+        if len(terms) > 1 or next(iter(terms))[0] == "Y":
+            own = {
+                j if kind == "Y" else -1 - j: c if is_upper else -c
+                for (kind, j), c in terms.items()
+            }
             self.rows.append(OutputRow(own, bound if is_upper else -bound, line, strict))
             return [({}, (len(self.rows) - 1,))]
-        if len(terms) > 1:
-            raise VnnlibError(
-                line, "a constraint on several inputs is not supported, only boxes are"
-            )
         (((_, index), coefficient),) = terms.items()
         limit = bound if coefficient == 1 else _checked(bound / coefficient, line)
         return [({index: _half_line(limit, is_upper == (coefficient > 0), strict)}, ())]
 
-    def _linear(self, expression: Expression) -> _Linear:
+    def _linear(self, expression: Expression) -> Linear:
         """A linear expression as coefficients and constant."""
         value, line = expression
         if isinstance(value, str):
@@ -166,20 +164,20 @@ class Formulas:
         if not parts:
             raise VnnlibError(line, f"({operator}) has no operands")
         if name in ("*", "/"):
-            return _product(parts, line) if name == "*" else _quotient(parts, line)
+            return linear_product(parts, line) if name == "*" else _quotient(parts, line)
         if name == "-" and len(parts) == 1:
-            return _sum(parts, [-1], line)
-        return _sum(parts, [1] + [1 if name == "+" else -1] * (len(parts) - 1), line)
+            return linear_sum(parts, [-1], line)
+        return linear_sum(parts, [1] + [1 if name == "+" else -1] * (len(parts) - 1), line)
 
-    def _term(self, word: str, line: int) -> _Linear:
+    def _term(self, word: str, line: int) -> Linear:
         term = self._terms.get(word)
         if term is None:
             term = self._read_term(word, line)
-            if len(self._terms) < _MAX_TERMS:
+            if len(self._terms) < MAX_TERMS:
                 self._terms[word] = term
         return term
 
-    def _read_term(self, word: str, line: int) -> _Linear:
+    def _read_term(self, word: str, line: int) -> Linear:
         value = number(word, line)
         if value is not None:
             return {}, value
@@ -188,7 +186,7 @@ class Formulas:
             raise VnnlibError(line, f"expected a number or a variable, found {shown(word)}")
         if found not in self._declared:
             raise VnnlibError(line, f"{word} is not declared")
-        return {found: _ONE}, _ZERO
+        return {found: ONE}, ZERO
 
 
 @lru_cache(maxsize=100_000)  # large files repeat a few numbers: memory
@@ -269,7 +267,7 @@ def _meet(first: Box, second: Box, within: Box) -> Box | None:
     return both
 
 
-def _sum(parts: Iterable[_Linear], factors: Iterable[int], line: int) -> _Linear:
+def linear_sum(parts: Iterable[Linear], factors: Iterable[int], line: int) -> Linear:
     coefficients: dict[Variable, Fraction] = {}
     constant = Fraction(0)
     for (terms, own), factor in zip(parts, factors, strict=True):
@@ -282,7 +280,7 @@ def _sum(parts: Iterable[_Linear], factors: Iterable[int], line: int) -> _Linear
     )
 
 
-def _product(parts: Sequence[_Linear], line: int) -> _Linear:
+def linear_product(parts: Sequence[Linear], line: int) -> Linear:
     with_variables = [part for part in parts if part[0]]
     if len(with_variables) > 1:
         raise VnnlibError(line, "a product of variables is not linear")
@@ -294,7 +292,7 @@ def _product(parts: Sequence[_Linear], line: int) -> _Linear:
     return terms, constant
 
 
-def _quotient(parts: Sequence[_Linear], line: int) -> _Linear:
+def _quotient(parts: Sequence[Linear], line: int) -> Linear:
     if len(parts) < 2:
         raise VnnlibError(line, "/ takes two operands, found 1")
     for terms, constant in parts[1:]:
@@ -302,7 +300,7 @@ def _quotient(parts: Sequence[_Linear], line: int) -> _Linear:
             raise VnnlibError(line, "a division by a variable is not linear")
         if constant == 0:
             raise VnnlibError(line, "a division by zero")
-    return _product([parts[0], *(({}, 1 / constant) for _, constant in parts[1:])], line)
+    return linear_product([parts[0], *(({}, 1 / constant) for _, constant in parts[1:])], line)
 
 
 def _checked(value: Fraction, line: int) -> Fraction:
