@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from queries import box, is_violated, needs_parser, network, one, parsed, query
 
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.verify.properties import vnnlib2_text
+from lirpa_megatron.verify.properties import vnnlib2, vnnlib2_parser, vnnlib2_text
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
 pytestmark = needs_parser
@@ -145,6 +145,9 @@ def test_what_a_large_file_is_cut_into_does_not_change_it(monkeypatch):
 GOOD = one("(<= Y[0] Y[1])")
 BAD = {
     "scientific notation": ("X[0] 1.0", "X[0] 1e-3", "line 6: .* no numbers like '1e-3': write"),
+    "exponent taken for a variable": (
+        "Y[0] Y[1]", "Y[0] (* 2e0 Y[1])", "line 8: .* no numbers like '2e0': write 2.0"),
+    "number and word": ("X[0] 1.0", "X[0] 1.0f", "line 6: .* does not allow '1.0f' here"),
     "plus": ("X[0] 1.0", "X[0] +1.0", "line 6: .* like '.1.0': write 1.0"),
     "no digit before the dot": ("X[0] 1.0", "X[0] .5", "line 6: .* like '.5': write 0.5"),
     "no digit after the dot": ("X[0] 1.0", "X[0] 1.", "line 6: .* like '1.': write 1.0"),
@@ -165,7 +168,8 @@ BAD = {
     "product": ("Y[0] Y[1]", "Y[0] (* Y[0] Y[1])", "line 8: a product of variables"),
     "quotient": ("Y[0] Y[1]", "Y[0] (/ Y[1] 2.0)", "line 8: .* does not allow '/' here"),
     "negation": ("(<= Y[0] Y[1])", "(not (<= Y[0] Y[1]))", "line 8: .* not allow 'not' here"),
-    "hidden": ("  (declare-output", '  (declare-hidden Y2 real [2] "h")\n  (declare-output', None),
+    "hidden": ("  (declare-output", '  (declare-hidden H real [2] "3a;é")\n  (declare-output',
+               None),  # is read: no assertion is about it
     "hidden used": ("  (declare-output", '  (declare-hidden Z real [2] "a;(")\n  (declare-output',
                     "line 9: Z is an output of a hidden layer"),
     "type": ("real [2])\n)", "int8 [2])\n)", "Y has type int8"),
@@ -227,3 +231,24 @@ def test_without_its_parser_a_query_is_refused_with_what_to_install(tmp_path, mo
     (tmp_path / "p.vnnlib").write_text(GOOD)
     with pytest.raises(UserError, match="p.vnnlib: .*pip install vnnlib==1.0.2"):
         read_vnnlib(tmp_path / "p.vnnlib")
+
+
+def test_the_parser_in_a_process_of_its_own_says_the_same(monkeypatch):
+    text = one("(or (<= Y[0] (- (* 2.0 Y[1]) 1.0 X[0])) (!= Y[1] 0.5))")
+    whole = parsed(text)
+    for module in (vnnlib2_text, vnnlib2):
+        monkeypatch.setattr(module, "PIECE", 20)
+    monkeypatch.setattr(vnnlib2_parser, "_PIECES", 1)  # a process for each piece
+    assert parsed(text) == whole
+    for old, new, message in (("2.0 Y[1]", "2e0 Y[1]", "'2e0'"),
+                              ("-1.0", f"-1.{'0' * 999}1", "1000 digits")):
+        with pytest.raises(Exception, match=message) as error:
+            parsed(text.replace(old, new, 1))
+        assert error.value.line in (7, 8)
+
+
+def test_a_parser_that_dies_is_an_error_of_its_piece():
+    with vnnlib2_parser.Worker() as worker:
+        assert worker.parse(GOOD)[0] == "assertions"
+        worker._process.kill()
+        assert worker.parse(GOOD) == ("died", "exit status -9")

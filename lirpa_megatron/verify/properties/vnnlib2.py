@@ -14,9 +14,10 @@ Numbers are exact and arithmetic is that of real numbers, also where the query s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from lirpa_megatron.networks.description import MAX_WIDTH
 from lirpa_megatron.verify.properties.assembly import Assertions, assemble
 from lirpa_megatron.verify.properties.property import Declared, OutputRow, Property, Tensor
 from lirpa_megatron.verify.properties.vnnlib2_errors import Explainer
+from lirpa_megatron.verify.properties.vnnlib2_parser import Worker, parse
 from lirpa_megatron.verify.properties.vnnlib2_text import (
     PIECE,
     QueryText,
@@ -50,10 +52,7 @@ from lirpa_megatron.verify.properties.vnnlib_syntax import VnnlibError, number
 
 __all__ = ["is_version_2", "parse_query"]
 
-_SYMBOLS = {
-    "LessEqual": "<=", "GreaterEqual": ">=", "LessThan": "<", "GreaterThan": ">", "Equal": "=",
-    "NotEqual": "distinct",
-}
+_SYMBOLS = {"==": "=", "!=": "distinct"}
 _TYPES = {
     "Real": "real", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
 }
@@ -66,13 +65,16 @@ def parse_query(text: str, name: str) -> Property:
         VnnlibError, UserError: as `read_vnnlib`; the parser is not installed.
     """
     query = query_text(text)
-    reader = _Reader(query, _parser())
-    for group in grouped(list(query.assertions)):
-        if group[-1][1] - group[0][0] <= PIECE:
-            for node in reader.parse(query.text[group[0][0] : group[-1][1]], group[0][0]):
-                reader.assertion(node.expr)
-        else:
-            reader.assertions.add(reader.large(query.formula(group[0])))
+    parser = _parser()
+    with Worker() as worker:
+        large = len(query.text) > 2 * PIECE
+        reader = _Reader(query, parser, worker.parse if large else partial(parse, parser))
+        for group in grouped(list(query.assertions)):
+            if group[-1][1] - group[0][0] <= PIECE:
+                for formula in reader.parse(query.text[group[0][0] : group[-1][1]], group[0][0]):
+                    reader.assertion(formula)
+            else:
+                reader.assertions.add(reader.large(query.formula(group[0])))
     return reader.property(name)
 
 
@@ -95,14 +97,17 @@ def _parser() -> Any:
 class _Reader:
     """Reads the assertions of one query, piece by piece."""
 
-    def __init__(self, query: QueryText, parser: Any) -> None:
-        self._text, self._parser = query, parser
+    def __init__(
+        self, query: QueryText, parser: Any, parse: Callable[[str], tuple[str, Any]]
+    ) -> None:
+        self._text, self._call = query, parse
         self._header_lines = query.header.count("\n")
         self.assertions = Assertions()
         self._formulas = Formulas({})
-        begin, _ = query.assertions[0]
         # The grammar wants an assertion. This one is about no variable.
-        declared = self._parse("(assert (<= 0 0))", query.line(begin)).networks
+        alone = "(assert (<= 0 0))"
+        self._assertions_of(alone, query.line(query.assertions[0][0]))
+        declared = parser.parse_query_string(f"{query.header}\n{alone}").networks
         self.networks = tuple(_declared(network, query.header) for network in declared)
         _check_networks(self.networks)
         self._offsets = _offsets(self.networks)
@@ -116,28 +121,27 @@ class _Reader:
 
     # ----------------------------------------------------------------- pieces
 
-    def parse(self, text: str, position: int) -> Sequence[Any]:
-        """The parser's nodes of some assertions, which stand at a position of the text."""
+    def parse(self, text: str, position: int) -> list[tuple]:
+        """What some assertions say, which stand at a position of the text."""
         self._first_line = self._text.line(position)
-        return self._parse(text, self._first_line).assertions
+        return self._assertions_of(text, self._first_line)
 
-    def _parse(self, text: str, line: int) -> Any:
+    def _assertions_of(self, text: str, line: int) -> list[tuple]:
         whole = self._text.header + "\n" + text
+        kind, found = self._call(whole)
+        if kind == "assertions":
+            return found
         explainer = Explainer(whole, self._header_lines + 2, line)
-        try:
-            return self._parser.parse_query_string(whole)
-        except self._parser.VNNLibException as error:
-            explainer.explain(str(error))
-        except (IndexError, ValueError, RuntimeError) as error:
-            explainer.explain_number(error)
+        if kind == "died":
+            raise VnnlibError(line, f"its parser ended here ({found})")
+        explainer.explain(found) if kind == "refused" else explainer.explain_number(found)
 
     def large(self, formula: Span) -> Dnf:
         """A formula that is larger than a piece: its operands, a few at a time."""
         found = self._text.operands(formula)
         if found is None:
-            text = f"(assert {self._text.text[slice(*formula)]})"
-            (node,) = self.parse(text, formula[0])
-            return self._formula(node.expr)
+            (node,) = self.parse(f"(assert {self._text.text[slice(*formula)]})", formula[0])
+            return self._formula(node)
         word, operands = found
         parts: list[Dnf] = []
         for group in grouped(operands):
@@ -146,23 +150,22 @@ class _Reader:
                 parts.append(self.large(group[0]))
                 continue
             (node,) = self.parse(f"(assert ({word} {self._text.text[begin:end]}))", begin)
-            parts += [self._formula(operand) for operand in node.expr.args]
+            parts += [self._formula(operand) for operand in node[1:]]
         if word == "or":
             return [conjunct for part in parts for conjunct in part]
         return conjunction(parts, self._first_line)
 
     # ----------------------------------------------------------------- formulas
 
-    def assertion(self, node: Any) -> None:
+    def assertion(self, node: tuple) -> None:
         """What is asserted; an equality of two inputs makes them one variable."""
-        kind = type(node).__name__
-        if kind == "And":
-            for operand in node.args:
+        if node[0] == "and":
+            for operand in node[1:]:
                 self.assertion(operand)
             return
-        if kind == "Equal":
+        if node[0] == "==":
             terms, constant = linear_sum(
-                [self._linear(node.lhs), self._linear(node.rhs)], [1, -1], self._line
+                [self._linear(node[1]), self._linear(node[2])], [1, -1], self._line
             )
             (kinds, indices) = zip(*terms, strict=True) if terms else ((), ())
             if kinds == ("X", "X") and constant == 0 and sum(terms.values()) == 0:
@@ -179,50 +182,46 @@ class _Reader:
             variable = self._equal[variable]
         return variable
 
-    def _formula(self, node: Any) -> Dnf:
-        kind = type(node).__name__
-        if kind in ("And", "Or"):
-            parts = [self._formula(operand) for operand in node.args]
-            if kind == "Or":
+    def _formula(self, node: tuple) -> Dnf:
+        kind = node[0]
+        if kind in ("and", "or"):
+            parts = [self._formula(operand) for operand in node[1:]]
+            if kind == "or":
                 return [conjunct for part in parts for conjunct in part]
             return conjunction(parts, self._line)
         self._line = 0
-        left, right = self._linear(node.lhs), self._linear(node.rhs)
-        return self._formulas.comparison(_SYMBOLS[kind], left, right, self._line)
+        left, right = self._linear(node[1]), self._linear(node[2])
+        return self._formulas.comparison(_SYMBOLS.get(kind, kind), left, right, self._line)
 
-    def _linear(self, node: Any) -> Linear:
+    def _linear(self, node: tuple) -> Linear:
         """A linear expression; `_line` becomes that of the first leaf since it was 0."""
-        kind = type(node).__name__
-        if kind == "Var":
-            return self._variable(node)
-        if kind in ("Float", "Int"):
-            return self._number(node)
-        if kind == "Negate":
-            return linear_sum([self._linear(node.expr)], [-1], self._line)
-        if kind == "Minus":
-            parts = [self._linear(part) for part in (node.head, *node.rest)]
-            return linear_sum(parts, [1] + [-1] * (len(parts) - 1), self._line)
-        parts = [self._linear(part) for part in node.args]
-        if kind == "Plus":
-            return linear_sum(parts, [1] * len(parts), self._line)
-        return linear_product(parts, self._line)
+        kind = node[0]
+        if kind == "variable":
+            return self._variable(*node[1:])
+        if kind == "number":
+            return self._number(*node[1:])
+        parts = [self._linear(part) for part in node[1:]]
+        if kind == "*":
+            return linear_product(parts, self._line)
+        first = -1 if kind == "-" and len(parts) == 1 else 1
+        rest = 1 if kind == "+" else -1
+        return linear_sum(parts, [first] + [rest] * (len(parts) - 1), self._line)
 
-    def _seen(self, node: Any) -> int:
-        line = node.line - self._header_lines - 2 + self._first_line
+    def _seen(self, line: int) -> int:
+        line += self._first_line - self._header_lines - 2
         self._line = self._line or line
         return line
 
-    def _variable(self, node: Any) -> Linear:
-        line = self._seen(node)
-        key = node.name, tuple(node.indices)
+    def _variable(self, line: int, name: str, indices: tuple[int, ...]) -> Linear:
+        line, key = self._seen(line), (name, indices)
         known = self._variables.get(key)
         if known is None:
-            if key[0] not in self._offsets:
-                raise VnnlibError(line, f"{key[0]} is an output of a hidden layer: constraints on "
+            if name not in self._offsets:
+                raise VnnlibError(line, f"{name} is an output of a hidden layer: constraints on "
                                         "those are not supported")
-            kind, offset, shape = self._offsets[key[0]]
+            kind, offset, shape = self._offsets[name]
             index = 0
-            for i, size in zip(key[1], shape, strict=True):
+            for i, size in zip(indices, shape, strict=True):
                 if not 0 <= i < size:
                     raise VnnlibError(line, f"{_element(*key)} is outside of its shape {[*shape]}")
                 index = index * size + i
@@ -232,8 +231,8 @@ class _Reader:
                 self._variables[key] = known
         return known
 
-    def _number(self, node: Any) -> Linear:
-        line, word = self._seen(node), node.lexeme
+    def _number(self, line: int, word: str) -> Linear:
+        line = self._seen(line)
         known = self._numbers.get(word)
         if known is None:
             known = {}, number(word, line)

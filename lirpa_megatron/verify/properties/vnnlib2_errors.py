@@ -49,7 +49,7 @@ class Explainer:
             )
         raise VnnlibError(line, f"{what}: {shown(symbol)}. {hint}")
 
-    def explain_number(self, error: Exception) -> NoReturn:
+    def explain_number(self, message: str) -> NoReturn:
         """Raises VnnlibError for a number that the parser cannot hold."""
         for match in _NUMBER.finditer(self._text):
             word, value = match[0], float(match[0])
@@ -61,7 +61,7 @@ class Explainer:
                 raise VnnlibError(
                     line, f"number {shown(word)} is too {size} for the parser of VNN-LIB 2.0"
                 )
-        raise VnnlibError(self._line, f"its parser failed: {error}") from None
+        raise VnnlibError(self._line, f"its parser failed: {message}")
 
     def in_file(self, line: int) -> int:
         return line if line < self._begin else line - self._begin + self._line
@@ -71,13 +71,17 @@ class Explainer:
         words = [m for m in _WORD.finditer(source) if m.start() <= column <= m.end() - 1]
         word = words[0][0] if words else token or ")"
         where = self.in_file(line)
-        if _OTHER_NUMBER.fullmatch(word) and not _NUMBER.fullmatch(word):
-            advice = _plain(word)
-            raise VnnlibError(
-                where, f"VNN-LIB 2.0 has no numbers like {shown(word)}"
-                + (f": write {advice}" if advice else "")
-            )
-        raise VnnlibError(where, f"VNN-LIB 2.0 does not allow {shown(word)} here")
+        raise VnnlibError(where, no_number(word))
+
+
+def no_number(word: str) -> str:
+    """What is wrong with a word that does not belong where it is, perhaps a number."""
+    if not _OTHER_NUMBER.fullmatch(word) or _NUMBER.fullmatch(word):
+        return f"VNN-LIB 2.0 does not allow {shown(word)} here"
+    advice = _plain(word)
+    return f"VNN-LIB 2.0 has no numbers like {shown(word)}" + (
+        f": write {advice}" if advice else ""
+    )
 
 
 def _plain(word: str) -> str | None:

@@ -1,12 +1,12 @@
 """The text of VNN-LIB 2.0 files: what is checked before their authors' parser sees it, and pieces.
 
-The parser (`vnnlib` 1.0.2) needs 52 times a text's size for its tree (measured; 6 GiB for the
-largest files of competitions), so it is given pieces: the declarations with some of the assertions,
-or with some of the operands of an `and` or `or` that is large by itself.
+The parser (`vnnlib` 1.0.2) needs 52 times a text's size (measured; 6 GB for the largest files of
+competitions, 124 MB), so it is given pieces: the declarations with some of the assertions, or with
+some of the operands of an `and` or `or` that is large by itself.
 
 It reads without a word what is not in the standard: an index [0.7] as [0], [-1] as it is, a shape
-[2.5] as [2], and of a text with a NUL character what stands before it. It recurses as deep as
-parentheses are nested. All this is refused here.
+[2.5] as [2], 2.0e3 as a number and a variable e3, and of a text with a NUL character what stands
+before it. It recurses as deep as parentheses are nested. All this is refused here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lirpa_megatron.verify.properties.vnnlib2_errors import no_number
 from lirpa_megatron.verify.properties.vnnlib_syntax import VnnlibError, shown
 
 PIECE = 2**20
@@ -27,6 +28,7 @@ _SPACE = r"(?:\s|;[^\r\n]*(?:[\r\n]|\Z))*"
 _HEAD = re.compile(_SPACE + r"\(\s*(vnnlib-version|declare-network)(?![\w-])")
 _VERSION = re.compile(_SPACE + r"\(vnnlib-version\s*(<\s*(\d{1,9})\.(\d{1,9})\s*>)?")
 _BAD_INDEX = re.compile(r"\[(?!\s*(?:\d+\s*(?:,\s*\d+\s*)*)?\])[^\]\n]{0,40}\]?")
+_JOINED_TO_A_WORD = re.compile(r"(?<![\w.])[+-]?\d[\d.]*[A-Za-z_][\w.+-]*")
 _CONNECTIVE = re.compile(r"\(\s*(and|or)(?![\w-])")
 
 Span = tuple[int, int]
@@ -89,6 +91,9 @@ def query_text(text: str) -> QueryText:
         raise VnnlibError(
             _line(text, found.start()), f"{shown(found[0])} is no list of whole numbers"
         )
+    found = _JOINED_TO_A_WORD.search(text)
+    if found:
+        raise VnnlibError(_line(text, found.start()), no_number(found[0]))
     begins, ends = _expressions(text, 0, len(text))
     first = next((i for i, b in enumerate(begins) if text.startswith("(assert", b)), None)
     if first is None:
@@ -121,7 +126,7 @@ def grouped(spans: list[Span]) -> Iterator[list[Span]]:
 
 def _without_meaning(match: re.Match[str]) -> str:
     """Nothing for a comment; a string, without what would look like syntax."""
-    return "" if match[0][0] == ";" else re.sub(r"[^\w\s\"]", "_", match[0])
+    return "" if match[0][0] == ";" else re.sub(r"[^\s\"]", "_", match[0])
 
 
 def _line(text: str, position: int) -> int:
