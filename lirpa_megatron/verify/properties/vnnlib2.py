@@ -6,7 +6,7 @@ one after the other, and are those of the file in order: names need not agree.
 
 Of the parser its syntax tree is used, in which literals are as written. Its `compat.transform` is
 not: it makes one inequality of an equality. What it reads wrongly or fails on is found before and
-after it (`vnnlib2_text`, and `_explained`).
+after it (`vnnlib2_text`, `vnnlib2_errors`).
 
 Numbers are exact and arithmetic is that of real numbers, also where the query says float32.
 """
