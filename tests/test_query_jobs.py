@@ -2,20 +2,25 @@
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from commands import SIZES, on_ranks, verify, write_instances
+from commands import SIZES, verify, write_instances
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from queries import box, is_violated, needs_parser, network, one, query
+from ranks import pool
 from small_networks import property_text, save, stack
 
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel import runtime
+from lirpa_megatron.parallel.model_ranks import ModelRanks
 from lirpa_megatron.verify.properties.instance_list import Instance
 from lirpa_megatron.verify.properties.job import Runner
+from lirpa_megatron.verify.properties.job_plan import plan_job
 from lirpa_megatron.verify.properties.options import VerifyOptions
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
@@ -100,22 +105,33 @@ def test_queries_of_pairs_and_of_inputs_beside_outputs_are_decided(folder, tmp_p
     assert outputs(folder / "f.onnx", point)[0] >= point[0] + point[1] - 1.0
 
 
+def of_all(folder, **options):
+    """Results of a run over all queries, on this rank."""
+    options = VerifyOptions(dtype="float64", **options)
+    plan = plan_job({"instances": Path(folder) / "pairs.csv"}, options)
+    return Runner(options, ModelRanks.of_megatron()).run(plan.instances, lambda result: None)
+
+
 @functools.cache
 def _one_rank(folder):
-    _, results = verify("--instances", folder / "pairs.csv", "--dtype", "float64",
-                        output=folder / "one.jsonl")
-    return results
+    with runtime.session():
+        return of_all(folder)
 
 
-def test_two_ranks_say_what_one_says(folder, tmp_path):
-    output = tmp_path / "two.jsonl"
-    on_ranks(2, "verify", "--instances", folder / "pairs.csv", "--dtype", "float64",
-             "--output", output)
-    two = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [r["result"] for r in two] == WANTED
-    for a, b in zip(_one_rank(folder), two, strict=True):
-        # sums in another order
-        assert np.allclose(a["lower_bounds"], b["lower_bounds"], rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("options", [
+    pytest.param({}, id="bounds"),
+    pytest.param({"complete": True, "method": "IBP", "attack_steps": 0}, id="branch-and-bound",
+                 marks=pytest.mark.slow),
+])
+def test_two_ranks_say_what_one_says(folder, options):
+    with runtime.session():
+        one = of_all(folder, **options)
+    for found in pool(2).run(of_all, str(folder), **options):
+        assert [r.result for r in found] == WANTED
+        for a, b in zip(one, found, strict=True):
+            assert a.domains == b.domains
+            # sums in another order
+            assert np.allclose(a.lower_bounds, b.lower_bounds, rtol=1e-10, atol=1e-10)
 
 
 def test_bounds_of_pairs_and_mixed_rows_hold_on_samples(folder):
@@ -128,14 +144,14 @@ def test_bounds_of_pairs_and_mixed_rows_hold_on_samples(folder):
     both = np.concatenate([
         np.concatenate([net.run(None, {"x": x[None]})[0] for net in (f, g)], 1) for x in near
     ])
-    by_name = {r["property"]: r for r in _one_rank(folder)}
+    by_name = {r.property: r for r in _one_rank(folder)}
     cases = {
         "near": (near, both), "far": (near, both), "mixed": (points, y), "mixed_sat": (points, y),
     }
     for name, (x, values) in cases.items():
         prop = read_vnnlib(folder / f"{name}.vnnlib")
         values = np.concatenate([values, x[:, list(prop.wiring.handed_on)]], 1)
-        for row, bound in zip(prop.rows, by_name[name]["lower_bounds"], strict=True):
+        for row, bound in zip(prop.rows, by_name[name].lower_bounds, strict=True):
             found = sum(float(c) * values[:, j] for j, c in row.coefficients.items())
             assert (found - float(row.bound)).min() >= bound - 1e-5, name  # float32's outputs
 
@@ -151,7 +167,7 @@ def test_the_difference_of_two_networks_is_bounded_on_shared_symbols(folder, tmp
     _, (result,) = verify("--instances", csv, output=tmp_path / "r.jsonl")
     near = _one_rank(folder)[0]
     assert result["result"] == "sat"
-    assert min(near["lower_bounds"]) > 0 > max(result["lower_bounds"])
+    assert min(near.lower_bounds) > 0 > max(result["lower_bounds"])
 
 
 @pytest.mark.parametrize("unsafe", [
