@@ -17,6 +17,9 @@ from lirpa_megatron.complete.bounding import Bounded, Bounder
 from lirpa_megatron.complete.problem import Domain, SearchOptions, Split
 from lirpa_megatron.complete.steps import halves, splittable, still_open
 
+_FEW, _RISE = 16, 0.1
+"""Domains that each goal may have, and after which its bound has to have risen by this share of
+what was missing. Elsewhere it is lines of earlier layers that are loose, not those of split ones."""
 _NUMBERS = 2**27
 """Numbers that the open domains of a group of goals may have."""
 
@@ -30,6 +33,7 @@ class Tree:
         stuck: margins of those that may not, because nothing is unstable there.
         leaves: splits of those that were proved.
         domains: how many were bounded.
+        first: the margin without a split.
         point: where the bound of the worst one of the last step is attained, [inputs].
     """
 
@@ -37,6 +41,7 @@ class Tree:
     stuck: list[tuple[float, tuple[Split, ...]]] = field(default_factory=list)
     leaves: list[tuple[Split, ...]] = field(default_factory=list)
     domains: int = 0
+    first: float = float("-inf")
     point: torch.Tensor | None = None
 
     @property
@@ -53,6 +58,11 @@ class Tree:
     def can_rise(self) -> bool:
         """Whether splits may raise the margin."""
         return bool(self.open) and self.open[0][0] < self.limit
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether splits raise the margin too little."""
+        return self.domains >= _FEW and self.margin < (1 - _RISE) * self.first
 
     @property
     def all_leaves(self) -> list[tuple[Split, ...]]:
@@ -99,6 +109,8 @@ class _Grower:
         bounder.measure(begin.seen, begin.batch.goal)
         found = bounder.ascend(bounder.whole(goals), options.refinement_iterations)
         self._sort([Domain(g, (), float("-inf"), None, None, ()) for g in goals], found)
+        for tree in self.trees.values():
+            tree.first = tree.margin
         over = found.is_over
         while not over and (parents := self._taken()):
             step = halves(bounder, parents, options.inner_iterations)
@@ -112,7 +124,8 @@ class _Grower:
 
     def _taken(self) -> list[Domain]:
         """The worst domains of each goal that may have more."""
-        left = [t for t in self.trees.values() if t.can_rise and t.domains < self.most]
+        left = [t for t in self.trees.values()
+                if t.can_rise and t.domains < self.most and not t.is_slow]
         if not left:
             return []
         share = max(1, self.options.inner_batch // len(left))

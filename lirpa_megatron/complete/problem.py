@@ -52,10 +52,11 @@ class SearchOptions:
     # the same for each bound of an unstable inner neuron of a box; 0: they are left as they are
     refinement_iterations: int = 20
     # most domains for each of these bounds where they are split first, after a search that was not
-    # enough; four times as many after each search that follows. 0: they are not split
+    # enough; four times as many after each search that follows, and more in early layers. 0: they
+    # are not split
     refinement_domains: int = 32
-    # of these domains: how many are split at once, steps of alpha and beta for each (as many more
-    # each time), and neurons tried for each split
+    # of these domains: how many are split at once, steps of alpha and beta for each (one more each
+    # time), and neurons tried for each split
     inner_batch: int = 512
     inner_iterations: int = 3
     inner_tried: int = 1

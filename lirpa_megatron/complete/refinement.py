@@ -31,6 +31,9 @@ _CLOSE = 0.05
 _SLACK = 1e-3
 """By how much less than what was found is claimed, in the same widths: another run, in another
 number type, is to find it again."""
+_EARLY = 16
+"""How many times as many domains the first of these layers has as late ones; a fourth for each that
+follows."""
 
 
 class Refinement:
@@ -69,8 +72,8 @@ class Refinement:
     def round(self, progress: Callable[[], None] = lambda: None) -> None:
         """Raises bounds of all layers, of each with more domains than in the last round."""
         left = False
-        for start in inner_starts(self.graph, self.roots):
-            left |= self._raise(start)
+        for depth, start in enumerate(inner_starts(self.graph, self.roots)):
+            left |= self._raise(start, self._times(depth))
             progress()
             if self.is_over:
                 return
@@ -79,10 +82,15 @@ class Refinement:
             self._most = first
         else:
             self._most *= 4
-            self._steps += self.options.inner_iterations
+            self._steps += 1
         self.is_done = not (left and first)
 
-    def _raise(self, start: InnerStart) -> bool:
+    def _times(self, depth: int) -> int:
+        """How many times as many domains a layer's goals have as those of late layers: it is early
+        ones that all others gain from, and their passes are short."""
+        return max(1, _EARLY // 4**depth) if self._most > 1 else 1
+
+    def _raise(self, start: InnerStart, times: int) -> bool:
         """One ReLU's bounds; whether more domains could raise them further."""
         rows = start.unstable()
         keys = rows.keys()
@@ -94,7 +102,7 @@ class Refinement:
         problem = start.problem(self.problem, rows, aims + _SLACK * widths)
         bounder = Bounder(self.graph, problem, start.below, self.options, self._clock)
         options = replace(self.options, inner_iterations=self._steps)
-        trees, self.is_over = grow(bounder, goals, options, self._most)
+        trees, self.is_over = grow(bounder, goals, options, self._most * times)
         raised, left = {}, False
         for goal, tree in zip(goals, trees, strict=True):
             self.domains += tree.domains
