@@ -19,7 +19,7 @@ from lirpa_megatron.complete.steps import halves, splittable, still_open
 
 _FEW, _RISE = 16, 0.1
 """Domains that each goal may have, and after which its bound has to have risen by this share of
-what was missing. Elsewhere it is lines of earlier layers that are loose, not those of split ones."""
+what was missing. Where it has not, what is loose are intervals of earlier layers."""
 _NUMBERS = 2**27
 """Numbers that the open domains of a group of goals may have."""
 
