@@ -9,7 +9,11 @@ Branch and bound, which decides properties of ReLU networks, on sharded models:
     batch        domains as tensors; alpha, beta and their optimizer
     bounding     bounds of a batch of domains
     branching    which neuron to split
-    refinement   bounds of inner neurons, each optimized for itself
+    steps        one step of a search: halves of domains, and what bounds say of them
+    refinement   tighter bounds of inner neurons, by branch and bound for each
+      inner_rows    neurons as rows of passes that begin in front of their ReLU
+      inner_search  trees whose worst domains are split until the bound is good enough
+      inner_values  values that neurons attain: how good a bound can be
     linear_leaves  multipliers where nothing is left to split
     agreement    what the ranks tell each other
     points       counterexamples
