@@ -113,3 +113,26 @@ def test_aims_are_values_that_neurons_attain(refined):
     for i, (box, number, sign) in enumerate(rows.keys()):
         least = exact_least(model, problem.low[box], problem.high[box], number, sign)
         assert found[i] >= least - 1e-9
+
+
+def test_rounds_end_where_splits_raise_bounds_too_little(one_thread):
+    """Or a search without a time limit would go on for ever."""
+    torch.manual_seed(11)
+    widths, parts = (2, 6, 6, 6, 2), []
+    for m, n in zip(widths, widths[1:], strict=False):
+        parts += [nn.Linear(m, n), nn.ReLU()]
+    model = nn.Sequential(*parts[:-1]).double().requires_grad_(False)
+    for linear in model[::2]:
+        linear.weight *= 3
+    low = -torch.ones(1, 2, dtype=torch.float64)
+    C, threshold = torch.eye(2).double()[:1, None], torch.zeros(1, 1, dtype=torch.float64)
+    problem = Problem(low, -low, (0,), C, threshold)
+    graph = BoundedModule(model, low)
+    roots = bound_roots(graph, problem)
+    with passes(graph, roots.active_columns):
+        inner = Refinement(graph, problem, roots, SearchOptions(), lambda: False)
+        for _ in range(8):
+            inner.round()
+            if inner.is_done:
+                break
+    assert inner.is_done

@@ -56,12 +56,11 @@ class Tree:
 
     @property
     def can_rise(self) -> bool:
-        """Whether splits may raise the margin."""
-        return bool(self.open) and self.open[0][0] < self.limit
+        """Whether splits may raise the margin, by more than a little."""
+        return bool(self.open) and self.open[0][0] < self.limit and not self._is_slow
 
     @property
-    def is_slow(self) -> bool:
-        """Whether splits raise the margin too little."""
+    def _is_slow(self) -> bool:
         return self.domains >= _FEW and self.margin < (1 - _RISE) * self.first
 
     @property
@@ -124,8 +123,7 @@ class _Grower:
 
     def _taken(self) -> list[Domain]:
         """The worst domains of each goal that may have more."""
-        left = [t for t in self.trees.values()
-                if t.can_rise and t.domains < self.most and not t.is_slow]
+        left = [t for t in self.trees.values() if t.can_rise and t.domains < self.most]
         if not left:
             return []
         share = max(1, self.options.inner_batch // len(left))
