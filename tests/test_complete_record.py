@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from commands import on_ranks
@@ -110,6 +111,38 @@ def _inner_sign(content):
     content["inner"][0]["sign"] = 0
 
 
+def _first_layer(content):
+    content["inner"].append(content["inner"][0] | {"neuron": 13, "bound": 50.0, "leaves": [[]]})
+
+
+def _other_box(content):
+    content["inner"].append(content["inner"][0] | {"box": 7, "bound": 50.0})
+
+
+def _other_tree(content):
+    content["trees"].append({"box": 0, "disjunct": 9, "leaves": []})
+
+
+def _two_trees(content):
+    content["trees"] *= 2
+
+
+def _huge(content):
+    leaves(content)[0]["bound"] = 10**400
+
+
+def _text(content):
+    leaves(content)[0]["bound"] = "1"
+
+
+def _nan(content):
+    content["inner"][0]["bound"] = float("nan")
+
+
+def _folder(content):
+    content["property"]["file"] = str(Path(content["property"]["file"]).parent)
+
+
 def _damaged(content):
     del leaves(content)[0]["splits"]
 
@@ -126,11 +159,24 @@ def _damaged(content):
     (_inner_leaf, r"box 0, neuron \d+: no leaf covers the domain"),
     (_inner_neuron, "box 0, neuron 99: the network has 14 neurons"),
     (_inner_sign, "is damaged"),
+    (_first_layer, "neuron 13 is in a first layer"),
+    (_other_box, "a bound of neuron .* in box 7, which the property lacks"),
+    (_other_tree, "a tree for box 0, disjunct 9, which the property lacks"),
+    (_two_trees, "two trees for one box"),
+    (_text, "is damaged"),
+    (_nan, "is not proved, its bound is nan"),
+    (_folder, "cannot be read"),
     (_damaged, "is damaged"),
 ])
 def test_a_changed_record_is_refused_in_one_line(tmp_path, record, change, message, capsys):
     status, said = check(tmp_path, record, change, capsys)
     assert status == 2 and re.search(message, said) and len(said.splitlines()) == 1, said
+
+
+def test_a_bound_may_have_many_digits(tmp_path, record, capsys):
+    """It is only said: the check finds its own."""
+    status, said = check(tmp_path, record, _huge, capsys)
+    assert status == 0 and "holds" in said
 
 
 def test_a_record_of_another_network_or_property_is_refused(

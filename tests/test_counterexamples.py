@@ -81,3 +81,18 @@ def test_a_counterexample_is_one_of_the_network_as_it_is_stored(tmp_path):
     text = property_text([3.0], [3.0], 1, f"(>= Y_0 {stored - 1e-3!r})")
     result = verified(tmp_path, linear(0.1, 0.0, "float16"), text)
     assert result["result"] == "sat" and result["violation"] == pytest.approx(1e-3, rel=1e-9)
+
+
+@pytest.mark.parametrize("upper", ["1.0", "0.12320000000000000001"])
+def test_an_end_that_is_left_out_is_no_counterexample(tmp_path, upper):
+    """float64's 0.1232 is larger than the decimal number, and so inside, but is written like it;
+    the second box has no number of the type at all."""
+    text = property_text([0.0], [1.0], 1, "(>= Y_0 -9.0)").replace(
+        "(assert (<= X_0 1.0))", f"(assert (> X_0 0.1232)) (assert (<= X_0 {upper}))"
+    )
+    assert "(> X_0" in text
+    result = verified(tmp_path, linear(1.0, 0.0, "float64"), text)
+    if upper == "1.0":
+        assert result["result"] == "sat" and result["counterexample"][0] > 0.1232
+    else:
+        assert result["result"] == "unknown" and "outside of the box" in result["note"]

@@ -50,9 +50,17 @@ def unproved_leaves(
 
     Returns:
         (goal or claim, leaf, margin) of each; those of goals only if all claims are proved.
+
+    Raises:
+        ValueError: a claim of a neuron of a first layer, where there is nothing to split.
     """
     roots = bound_roots(graph, problem)
     roots = replace(roots, lower=roots.lower.clone(), upper=roots.upper.clone())
+    names = {start.relu.name for start in inner_starts(graph, roots)}
+    for claim in claims:
+        if roots.relus[int(roots.relu_of[claim.number])].name not in names:
+            raise ValueError(f"neuron {claim.number} is in a first layer: its bounds rest on no "
+                             "splits")
     with passes(graph, roots.active_columns), full_precision(graph.device):
         for start in inner_starts(graph, roots):
             own = [c for c in claims if start.has(c.number)]

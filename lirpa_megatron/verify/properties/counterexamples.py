@@ -122,7 +122,10 @@ def _spelled(read: torch.Tensor, region: Region) -> tuple[list[float], float]:
             options = [o for o in options if _is_read_as(o, value, read.dtype)]
             inside = [o for o in options if interval.holds(Fraction(repr(o)))]
             chosen = (inside or options or [value])[0]
-            outside = max(outside, float(_distance(Fraction(repr(chosen)), interval)))
+            if not inside:
+                # at an end that is left out, the distance is 0
+                distance = float(_distance(Fraction(repr(chosen)), interval))
+                outside = max(outside, distance, math.ulp(chosen))
         point.append(chosen)
     return point, outside
 

@@ -162,8 +162,10 @@ def rounded_up(value: Fraction) -> float:
 
 
 def _next_to(rounded: float, end: Fraction, is_open: bool, towards: float) -> float:
-    """The end itself is stepped over where it is left out."""
-    return math.nextafter(rounded, towards) if is_open and Fraction(rounded) == end else rounded
+    """The end itself is stepped over where it is left out, and so is a number that is written like
+    it: 0.1 is larger than the decimal number 0.1, but a counterexample of 0.1 is not."""
+    at_end = end in (Fraction(rounded), Fraction(repr(rounded)))
+    return math.nextafter(rounded, towards) if is_open and at_end else rounded
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import gzip
 import hashlib
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,13 @@ def _check_trees(path: Path, record: dict[str, Any], loaded: Loaded, prop: Prope
     """Checks what the trees cover, and bounds their leaves; returns how many."""
     wanted = [(i, d) for i, r in enumerate(prop.regions) for d in range(len(r.disjuncts))]
     known = {(tree["box"], tree["disjunct"]): tree["leaves"] for tree in record["trees"]}
+    others = [f"a tree for box {i}, disjunct {d}" for i, d in known if (i, d) not in wanted]
+    others += [f"a bound of neuron {claim['neuron']} in box {claim['box']}"
+               for claim in record["inner"] if not 0 <= claim["box"] < len(prop.regions)]
+    if others:
+        raise UserError(f"record {path} has {others[0]}, which the property lacks")
+    if len(known) < len(record["trees"]):
+        raise UserError(f"record {path} has two trees for one box and disjunct")
     missing = [place for place in wanted if place not in known]
     if missing and prop.vacuous is None:
         raise UserError(f"record {path} has no tree for box {missing[0][0]}, disjunct "
@@ -175,7 +183,11 @@ def _check_trees(path: Path, record: dict[str, Any], loaded: Loaded, prop: Prope
                 claims.append(
                     ClaimedBound(box, claim["neuron"], claim["sign"], claim["bound"], tree)
                 )
-        for goal, leaf, margin in unproved_leaves(bounded, goals.problem, trees, _EFFORT, claims):
+        try:
+            unproved = unproved_leaves(bounded, goals.problem, trees, _EFFORT, claims)
+        except ValueError as error:
+            raise UserError(f"record {path}: {error}") from None
+        for goal, leaf, margin in unproved:
             if isinstance(goal, ClaimedBound):
                 where = f"box {positions[goal.box]}, neuron {goal.number}"
                 margin += goal.bound
@@ -233,14 +245,16 @@ def _read(path: Path) -> dict[str, Any]:
                 bound = leaf["bound"]
                 if not all(len(s) == 2 and _are_whole(s) for s in leaf["splits"]):
                     raise TypeError
-                if bound is not None and not (0 < float(bound) < math.inf):
+                if bound is not None and type(bound) not in (int, float):
+                    raise TypeError
+                if bound is not None and not 0 < bound < math.inf:
                     raise UserError(f"record {path} has a leaf with a bound of {bound}, which "
                                     "proves nothing")
         for claim in record["inner"]:
             splits = [split for leaf in claim["leaves"] for split in leaf]
             if not _are_whole([claim["box"], claim["neuron"], claim["sign"]]) \
                     or claim["sign"] not in (1, -1) or type(claim["bound"]) is not float \
-                    or not all(len(s) == 2 and _are_whole(s) for s in splits):
+                    or not all(_are_whole(s) and len(s) == 2 for s in splits):
                 raise TypeError
     except (KeyError, TypeError, ValueError):
         raise UserError(f"record {path} is damaged: a field is missing or of a wrong kind") \
@@ -254,7 +268,10 @@ def _are_whole(values: Any) -> bool:
 
 def _text_hash(path: Path) -> str:
     """Of what the file says, packed or not."""
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        data = gzip.decompress(data)
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"property {path} cannot be read: {error}") from None
     return hashlib.sha256(data).hexdigest()
