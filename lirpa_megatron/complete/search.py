@@ -30,11 +30,11 @@ from lirpa_megatron.complete.roots import Roots, bound_roots
 from lirpa_megatron.complete.steps import halves, splittable, still_open
 
 _FEW = 500
-"""Domains that every search may have, and after which the bound has to have risen."""
-_RISE = 0.3
-"""By how much, as a share of what was missing."""
-_CHEAPER = 8
-"""How many domains of inner neurons' bounds take about the time of one of a goal."""
+"""Domains that every search may have, and after which splits have to have gained something."""
+_RISE, _PROVED = 0.3, 0.1
+"""What: a share of what was missing that the bound has risen by, or of the last domains proved."""
+_CHEAPER = 4
+"""How many domains of inner neurons' bounds one of a goal is worth, at least."""
 
 Confirm = Callable[[int, torch.Tensor], torch.Tensor | None]
 """Called on every rank with a goal and points [P, inputs] of its box where it may fail, the most
@@ -154,7 +154,7 @@ class _Search:
         confirm: as for `search`.
         goals: of the problem.
         most: domains.
-        is_last: whether it goes on however little splits raise the bound.
+        is_last: whether it goes on however little splits gain.
         progress: told of the bound, open domains and bounded domains.
     """
 
@@ -166,7 +166,9 @@ class _Search:
         self.goals, self.most, self.is_last, self.progress = goals, most, is_last, progress
         self.heap: list[tuple[float, int, Domain]] = []
         self.count = itertools.count()
-        self.bounded, self.first = 0, -math.inf
+        self.bounded, self.closed, self.first = 0, 0, -math.inf
+        # of these two, what they were when `_is_slow` has looked last
+        self.last = 0, 0
         self.proved_bounds = dict.fromkeys(goals, math.inf)
         self.stuck: list[Domain] = []
         self.leaves: list[Leaf] = []
@@ -192,10 +194,14 @@ class _Search:
         return "stuck" if self.stuck else "proved"
 
     def _is_slow(self) -> bool:
-        """Whether splits raise the bound too little, where there is something else to do."""
-        if self.is_last or self.bounded < _FEW:
+        """Whether splits gain too little, where there is something else to do."""
+        last_bounded, last_closed = self.last
+        count = self.bounded - last_bounded
+        if self.is_last or count < _FEW:
             return False
-        return self._bound() < (1 - _RISE) * self.first
+        share = (self.closed - last_closed) / count
+        self.last = self.bounded, self.closed
+        return share < _PROVED and self._bound() < (1 - _RISE) * self.first
 
     def _begin(self) -> bool:
         """The goals' boxes; those that alpha-CROWN proved have no more to be done."""
@@ -286,6 +292,7 @@ class _Search:
         heapq.heappush(self.heap, (domain.margin, next(self.count), domain))
 
     def _close(self, domain: Domain, margin: float) -> None:
+        self.closed += 1
         self.proved_bounds[domain.goal] = min(self.proved_bounds[domain.goal], margin)
         if self.options.keep_tree:
             self.leaves.append(Leaf(domain.goal, domain.splits, margin))
