@@ -173,6 +173,13 @@ def test_a_changed_record_is_refused_in_one_line(tmp_path, record, change, messa
     assert status == 2 and re.search(message, said) and len(said.splitlines()) == 1, said
 
 
+def test_a_deep_file_is_no_record(tmp_path, capsys):
+    """Whose brackets overflow the stack of Python's parser, where its limit has been raised."""
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert main(["check", str(tmp_path / "deep.json")]) == 2
+    assert "is not a JSON file" in capsys.readouterr().err
+
+
 def test_a_bound_may_have_many_digits(tmp_path, record, capsys):
     """It is only said: the check finds its own."""
     status, said = check(tmp_path, record, _huge, capsys)

@@ -11,7 +11,6 @@ whose names end in `_w` and `_v`. Every block of every parameter can be read alo
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from lirpa_megatron.checkpoint import names
 from lirpa_megatron.checkpoint.description import ParameterDescription
 from lirpa_megatron.checkpoint.layout import COMMON
+from lirpa_megatron.checkpoint.plain_files import parse_json
 from lirpa_megatron.checkpoint.safe_unpickle import read_inert
 from lirpa_megatron.checkpoint.tensors import TensorFile
 from lirpa_megatron.errors import UserError
@@ -191,7 +191,7 @@ def _check_backend(directory: Path) -> None:
     """Refuses what `metadata.json` says is another layout, or a newer one."""
     path = directory / "metadata.json"
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = parse_json(path.read_text(encoding="utf-8"))
         backend, version = said["sharded_backend"], said.get("sharded_backend_version", 1)
     except FileNotFoundError:
         raise UserError(

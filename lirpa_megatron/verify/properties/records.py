@@ -26,6 +26,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from lirpa_megatron.checkpoint.plain_files import parse_json
 from lirpa_megatron.complete.problem import SearchOptions
 from lirpa_megatron.complete.replay import ClaimedBound, unproved_leaves
 from lirpa_megatron.complete.roots import neuron_count
@@ -219,10 +220,10 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """A record, every field that is used checked."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"record {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError(f"record {path} is not a JSON file") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not a record of verify --record")
