@@ -3,6 +3,8 @@ cover the box."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from exact_minima import minimum
@@ -15,6 +17,7 @@ from lirpa_megatron.complete.inner_values import least_attained
 from lirpa_megatron.complete.problem import Problem, SearchOptions
 from lirpa_megatron.complete.refinement import Refinement
 from lirpa_megatron.complete.roots import bound_roots
+from lirpa_megatron.complete.search import search
 from lirpa_megatron.complete.tree import tree_of
 
 WIDTHS = (2, 9, 8, 7, 2)
@@ -136,3 +139,25 @@ def test_rounds_end_where_splits_raise_bounds_too_little(one_thread):
             if inner.is_done:
                 break
     assert inner.is_done
+
+
+def test_nothing_more_is_tried_when_time_is_over(refined, one_thread):
+    """Of many boxes, points of each goal and values of each neuron would take many seconds."""
+    _, graph, problem, roots, _ = refined
+    problem = replace(problem, thresholds=problem.thresholds + 9)
+    tried, calls = [], []
+    found = search(
+        graph, problem, SearchOptions(timeout=0.0), lambda goal, points: tried.append(goal)
+    )
+    assert found.status == "timeout" and found.open == 2 and len(tried) == 1
+    with passes(graph, roots.active_columns):
+        start = next(inner_starts(graph, roots))
+        rows = start.unstable()
+        low, high = problem.low[rows.box], problem.high[rows.box]
+        for steps in (0, 3):
+            calls.clear()
+            least_attained(
+                graph, start.below.plan, rows.C, low, high, low,
+                lambda steps=steps: calls.append(0) or len(calls) > steps,
+            )
+            assert len(calls) == steps + 1

@@ -122,6 +122,10 @@ class Bounder:
         both, over = from_rank_zero(self.tp, torch.stack([margins, sure]), self.is_over())
         return both[0].nan_to_num(nan=-torch.inf), both[1], over
 
+    def time_is_over(self) -> bool:
+        """Whether time is over, by rank 0's clock."""
+        return from_rank_zero(self.tp, self.problem.thresholds.new_zeros(1), self.is_over())[1]
+
     def quickly(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """With alpha and beta as they are: margins [D], A at ReLUs' outputs [R, D, N], and whether
         time is over."""

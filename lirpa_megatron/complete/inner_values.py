@@ -5,6 +5,7 @@ They are aims, nothing rests on them: a search for a bound ends where it is clos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _STEPS = 24
 
 def least_attained(
     graph: Any, plan: PassPlan, rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor,
-    begin: torch.Tensor,
+    begin: torch.Tensor, is_over: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Small values that rows of a node take, by signed gradient steps.
 
@@ -28,6 +29,7 @@ def least_attained(
         rows: of this rank's features, [N, *node shape].
         low, high: the box of each row, [N, inputs].
         begin: the first points, [N, inputs].
+        is_over: whether time is, on this rank: it is the last step then.
 
     Returns:
         [N] float64, the same on every rank.
@@ -45,8 +47,11 @@ def least_attained(
             (slope,) = torch.autograd.grad(found.sum(), x)
         found = found.detach().nan_to_num(nan=torch.inf)
         best = found if best is None else torch.minimum(best, found)
+        best, over = from_rank_zero(tp, best.double(), is_over())
+        if over:
+            break
         x = torch.clamp(x.detach() - 0.5 * 0.9**step * width * slope.sign(), low, high)
-    return from_rank_zero(tp, best.double(), False)[0]
+    return best
 
 
 def _value(graph: Any, node: auto_lirpa.Bound, known: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -129,7 +129,7 @@ class Refinement:
             points = [self._points.pop(keys[i], middle)
                       for i, middle in zip(new, (low + high) / 2, strict=True)]
             found = least_attained(
-                self.graph, start.below.plan, some.C, low, high, torch.stack(points)
+                self.graph, start.below.plan, some.C, low, high, torch.stack(points), self._clock
             )
             for i, value in zip(new, found.tolist(), strict=True):
                 self._attained[keys[i]] = min(value, self._attained.get(keys[i], value))

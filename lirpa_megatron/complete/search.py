@@ -271,12 +271,15 @@ class _Search:
         return still_open(domains, found)
 
     def _try_points(self, found: Bounded) -> None:
-        """Where the bounds are attained, the goals may fail."""
+        """Where the bounds are attained, the goals may fail; the worst is tried first, others while
+        there is time."""
         if self.refuted is not None:
             return
         goals = found.batch.goal.tolist()
         worst = sorted(range(len(goals)), key=lambda i: found.margins[found.open[i]].item())
-        for goal in sorted(set(goals)):
+        for k, goal in enumerate(dict.fromkeys(goals[i] for i in worst)):
+            if k and self.bounder.time_is_over():
+                return
             index = [i for i in worst if goals[i] == goal]
             points = found.minimiser[index]
             if found.point is not None:  # by turns
