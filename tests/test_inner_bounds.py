@@ -16,9 +16,10 @@ from lirpa_megatron.complete.inner_rows import inner_starts
 from lirpa_megatron.complete.inner_values import least_attained
 from lirpa_megatron.complete.problem import Problem, SearchOptions
 from lirpa_megatron.complete.refinement import Refinement
+from lirpa_megatron.complete.replay import unproved_leaves
 from lirpa_megatron.complete.roots import bound_roots
 from lirpa_megatron.complete.search import search
-from lirpa_megatron.complete.tree import tree_of
+from lirpa_megatron.complete.tree import Node, tree_of
 
 WIDTHS = (2, 9, 8, 7, 2)
 
@@ -161,3 +162,13 @@ def test_nothing_more_is_tried_when_time_is_over(refined, one_thread):
                 lambda steps=steps: calls.append(0) or len(calls) > steps,
             )
             assert len(calls) == steps + 1
+
+
+def test_what_alpha_crown_proves_is_proved_in_a_check(refined, one_thread):
+    """Its inner bounds are optimized for the goals; alpha of a leaf alone may not be enough."""
+    _, graph, problem, roots, _ = refined
+    problem = replace(problem, thresholds=roots.margins - 1e-4)
+    few = SearchOptions(iterations=0, first_iterations=0)
+    assert unproved_leaves(graph, problem, [Node(0), Node(0)], few) == []
+    problem = replace(problem, thresholds=roots.margins + 9)
+    assert len(unproved_leaves(graph, problem, [Node(0), Node(0)], few)) == 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,7 +76,10 @@ def unproved_leaves(
                 return [(own[goal], leaf, margin) for goal, leaf, margin in failed]
             known = start.known(rows).tolist()
             start.set(rows, {i: c.bound for i, c in enumerate(own) if known[i] < c.bound})
-        return [*_Replay(graph, problem, roots, options).run(trees)]
+        # of these alpha-CROWN, which optimizes inner bounds for them, says that they hold
+        margins = roots.margins.amax(1).tolist()
+        proved = {g for g, margin in enumerate(margins) if 0 < margin < math.inf}
+        return [*_Replay(graph, problem, roots, options).run(trees, proved)]
 
 
 class _Replay:
@@ -83,14 +87,19 @@ class _Replay:
         self.bounder, self.options = Bounder(graph, problem, roots, options), options
         self.failed: list[tuple[int, int, float]] = []
 
-    def run(self, trees: Sequence[Node]) -> list[tuple[int, int, float]]:
-        bounder, goals = self.bounder, list(range(len(trees)))
+    def run(
+        self, trees: Sequence[Node], proved: Container[int] = ()
+    ) -> list[tuple[int, int, float]]:
+        """Trees of goals; those in `proved` are."""
+        bounder, goals = self.bounder, [g for g in range(len(trees)) if g not in proved]
+        if not goals:
+            return []
         found = bounder.ascend(bounder.whole(goals), 0)
         if len(found.open):
             bounder.measure(found.seen, found.batch.goal)
         empty = [Domain(g, (), 0.0, torch.empty(0), torch.empty(0), ()) for g in goals]
         level = self._ascended(
-            list(zip(empty, trees, strict=True)), bounder.whole(goals),
+            list(zip(empty, [trees[g] for g in goals], strict=True)), bounder.whole(goals),
             self.options.first_iterations,
         )
         while level:

@@ -158,7 +158,7 @@ def _by_splits(
 
     found = splits.bound_pieces(
         loaded, prop, targets, [bounds[place] for place in places], bound, options.splits,
-        _most_boxes(loaded), deadline.is_over, ranks,
+        most_boxes(loaded), deadline.is_over, ranks,
     )
     for place, tighter in zip(places, found.bounds, strict=True):
         bounds[place] = tighter
@@ -172,7 +172,7 @@ def _complete(
 ) -> Outcome:
     """Branch and bound on open targets; `places` are those of their regions in `bounds`."""
     total = complete.Decided("unsat", note=near)
-    for bounded, positions in complete.one_module(loaded, prop, targets, _most_boxes(loaded)):
+    for bounded, positions in complete.one_module(loaded, prop, targets, most_boxes(loaded)):
         if deadline.is_over():
             total.result = "timeout"
             break
@@ -200,7 +200,7 @@ def _batches(
     loaded: Loaded, prop: Property
 ) -> Iterator[tuple[BoundedModule, list[Region]]]:
     """Regions bounded together: neighbours in the file, of the same module."""
-    most = _most_boxes(loaded)
+    most = most_boxes(loaded)
     batch: list[Region] = []
     bounded = None
     for region in prop.regions:
@@ -214,7 +214,7 @@ def _batches(
         yield bounded, batch
 
 
-def _most_boxes(loaded: Loaded) -> int:
+def most_boxes(loaded: Loaded) -> int:
     widest = max(layer.n_out for layer in loaded.description.layers)
     return max(1, min(_MOST_BOXES, _BOX_ELEMENTS // widest**2))
 

@@ -26,6 +26,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.checkpoint.plain_files import parse_json
 from lirpa_megatron.complete.problem import SearchOptions
 from lirpa_megatron.complete.replay import ClaimedBound, unproved_leaves
@@ -33,8 +34,9 @@ from lirpa_megatron.complete.roots import neuron_count
 from lirpa_megatron.complete.tree import Node, tree_of
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.verify.properties import complete
+from lirpa_megatron.verify.properties.attack import Target
 from lirpa_megatron.verify.properties.hashes import network_hash
-from lirpa_megatron.verify.properties.instance import Outcome
+from lirpa_megatron.verify.properties.instance import Outcome, most_boxes
 from lirpa_megatron.verify.properties.instance_list import Instance
 from lirpa_megatron.verify.properties.loading import Loaded, load_sources
 from lirpa_megatron.verify.properties.property import Property
@@ -160,43 +162,69 @@ def _check_trees(path: Path, record: dict[str, Any], loaded: Loaded, prop: Prope
                         f"{missing[0][1]} of the property")
     if prop.vacuous is not None:
         return 0
-    targets = [(r, tuple(range(len(r.disjuncts)))) for r in prop.regions]
     count = 0
-    for bounded, positions in complete.one_module(loaded, prop, targets, 64):
-        why = complete.why_not(bounded)
-        if why is not None:
-            raise UserError(f"record {path}: {why}")
-        goals = complete.goals_of(loaded, bounded, prop, [targets[i] for i in positions])
-        total, trees = neuron_count(bounded), []
-        for k, d in goals.of:
-            own = known[positions[k], d]
-            where = f"box {positions[k]}, disjunct {d}"
-            trees.append(_tree(path, where, [leaf["splits"] for leaf in own], total))
-            count += len(own)
-        claims = []
-        for claim in record["inner"]:
-            if claim["box"] in positions:
-                where = f"box {claim['box']}, neuron {claim['neuron']}"
-                if not 0 <= claim["neuron"] < total:
-                    raise UserError(f"record {path}, {where}: the network has {total} neurons")
-                tree = _tree(path, where, claim["leaves"], total)
-                box = positions.index(claim["box"])
-                claims.append(
-                    ClaimedBound(box, claim["neuron"], claim["sign"], claim["bound"], tree)
-                )
-        try:
-            unproved = unproved_leaves(bounded, goals.problem, trees, _EFFORT, claims)
-        except ValueError as error:
-            raise UserError(f"record {path}: {error}") from None
-        for goal, leaf, margin in unproved:
-            if isinstance(goal, ClaimedBound):
-                where = f"box {positions[goal.box]}, neuron {goal.number}"
-                margin += goal.bound
-            else:
-                k, d = goals.of[goal]
-                where = f"box {positions[k]}, disjunct {d}"
-            raise UserError(f"record {path}, {where}: leaf {leaf} is not proved, its bound is "
-                            f"{margin:.3g}")
+    # Those that branch and bound was about are bounded together again: inner bounds that
+    # alpha-CROWN optimizes for others could be looser.
+    for was_searched in (True, False):
+        own = {
+            i: tuple(d for d in range(len(r.disjuncts))
+                     if _was_searched(known[i, d]) == was_searched)
+            for i, r in enumerate(prop.regions)
+        }
+        places = [i for i, disjuncts in own.items() if disjuncts]
+        targets = [(prop.regions[i], own[i]) for i in places]
+        for bounded, positions in complete.one_module(loaded, prop, targets, most_boxes(loaded)):
+            some = [targets[k] for k in positions]
+            count += _check_group(
+                path, record, loaded, bounded, prop, some, [places[k] for k in positions], known,
+                was_searched,
+            )
+    return count
+
+
+def _was_searched(leaves: list[Any]) -> bool:
+    return any(leaf["bound"] is not None for leaf in leaves)
+
+
+def _check_group(
+    path: Path, record: dict[str, Any], loaded: Loaded, bounded: BoundedModule, prop: Property,
+    targets: list[Target], boxes: list[int], known: dict[tuple[int, int], Any], with_inner: bool,
+) -> int:
+    """Checks targets of one module, whose boxes have these positions; returns how many leaves."""
+    why = complete.why_not(bounded)
+    if why is not None:
+        raise UserError(f"record {path}: {why}")
+    goals = complete.goals_of(loaded, bounded, prop, targets)
+    total, trees, count = neuron_count(bounded), [], 0
+    for k, d in goals.of:
+        own = known[boxes[k], d]
+        where = f"box {boxes[k]}, disjunct {d}"
+        trees.append(_tree(path, where, [leaf["splits"] for leaf in own], total))
+        count += len(own)
+    claims = []
+    for claim in record["inner"] if with_inner else ():
+        if claim["box"] in boxes:
+            where = f"box {claim['box']}, neuron {claim['neuron']}"
+            if not 0 <= claim["neuron"] < total:
+                raise UserError(f"record {path}, {where}: the network has {total} neurons")
+            tree = _tree(path, where, claim["leaves"], total)
+            box = boxes.index(claim["box"])
+            claims.append(
+                ClaimedBound(box, claim["neuron"], claim["sign"], claim["bound"], tree)
+            )
+    try:
+        unproved = unproved_leaves(bounded, goals.problem, trees, _EFFORT, claims)
+    except ValueError as error:
+        raise UserError(f"record {path}: {error}") from None
+    for goal, leaf, margin in unproved:
+        if isinstance(goal, ClaimedBound):
+            where = f"box {boxes[goal.box]}, neuron {goal.number}"
+            margin += goal.bound
+        else:
+            k, d = goals.of[goal]
+            where = f"box {boxes[k]}, disjunct {d}"
+        raise UserError(f"record {path}, {where}: leaf {leaf} is not proved, its bound is "
+                        f"{margin:.3g}")
     return count
 
 
