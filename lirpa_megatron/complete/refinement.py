@@ -48,7 +48,7 @@ class Refinement:
 
     Attributes:
         roots: with the bounds found so far.
-        claims: (box, neuron, sign) -> what they rest on.
+        claims: (box, neuron, sign) -> what they rest on, if trees are kept.
         domains: how many were bounded.
         is_done: whether further rounds could change nothing.
         is_over: whether time was, in the last round.
@@ -112,7 +112,8 @@ class Refinement:
             bound = float(aims[goal]) + tree.margin
             if known[goal] < bound:  # not if it is NaN
                 raised[goal] = bound
-                self.claims[keys[goal]] = Claim(*keys[goal], bound, tuple(tree.all_leaves))
+                if self.options.keep_tree:
+                    self.claims[keys[goal]] = Claim(*keys[goal], bound, tuple(tree.all_leaves))
         start.set(rows, raised)
         return left
 
