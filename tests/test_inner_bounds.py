@@ -42,7 +42,8 @@ def refined():
     roots = bound_roots(graph, problem)
     with passes(graph, roots.active_columns):
         inner = Refinement(
-            graph, problem, roots, SearchOptions(refinement_domains=8), lambda: False
+            graph, problem, roots, SearchOptions(refinement_domains=8, keep_tree=True),
+            lambda: False,
         )
         rounds = 0
         while not inner.is_done:
