@@ -19,6 +19,8 @@ from lirpa_megatron.complete.tree import Node
 
 _MORE = 10
 """How many times more steps a leaf gets that is not proved at first."""
+_SHORT = 0.1
+"""How much may be missing of a claim, as a share of what it raises a bound by."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ def unproved_leaves(
     """Leaves whose bounds are not above their thresholds.
 
     Bounds of inner neurons come first, layer by layer: each that is proved is used for those after
-    it, and for the goals. A tree is gone through from its root: alpha and beta of a domain begin
-    with those of the domain that it is a half of, and are optimized until the bound is positive.
+    it, and for the goals. Where a little is missing, because alpha-CROWN's bounds of the boxes are
+    others in another number type, the bound that was found is used.
+
+    A tree is gone through from its root: alpha and beta of a domain begin with those of the domain
+    that it is a half of, and are optimized until the bound is positive.
 
     Args:
         graph: a BoundedModule, of one process.
@@ -72,10 +77,15 @@ def unproved_leaves(
             bounds = torch.tensor([c.bound for c in own], dtype=torch.float64)
             goals = start.problem(problem, rows, bounds)
             failed = _Replay(graph, goals, start.below, options).run([c.tree for c in own])
-            if failed:
-                return [(own[goal], leaf, margin) for goal, leaf, margin in failed]
-            known = start.known(rows).tolist()
-            start.set(rows, {i: c.bound for i, c in enumerate(own) if known[i] < c.bound})
+            known, found = start.known(rows).tolist(), [c.bound for c in own]
+            for i, _, margin in failed:
+                found[i] = min(found[i], own[i].bound + margin)
+            allowed = [_SHORT * max(0.0, c.bound - k) for c, k in zip(own, known, strict=True)]
+            wrong = [(own[i], leaf, margin) for i, leaf, margin in failed
+                     if known[i] < own[i].bound and own[i].bound - found[i] > allowed[i]]
+            if wrong:
+                return wrong
+            start.set(rows, {i: bound for i, bound in enumerate(found) if known[i] < bound})
         # of these alpha-CROWN, which optimizes inner bounds for them, says that they hold
         margins = roots.margins.amax(1).tolist()
         proved = {g for g, margin in enumerate(margins) if 0 < margin < math.inf}
