@@ -82,7 +82,8 @@ def unproved_leaves(
                 found[i] = min(found[i], own[i].bound + margin)
             allowed = [_SHORT * max(0.0, c.bound - k) for c, k in zip(own, known, strict=True)]
             wrong = [(own[i], leaf, margin) for i, leaf, margin in failed
-                     if known[i] < own[i].bound and own[i].bound - found[i] > allowed[i]]
+                     if not (known[i] >= own[i].bound  # with NaN everything is wrong
+                             or own[i].bound - found[i] <= allowed[i])]
             if wrong:
                 return wrong
             start.set(rows, {i: bound for i, bound in enumerate(found) if known[i] < bound})
