@@ -151,7 +151,7 @@ FILES = {
     "a model that is a word": ("model: gpt\n", "has no section 'model'"),
     "aliases of aliases": (BOMB + "model: {_target_: *a29}\n", "has no class"),
     "an alias of itself": (SELF + "model: *a\n", "has no section 'model'"),
-    "deep": ("model: " + "[" * 5000 + "]" * 5000, "nested more than 100 deep"),
+    "deep": ("model: " + "[" * 1_000 + "]" * 1_000, "nested more than 100 deep"),
     "adapters": ("model: {}\npeft: {dim: 8}\n", "models with peft are not supported"),
 }
 

@@ -234,7 +234,7 @@ def test_an_iteration_may_be_given_as_its_directory(folder, tmp_path):
 
 LINES = {
     "not JSON": ("{not JSON", "line 2: it is not JSON"),
-    "nested": ("[" * 100_000, "line 2: it is nested too deeply"),
+    "nested": ("[" * 1_000, "line 2: it is nested too deeply"),
     "no sentence": ({"id": "x"}, "line 2: give either a 'sentence' or token 'ids'"),
     "empty": ({"sentence": " "}, "line 2: the sentence is empty"),
     "too long": ({"sentence": " ".join(["w1"] * 9)}, "has 9 tokens, the model 8 positions"),

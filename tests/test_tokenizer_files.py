@@ -86,7 +86,7 @@ def test_other_tokenizers_of_the_same_names_are_refused(config, message, tmp_pat
         read_tokenizer(byte_level(tmp_path, **config))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": "b"}', "[" * 100_000])
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": "b"}', "[" * 1_000])
 def test_damaged_vocabularies_are_one_line(content, tmp_path):
     path = byte_level(tmp_path)
     path.write_text(content)

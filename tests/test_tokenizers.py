@@ -184,7 +184,7 @@ def test_words_of_a_byte_level_tokenizer_begin_with_a_blank(tmp_path):
     assert encoded.words == [[0], [1], [3, 4]] and encoded.unknown == []  # 2 is the blank
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}', "[" * 1_000])
 def test_a_tokenizer_file_that_is_none_is_refused(text, tmp_path):
     pytest.importorskip("tokenizers", reason=NEEDS_TOKENIZERS)
     (tmp_path / "tokenizer.json").write_text(text)
