@@ -9,6 +9,10 @@ from ranks import pool
 
 from lirpa_megatron import BoundedModule, parallelize
 from lirpa_megatron.complete import SearchOptions, branch_and_bound
+from lirpa_megatron.complete.domain_pass import passes
+from lirpa_megatron.complete.problem import Problem
+from lirpa_megatron.complete.refinement import Refinement
+from lirpa_megatron.complete.roots import bound_roots
 
 NET = Net(inputs=4, hidden=(8, 8), width=6, outputs=3)
 ROWS = 2
@@ -39,6 +43,37 @@ def decided(net, offset, most):
     point = None if found.point is None else found.point.tolist()
     inner = {(c.box, c.number, c.sign): (c.bound, c.leaves) for c in found.claims}
     return found.status, found.margins, found.domains, found.open, leaves, point, inner
+
+
+def raised(net):
+    """Of one rank: bounds of inner neurons after the first round that splits, and their leaves."""
+    torch.set_default_dtype(torch.float64)
+    where = region(net, eps=0.9, batch=2)
+    model = parallelize(build(net).requires_grad_(False).eval())
+    graph = BoundedModule(model, where.center)
+    box = where.bounded().ptb
+    low, high = (box.x_L, box.x_U) if box.x_L is not None else (
+        where.center - box.eps, where.center + box.eps)
+    C = torch.eye(net.outputs)[:2, None]
+    problem = Problem(low, high, (0, 1), C, torch.zeros(2, 1))
+    options = SearchOptions(refinement_domains=2, inner_batch=16, keep_tree=True)
+    roots = bound_roots(graph, problem)
+    with passes(graph, roots.active_columns):
+        inner = Refinement(graph, problem, roots, options, lambda: False)
+        for _ in range(2):
+            inner.round()
+    return {key: (c.bound, c.leaves) for key, c in inner.claims.items()}, inner.domains
+
+
+def test_bounds_of_inner_neurons_and_their_trees_are_those_of_one_device():
+    want, domains = raised(NET)
+    torch.set_default_dtype(torch.float32)
+    assert max(len(leaves) for _, leaves in want.values()) > 4  # else nothing was split
+    for got, count in pool(2).run(raised, NET):
+        assert count == domains and got.keys() == want.keys()
+        for key, (bound, leaves) in got.items():
+            # Sums over ranks are rounded in another order: 1e-10 of bounds of size 1 in float64.
+            assert bound == pytest.approx(want[key][0], abs=1e-10) and leaves == want[key][1]
 
 
 CASES = {"proved": (0.7, None), "refuted": (1.05, None), "unknown": (0.9, 40)}
