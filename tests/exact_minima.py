@@ -59,3 +59,21 @@ def minimum(
     """The least of each row's c . y over the box: rows [S, outputs] -> [S]."""
     return np.min([(rows @ (W @ p.T + b[:, None])).min(1) for p, W, b in pieces(layers, low, high)],
                   axis=0)
+
+
+def least_of_larger(
+    layers: Sequence[Layer], low: np.ndarray, high: np.ndarray, rows: np.ndarray, ends: np.ndarray
+) -> float:
+    """The least over the box of the larger of both rows' c . y - end: rows [2, outputs], ends [2].
+
+    In a piece it is at a corner, or where an edge has both equal.
+    """
+    least = np.inf
+    for corners, W, b in pieces(layers, low, high):
+        values = (corners @ W.T + b) @ rows.T - ends
+        least = min(least, values.max(1).min())
+        for one, other in zip(values, np.roll(values, -1, 0), strict=True):
+            d, e = one[0] - one[1], other[0] - other[1]
+            if d * e < 0:
+                least = min(least, (one + d / (d - e) * (other - one)).max())
+    return float(least)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from exact_minima import minimum
+from exact_minima import least_of_larger, minimum
 from torch import nn
 
-from lirpa_megatron import BoundedTensor, PerturbationLpNorm
+from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.complete import SearchOptions, branch_and_bound
+from lirpa_megatron.complete.problem import Problem
+from lirpa_megatron.complete.search import search
 
 SHAPES = ((4,), (8,), (12,), (4, 4), (6, 6), (3, 9), (4, 4, 4), (2, 5, 5))
 
@@ -86,3 +88,40 @@ def test_verdicts_are_those_of_all_activation_patterns(first, one_thread):
 def test_verdicts_of_many_more_are_those_of_all_activation_patterns(one_thread):
     for seed in range(40, 540):
         check(seed)
+
+
+def check_two_rows(seed):
+    """A goal of two rows is decided; returns whether neither row exceeds its threshold everywhere,
+    so that a weighted sum of both decides."""
+    layers, low, high, rows = layers_of(seed)
+    model, generator = module_of(layers), torch.Generator().manual_seed(seed)
+    if seed % 4 == 1:  # an output between two values, or outside
+        rows[1] = -rows[0]
+    at = low + (high - low) * torch.rand(2, generator=generator, dtype=torch.float64)
+    ends = model(at) @ rows.t()
+    arrays = [(w.numpy(), b.numpy()) for w, b in layers]
+    least = least_of_larger(arrays, low.numpy(), high.numpy(), rows.numpy(), ends.numpy())
+    gap = (abs(least) + 1) * 10.0 ** -(1 + seed % 3) * (1 if seed % 2 else -1)
+    ends = ends + least - gap
+
+    def confirm(goal, points):
+        most = (model(points) @ rows.t() - ends).amax(1)
+        return points[most.argmin()] if most.min() <= 0 else None
+
+    problem = Problem(low[None], high[None], (0,), rows[None], ends[None])
+    graph = BoundedModule(model, low[None])
+    found = search(graph, problem, SearchOptions(timeout=60), confirm)
+    assert found.status == ("proved" if gap > 0 else "refuted"), (seed, found)
+    # 1e-9: rounding of the enumeration and of the bound
+    assert gap < 0 or 0 < found.bound <= gap + 1e-9
+    return bool((exact(layers, low, high, rows) < ends.numpy()).all())
+
+
+def test_two_rows_of_which_one_has_to_hold_are_decided(one_thread):
+    assert sum(check_two_rows(seed) for seed in range(16)) > 8
+
+
+@pytest.mark.slow
+def test_many_more_goals_of_two_rows_are_decided(one_thread):
+    for seed in range(16, 200):
+        check_two_rows(seed)

@@ -9,6 +9,7 @@ from ranks import pool
 
 from lirpa_megatron import BoundedModule, parallelize
 from lirpa_megatron.complete import SearchOptions, branch_and_bound
+from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.complete.refinement import Refinement
@@ -102,3 +103,32 @@ def test_verdicts_bounds_and_trees_are_those_of_one_device(tp, status):
             assert bound == pytest.approx(want[6][key][0], abs=1e-10) and where == want[6][key][1]
         if got[5] is not None:
             assert got[5] == pytest.approx(want[5], abs=1e-10)
+
+
+def both_rows(net):
+    """Of one rank: the bound of a goal of two rows after some steps, and the rows' weights."""
+    torch.set_default_dtype(torch.float64)
+    where = region(net, eps=0.9, batch=1)
+    model = parallelize(build(net).requires_grad_(False).eval())
+    graph = BoundedModule(model, where.center)
+    C = specification(1, 2, net.outputs)
+    C[:, 1] = C[:, 1] / 4 - 2 * C[:, 0]
+    ends = model(where.center) @ C[0].t() + 0.1
+    box = where.bounded().ptb
+    problem = Problem(where.center - box.eps, where.center + box.eps, (0,), C, ends)
+    roots = bound_roots(graph, problem)
+    with passes(graph, roots.active_columns):
+        bounder = Bounder(graph, problem, roots, SearchOptions())
+        found = bounder.ascend(bounder.whole([0]), 20)
+    return found.margins, found.batch.weights, found.row
+
+
+def test_weights_of_rows_are_those_of_one_device():
+    margins, weights, row = both_rows(NET)
+    torch.set_default_dtype(torch.float32)
+    assert row.tolist() == [2] and 0.01 < float(weights.min()) < 0.49  # neither row alone
+    for got in pool(2).run(both_rows, NET):
+        # Sums over ranks are rounded in another order: 1e-10 of bounds of size 1 in float64.
+        torch.testing.assert_close(got[0], margins, rtol=0, atol=1e-10)
+        torch.testing.assert_close(got[1], weights, rtol=0, atol=1e-10)
+        assert got[2].tolist() == [2]

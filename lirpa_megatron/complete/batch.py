@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lirpa_megatron.complete.problem import Domain, Problem
+from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
 from lirpa_megatron.complete.roots import Roots
 from lirpa_megatron.complete.split_relu import Lines
+
+_STEPS = 4096
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Batch:
     """[R, D, outputs]"""
     thresholds: torch.Tensor
     """[R, D] float64"""
+    weights: torch.Tensor
+    """Of the sum of rows, [R, D]."""
     low: torch.Tensor
     """[D, inputs]"""
     high: torch.Tensor
@@ -36,9 +40,9 @@ class Batch:
     units: torch.Tensor
     """What beta is counted in: [D, k]."""
     alpha: torch.Tensor
-    """[R, D, N]"""
+    """[R', D, N]"""
     beta: torch.Tensor
-    """[R, D, k]"""
+    """[R', D, k]"""
 
     def __len__(self) -> int:
         return len(self.goal)
@@ -65,13 +69,16 @@ class Batch:
         own_signs = like.new_zeros(len(domains), roots.neurons + 1).scatter(1, places, signs)
         lines = Lines.of(roots.lower[box], roots.upper[box], own_signs[:, :-1])
         R = problem.C.shape[1]
-        beta = like.new_zeros(R, len(domains), most)
+        weights = like.new_full((R, len(domains)), 1 / R)
+        beta = like.new_zeros(problem.rows, len(domains), most)
         for i, d in enumerate(domains):
             beta[:, i, : d.beta.shape[1]] = d.beta
+            if d.weights is not None:
+                weights[:, i] = d.weights
         alpha = torch.stack([d.alpha for d in domains], 1).to(like)
         units = units[goal[:, None], roots.relu_of[numbers]]
         return cls(
-            goal, box, problem.C[goal].transpose(0, 1), problem.thresholds[goal].t(),
+            goal, box, problem.C[goal].transpose(0, 1), problem.thresholds[goal].t(), weights,
             problem.low[box], problem.high[box], lines, places, signs, units, alpha, beta,
         )
 
@@ -81,7 +88,7 @@ class Batch:
             "goal", "box", "low", "high", "places", "signs", "units"
         )}
         second = {name: getattr(self, name)[:, index] for name in (
-            "C", "thresholds", "alpha", "beta"
+            "C", "thresholds", "weights", "alpha", "beta"
         )}
         return Batch(**first, **second, lines=self.lines.map(lambda t: t[index]))
 
@@ -100,7 +107,7 @@ class Batch:
             numbers: of the neurons, [D].
             signs: [D]
             units: as for `of`.
-            A: at all neurons' outputs, [R, D, N].
+            A: at all neurons' outputs, [R', D, N].
         """
         place = roots.place_of[numbers][:, None]
         sign = signs.to(self.signs)[:, None]
@@ -132,31 +139,50 @@ class Batch:
             beta=torch.cat([self.beta, beta], 2),
         )
 
+    @property
+    def has_sum(self) -> bool:
+        """Whether a weighted sum of rows is bounded, too."""
+        return len(self.C) > 1
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows that are bounded [R', D, outputs], and their thresholds [R', D] float64.
+
+        Weights count as multiples of 1 / 4096, and so have few digits: a sum of rows of small
+        numbers is exact in float32. Gradients pass by that.
+        """
+        if not self.has_sum:
+            return self.C, self.thresholds
+        w = self.weights
+        w = w + ((w.detach() * _STEPS).round() / _STEPS - w.detach())
+        C, ends = (w[..., None] * self.C).sum(0), (w.detach().double() * self.thresholds).sum(0)
+        return torch.cat([self.C, C[None]]), torch.cat([self.thresholds, ends[None]])
+
     def pull(self) -> torch.Tensor:
-        """s_j beta_j at split neurons, 0 elsewhere: [R, D, N]."""
+        """s_j beta_j at split neurons, 0 elsewhere: [R', D, N]."""
         R, D, _ = self.beta.shape
         whole = self.beta.new_zeros(R, D, self.alpha.shape[2] + 1)
         terms = self.beta * (self.signs * self.units)
         return whole.scatter(2, self.places.expand(R, -1, -1), terms)[..., :-1]
 
     def to_beta(self, z: torch.Tensor) -> torch.Tensor:
-        """The bounds' gradients with respect to beta, [R, D, k], from those with respect to minus
-        `pull`, [R, D, N]."""
+        """The bounds' gradients with respect to beta, [R', D, k], from those with respect to minus
+        `pull`, [R', D, N]."""
         here = self.places < z.shape[2]
         index = torch.where(here, self.places, 0).expand(len(z), -1, -1)
         return -z.gather(2, index) * torch.where(here, self.signs * self.units, 0.0)
 
 
 class Ascent:
-    """Adam on alpha and beta, upwards, within alpha in [0, 1] and beta >= 0.
+    """Adam on alpha, beta and weights, upwards, within alpha in [0, 1], beta >= 0, weights >= 0 of
+    sum 1.
 
     Of each domain on its own: what others do does not change its steps.
     """
 
-    def __init__(self, batch: Batch, lr_alpha: float, lr_beta: float) -> None:
-        self.rates = lr_alpha, lr_beta
-        self.means = [torch.zeros_like(t) for t in (batch.alpha, batch.beta)]
-        self.squares = [torch.zeros_like(t) for t in (batch.alpha, batch.beta)]
+    def __init__(self, batch: Batch, options: SearchOptions) -> None:
+        self.rates = options.lr_alpha, options.lr_beta, options.lr_weights
+        self.means = [torch.zeros_like(t) for t in (batch.alpha, batch.beta, batch.weights)]
+        self.squares = [torch.zeros_like(t) for t in self.means]
         self.steps = 0
 
     def at(self, index: torch.Tensor) -> None:
@@ -165,14 +191,18 @@ class Ascent:
         self.squares = [t[:, index] for t in self.squares]
 
     def step(self, batch: Batch, gradients: Sequence[torch.Tensor], decay: float) -> None:
-        """Changes `batch.alpha` and `batch.beta` in place."""
+        """Changes `batch.alpha` and `batch.beta` in place, and `batch.weights` where gradients of
+        them are given."""
         self.steps += 1
         first, second = 1 - 0.9**self.steps, 1 - 0.999**self.steps
-        values = batch.alpha, batch.beta
-        for i, (value, g) in enumerate(zip(values, gradients, strict=True)):
+        values = batch.alpha, batch.beta, batch.weights
+        for i, (value, g) in enumerate(zip(values, gradients, strict=False)):
             self.means[i].lerp_(g, 0.1)
             self.squares[i].mul_(0.999).addcmul_(g, g, value=0.001)
             size = (self.squares[i] / second).sqrt_().add_(1e-8)
             value.addcdiv_(self.means[i], size, value=self.rates[i] * decay / first)
         batch.alpha.clamp_(0, 1)
         batch.beta.clamp_(min=0)
+        if len(gradients) > 2:
+            w = batch.weights.clamp_(min=0)
+            w.div_(w.sum(0).clamp(min=torch.finfo(w.dtype).tiny))

@@ -34,7 +34,7 @@ class Bounded:
         batch: these alone.
         seen: their A at each ReLU's output at the end, of their best rows: [O, N].
         minimiser: where the best row's bound is attained, [O, inputs].
-        row: which, [O].
+        row: which, [O]; R is the weighted sum.
         is_over: whether time was.
         primal: the pre-activations at which the best rows' bounds are attained in the relaxation,
             averaged over the steps, [O, N]; None without steps. They are the gradients of beta, and
@@ -78,7 +78,7 @@ class Bounder:
 
     def whole(self, goals: Sequence[int]) -> Batch:
         """The goals' boxes, with CROWN's alpha."""
-        empty = self.problem.C.new_zeros(self.problem.C.shape[1], 0)
+        empty = self.problem.C.new_zeros(self.problem.rows, 0)
         alpha = empty.new_zeros(len(empty), self.roots.neurons)
         batch = self.batch([Domain(g, (), 0.0, alpha, empty, ()) for g in goals])
         batch.alpha.copy_(batch.lines.adaptive())
@@ -102,8 +102,10 @@ class Bounder:
         means = mean_over_ranks(self.tp, sums, counts, sharded)
         self.units[goals] = torch.where(means > 0, means, 1.0)
 
-    def run(self, batch: Batch, alpha: torch.Tensor, pull: torch.Tensor) -> tuple[Any, Any]:
-        """One pass: its lower bounds [R, D], and the pass."""
+    def run(
+        self, batch: Batch, alpha: torch.Tensor, pull: torch.Tensor
+    ) -> tuple[torch.Tensor, DomainPass]:
+        """One pass: its lower bounds [R', D], and the pass."""
         sizes = [r.size for r in self.roots.relus]
         parts = zip(
             self.roots.relus, batch.lines.split(sizes), alpha.split(sizes, -1),
@@ -111,14 +113,15 @@ class Bounder:
         )
         relus = {r.name: SplitRelu(*values) for r, *values in parts}
         run = DomainPass(self.graph, self.roots.plan, relus, batch.low, batch.high)
-        return run.lower(batch.C), run
+        return run.lower(batch.rows()[0]), run
 
     def margins(self, batch: Batch, lower: torch.Tensor, run: Any) -> tuple[Any, Any, bool]:
-        """Rank 0's margins of rows [R, D] in float64, by how much they exceed rounding, and whether
-        time is over."""
-        margins = lower.detach().double() - batch.thresholds
+        """Rank 0's margins of rows [R', D] in float64, by how much they exceed rounding, and
+        whether time is over."""
+        _, thresholds = batch.rows()
+        margins = lower.detach().double() - thresholds
         rounding = ROUNDING * torch.finfo(lower.dtype).eps
-        sure = margins - rounding * (run.size.double() + batch.thresholds.abs())
+        sure = margins - rounding * (run.size.double() + thresholds.abs())
         both, over = from_rank_zero(self.tp, torch.stack([margins, sure]), self.is_over())
         return both[0].nan_to_num(nan=-torch.inf), both[1], over
 
@@ -127,7 +130,7 @@ class Bounder:
         return from_rank_zero(self.tp, self.problem.thresholds.new_zeros(1), self.is_over())[1]
 
     def quickly(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """With alpha and beta as they are: margins [D], A at ReLUs' outputs [R, D, N], and whether
+        """With alpha and beta as they are: margins [D], A at ReLUs' outputs [R', D, N], and whether
         time is over."""
         with torch.no_grad():
             lower, run = self.run(batch, batch.alpha, batch.pull())
@@ -138,10 +141,10 @@ class Bounder:
         return torch.cat([run.seen[r.name] for r in self.roots.relus], 2)
 
     def ascend(self, batch: Batch, iterations: int, decay: float = _DECAY) -> Bounded:
-        """Optimizes alpha and beta; a domain leaves the batch when it is proved.
+        """Optimizes alpha, beta and weights; a domain leaves the batch when it is proved.
 
         Args:
-            batch: D domains; its alpha and beta are changed.
+            batch: D domains; its alpha, beta and weights are changed.
             iterations: steps; one more pass is made.
             decay: of the step size, in each.
         """
@@ -149,13 +152,16 @@ class Bounder:
         best = torch.full((D,), -torch.inf, dtype=torch.float64, device=device)
         proved = torch.zeros(D, dtype=torch.bool, device=device)
         alive = torch.arange(D, device=device)
-        ascent = Ascent(batch, self.options.lr_alpha, self.options.lr_beta)
+        ascent = Ascent(batch, self.options)
         over, primal, point = False, None, None
         for i in range(iterations + 1):
             steps = i < iterations
             with torch.set_grad_enabled(steps):
                 leaves = [t.detach().requires_grad_(steps) for t in (batch.alpha, batch.pull())]
-                lower, run = self.run(batch, *leaves)
+                weighed = replace(batch, weights=batch.weights.detach().clone())
+                if batch.has_sum:
+                    leaves.append(weighed.weights.requires_grad_(steps))
+                lower, run = self.run(weighed, *leaves[:2])
             margins, sure, over = self.margins(batch, lower, run)
             best[alive] = torch.maximum(best[alive], margins.amax(0))
             # NaN and infinity prove nothing.
@@ -165,13 +171,17 @@ class Bounder:
             if not steps or over or bool(done.all()):
                 break
             counts = torch.where(done | ~lower.detach().isfinite(), 0.0, 1.0)
-            to_alpha, to_pull = torch.autograd.grad((lower.nan_to_num() * counts).sum(), leaves)
+            to_alpha, to_pull, *to_weights = torch.autograd.grad(
+                (lower.nan_to_num() * counts).sum(), leaves
+            )
+            to_weights = [self._of_margins(batch, g) for g in to_weights]
             new = 3 / (i + 3)
             with torch.no_grad():
                 z = to_pull.nan_to_num_().neg_()
                 x = run.minimiser.clone() if point is None else point.lerp(run.minimiser, new)
                 primal, point = z if primal is None else primal.lerp(z, new), x
-                ascent.step(batch, (to_alpha.nan_to_num_(), batch.to_beta(z)), decay**i)
+                to_all = (to_alpha.nan_to_num_(), batch.to_beta(z), *to_weights)
+                ascent.step(batch, to_all, decay**i)
             if done.sum() > _DROP * len(done):
                 left = (~proved[alive]).nonzero().flatten()
                 batch, alive = batch.at(left), alive[left]
@@ -192,7 +202,7 @@ class Bounder:
         Args:
             batch: D domains; its beta is changed.
         """
-        R, D, k = batch.beta.shape
+        k = batch.beta.shape[2]
         given = replace(batch, beta=torch.zeros_like(batch.beta))
         forms, constants = [], []
         with torch.no_grad():
@@ -204,32 +214,38 @@ class Bounder:
                 forms.append(run.A.double())
                 constants.append(run.constant.double())
             # pull was s_j u_j: the term that a pass with beta 1 has lost is s_j u_j z_j
-            beta, points = self._solved(batch, torch.stack(forms, 2), torch.stack(constants, 2))
+            weights, beta, points = self._solved(
+                batch, torch.stack(forms, 2), torch.stack(constants, 2)
+            )
+            batch.weights.copy_(weights)
             batch.beta.copy_(torch.where(batch.places < batch.alpha.shape[2], beta, 0.0))
         found = self.ascend(batch, 0)
-        found.point = points[found.row, found.open]
+        found.point = points[found.open]
         return found
 
     def _solved(
         self, batch: Batch, forms: torch.Tensor, constants: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """beta [R, D, k] and points [R, D, inputs], from forms [R, D, k + 1, inputs]."""
-        R, D, count, _ = forms.shape
-        forms[:, :, 1:] = forms[:, :, :1] - forms[:, :, 1:]
-        constants[..., 1:] = constants[..., :1] - constants[..., 1:]
-        constants[..., 0] -= batch.thresholds
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights [R, D], beta [D, k] and points [D, inputs], from forms [R', D, k + 1, inputs]."""
+        R, D, count = len(batch.C), len(batch), forms.shape[2]
+        # what beta 1 has changed is the same for each row
+        splits = [t[0, :, :1] - t[0, :, 1:] for t in (forms, constants)]
+        rows = forms[:R, :, 0].transpose(0, 1), (constants[:R, :, 0] - batch.thresholds).t()
         used = (batch.signs != 0).double()
-        beta = forms.new_zeros(R, D, count - 1)
-        points = forms.new_zeros(R, D, forms.shape[3])
-        for r in range(R if self.tp.rank == 0 else 0):
-            for d in range(D):
-                beta[r, d], points[r, d] = proposal(
-                    forms[r, d], constants[r, d], used[d], batch.low[d].double(),
-                    batch.high[d].double(),
-                )
-        both, _ = from_rank_zero(self.tp, torch.cat([beta, points], 2), False)
-        beta, points = both.split([count - 1, forms.shape[3]], 2)
-        return beta.to(batch.beta), points.to(batch.low)
+        found = forms.new_zeros(D, R + count - 1 + forms.shape[3])
+        for d in range(D if self.tp.rank == 0 else 0):
+            found[d] = torch.cat(proposal(
+                *(torch.cat([row[d], split[d]]) for row, split in zip(rows, splits, strict=True)),
+                used[d], batch.low[d].double(), batch.high[d].double(),
+            ))
+        found, _ = from_rank_zero(self.tp, found, False)
+        weights, beta, points = found.split([R, count - 1, forms.shape[3]], 1)
+        return weights.t().to(batch.weights), beta.to(batch.beta), points.to(batch.low)
+
+    def _of_margins(self, batch: Batch, of_bounds: torch.Tensor) -> torch.Tensor:
+        """Rank 0's gradients of margins with respect to weights [R, D], from those of bounds."""
+        g = of_bounds.double().nan_to_num() - batch.thresholds
+        return from_rank_zero(self.tp, g, False)[0].to(of_bounds)
 
     def _bounded(
         self, best: Any, proved: Any, alive: Any, batch: Batch, run: Any, margins: Any, over: bool

@@ -1,26 +1,28 @@
 """Domains without an unstable neuron, where the network is linear: beta from a linear program.
 
-With f_0(x) = c . x - threshold and f_j(x) = s_j z_j(x), all affine on the box, the goal fails in
-the domain where f_0 <= 0 and all f_j >= 0. Whether there is such a point is a game:
+With f_r(x) = c_r . x - t_r of the goal's R rows and z_j(x) of the k splits, all affine on the box,
+the goal fails in the domain where all f_r <= 0 and all s_j z_j >= 0. Whether there is such a point
+is a game:
 
-    t* = min over the box of the largest of f_0, -f_1, ..., -f_k
-       = max over weights w >= 0 of sum 1 of the least w_0 f_0 - sum w_j f_j over the box.
+    t* = min over the box of the largest of f_1, ..., f_R, -s_1 z_1, ..., -s_k z_k
+       = max over w, v >= 0 of sum 1 of the least of sum w_r f_r - sum v_j s_j z_j over the box.
 
-If t* > 0 there is none, and beta_j = w_j / w_0 proves it: the bound is t* / w_0. (Where the splits
-contradict each other alone, w_0 goes to 0 and beta beyond any number.) If t* < 0, the point x at
-which it is attained is a counterexample. What is found is a proposal: the bound is that of a pass
-with this beta, the counterexample is tried on the model.
+If t* > 0 there is none, and with W = sum w_r the weights w_r / W of the rows' sum and
+beta_j = v_j / W prove it: the bound is t* / W. (Where the splits contradict each other alone, W
+goes to 0 and beta beyond any number.) If t* < 0, the point x at which it is attained is a
+counterexample. What is found is a proposal: the bound is that of a pass with these multipliers, the
+counterexample is tried on the model.
 
 The game is solved by Newton's method on the barrier
 
-    t / mu - sum log(t - h_i(x)) - sum log(x - l) - sum log(u - x),    h = (f_0, -f_1, ...),
+    t / mu - sum log(t - h_i(x)) - sum log(x - l) - sum log(u - x),    h = (f, -s z),
 
 for mu going to 0; w_i = mu / (t - h_i(x)). In y = x scaled to [-1, 1], with s_i = t - h_i, h = N y
 + c and the box's own second derivatives D, a step (dy, dt) solves
 
     D dy + N' u = -g_y,    1' u = g_t,    u = (w / s) (N dy - dt),
 
-which leaves k + 2 equations in u and dt: (N D^-1 N' + s / w) u + dt = -N D^-1 g_y. Few, because
+which leaves R + k + 1 equations in u and dt: (N D^-1 N' + s / w) u + dt = -N D^-1 g_y. Few, as
 inputs are many and splits are few.
 """
 
@@ -38,11 +40,11 @@ def solve_game(
     """The least over a box of the largest of M x + b.
 
     Args:
-        M: [k + 1, inputs] float64; and b [k + 1].
+        M: [m, inputs] float64; and b [m].
         low, high: the box, [inputs] float64; inputs of no width are constants.
 
     Returns:
-        weights w [k + 1] of sum 1, and the point x [inputs].
+        weights [m] of sum 1, and the point x [inputs].
     """
     free = (high > low).nonzero().flatten()
     x = (low + high) / 2
@@ -87,23 +89,25 @@ def solve_game(
 def proposal(
     forms: torch.Tensor, constants: torch.Tensor, signs: torch.Tensor, low: torch.Tensor,
     high: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multipliers for one row of one domain, and where the goal may fail.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Multipliers for one domain, and where its goal may fail.
 
     Args:
-        forms: c and the z_j as functions of the input, [k + 1, inputs] float64.
-        constants: c's minus its threshold, and the z_j's: [k + 1].
+        forms: rows and s_j z_j as functions of the input, [R + k, inputs] float64.
+        constants: theirs, less the thresholds of rows: [R + k].
         signs: of the splits, [k]; 0 for none.
         low, high: the box, [inputs].
 
     Returns:
-        beta [k], and x [inputs].
+        weights of the rows [R] of sum 1, beta [k], and x [inputs].
     """
-    turn = torch.cat([signs.new_ones(1), -signs])
-    here = torch.cat([signs != 0, signs.new_ones(1).bool()]).roll(1)
+    R = len(forms) - len(signs)
+    turn = torch.cat([signs.new_ones(R), -signs.abs()])
+    here = turn != 0
     w, x = solve_game(
         (forms * turn[:, None])[here], (constants * turn)[here], low.clone(), high.clone()
     )
+    all_rows = w[:R].sum().clamp(min=_SMALLEST_WEIGHT)
     beta = signs.new_zeros(len(signs))
-    beta[signs != 0] = w[1:] / w[0].clamp(min=_SMALLEST_WEIGHT)
-    return beta, x
+    beta[signs != 0] = w[R:] / all_rows
+    return w[:R] / all_rows, beta, x

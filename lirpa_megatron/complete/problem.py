@@ -1,6 +1,7 @@
 """What branch and bound is to prove, what it works on, and what it finds out.
 
-    K boxes    G goals    R rows of a goal    D domains that are bounded together
+    K boxes    G goals    R rows of a goal    R' with their weighted sum
+    D domains that are bounded together
     N neurons of ReLUs on this rank, one after the other    k splits of a domain
 """
 
@@ -21,6 +22,12 @@ class Problem:
     `c . y` exceeds its threshold.
 
     All replicated. Goals of fewer rows repeat one.
+
+    A goal of several rows is bounded as each of them, and as a weighted sum of all: where
+    sum_r w_r (c_r . y - t_r) > 0 with weights w >= 0, at least one of its terms is. Domains have
+    weights of their own, which are optimized together with alpha and beta. (The rows' negations are
+    constraints on the outputs, w their multipliers, so that in a domain where the network is
+    linear the best of them decide.)
     """
 
     low: torch.Tensor
@@ -35,6 +42,12 @@ class Problem:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    @property
+    def rows(self) -> int:
+        """R', the rows that are bounded: R, and their weighted sum if R > 1."""
+        R = self.C.shape[1]
+        return R + (R > 1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,8 @@ class SearchOptions:
     # step sizes of alpha, and of beta in units of A's mean size
     lr_alpha: float = 0.7
     lr_beta: float = 0.7
+    # the same of the weights of a goal's rows
+    lr_weights: float = 0.1
     # neurons that are tried for each split
     tried: int = 16
     # seconds; None: no limit
@@ -82,11 +97,13 @@ class Domain:
     margin: float
     """Lower bound of the best row's `c . y` minus its threshold."""
     alpha: torch.Tensor
-    """[R, N], of this rank's neurons"""
+    """[R', N], of this rank's neurons"""
     beta: torch.Tensor
-    """[R, k], of all splits; those on other ranks are 0"""
+    """[R', k], of all splits; those on other ranks are 0"""
     candidates: tuple[int, ...]
     """Neurons that may be split next, the most promising first."""
+    weights: torch.Tensor | None = None
+    """[R], of the sum of rows; None: equal ones."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class _Replay:
         signs = torch.ones_like(both)
         signs[len(parents) :] = -1
         children = [
-            (Domain(d.goal, (*d.splits, (node.neuron, sign)), 0.0, d.alpha, d.beta, ()), half)
+            (replace(d, splits=(*d.splits, (node.neuron, sign)), margin=0.0), half)
             for sign in (1, -1) for d, node in parents
             for half in ((node.on if sign == 1 else node.off),)
         ]
@@ -147,6 +147,7 @@ class _Replay:
             own = Domain(
                 domain.goal, domain.splits, float(found.margins[at]),
                 found.batch.alpha[:, i].clone(), found.batch.beta[:, i].clone(), (),
+                found.batch.weights[:, i].clone(),
             )
             (inner if node.leaf is None else late).append((own, node))
         if late:

@@ -49,6 +49,7 @@ def still_open(domains: Sequence[Domain], found: Bounded) -> list[Domain]:
             domain.goal, domain.splits, max(domain.margin, margins[at]),
             alpha.half() if alpha.dtype is torch.float32 else alpha.clone(),
             batch.beta[:, i, : len(domain.splits)].clone(), (),
+            batch.weights[:, i].clone(),
         ))
     return rest
 
