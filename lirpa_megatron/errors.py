@@ -20,6 +20,10 @@ class StageError(RemoteRankError):
     """A rank of another pipeline stage failed; the message carries that rank's error."""
 
 
+class ReplicaError(RemoteRankError):
+    """Another replica of the model failed, and its message; or this one has lost the others."""
+
+
 class BoundsError(ArithmeticError):
     """Bounds exclude the model's own output: too much rounding, or an error in a bound."""
 

@@ -61,7 +61,7 @@ def _run(arguments: dict[str, Any]) -> int:
             pipeline_parallel_size=arguments.get("pipeline_parallel_size", 1),
         )
         if "data" not in arguments:
-            _check_world()
+            _check_world(may_have_replicas=arguments.get("complete", False))
         return _COMMANDS[arguments.pop("command")](arguments)
     except UserError as error:
         print_error(str(error))
@@ -77,20 +77,21 @@ def _run(arguments: dict[str, Any]) -> int:
             runtime.shutdown()
 
 
-def _check_world() -> None:
-    """Only runs over sentences have replicas."""
+def _check_world(may_have_replicas: bool) -> None:
+    """Only runs over sentences and branch and bound have replicas."""
     import torch.distributed as dist
 
     from lirpa_megatron.parallel import runtime
 
     tp, stages, world = runtime.tp_size(), runtime.pp_size(), dist.get_world_size()
-    if tp * stages != world:
+    if tp * stages != world and not (may_have_replicas and stages == 1):
         sizes = f"--tensor-parallel-size {tp}"
         if stages > 1:
             sizes += f" x --pipeline-parallel-size {stages}"
         raise UserError(
             f"{sizes} is not the number of processes {world}: start {tp * stages} "
-            "(torchrun --nproc-per-node)"
+            "(torchrun --nproc-per-node); only --data and --complete, in one pipeline stage, share "
+            "their work out over replicas"
         )
 
 
@@ -228,12 +229,15 @@ def _verify(arguments: dict[str, Any]) -> int:
             if stream is not None:
                 stream.write(result.to_line())
                 stream.flush()
+            elif plan.output is not None and runner.ranks.is_first:  # rank 0's replica is dead
+                with plan.output.open("a", encoding="utf-8") as rest:
+                    rest.write(result.to_line())
 
         results = plan.done + runner.run(with_progress(plan.instances, runner), write)
     if "query" in arguments:
-        if runtime.is_rank0():
+        if runner.ranks.is_first:
             _answer(runner, results[0])
-    elif runtime.is_rank0():
+    elif runner.ranks.is_first:
         print(summary_table(results), file=sys.stdout if plan.output else sys.stderr, flush=True)
     return 1 if any(result.result == "error" for result in results) else 0
 

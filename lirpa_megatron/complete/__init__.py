@@ -10,6 +10,7 @@ Branch and bound, which decides properties of ReLU networks, on sharded models:
     bounding     bounds of a batch of domains
     branching    which neuron to split
     steps        one step of a search: halves of domains, and what bounds say of them
+    exploring    what becomes of some domains: proved, to be split further, stuck, or refuted
     refinement   tighter bounds of inner neurons, by branch and bound for each
       inner_rows    neurons as rows of passes that begin in front of their ReLU
       inner_search  trees whose worst domains are split until the bound is good enough
@@ -17,7 +18,7 @@ Branch and bound, which decides properties of ReLU networks, on sharded models:
     linear_leaves  multipliers where nothing is left to split
     agreement    what the ranks tell each other
     points       counterexamples
-    search       the loop
+    search       the loop: a queue, whose domains are shared out over replicas
     tree         whether leaves cover the whole box
     replay       bounds the leaves of a tree anew
     library      `branch_and_bound`

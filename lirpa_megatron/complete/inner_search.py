@@ -9,19 +9,30 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
 from lirpa_megatron.complete.bounding import Bounded, Bounder
 from lirpa_megatron.complete.problem import Domain, SearchOptions, Split
-from lirpa_megatron.complete.steps import halves, splittable, still_open
+from lirpa_megatron.complete.steps import finish, halves, splittable, still_open
 
 _FEW, _RISE = 16, 0.1
 """Domains that each goal may have, and after which its bound has to have risen by this share of
 what was missing. Where it has not, what is loose are intervals of earlier layers."""
 _NUMBERS = 2**27
 """Numbers that the open domains of a group of goals may have."""
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a `Tree` says of its goal, without its domains; attributes as there."""
+
+    margin: float
+    can_rise: bool
+    domains: int
+    point: torch.Tensor | None
+    leaves: tuple[tuple[Split, ...], ...]
+    """`all_leaves`, if they are kept."""
 
 
 @dataclass
@@ -67,6 +78,11 @@ class Tree:
     def all_leaves(self) -> list[tuple[Split, ...]]:
         """Splits of domains that cover the box; the margin of each is at least `margin`."""
         return [*self.leaves, *(s for _, s in self.stuck), *(d.splits for *_, d in self.open)]
+
+    def grown(self, keep_leaves: bool) -> Grown:
+        """What others are told of it."""
+        leaves = tuple(self.all_leaves) if keep_leaves else ()
+        return Grown(self.margin, self.can_rise, self.domains, self.point, leaves)
 
 
 def grow(
@@ -136,8 +152,7 @@ class _Grower:
     def _sort(self, domains: list[Domain], found: Bounded) -> None:
         for domain in domains:
             self.trees[domain.goal].domains += 1
-        for i in found.proved.nonzero().flatten().tolist():
-            self.trees[domains[i].goal].leaves.append(domains[i].splits)
+        self._close(domains, found)
         rest = still_open(domains, found)
         for i in sorted(range(len(rest)), key=lambda i: -rest[i].margin):
             self.trees[rest[i].goal].point = found.minimiser[i]
@@ -148,17 +163,15 @@ class _Grower:
             self._finish(stuck)
 
     def _finish(self, domains: list[Domain]) -> None:
-        """Domains in which the node is linear in the input: only beta is left to be found."""
-        steps = self.options.last_iterations
-        for solve in (partial(self.bounder.ascend, iterations=steps), self.bounder.solve):
-            found = solve(self.bounder.batch(domains))
-            for i in found.proved.nonzero().flatten().tolist():
-                self.trees[domains[i].goal].leaves.append(domains[i].splits)
-            domains = still_open(domains, found)
-            if not domains:
-                return
-        for domain in domains:
+        """Domains in which the node is linear in the input."""
+        left = finish(self.bounder, domains, self.options.last_iterations, self._close)
+        for domain in left:
             self.trees[domain.goal].stuck.append((domain.margin, domain.splits))
+
+    def _close(self, domains: Sequence[Domain], found: Bounded) -> bool:
+        for i in found.proved.nonzero().flatten().tolist():
+            self.trees[domains[i].goal].leaves.append(domains[i].splits)
+        return True
 
     def _push(self, domain: Domain) -> None:
         heapq.heappush(

@@ -14,6 +14,7 @@ from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
 from lirpa_megatron.complete.search import Progress, search
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel.replicas import ALONE, Replicas
 from lirpa_megatron.problem.perturbations import is_box
 
 
@@ -27,6 +28,7 @@ def branch_and_bound(
     batch: int | None = None,
     options: SearchOptions | None = None,
     progress: Progress | None = None,
+    replicas: Replicas = ALONE,
 ) -> Searched:
     """Decides whether `C y > thresholds` for all inputs of a box.
 
@@ -43,6 +45,8 @@ def branch_and_bound(
         batch: most domains that are split at once.
         options: all there are; `timeout` and `batch` replace those in it.
         progress: called with the bound, open domains, bounded domains and seconds.
+        replicas: that call it alike and share the work (`Replicas.of_megatron()`: the data-parallel
+            ones); each gets what all have found out.
 
     Returns:
         `Searched`: "proved"; "refuted" with a point [inputs] where the model's own output is not
@@ -51,6 +55,7 @@ def branch_and_bound(
 
     Raises:
         UserError: the network or the set of inputs is not supported, by name.
+        ReplicaError: another replica failed.
         ValueError: shapes that do not fit.
     """
     options = options or SearchOptions()
@@ -91,5 +96,5 @@ def branch_and_bound(
         return near[0] if bool(margins[0] <= 0) else None
 
     group = graph.context.collectives.group
-    with spmd.guard(group, "branch and bound"):
-        return search(graph, problem, options, confirm, progress)
+    with replicas.guard("branch and bound"), spmd.guard(group, "branch and bound"):
+        return search(graph, problem, options, confirm, progress, replicas=replicas)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -140,7 +141,7 @@ class Searched:
         inner_domains: how many were bounded for inner neurons' bounds.
         seconds: that it took.
         why: why it is unknown.
-        point: where a goal fails, [inputs].
+        point: where a goal fails, as `exploring.Confirm` has given it.
         goal: which.
         leaves: of the trees, if they were kept.
         claims: bounds of inner neurons that they rest on, if they were kept.
@@ -153,7 +154,7 @@ class Searched:
     open: int
     seconds: float
     why: str | None = None
-    point: torch.Tensor | None = None
+    point: Any = None
     goal: int | None = None
     leaves: list[Leaf] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)

@@ -7,6 +7,9 @@ a row e_j or -e_j is a goal like any other, with the node in front of the ReLU a
 passes. It is optimized for the whole box first, then over domains. (alpha-beta-CROWN solves
 mixed-integer programs for the same purpose.)
 
+Replicas share the neurons of a layer out: each raises the bounds of its own, and tells the others
+what they are before the next layer begins.
+
 A bound that was raised is a `Claim`: its domains cover the box, and the row is above it in each.
 A search for it ends at 0, where the neuron is stable, or close to a value that is attained.
 """
@@ -21,10 +24,11 @@ import torch
 
 from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.inner_rows import InnerStart, Rows, inner_starts
-from lirpa_megatron.complete.inner_search import grow
+from lirpa_megatron.complete.inner_search import Grown, grow
 from lirpa_megatron.complete.inner_values import least_attained
 from lirpa_megatron.complete.problem import Claim, Problem, SearchOptions
 from lirpa_megatron.complete.roots import Roots
+from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 _CLOSE = 0.05
 """How close to an attained value a bound has to be, in widths of the attained interval."""
@@ -34,6 +38,8 @@ number type, is to find it again."""
 _EARLY = 16
 """How many times as many domains the first of these layers has as late ones; a fourth for each that
 follows."""
+_SHARE = 32
+"""Rows that are worth another replica's while."""
 
 
 class Refinement:
@@ -45,6 +51,7 @@ class Refinement:
         roots: bounds so far.
         options: steps, and domains in the first round.
         is_over: whether time is, on this rank.
+        replicas: that share the work.
 
     Attributes:
         roots: with the bounds found so far.
@@ -56,9 +63,10 @@ class Refinement:
 
     def __init__(
         self, graph: Any, problem: Problem, roots: Roots, options: SearchOptions,
-        is_over: Callable[[], bool],
+        is_over: Callable[[], bool], replicas: Replicas = ALONE,
     ) -> None:
         self.graph, self.problem, self.options, self._clock = graph, problem, options, is_over
+        self.replicas = replicas
         self.roots = replace(roots, lower=roots.lower.clone(), upper=roots.upper.clone())
         self.claims: dict[tuple[int, int, int], Claim] = {}
         self.domains, self.is_over = 0, False
@@ -102,9 +110,16 @@ class Refinement:
         problem = start.problem(self.problem, rows, aims + _SLACK * widths)
         bounder = Bounder(self.graph, problem, start.below, self.options, self._clock)
         options = replace(self.options, inner_iterations=self._steps)
-        trees, self.is_over = grow(bounder, goals, options, self._most * times)
+        most = self._most * times
+
+        def raised_by(some: list[int]) -> tuple[list[Grown], bool]:
+            trees, over = grow(bounder, some, options, most)
+            return [tree.grown(self.options.keep_tree) for tree in trees], over
+
+        parts = self.replicas.share("bounds of neurons", goals, raised_by, _SHARE)
+        self.is_over = any(over for _, (_, over) in parts)
         raised, left = {}, False
-        for goal, tree in zip(goals, trees, strict=True):
+        for goal, tree in ((g, t) for gs, (ts, _) in parts for g, t in zip(gs, ts, strict=True)):
             self.domains += tree.domains
             left |= tree.can_rise
             if tree.can_rise and tree.point is not None:
@@ -113,7 +128,7 @@ class Refinement:
             if known[goal] < bound:  # not if it is NaN
                 raised[goal] = bound
                 if self.options.keep_tree:
-                    self.claims[keys[goal]] = Claim(*keys[goal], bound, tuple(tree.all_leaves))
+                    self.claims[keys[goal]] = Claim(*keys[goal], bound, tree.leaves)
         start.set(rows, raised)
         return left
 
@@ -124,16 +139,12 @@ class Refinement:
         [G] each."""
         new = [i for i, key in enumerate(keys)
                if key not in self._attained or key in self._points]
-        if new:
-            some = rows.at(torch.tensor(new, device=rows.box.device))
-            low, high = self.problem.low[some.box], self.problem.high[some.box]
-            points = [self._points.pop(keys[i], middle)
-                      for i, middle in zip(new, (low + high) / 2, strict=True)]
-            found = least_attained(
-                self.graph, start.below.plan, some.C, low, high, torch.stack(points), self._clock
-            )
-            for i, value in zip(new, found.tolist(), strict=True):
+        for some, values in self.replicas.share(
+            "values of neurons", new, lambda own: self._attained_by(start, rows, keys, own), _SHARE
+        ):
+            for i, value in zip(some, values, strict=True):
                 self._attained[keys[i]] = min(value, self._attained.get(keys[i], value))
+                self._points.pop(keys[i], None)
         both = [(self._attained[box, number, sign], self._attained[box, number, -sign])
                 for box, number, sign in keys]
         least, other = torch.tensor(both, dtype=torch.float64).view(-1, 2).t()
@@ -141,3 +152,16 @@ class Refinement:
         widths = widths.nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-6)
         aims = (least - _CLOSE * widths).clamp(max=0)
         return torch.where(aims.isfinite(), aims, 0.0), widths
+
+    def _attained_by(
+        self, start: InnerStart, rows: Rows, keys: list[tuple[int, int, int]], own: list[int]
+    ) -> list[float]:
+        """Small values of some rows."""
+        some = rows.at(torch.tensor(own, device=rows.box.device))
+        low, high = self.problem.low[some.box], self.problem.high[some.box]
+        points = [self._points.get(keys[i], middle)
+                  for i, middle in zip(own, (low + high) / 2, strict=True)]
+        found = least_attained(
+            self.graph, start.below.plan, some.C, low, high, torch.stack(points), self._clock
+        )
+        return found.tolist()

@@ -7,7 +7,7 @@ the lower bound becomes 0 or more), as alpha-beta-CROWN does by default.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.crown.placement import PassPlan
 from lirpa_megatron.crown.relu_sparsity import live_columns
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Roots:
 
 
 def bound_roots(
-    graph: Any, problem: Problem, is_over: Callable[[], bool] = lambda: False
+    graph: Any, problem: Problem, is_over: Callable[[], bool] = lambda: False,
+    replicas: Replicas = ALONE,
 ) -> Roots:
     """Bounds the boxes with a BoundedModule, by alpha-CROWN.
 
@@ -92,6 +94,7 @@ def bound_roots(
         graph: the BoundedModule, whose graph must be linear but for ReLUs.
         problem: boxes and goals.
         is_over: whether time is, on this rank; what has been found by then is used.
+        replicas: of which one does it for all.
 
     Raises:
         UserError: the graph cannot be split, by name.
@@ -99,19 +102,41 @@ def bound_roots(
     final = graph[graph.final_name]
     check_graph(graph, final)
     C, rows = _rows_of_boxes(problem)
-    box = auto_lirpa.PerturbationLpNorm(
-        norm=float("inf"), x_L=problem.low, x_U=problem.high
-    )
+    box = auto_lirpa.PerturbationLpNorm(norm=float("inf"), x_L=problem.low, x_U=problem.high)
     x = auto_lirpa.BoundedTensor((problem.low + problem.high) / 2, box)
-    with _until(graph, is_over):
-        found, _ = graph.compute_bounds(
-            x=(x,), C=C, method="CROWN-Optimized", bound_upper=False
-        )
-    margins = rows.of(found.detach().double())
+    here = False
+
+    def alpha_crown() -> tuple[torch.Tensor, dict[str, Any]]:
+        nonlocal here
+        here = True
+        with _until(graph, is_over):
+            found, _ = graph.compute_bounds(
+                x=(x,), C=C, method="CROWN-Optimized", bound_upper=False
+            )
+        return found.detach().double(), _of_inner_nodes(_plan(graph, final))
+
+    found, inner = replicas.first("bounds of boxes", alpha_crown)
+    if not here:  # the graph has to know which inputs are perturbed
+        graph.compute_bounds(x=(x,), C=C, method="IBP", bound_upper=False)
+    return _numbered(graph, _plan(graph, final), rows.of(found) - problem.thresholds, inner)
+
+
+def _plan(graph: Any, final: auto_lirpa.Bound) -> PassPlan:
     plan = graph.schedule.plan(final, spec_sharded=False)
     if len(plan.leaves) != 1:
         raise UserError("branch and bound needs a network in which outputs depend on one input")
-    return _numbered(graph, plan, margins - problem.thresholds)
+    return plan
+
+
+def _of_inner_nodes(plan: PassPlan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Bounds of each ReLU's input, this rank's, [K, *node shape], by the ReLU's name."""
+    inner = {}
+    for node in plan.order:
+        if type(node) is auto_lirpa.BoundRelu:
+            x = node.inputs[0]
+            inner[node.name] = (x.lower.detach().nan_to_num(nan=-torch.inf),
+                                x.upper.detach().nan_to_num(nan=torch.inf))
+    return inner
 
 
 @contextlib.contextmanager
@@ -179,7 +204,10 @@ class _Rows:
         return found[self.boxes[:, None], self.columns]
 
 
-def _numbered(graph: Any, plan: PassPlan, margins: torch.Tensor) -> Roots:
+def _numbered(
+    graph: Any, plan: PassPlan, margins: torch.Tensor,
+    inner: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> Roots:
     """Collects the ReLUs' bounds; inactive columns are left out as in every pass."""
     tp, between = graph.context.collectives, graph.intermediate.relus
     linear_of = {relu.name: linear for linear, relu in between.items()}
@@ -188,10 +216,8 @@ def _numbered(graph: Any, plan: PassPlan, margins: torch.Tensor) -> Roots:
     for node in plan.order:
         if type(node) is not auto_lirpa.BoundRelu:
             continue
-        x = node.inputs[0]
-        sharded = graph.sharded[x.name]
-        lower, upper = (b.detach().nan_to_num(nan=e) for b, e in
-                        ((x.lower, -torch.inf), (x.upper, torch.inf)))
+        sharded = graph.sharded[node.inputs[0].name]
+        lower, upper = inner[node.name]
         shape = list(lower.shape[1:])
         whole = [*shape[:-1], shape[-1] * tp.size] if sharded else shape
         number = torch.arange(total, total + _count(whole), device=lower.device).view(whole)

@@ -5,8 +5,17 @@ of them is the better one shows on the way, so that they take turns: after each 
 the goals are searched, for as long as that round has taken at most and only while the bound rises.
 Then inner bounds are raised further, until they cannot be, and what is left is searched again.
 
-Every rank processes the same domains in the same order: bounds and the clock are rank 0's, and
-neurons to split are chosen from the scores of all ranks (`agreement`).
+Every rank of a replica processes the same domains in the same order: bounds and the clock are rank
+0's, and neurons to split are chosen from the scores of all ranks (`agreement`).
+
+Replicas (`parallel.replicas`) all have the same queue. The worst domains are dealt to them, batch
+by batch; each bounds its own, and tells the others what became of them (`exploring.Explored`:
+splits, bounds, alpha and beta of those that stay open). So the search ends for all at once: when
+the queue is empty, when one of them has a counterexample, or when the clock of one says so. A
+replica that is killed takes nothing along but a batch, whose domains are dealt again. A batch of a
+search by several replicas is as large as all of theirs: where one process has taken the worst
+domains, bounded them, and looked at the queue again, they take more at once. The number of domains
+may differ, verdicts do not, unless time or the limit on domains is over.
 """
 
 from __future__ import annotations
@@ -16,18 +25,16 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import torch
-
 from lirpa_megatron.compat.full_precision import full_precision
-from lirpa_megatron.complete.bounding import Bounded, Bounder
+from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
+from lirpa_megatron.complete.exploring import Confirm, Explored, Explorer
 from lirpa_megatron.complete.problem import Domain, Leaf, Problem, Searched, SearchOptions
 from lirpa_megatron.complete.refinement import Refinement
 from lirpa_megatron.complete.roots import Roots, bound_roots
-from lirpa_megatron.complete.steps import halves, splittable, still_open
+from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 _FEW = 500
 """Domains that every search may have, and after which splits have to have gained something."""
@@ -36,18 +43,18 @@ _RISE, _PROVED = 0.3, 0.1
 _CHEAPER = 4
 """How many domains of inner neurons' bounds one of a goal is worth, at least."""
 
-Confirm = Callable[[int, torch.Tensor], torch.Tensor | None]
-"""Called on every rank with a goal and points [P, inputs] of its box where it may fail, the most
-promising first; returns one at which it does, or None."""
+_SHARE, _GOALS = 32, 32
+"""Domains and goals that are worth another replica's while: fewer take as long as a few do."""
+
 Progress = Callable[[float, int, int, float], None]
 """Called now and then with the bound, open domains, bounded domains and seconds."""
 
 
 def search(
     graph: Any, problem: Problem, options: SearchOptions, confirm: Confirm,
-    progress: Progress | None = None, roots: Roots | None = None,
+    progress: Progress | None = None, roots: Roots | None = None, replicas: Replicas = ALONE,
 ) -> Searched:
-    """Branch and bound; every rank of the graph's group calls it alike.
+    """Branch and bound; every rank of the graph's group, in all replicas, calls it alike.
 
     Args:
         graph: a BoundedModule.
@@ -56,11 +63,12 @@ def search(
         confirm: decides whether a point is a counterexample.
         progress: told of what goes on.
         roots: the boxes' bounds, if they are known.
+        replicas: that share the work, inside `Replicas.guard`.
 
     Raises:
         UserError: the graph is not one of linear operators and ReLUs.
     """
-    return _Run(graph, problem, options, confirm, progress).run(roots)
+    return _Run(graph, problem, options, confirm, progress, replicas).run(roots)
 
 
 class _Run:
@@ -68,10 +76,10 @@ class _Run:
 
     def __init__(
         self, graph: Any, problem: Problem, options: SearchOptions, confirm: Confirm,
-        progress: Progress | None,
+        progress: Progress | None, replicas: Replicas,
     ) -> None:
         self.graph, self.problem, self.options = graph, problem, options
-        self.confirm, self.progress = confirm, progress
+        self.confirm, self.progress, self.replicas = confirm, progress, replicas
         self.begin = time.monotonic()
         self.margins = [-math.inf] * len(problem)
         self.left = list(range(len(problem)))
@@ -84,11 +92,13 @@ class _Run:
 
     def run(self, roots: Roots | None) -> Searched:
         if roots is None:
-            roots = bound_roots(self.graph, self.problem, self.is_over)
+            roots = bound_roots(self.graph, self.problem, self.is_over, self.replicas)
         known = roots.margins.amax(1).tolist()
         self.margins = [margin if margin < math.inf else -math.inf for margin in known]
         with passes(self.graph, roots.active_columns), full_precision(self.graph.device):
-            inner = Refinement(self.graph, self.problem, roots, self.options, self.is_over)
+            inner = Refinement(
+                self.graph, self.problem, roots, self.options, self.is_over, self.replicas
+            )
             while True:
                 if not inner.is_done:
                     inner.round(self._shown)
@@ -105,7 +115,8 @@ class _Run:
             most = min(most, self.options.most_domains - self.bounded)
         bounder = Bounder(self.graph, self.problem, inner.roots, self.options, self.is_over)
         return _Search(
-            bounder, self.options, self.confirm, self.left, most, inner.is_done, self._shown
+            Explorer(bounder, self.options, self.confirm), self.left, most, inner.is_done,
+            self._shown, self.replicas,
         )
 
     def _is_last(self, inner: Refinement) -> bool:
@@ -149,20 +160,19 @@ class _Search:
     """One search with some bounds of inner neurons.
 
     Args:
-        bounder: that has them.
-        options: steps.
-        confirm: as for `search`.
+        explorer: that has them.
         goals: of the problem.
         most: domains.
         is_last: whether it goes on however little splits gain.
         progress: told of the bound, open domains and bounded domains.
+        replicas: that share the work.
     """
 
     def __init__(
-        self, bounder: Bounder, options: SearchOptions, confirm: Confirm, goals: Sequence[int],
-        most: float, is_last: bool, progress: Callable[[float, int, int], None],
+        self, explorer: Explorer, goals: Sequence[int], most: float, is_last: bool,
+        progress: Callable[[float, int, int], None], replicas: Replicas,
     ) -> None:
-        self.bounder, self.options, self.confirm = bounder, options, confirm
+        self.explorer, self.options, self.replicas = explorer, explorer.options, replicas
         self.goals, self.most, self.is_last, self.progress = goals, most, is_last, progress
         self.heap: list[tuple[float, int, Domain]] = []
         self.count = itertools.count()
@@ -172,7 +182,7 @@ class _Search:
         self.proved_bounds = dict.fromkeys(goals, math.inf)
         self.stuck: list[Domain] = []
         self.leaves: list[Leaf] = []
-        self.refuted: tuple[int, torch.Tensor] | None = None
+        self.refuted: tuple[int, Any] | None = None
 
     # ------------------------------------------------------------------ the loop
 
@@ -183,9 +193,11 @@ class _Search:
         while self.heap and not over and self.refuted is None:
             if self.bounded >= self.most or self._is_slow():
                 return "limit"
-            taken = [heapq.heappop(self.heap)[2]
-                     for _ in range(min(self.options.batch, len(self.heap)))]
-            over = self._step(taken)
+            count = self.options.batch * len(self.replicas.members)
+            taken = [heapq.heappop(self.heap)[2] for _ in range(min(count, len(self.heap)))]
+            over = self._note(self.replicas.share(
+                "bounds of domains", taken, self.explorer.halves, _SHARE
+            ))
             self.progress(self._bound(), self.open(), self.bounded)
         if self.refuted is not None:
             return "refuted"
@@ -204,101 +216,41 @@ class _Search:
         return share < _PROVED and self._bound() < (1 - _RISE) * self.first
 
     def _begin(self) -> bool:
-        """The goals' boxes; those that alpha-CROWN proved have no more to be done."""
-        margins = self.bounder.roots.margins.amax(1).tolist()
-        left = []
-        for goal in self.goals:
-            if 0 < margins[goal] < math.inf:
-                empty = self.bounder.units[:0]
-                self._close(Domain(goal, (), margins[goal], empty, empty, ()), margins[goal])
-            else:
-                left.append(goal)
-        if not left:
-            return False
-        found = self.bounder.ascend(self.bounder.whole(left), 0)
-        self.bounder.measure(found.seen, found.batch.goal)
-        domains = [Domain(g, (), margins[g], None, None, ()) for g in left]
-        found = self.bounder.ascend(self.bounder.whole(left), self.options.first_iterations)
-        self.first = float(found.margins.min())
-        return self._sort_out(domains, found)
+        """The goals' boxes; those that alpha-CROWN proved have no more to be done. Returns whether
+        time is over."""
+        bounder = self.explorer.bounder
+        margins = bounder.roots.margins.amax(1).tolist()
+        known = [goal for goal in self.goals if 0 < margins[goal] < math.inf]
+        left = [goal for goal in self.goals if goal not in known]
+        for goal in known:
+            self._close(Leaf(goal, (), margins[goal]))
+        parts = self.replicas.share("bounds of boxes", left, self.explorer.whole, _GOALS)
+        over = self._note(parts)
+        for goals, explored in parts:
+            bounder.units[goals] = explored.units
+        if left:
+            self.first = self._bound()
+        return over
 
-    def _step(self, parents: list[Domain]) -> bool:
-        """Splits domains; returns whether time is over, and then they are left as they were."""
-        found = halves(self.bounder, parents, self.options.iterations)
-        if found is None:
-            for domain in parents:
-                self._push(domain)
-            return True
-        return self._sort_out(*found)
-
-    def _sort_out(self, domains: list[Domain], found: Bounded) -> bool:
-        """Proved domains are closed, others go on; returns whether time is over."""
-        self.bounded += len(domains)
-        rest = self._after(domains, found)
-        if not rest:
-            return found.is_over
-        split, last = splittable(self.bounder, rest, found, self.options.tried)
-        for domain in split:
-            self._push(domain)
-        self._try_points(found)
-        if self.refuted is None and last:
-            return self._finish(last)
-        return found.is_over
-
-    def _finish(self, domains: list[Domain]) -> bool:
-        """Domains in which the network is linear: nothing is left but the multipliers."""
-        for first in range(0, len(domains), self.options.batch):
-            some = domains[first : first + self.options.batch]
-            steps = self.options.last_iterations
-            for solve in (partial(self.bounder.ascend, iterations=steps), self.bounder.solve):
-                found = solve(self.bounder.batch(some))
-                some = self._after(some, found)
-                if some:
-                    self._try_points(found)
-                if found.is_over or self.refuted is not None or not some:
-                    break
-            self.stuck += some
-            if found.is_over or self.refuted is not None:
-                self.stuck += domains[first + self.options.batch :]
-                return found.is_over
-        return False
-
-    def _after(self, domains: list[Domain], found: Bounded) -> list[Domain]:
-        """Closes what was proved; returns the others, as they are now."""
-        margins = found.margins.tolist()
-        for i in found.proved.nonzero().flatten().tolist():
-            self._close(domains[i], margins[i])
-        return still_open(domains, found)
-
-    def _try_points(self, found: Bounded) -> None:
-        """Where the bounds are attained, the goals may fail; the worst is tried first, others while
-        there is time."""
-        if self.refuted is not None:
-            return
-        goals = found.batch.goal.tolist()
-        worst = sorted(range(len(goals)), key=lambda i: found.margins[found.open[i]].item())
-        for k, goal in enumerate(dict.fromkeys(goals[i] for i in worst)):
-            if k and self.bounder.time_is_over():
-                return
-            index = [i for i in worst if goals[i] == goal]
-            points = found.minimiser[index]
-            if found.point is not None:  # by turns
-                points = torch.stack([points, found.point[index]], 1).flatten(0, 1)
-            point = self.confirm(goal, points)
-            if point is not None:
-                self.refuted = goal, point
-                return
+    def _note(self, parts: Sequence[tuple[Sequence[Any], Explored]]) -> bool:
+        """What replicas have found out; returns whether time is over, by the clock of one."""
+        for _, explored in parts:
+            self.bounded += explored.bounded
+            for leaf in explored.closed:
+                self._close(leaf)
+            for domain in explored.open:
+                heapq.heappush(self.heap, (domain.margin, next(self.count), domain))
+            self.stuck += explored.stuck
+            self.refuted = self.refuted or explored.refuted
+        return any(explored.is_over for _, explored in parts)
 
     # ------------------------------------------------------------------- results
 
-    def _push(self, domain: Domain) -> None:
-        heapq.heappush(self.heap, (domain.margin, next(self.count), domain))
-
-    def _close(self, domain: Domain, margin: float) -> None:
+    def _close(self, leaf: Leaf) -> None:
         self.closed += 1
-        self.proved_bounds[domain.goal] = min(self.proved_bounds[domain.goal], margin)
+        self.proved_bounds[leaf.goal] = min(self.proved_bounds[leaf.goal], leaf.margin)
         if self.options.keep_tree:
-            self.leaves.append(Leaf(domain.goal, domain.splits, margin))
+            self.leaves.append(leaf)
 
     def _bound(self) -> float:
         worst = self.heap[0][0] if self.heap else math.inf

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -72,3 +73,28 @@ def splittable(
         domain.candidates = tuple(numbers)
     return ([d for d in domains if d.candidates[0] >= 0],
             [d for d in domains if d.candidates[0] < 0])
+
+
+def finish(
+    bounder: Bounder, domains: Sequence[Domain], iterations: int,
+    note: Callable[[Sequence[Domain], Bounded], bool],
+) -> Sequence[Domain]:
+    """Domains in which the node is linear in the input: nothing is left but multipliers, which are
+    optimized, and then solved for.
+
+    Args:
+        bounder: bounds them.
+        domains: without an unstable neuron.
+        iterations: steps, before they are solved as linear programs.
+        note: told of the domains and what bounds say of them; returns whether to go on.
+
+    Returns:
+        Those that were not proved, as they are now.
+    """
+    for solve in (partial(bounder.ascend, iterations=iterations), bounder.solve):
+        found = solve(bounder.batch(domains))
+        goes_on = note(domains, found)
+        domains = still_open(domains, found)
+        if not (domains and goes_on):
+            break
+    return domains

@@ -1,4 +1,5 @@
-"""The ranks that hold one model together: tensor-parallel ones, of all pipeline stages."""
+"""The ranks that hold one model together: tensor-parallel ones, of all pipeline stages; and its
+replicas."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from megatron.core import parallel_state
 from lirpa_megatron.parallel import pipeline as pipelines
 from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.parallel.pipeline import Pipeline
+from lirpa_megatron.parallel.replicas import ALONE as ALONE_REPLICA
+from lirpa_megatron.parallel.replicas import Replicas
 from lirpa_megatron.parallel.stage_forward import from_first_stage
 
 
@@ -23,10 +26,12 @@ class ModelRanks:
     Attributes:
         group: the tensor-parallel group; None: one rank.
         pipeline: of this rank; None: one stage.
+        replicas: of the model.
     """
 
     group: dist.ProcessGroup | None = None
     pipeline: Pipeline | None = None
+    replicas: Replicas = ALONE_REPLICA
 
     @classmethod
     def of_megatron(cls) -> ModelRanks:
@@ -34,7 +39,7 @@ class ModelRanks:
         pipeline = None
         if runtime.pp_size() > 1:
             pipeline = Pipeline.of(parallel_state.get_pipeline_model_parallel_group())
-        return cls(runtime.tp_group(), pipeline)
+        return cls(runtime.tp_group(), pipeline, Replicas.of_megatron())
 
     @property
     def size(self) -> int:
@@ -45,6 +50,14 @@ class ModelRanks:
     def stages(self) -> int:
         """Pipeline stages."""
         return 1 if self.pipeline is None else self.pipeline.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of the first replica that is left: it writes results."""
+        is_first = self.group is None or self.group.rank() == 0
+        return is_first and (self.pipeline is None or self.pipeline.is_first) and (
+            self.replicas.is_first
+        )
 
     def guard(self, what: str) -> contextlib.AbstractContextManager[None]:
         """`parallel.pipeline.guard` over these ranks."""

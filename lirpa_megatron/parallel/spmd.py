@@ -33,7 +33,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lirpa_megatron.errors import RemoteRankError, SPMDError, StageError, UserError
+from lirpa_megatron.errors import (
+    RemoteRankError,
+    ReplicaError,
+    SPMDError,
+    StageError,
+    UserError,
+)
 from lirpa_megatron.parallel import local_links
 from lirpa_megatron.parallel.checksums import check_same, checksums
 
@@ -277,7 +283,7 @@ def guard(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
     try:
         yield
         control.handshake(f"the end of {what}")
-    except StageError as error:
+    except (ReplicaError, StageError) as error:
         control.report_failure(str(error))
         raise
     except SPMDError:

@@ -151,7 +151,7 @@ def decide(
     loaded: Loaded, bounded: BoundedModule, prop: Property, targets: Sequence[Target],
     options: SearchOptions, ranks: ModelRanks, progress: Progress | None = None,
 ) -> Decided:
-    """Branch and bound on the open disjuncts of some regions; the same on every rank.
+    """Branch and bound on the open disjuncts of some regions; the same on every rank and replica.
 
     Args:
         loaded: the network.
@@ -159,7 +159,7 @@ def decide(
         prop: the property.
         targets: regions and their open disjuncts, which all have rows.
         options: of the search.
-        ranks: that hold the network.
+        ranks: that hold the network, and its replicas, which share the work.
         progress: told of what goes on.
     """
     goals = goals_of(loaded, bounded, prop, targets)
@@ -168,11 +168,13 @@ def decide(
     def shown(bound: float, left: int, domains: int, seconds: float) -> None:
         progress(f"bound {bound:.4g}, {left} domains left of {domains}, {seconds:.0f} s")
 
-    found = search(bounded, goals.problem, options, hunt.confirm, progress and shown)
+    found = search(
+        bounded, goals.problem, options, hunt.confirm, progress and shown, replicas=ranks.replicas
+    )
     decided = Decided(
         {"proved": "unsat", "refuted": "sat"}.get(found.status, found.status),
         domains=found.domains, open=found.open, bound=found.bound, note=found.why,
-        counterexample=hunt.found,
+        counterexample=found.point,
         leaves=[(*goals.of[leaf.goal], leaf) for leaf in found.leaves],
         claims=found.claims, inner_domains=found.inner_domains,
     )
@@ -199,14 +201,13 @@ class _Hunt:
     ) -> None:
         self.loaded, self.prop, self.ranks = loaded, prop, ranks
         self.targets, self.goals = targets, goals
-        self.found: Counterexample | None = None
         self.near: str | None = None
         self._boxes = [inward_box(r, loaded.like.dtype, loaded.like.device) for r, _ in targets]
         self._walks = Walks(loaded.forward, loaded.bounded.context.collectives)
         self._random = torch.Generator().manual_seed(0)
 
-    def confirm(self, goal: int, points: torch.Tensor) -> torch.Tensor | None:
-        """As `search.Confirm`; the counterexample is kept."""
+    def confirm(self, goal: int, points: torch.Tensor) -> Counterexample | None:
+        """As `exploring.Confirm`."""
         k, disjunct = self.goals.of[goal]
         low, high = self._boxes[k]
         rows = [self.prop.rows[i] for i in self.targets[k][0].disjuncts[disjunct]]
@@ -224,8 +225,7 @@ class _Hunt:
                 self.loaded, self.prop, self.targets[k][0], [disjunct], point, self.ranks
             )
             if holds:
-                self.found = example
-                return point
+                return example
             self.near = "a point violates the property by no more than rounding"
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,24 +82,56 @@ def verify_instance(
     progress: complete.Progress | None = None,
 ) -> Outcome:
     """Decides a property as far as bounds and attack can, and with `options.complete` branch and
-    bound after them; the same outcome on every rank.
+    bound after them; the same outcome on every rank. Of several replicas one does what comes before
+    branch and bound, which all share.
 
     Args:
         loaded: the network.
         prop: the property; its sizes are the network's.
         options: method and effort.
         deadline: looked at between stages; a stage that has begun is finished.
-        ranks: that hold the network.
+        ranks: that hold the network, and its replicas.
         progress: told of what branch and bound does.
     """
     if prop.vacuous is not None:
         return Outcome("unsat", reported_bounds(prop, []), note=prop.vacuous)
+    found = ranks.replicas.first(
+        "bounds and attack", lambda: _begin(loaded, prop, options, deadline, ranks)
+    )
+    if found.ended or not options.complete:
+        return found.outcome
+    still_open = [(prop.regions[place], disjuncts) for place, disjuncts in found.left]
+    outcome = _complete(
+        loaded, prop, still_open, [place for place, _ in found.left], found.bounds, options,
+        deadline, ranks, found.outcome.note, progress,
+    )
+    cut = found.outcome
+    return replace(outcome, proved_share=cut.proved_share, pieces=cut.pieces)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What bounds and the attack have found out."""
+
+    outcome: Outcome
+    # whether nothing is left to be decided, or no time
+    ended: bool = True
+    # of each region: row -> bound
+    bounds: list[dict[int, float]] = field(default_factory=list)
+    # positions of regions, and their disjuncts that are open
+    left: list[tuple[int, Sequence[int]]] = field(default_factory=list)
+
+
+def _begin(
+    loaded: Loaded, prop: Property, options: VerifyOptions, deadline: Deadline, ranks: ModelRanks
+) -> _Begun:
+    """Bounds, an attack on what they leave open, and bounds of pieces if they are asked for."""
     bounds: list[dict[int, float]] = []
     still_open: list[Target] = []
     places: list[int] = []
     for bounded, regions in _batches(loaded, prop):
         if deadline.is_over():
-            return Outcome("timeout", reported_bounds(prop, bounds))
+            return _Begun(Outcome("timeout", reported_bounds(prop, bounds)))
         for region, found in zip(
             regions, _bound_rows(loaded, bounded, prop, regions, options, ranks), strict=True
         ):
@@ -111,15 +143,15 @@ def verify_instance(
     reported = reported_bounds(prop, bounds)
     if not still_open:
         whole = {"proved_share": 1.0, "pieces": len(bounds)} if options.splits else {}
-        return Outcome("unsat", reported, **whole)
+        return _Begun(Outcome("unsat", reported, **whole))
     near = None
     each = max(1, _MOST_WALKS // options.attack_restarts)
     for begin in range(0, len(still_open) if options.attack_steps else 0, each):
         if deadline.is_over():
-            return Outcome("timeout", reported, note=near)
+            return _Begun(Outcome("timeout", reported, note=near))
         holds, found = _attack(loaded, prop, still_open[begin : begin + each], options, ranks)
         if holds:
-            return Outcome("sat", reported, found)
+            return _Begun(Outcome("sat", reported, found))
         near = near or _near_miss(found)
     pieces: dict[str, Any] = {}
     if options.splits:
@@ -128,19 +160,15 @@ def verify_instance(
         pieces = {"proved_share": (closed + sum(cut.shares)) / len(bounds),
                   "pieces": cut.count + closed}
         reported = reported_bounds(prop, bounds)
-        left = [k for k, share in enumerate(cut.shares) if share < 1]
-        still_open, places = ([every[k] for k in left] for every in (still_open, places))
+        parts = [k for k, share in enumerate(cut.shares) if share < 1]
+        still_open, places = ([every[k] for k in parts] for every in (still_open, places))
         if cut.counterexample is not None:
-            return Outcome("sat", reported, cut.counterexample, **pieces)
-        if cut.is_over or not left:
+            return _Begun(Outcome("sat", reported, cut.counterexample, **pieces))
+        if cut.is_over or not parts:
             ended = ("timeout", near) if cut.is_over else ("unsat", None)
-            return Outcome(ended[0], reported, note=ended[1], **pieces)
-    if options.complete:
-        found = _complete(
-            loaded, prop, still_open, places, bounds, options, deadline, ranks, near, progress
-        )
-        return replace(found, **pieces)
-    return Outcome("unknown", reported, note=near, **pieces)
+            return _Begun(Outcome(ended[0], reported, note=ended[1], **pieces))
+    left = [(place, disjuncts) for place, (_, disjuncts) in zip(places, still_open, strict=True)]
+    return _Begun(Outcome("unknown", reported, note=near, **pieces), False, bounds, left)
 
 
 def _by_splits(
@@ -173,7 +201,7 @@ def _complete(
     """Branch and bound on open targets; `places` are those of their regions in `bounds`."""
     total = complete.Decided("unsat", note=near)
     for bounded, positions in complete.one_module(loaded, prop, targets, most_boxes(loaded)):
-        if deadline.is_over():
+        if ranks.replicas.first("the deadline", deadline.is_over):
             total.result = "timeout"
             break
         some = [targets[i] for i in positions]

@@ -115,16 +115,18 @@ class Runner:
 
         Args:
             instances: what to verify, the same on every rank.
-            write: called on every rank with each result as it is there.
+            write: called on every rank with each result as it is there; all replicas work on the
+                same instance, and have the same results.
         """
         results = []
         for instance in instances:
             begin = time.monotonic()
             error = None
             try:
-                if instance.error is not None:
-                    raise UserError(instance.error)
-                outcome = self._verify(instance)
+                with self.ranks.replicas.guard(f"instance {instance.network} {instance.property}"):
+                    if instance.error is not None:
+                        raise UserError(instance.error)
+                    outcome = self._verify(instance)
             except Exception as exception:  # recorded; a run of days must not end for one instance
                 kind = "" if isinstance(exception, UserError) else f"{type(exception).__name__}: "
                 error = f"{kind}{exception}".replace("\n", " ")
@@ -186,7 +188,7 @@ class Runner:
             )
             if self.options.record is not None and outcome.result == "unsat":
                 record = record_of(loaded, prop, instance, outcome)
-                if runtime.is_rank0():
+                if self.ranks.is_first:
                     write_record(self.options.record, record)
         return outcome
 
