@@ -14,8 +14,9 @@ Every mode runs in processes of its own, one thread each. Memory is the most tha
 allocated, above what it is after the bounds of a tiny model of the same stages (see `memory`), in a
 call of its own; processor time the least of the calls after it. 'idle' is the share of the time in
 which a rank waits for messages in a replay of the recorded ones, as if each rank had a core of its
-own (`pipeline_timeline`); 'waits' is what the clock says. Bytes: 'rows' and 'answers' as sent, and
-whether they are what the docstring of `crown.stage_below` says.
+own (`pipeline_timeline`); 'of 2' the same where two pipelines, each at a sentence of its own, share
+the cores (eight sentences in all); 'waits' is what the clock says. Bytes: 'rows' and 'answers' as
+sent, and whether they are what the docstring of `crown.stage_below` says.
 """
 
 from __future__ import annotations
@@ -194,8 +195,9 @@ def _one_mode(task: dict) -> dict:
     column = [None] * len(task["split"])
     dist.all_gather_object(column, (result.pop("events"), result["thread"]),
                            group=parallel_state.get_pipeline_model_parallel_group())
-    shares = idle_shares([{"events": events, "seconds": t} for events, t in column])
-    result["idle"] = shares[result["stage"]]
+    recorded = [{"events": events, "seconds": t} for events, t in column]
+    result["idle"] = idle_shares(recorded)[result["stage"]]
+    result["idle of 2"] = idle_shares(recorded, 2, 4)[result["stage"]]
     runtime.shutdown()
     return result
 
@@ -235,13 +237,14 @@ def _rows(name: str, split: list[int], ranks: list[dict], base: list[dict]) -> l
             f"| {x['mib'] / max(b['mib'] for b in base):.2f} | {x['weights']:.2f} "
             f"| {x['processor']:.2f} "
             f"| {x['processor'] / max(b['processor'] for b in base):.2f} "
-            f"| {x['idle']:.2f} | {x['waits']:.2f} | {kb[0]:.2f} | {kb[1]:.2f} |"
+            f"| {x['idle']:.2f} | {x['idle of 2']:.2f} | {x['waits']:.2f} "
+            f"| {kb[0]:.2f} | {kb[1]:.2f} |"
         )
     return found
 
 
-HEAD = ("mode", "stage.rank", "layers", "MiB", "/pp1", "weights", "CPU s", "/pp1", "idle", "waits",
-        "MB of rows", "MB of answers")
+HEAD = ("mode", "stage.rank", "layers", "MiB", "/pp1", "weights", "CPU s", "/pp1", "idle", "of 2",
+        "waits", "MB of rows", "MB of answers")
 
 
 def main() -> None:

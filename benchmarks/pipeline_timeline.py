@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 
 UP, DOWN = 1, -1
@@ -96,7 +96,7 @@ class Timeline:
             self.expected["answer"] += size * n * batch * (coordinates + 2)
 
 
-def idle_shares(stages: list[dict]) -> list[float]:
+def idle_shares(stages: list[dict], at_once: int = 1, calls: int = 1) -> list[float]:
     """Shares of the time that stages would wait, each with a processor of its own.
 
     The recorded messages are replayed: between two of them a rank takes the processor time that it
@@ -105,28 +105,44 @@ def idle_shares(stages: list[dict]) -> list[float]:
 
     Args:
         stages: of each rank of one pipeline, its `events`, and `seconds` of its processor in all.
+        at_once: pipelines whose ranks of one stage share its processor.
+        calls: that each of them makes, one after the other, like the one recorded.
     """
-    clock, done, sent = [0.0] * len(stages), [0] * len(stages), {}
-    last = [0.0] * len(stages)
-    moved = True
-    while moved:
-        moved = False
-        for s, stage in enumerate(stages):
-            while done[s] < len(stage["events"]):
-                kind, way, before, after = stage["events"][done[s]]
-                arrived = sent.setdefault((s + way, s), deque())
-                if kind == "receive" and not arrived:
-                    break
-                clock[s] += before - last[s]
-                if kind == "receive":
-                    clock[s] = max(clock[s], arrived.popleft())
-                clock[s] += after - before
-                last[s] = after
-                if kind == "send":
-                    sent.setdefault((s, s + way), deque()).append(clock[s])
-                done[s] += 1
-                moved = True
-    assert all(d == len(stage["events"]) for d, stage in zip(done, stages, strict=True))
-    clock = [c + stage["seconds"] - at
-             for c, stage, at in zip(clock, stages, last, strict=True)]
-    return [1 - stage["seconds"] / max(clock) for stage in stages]
+    work = [_segments(stage) * calls for stage in stages]
+    free, at = [0.0] * len(stages), {}
+    sent: dict[tuple[int, int, int], deque] = defaultdict(deque)
+    for pipeline in range(at_once):
+        for s in range(len(stages)):
+            at[s, pipeline] = 0, 0.0
+    while at:
+        possible = []
+        for (s, pipeline), (i, ready) in at.items():
+            kind, way, _ = work[s][i]
+            arrived = sent[s + way, s, pipeline]
+            if kind == "receive":
+                if not arrived:
+                    continue
+                ready = max(ready, arrived[0])
+            possible.append((max(ready, free[s]), i, pipeline, s))
+        start, i, pipeline, s = min(possible)
+        kind, way, seconds = work[s][i]
+        if kind == "receive":
+            sent[s + way, s, pipeline].popleft()
+        free[s] = end = start + seconds
+        at[s, pipeline] = i + 1, end
+        if i + 1 == len(work[s]):
+            del at[s, pipeline]
+        elif work[s][i + 1][0] == "send":
+            sent[s, s + work[s][i + 1][1], pipeline].append(end)
+    busy = [at_once * calls * stage["seconds"] for stage in stages]
+    return [1 - seconds / max(free) for seconds in busy]
+
+
+def _segments(stage: dict) -> list[tuple[str, int, float]]:
+    """(message, its way, seconds of the processor from it to the next one)."""
+    found, last, message = [], 0.0, ("begin", 0)
+    for kind, way, before, after in stage["events"]:
+        now = after if kind == "send" else before  # a message is under way when `send` returns
+        found.append((*message, now - last))
+        message, last = (kind, way), now
+    return [*found, (*message, stage["seconds"] - last)]

@@ -100,8 +100,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
             if stages is not None:
                 check_place(model, pipeline)
                 stages.check_alike(
-                    {"bound_opts": text_of(host_opts), "options": repr(own), **config_of(model)},
-                    own.rounding == "outward",
+                    {"bound_opts": text_of(host_opts), "options": repr(own), **config_of(model)}
                 )
                 global_input = stages.example(global_input)
             object.__setattr__(self, "own_options", own)
@@ -258,7 +257,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
             if self.stages is not None:
                 if C is not None:
                     values["the specification C"] = str(tuple(C.shape[:2]))
-                x = self.stages.begin(x, values, kwargs)
+                x = self.stages.begin(x, values)
             if self.live is not None and self.live.due:
                 self.live.unchanged()
             final = self._final(kwargs)

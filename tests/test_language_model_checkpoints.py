@@ -232,12 +232,18 @@ def test_inspect_describes_without_reading_weights(tmp_path, capfd):
                  "one input of 4 tokens", "16 rows at once", "Counted from the sizes",
                  "TP=8 is not possible: num_attention_heads 4 is not divisible"):
         assert part in text, part
-    rows = [line.split()[0] for line in text.splitlines() if "KiB" in line]
-    assert rows == ["1", "2", "4"]
+    rows = [line.split() for line in text.splitlines() if "KiB" in line]
+    assert [row[0] for row in rows] == ["1", "2", "4", "2"]  # of TP, and of PP
+    assert rows[-1][:4] == ["2", "1", "+", "1"] and rows[-1].count("KiB,") == 3  # for each TP
 
 
 def test_the_estimate_counts_what_a_rank_holds(session):
-    from lirpa_megatron.checkpoint.estimates import estimate, parameter_count, weight_elements
+    from lirpa_megatron.checkpoint.estimates import (
+        estimate,
+        parameter_count,
+        stage_bytes,
+        weight_elements,
+    )
 
     folder, _ = checkpoints.written()
     for name in ("indexed", "bert", "stacked"):
@@ -249,6 +255,8 @@ def test_the_estimate_counts_what_a_rank_holds(session):
     whole, part = (estimate(description, p, LENGTH, torch.float32) for p in (1, 4))
     assert whole.a_bytes / 4 < part.a_bytes < whole.a_bytes  # norms' forms are replicated
     assert part.weight_bytes == four * 4
+    assert stage_bytes(whole, 1, 1, 1) == whole.weight_bytes + whole.a_bytes
+    assert stage_bytes(whole, 0.6, 0.5, 2) < 0.6 * stage_bytes(whole, 1, 1, 1)
     limited = estimate(description, 1, LENGTH, torch.float32, max_spec_rows=1)
     assert limited.a_bytes < whole.a_bytes and limited.operations == whole.operations
 

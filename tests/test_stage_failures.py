@@ -189,14 +189,15 @@ def _refused(what):
 
     torch.set_default_dtype(torch.float64)
     x = stage_models.hidden()[:, 0, :5]
-    options = {"rounding": "outward"} if what == "rounding" else None
-    bounded = BoundedModule(stage_models.mlp((4,)), x, options)
-    kwargs = {"return_A": {"return_A": True, "needed_A_dict": {}}, "rounding": {}}[what]
+    bounded = BoundedModule(stage_models.mlp((4,)), x)
+    given = {"return_A": {"return_A": True, "needed_A_dict": {}},
+             "interm_bounds": {"interm_bounds": {"/1": (x, x)}},
+             "final_node_name": {"final_node_name": bounded.final_name}}
     bounded.compute_bounds((BoundedTensor(x, PerturbationLpNorm(eps=0.1)),), method="CROWN",
-                           **kwargs)
+                           **given[what])
 
 
-@pytest.mark.parametrize("what", ["return_A", "rounding"])
+@pytest.mark.parametrize("what", ["return_A", "interm_bounds", "final_node_name"])
 def test_what_is_not_available_over_stages_is_refused_by_name(what):
     for outcome in _ready(1).outcomes(_refused, what, timeout=SOON):
         assert outcome.error in ("NotImplementedError", "StageError")

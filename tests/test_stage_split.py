@@ -30,15 +30,16 @@ def test_no_other_split_has_a_cheaper_dearest_stage(layers):
 
 
 def test_costs_are_passes_through_layers():
-    # Of passes from the layers 0 ... 5 to the input, a layer's own counted half.
+    # Of passes from the layers 0 ... 5 to the input, a layer's own counted half, the last one's
+    # once more.
     for begin, end in [(0, 6), (0, 2), (2, 5), (5, 6)]:
-        counted = sum(0.5 if i == start else 1 for start in range(6)
+        counted = sum((0.5 if i == start else 1) * (0.5 if start == 5 else 1) for start in range(6)
                       for i in range(begin, end) if i <= start)
         assert stage_cost(begin, end, 6) == counted
 
 
 @pytest.mark.parametrize(("layers", "stages", "split"), [
-    (24, 1, [24]), (24, 2, [7, 17]), (6, 2, [2, 4]), (4, 4, [1, 1, 1, 1]),
+    (24, 1, [24]), (24, 2, [7, 17]), (12, 2, [3, 9]), (6, 2, [2, 4]), (4, 4, [1, 1, 1, 1]),
 ])
 def test_splits_of_some_models(layers, stages, split):
     assert balanced_split(layers, stages) == split

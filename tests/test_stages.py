@@ -67,11 +67,24 @@ def test_bounds_of_stages_are_those_of_the_whole_network(tp, pp, cuts, activatio
 ])
 def test_many_chunks_follow_each_other_down_the_stages(pp, cuts):
     want = _whole_mlp("tanh", ("CROWN",), torch.float64, False, None)
-    options = {"tuning": Tuning(numbers_for_stages=1)}  # of 16 rows, up to 16 chunks
-    for of_rank in pool(pp, 1, pp).run(
-        stage_models.mlp_bounds, cuts, "tanh", ("CROWN",), torch.float64, options
-    ):
+    ranks = pool(pp, 1, pp).run(_in_chunks, cuts)
+    for stage, (of_rank, chunks) in enumerate(ranks):
         assert error(of_rank, want) <= 1e-10
+        assert (chunks > 20) == (stage > 0), chunks
+
+
+def _in_chunks(cuts):
+    """Bounds where passes of 16 rows have up to 16 chunks, and how many this rank sent down."""
+    from megatron.core import parallel_state
+
+    from lirpa_megatron.parallel.pipeline import Pipeline
+
+    traffic = Pipeline.of(parallel_state.get_pipeline_model_parallel_group()).traffic
+    before = traffic.calls["rows"]
+    options = {"tuning": Tuning(numbers_for_stages=1)}
+    with torch.no_grad():  # with gradients passes are not cut
+        bounds = stage_models.mlp_bounds(cuts, "tanh", ("CROWN",), torch.float64, options)
+    return bounds, traffic.calls["rows"] - before
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])

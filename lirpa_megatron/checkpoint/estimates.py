@@ -14,6 +14,8 @@ through l + 1 layers. What is counted:
 - affine forms (`operators.affine.form`): S * h coefficients for each of the
   S * (2 h + qkv + heads S) numbers of a layer that have a form, whole on every rank for the 2 h of
   the norms.
+- over pipeline stages a rank has its stage's weights, the forms of its layers and, as it takes
+  shorter chunks, its part of A; the work is that of the layers (`crown.stage_split`).
 - work: 2 bounds * 2 operations * rows * S * (weights of the layers passed), summed over all passes.
   A TP rank does 1/p. The rest (relaxations, attention) takes about as long as these products in
   `benchmarks/transformers.py`, hence a factor of 2.
@@ -42,7 +44,9 @@ class Estimate:
     """For one tensor-parallel rank."""
 
     weight_bytes: int
+    # A and forms
     a_bytes: int
+    form_bytes: int
     # floating-point operations, with the overhead factor
     operations: int
 
@@ -97,7 +101,21 @@ def estimate(
     return Estimate(
         weight_bytes=weight_elements(d, tensor_parallel) * dtype.itemsize,
         a_bytes=_ALIVE * rows_bytes // tensor_parallel + forms,
+        form_bytes=forms,
         operations=operations // tensor_parallel,
+    )
+
+
+def stage_bytes(e: Estimate, weights: float, layers: float, stages: int) -> float:
+    """Bytes of a rank of a pipeline stage.
+
+    Args:
+        e: of one stage that has all layers.
+        weights, layers: the stage's share of the weights, and of the layers.
+        stages: how many there are.
+    """
+    return (
+        weights * e.weight_bytes + layers * e.form_bytes + (e.a_bytes - e.form_bytes) / stages
     )
 
 

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from lirpa_megatron.checkpoint.description import ModelDescription
-from lirpa_megatron.checkpoint.estimates import estimate, matmul_rate, parameter_count
+from lirpa_megatron.checkpoint.estimates import (
+    Estimate,
+    estimate,
+    matmul_rate,
+    parameter_count,
+    stage_bytes,
+)
 from lirpa_megatron.checkpoint.hugging_face_config import is_hugging_face
 from lirpa_megatron.checkpoint.ignored import ignored_lines
 from lirpa_megatron.checkpoint.language_model import read_model_description
@@ -51,8 +57,13 @@ def inspect(
     if seq_length is None:
         seq_length = min(SEQ_LENGTH, description.max_position_embeddings)
     lines = _facts(_model_facts(checkpoint, description))
-    lines += ["", *_estimates(description, seq_length, max_spec_rows)]
-    lines += _pipelines(description)
+    dtype = torch.float64 if description.stored.dtype == "float64" else torch.float32
+    rate, found = matmul_rate(dtype), {
+        size: estimate(description, size, seq_length, dtype, max_spec_rows)
+        for size in TP_SIZES if not description.misfit(size)
+    }
+    lines += ["", *_estimates(description, found, seq_length, max_spec_rows, dtype, rate)]
+    lines += _pipelines(description, found, rate)
     if verbose:
         lines += ["", *ignored_lines(checkpoint, iteration)]
     return "\n".join(lines)
@@ -119,20 +130,18 @@ def _tasks(d: ModelDescription) -> str:
 
 
 def _estimates(
-    d: ModelDescription, seq_length: int, max_spec_rows: int | None
+    d: ModelDescription, found: Mapping[int, Estimate], seq_length: int, max_spec_rows: int | None,
+    dtype: torch.dtype, rate: float,
 ) -> list[str]:
-    dtype = torch.float64 if d.stored.dtype == "float64" else torch.float32
-    rate = matmul_rate(dtype)
     rows = "rows in chunks" if max_spec_rows is None else f"{max_spec_rows:,} rows at once"
     header = ("TP", "vocabulary rows", "weights", "A and forms", "memory", "time")
     table = [header]
     notes = []
     for size in TP_SIZES:
-        why = d.misfit(size)
-        if why:
-            notes.append(f"TP={size} is not possible: {why}.")
+        if size not in found:
+            notes.append(f"TP={size} is not possible: {d.misfit(size)}.")
             continue
-        e = estimate(d, size, seq_length, dtype, max_spec_rows)
+        e = found[size]
         table.append((
             str(size), f"{d.vocabulary_rows(size):,}", _size(e.weight_bytes), _size(e.a_bytes),
             _size(e.weight_bytes + e.a_bytes), _duration(e.operations / rate),
@@ -151,28 +160,40 @@ def _estimates(
     ]
 
 
-def _pipelines(d: ModelDescription) -> list[str]:
-    """How layers are split over pipeline stages; nothing for a model of one layer."""
+def _pipelines(d: ModelDescription, found: Mapping[int, Estimate], rate: float) -> list[str]:
+    """How layers are split over pipeline stages, and estimates for the grid of TP and PP; nothing
+    for a model of one layer.
+
+    Args:
+        d: of the model.
+        found: tensor-parallel size -> what is estimated for one stage.
+        rate: operations per second.
+    """
     sizes = [size for size in PP_SIZES if size <= d.num_layers]
     if not sizes:
         return []
-    table = [("PP", "layers of the stages", "largest stage's weights", "busiest stage's time")]
+    table = [("PP", "layers of the stages", *(f"TP={tp}" for tp in found))]
     total = stage_cost(0, d.num_layers, d.num_layers)
     numbers = {name: math.prod(p.shape) for name, p in d.parameters().items()}
     for size in sizes:
         stages = stages_of(split_layers(d.num_layers, size))
-        weights = max(
-            sum(n for name, n in numbers.items() if stage.has(name, d.tied)) for stage in stages
-        )
-        busiest = max(stage_cost(stage.first, stage.end, d.num_layers) for stage in stages)
-        layers = " + ".join(str(stage.layers) for stage in stages)
-        table.append((
-            str(size), layers, f"{weights / sum(numbers.values()):.2f}", f"{busiest / total:.2f}"
-        ))
+        shares = [
+            (sum(n for name, n in numbers.items() if stage.has(name, d.tied))
+             / sum(numbers.values()), stage.layers / d.num_layers)
+            for stage in stages
+        ]
+        busiest = max(stage_cost(stage.first, stage.end, d.num_layers) for stage in stages) / total
+        cells = [
+            f"{_size(max(stage_bytes(e, *share, size) for share in shares))}, "
+            f"{_duration(busiest * e.operations / rate)}"
+            for e in found.values()
+        ]
+        table.append((str(size), " + ".join(str(stage.layers) for stage in stages), *cells))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return [
-        "", "Over pipeline stages, as shares of the above (--pipeline-parallel-size; early layers",
-        "are passed more often, so that the first stages have fewer; --pipeline-layers chooses):",
+        "", "Over pipeline stages: memory and time of the rank that has most, without waiting",
+        "(--pipeline-parallel-size; early layers are passed more often, so that the first stages",
+        "have fewer; --pipeline-layers chooses):",
         "", *(
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in table

@@ -108,15 +108,17 @@ class BackwardPass:
         total = yield from self._total_bias()
         if self.below is not None:
             A = yield from self._take(self.plan.leaves[0])
+            self._charges.grew(total, False)
             found = self.below.rows(A, total, self.course)
             yield UPSTREAM
-            return found()
-        result = RowBounds(total.lower, total.upper, total.lower, total.upper)
-        for leaf in self.plan.leaves:
-            A = yield from self._take(leaf)
-            self._concretize(leaf, A, result)
-            if keep_A:
-                result.lA[leaf.name], result.uA[leaf.name] = A
+            result = found()
+        else:
+            result = RowBounds(total.lower, total.upper, total.lower, total.upper)
+            for leaf in self.plan.leaves:
+                A = yield from self._take(leaf)
+                self._concretize(leaf, A, result)
+                if keep_A:
+                    result.lA[leaf.name], result.uA[leaf.name] = A
         yield from self._charges.widen(result)
         return result
 
@@ -336,7 +338,8 @@ class BackwardPass:
         alpha, dim = node.alpha[self.start.name], auto_lirpa.alpha_spec_dim(node)
         index = None
         if alpha.shape[dim] == 1 and self._rows_at(node) != 1:
-            alpha = self.tp.copy_to(alpha) if self._alpha_is_shared(node) else alpha
+            if self.plan.spec_sharded and not self.sharded[node.name]:
+                alpha = self.tp.copy_to(alpha)
         elif self.alpha_rows is not None:
             index = self._alpha_index(node)
             alpha = alpha.index_select(dim, index)
@@ -349,9 +352,6 @@ class BackwardPass:
         if index is not None:
             own, dim = node.alpha[self.start.name], auto_lirpa.alpha_spec_dim(node)
             own.data.index_copy_(dim, index, alpha.data)
-
-    def _alpha_is_shared(self, node: auto_lirpa.Bound) -> bool:
-        return self.plan.spec_sharded and not self.sharded[node.name]
 
     def _alpha_index(self, node: auto_lirpa.Bound) -> torch.Tensor:
         rows, in_all = self.alpha_rows

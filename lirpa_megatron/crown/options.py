@@ -289,6 +289,8 @@ def checked_arguments(module: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: no such method.
     """
     kwargs = auto_lirpa.translate_compute_bounds(dict(kwargs))
+    if module.stages is not None:
+        module.stages.check_arguments(kwargs)
     check_compute_bounds(kwargs, module.named_nodes())
     kwargs["method"] = check_method(kwargs.get("method", "CROWN"))
     check_forward(module, kwargs)

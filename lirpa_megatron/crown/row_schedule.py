@@ -26,7 +26,7 @@ from lirpa_megatron.crown.row_order import RowOrder
 from lirpa_megatron.crown.stage_below import Course
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, RowBounds
-from lirpa_megatron.rounding.forms import with_errors
+from lirpa_megatron.rounding.forms import with_errors, with_further
 
 
 @dataclass
@@ -262,12 +262,16 @@ class RowSchedule:
             inputs: what the form is a form in; None: none is wanted.
         """
         found = yield from run.steps(A, keep_A or inputs is not None, bias)
-        if inputs is not None and found.form is None:
+        if inputs is None:
+            return found
+        from_below, outward = found.form is not None, self.graph.rounding is not None
+        if not from_below:
             found.form = inputs.rows(found, self.tp.copy_to)
-            if self.graph.rounding is not None:
-                found.form = with_errors(inputs, found, found.form)
-            if not keep_A:
-                found.lA, found.uA = {}, {}
+        if outward:
+            with_own = with_further if from_below else with_errors
+            found.form = with_own(inputs, found, found.form)
+        if not keep_A:
+            found.lA, found.uA = {}, {}
         return found
 
     def _course(self, task: _Task, first: int, count: int) -> Course:

@@ -1,16 +1,18 @@
 """How many layers each pipeline stage gets, so that all do as much of the verification.
 
 In training every layer costs the same, and stages of as many layers are balanced. Bounding is
-different. With L layers that have one start node each, layer i (from 0) is passed by the rows of
-every start node behind it, L - i passes, the one that begins at the layer itself counted half:
-L - i - 1/2. A stage of the layers a to b - 1 costs the sum of these,
+different. With L layers, layer i (from 0) is passed by the rows of every start node behind it:
+those of a later layer count 1, its own, which begin inside of it, one half. The last layer's count
+half of that: a language model is read at one position, for which its last layer needs few rows, and
+the output of another network has few. That makes L - 1 - i for layer i, and 1/4 for the last one. A
+stage of the layers a to b - 1, b < L, costs the sum of these,
 
-    cost(a, b) = sum over a <= i < b of (L - i - 1/2) = (b - a) (L - (a + b) / 2)
+    cost(a, b) = sum over a <= i < b of (L - 1 - i) = (b - a) (L - (a + b + 1) / 2)
 
-so early layers are dear, and the layers from a on cost (L - a)^2 / 2 together. Of P stages, stage s
-would begin where P - s of P parts of the cost are left: at L (1 - sqrt(1 - s / P)). With two stages
-the first has 0.29 of the layers, with four 0.13, 0.16, 0.21 and 0.5. The last stage therefore holds
-more of the weights than an even split would give it.
+so early layers are dear, and the layers from a on cost about (L - a)^2 / 2 together. Of P stages,
+stage s would begin where P - s of P parts of the cost are left: at L (1 - sqrt(1 - s / P)). With
+two stages the first has 0.29 of the layers, with four 0.13, 0.16, 0.21 and 0.5. The last stage
+therefore holds more of the weights than an even split would give it.
 
 Not counted: embeddings, the output layer, and the one pass of the specification, whose rows are
 few.
@@ -23,7 +25,8 @@ from lirpa_megatron.errors import UserError
 
 def stage_cost(begin: int, end: int, layers: int) -> float:
     """Passes through the layers `begin` to `end` - 1 of a model of `layers` layers, in layers."""
-    return (end - begin) * (layers - (begin + end) / 2)
+    last = 0.25 if begin < end == layers else 0.0  # by the formula it costs nothing
+    return (end - begin) * (layers - (begin + end + 1) / 2) + last
 
 
 def balanced_split(layers: int, stages: int) -> list[int]:

@@ -29,9 +29,11 @@ from lirpa_megatron.operators import is_elementwise
 from lirpa_megatron.parallel.checksums import check_same, checksums
 from lirpa_megatron.parallel.pipeline import DOWN, UP, Pipeline
 
-_UNAVAILABLE = (
-    "return_A", "needed_A_dict", "final_node_name", "reference_bounds", *auto_lirpa.GIVEN_BOUNDS,
-)
+_UNAVAILABLE = {
+    **{name: name for name in ("return_A", "needed_A_dict", "final_node_name")},
+    **dict(zip(auto_lirpa.GIVEN_BOUNDS, ("interm_bounds", "reference_bounds"), strict=True)),
+}
+"""Arguments of `compute_bounds`: the host's names, and the caller's."""
 
 
 class Stages:
@@ -57,17 +59,14 @@ class Stages:
 
     # ------------------------------------------------------------------ building
 
-    def check_alike(self, values: Mapping[str, str], outward: bool) -> None:
+    def check_alike(self, values: Mapping[str, str]) -> None:
         """Refuses stages that were built with other options or configs.
 
         Args:
             values: what must be the same on all stages.
-            outward: whether bounds are rounded outwards.
         """
         found = self.pipeline.agree("options", checksums(values))
         check_same(found, "pipeline stages", "every stage must be built alike")
-        if outward:
-            raise NotImplementedError("rounding='outward' is not available over pipeline stages")
 
     def example(self, inputs: Any) -> Any:
         """The inputs of this stage's graph, from those of the model."""
@@ -119,26 +118,34 @@ class Stages:
 
     # -------------------------------------------------------------------- a call
 
+    @staticmethod
+    def check_arguments(kwargs: Mapping[str, Any]) -> None:
+        """Refuses arguments of `compute_bounds` that name nodes, which are of one stage each.
+
+        Args:
+            kwargs: under the host's names.
+        """
+        for name, callers in _UNAVAILABLE.items():
+            if kwargs.get(name):
+                raise NotImplementedError(
+                    f"compute_bounds({callers}=...) is not available over pipeline stages: call it "
+                    "on a module of the whole model"
+                )
+
     def begin(
-        self, x: Any, values: Mapping[str, torch.Tensor | str | None], kwargs: Mapping[str, Any],
+        self, x: Any, values: Mapping[str, torch.Tensor | str | None]
     ) -> Any:
         """A call of `compute_bounds` begins: the stages compare what they were given.
 
         Args:
             x: the model's inputs, or None.
             values: what must be the same on all stages.
-            kwargs: of the call.
 
         Returns:
             The inputs of this stage's graph.
         """
         found = self.pipeline.agree("the arguments of compute_bounds", checksums(values))
         check_same(found, "pipeline stages", "every rank must pass the same")
-        given = [name for name in _UNAVAILABLE if kwargs.get(name)]
-        if given:
-            raise NotImplementedError(
-                f"compute_bounds({given[0]}=...) is not available over pipeline stages"
-            )
         if x is None:
             raise UserError("compute_bounds over pipeline stages needs the inputs x in every call")
         if any(getattr(value, "ptb", None) is not None for value in x[1:]):

@@ -6,6 +6,14 @@ its sends wait for the receiver. Here the lower stage learns from the message it
 any number type, and a stage goes on while its messages are under way; so these are torch's own
 point-to-point calls on Megatron's process group.
 
+**On GPUs** transfers go on while a stage computes. The messages of each direction have a
+communicator of their own: NCCL begins an operation of a communicator when the one before it is
+done, and a send is done when the other side receives. With one for both directions a stage that
+sends chunk after chunk before it takes the first answer, and one that answers a chunk before it
+takes the next, would wait for each other for ever. What is received is received on a stream of its
+own, as otherwise NCCL would wait for all that the receiver has begun to compute; the rest of the
+computation waits for that stream alone.
+
 Every message is announced by a header (over gloo, also where data runs over NCCL): the name of the
 step, plain data, and the tensors that follow. A receiver that waits for another step raises
 `SPMDError` with what both said. In each direction messages arrive in the order of sending.
@@ -30,6 +38,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lirpa_megatron.compat.group_names import new_group
 from lirpa_megatron.errors import SPMDError, StageError, UserError
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.collectives import Traffic
@@ -76,11 +85,13 @@ class Pipeline:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size, self.stage = group, group.size(), group.rank()
         self._ranks = dist.get_process_group_ranks(group)
-        self._control = group
+        self._control, self._data = group, {UP: group, DOWN: group}
+        self._arrivals = None
         if dist.get_backend(group) != "gloo":
-            self._control = dist.new_group(
-                self._ranks, backend="gloo", use_local_synchronization=True
-            )
+            self._control = new_group(self._ranks, "gloo")
+            self._data = {way: new_group(self._ranks, dist.get_backend(group))
+                          for way in (UP, DOWN)}
+            self._arrivals = torch.cuda.Stream()
         self.traffic = Traffic()
         self.depth = 0
         self._sent: dict[int, deque] = {UP: deque(), DOWN: deque()}
@@ -136,7 +147,7 @@ class Pipeline:
             works.append((self._isend(way, _bytes(block[_HEADER:]), self._control), None))
         for x in tensors:
             if x.numel():
-                works.append((self._isend(way, x, self.group), x))
+                works.append((self._isend(way, x, self._data[way]), x))
         if tensors:
             self.traffic.add(what, sum(x.numel() * x.element_size() for x in tensors))
         self._sent[way].append((self._count[way], works))
@@ -185,13 +196,12 @@ class Pipeline:
                 self._recv(way, rest, self._control)
                 block += bytes(rest.tolist())
             header = json.loads(block[8 : 8 + length])
-            device = self._device()
-            tensors = []
-            for dtype, shape in header["tensors"]:
-                x = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-                if x.numel():
-                    self._recv(way, x, self.group)
-                tensors.append(x)
+            with self._arriving() as tensors:
+                for dtype, shape in header["tensors"]:
+                    x = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device())
+                    if x.numel():
+                        self._recv(way, x, self._data[-way])  # sent the opposite way
+                    tensors.append(x)
         except RuntimeError as error:
             self._heard[way] = True
             raise StageError(
@@ -221,6 +231,20 @@ class Pipeline:
 
     def _recv(self, way: int, x: torch.Tensor, group: dist.ProcessGroup) -> None:
         dist.recv(x, self._ranks[self.stage + way], group=group)
+
+    @contextlib.contextmanager
+    def _arriving(self) -> Iterator[list[torch.Tensor]]:
+        """Tensors that the block receives: on a GPU while computations that have begun go on."""
+        tensors: list[torch.Tensor] = []
+        if self._arrivals is None:
+            yield tensors
+            return
+        with torch.cuda.stream(self._arrivals):
+            yield tensors
+        computing = torch.cuda.current_stream()
+        computing.wait_stream(self._arrivals)
+        for x in tensors:
+            x.record_stream(computing)
 
     def _device(self) -> torch.device:
         if self._control is self.group:

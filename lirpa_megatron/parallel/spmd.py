@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lirpa_megatron.compat.group_names import new_group
 from lirpa_megatron.errors import (
     RemoteRankError,
     ReplicaError,
@@ -59,7 +60,7 @@ class _Control:
             self._group = weakref.ref(group)  # the registry is keyed weakly by the same group
         else:
             ranks = dist.get_process_group_ranks(group)
-            own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            own = new_group(ranks, "gloo")
             self._group = lambda: own
 
     @functools.cached_property

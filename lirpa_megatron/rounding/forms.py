@@ -61,3 +61,18 @@ def with_errors(inputs: Any, found: RowBounds, rows: torch.Tensor) -> torch.Tens
     slack = rows[..., -1:]
     more = (_slack(inputs, found, rows).unsqueeze(-1) - slack.detach()).clamp(min=0)
     return torch.cat((rows[..., :-1], slack + more * (1 + 2.0**-40)), -1)
+
+
+@torch.no_grad()
+def with_further(inputs: Any, found: RowBounds, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a form that the pipeline stage below made of rows of A, as exact numbers.
+
+    What the pass was off before it sent them is added to the slacks, rounded up.
+
+    Args:
+        inputs: not read.
+        found: what the pass left: what is off in it is of this stage.
+        rows: [R, B, N + 2].
+    """
+    off = torch.maximum(found.off["lower"], found.off["upper"])
+    return torch.cat((rows[..., :-1], (rows[..., -1:] + off.unsqueeze(-1)) * (1 + 2.0**-40)), -1)

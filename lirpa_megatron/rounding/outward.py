@@ -25,7 +25,12 @@ from lirpa_megatron.rounding.rules import (
     is_constant,
     refused,
 )
-from lirpa_megatron.rounding.structure import CombineRule, ConcatRule, RearrangeRule
+from lirpa_megatron.rounding.structure import (
+    CombineRule,
+    ConcatRule,
+    RearrangeRule,
+    StageInputRule,
+)
 
 _MOVES, _LINEAR, _SUM, _PLANES = Rule(), LinearRule(), SumRule(), PlaneRule()
 RULES: dict[str, Rule] = {
@@ -42,6 +47,7 @@ RULES: dict[str, Rule] = {
     "lirpa_megatron.BoundScale": ScaleRule(),
     "lirpa_megatron.BoundRearrange": RearrangeRule(),
     "lirpa_megatron.BoundConcat": ConcatRule(),
+    "lirpa_megatron.BoundStageInput": StageInputRule(),
     "lirpa_megatron.BoundReplicatedLinear": _LINEAR,
     "lirpa_megatron.BoundColumnParallelLinear": ColumnRule(),
     "lirpa_megatron.BoundRowParallelLinear": RowRule(),
@@ -118,7 +124,8 @@ class Outward:
             raise UserError('return_A does not go with rounding="outward": A is not widened')
         if x is None:
             return None
-        return tuple(self._box(i, value) for i, value in enumerate(x))
+        far = 0 if self.module.below is None else 1  # rounded where the model's input is
+        return (*x[:far], *(self._box(i, value) for i, value in enumerate(x[far:], far)))
 
     def _box(self, index: int, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():

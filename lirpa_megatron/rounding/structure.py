@@ -21,6 +21,18 @@ class RearrangeRule(Rule):
         return None
 
 
+class StageInputRule(Rule):
+    """The output of the pipeline stage below, as the input of this one.
+
+    Rows of A go on there as exact numbers, and what comes back is widened by the errors there. So
+    the errors of a pass are summed up where they arise, each stage its own.
+    """
+
+    def magnitude(self, node: auto_lirpa.Bound, known: Known) -> torch.Tensor:
+        lower, upper = node.interval_propagate()
+        return torch.maximum(lower.detach().abs(), upper.detach().abs())
+
+
 class ConcatRule(Rule):
     """Values side by side."""
 
