@@ -23,6 +23,7 @@ def folder(tmp_path_factory, session):
         found / "data.jsonl", {"id": "first", "sentence": "w3 W7 unheard"}, {"text": "w4 w5"},
         {"ids": [7, 3, 20, 11]}, {"sentence": "not one word of it"},
     )
+    (found / "vector.json").write_text(str([1.0, -1.0] * 4))
     sentences.write_lines(
         found / "words.jsonl",
         {"id": "swap", "sentence": "w3 w7", "candidates": [["w4", "w5"], ["w6"]]},
@@ -60,7 +61,8 @@ def compare(folder, tmp_path, model, tp, pp, *extra, data="data.jsonl", replicas
 
 @pytest.mark.parametrize(("model", "tp", "pp", "extra"), [
     ("bert", 1, 2, ("--tolerance", "0.3", "--attack-steps", "5")),
-    ("gpt", 1, 3, ("--question", "certify", "--eps", "0.001", "--task", "next-token")),
+    ("gpt", 1, 3, ("--question", "certify", "--eps", "0.001", "--task", "next-token", "--outward",
+                   "--dtype", "float64")),
     pytest.param("gpt", 2, 2, ("--label-tokens", "w3|w4,w5"), marks=pytest.mark.slow),
     pytest.param("bert", 1, 2, ("--words", "each", "--norm", "2"), marks=pytest.mark.slow),
     pytest.param("bert", 1, 2, ("--question", "certify", "--eps", "0.002", "--method", "auto"),
@@ -108,10 +110,13 @@ def test_each_rank_reads_its_own_stage(folder):
     (("--pipeline-parallel-size", 2, "--pipeline-layers", "3"), "has 1 numbers"),
     (("--pipeline-parallel-size", 2, "--pipeline-layers", "2,x"), "'x' is not a whole number"),
     (("--pipeline-parallel-size", 3, "--tensor-parallel-size", 2), "does not divide"),
+    (("--pipeline-parallel-size", 2, "--question", "direction", "--vectors", "vector.json",
+      "--layer", 1), "layer 1: over pipeline stages"),
 ])
 def test_pipelines_that_cannot_be_are_refused_in_one_line(folder, tmp_path, extra, message):
     size = 4 if extra[1] == 4 else 2
     output = tmp_path / "r.jsonl"
+    extra = [folder / value if value == "vector.json" else value for value in extra]
     found = commands.on_ranks(size, *arguments(folder, "gpt", *extra, output=output))
     assert found.returncode == 2 and not found.stdout
     (line,) = found.stderr.strip().splitlines()
@@ -122,7 +127,6 @@ def test_pipelines_that_cannot_be_are_refused_in_one_line(folder, tmp_path, extr
 @pytest.mark.slow
 @pytest.mark.parametrize("model, tp", [("bert", 1), ("gpt", 2)])
 def test_pieces_of_a_direction_are_those_of_one_stage(folder, tmp_path, model, tp):
-    (folder / "vector.json").write_text(str([1.0, -1.0] * 4))
     found = compare(
         folder, tmp_path, model, tp, 2, "--question", "direction", "--vectors",
         folder / "vector.json", "--eps", 0.4, "--splits", 6, "--method", "forward", "--order", 2,

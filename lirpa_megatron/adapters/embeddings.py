@@ -109,12 +109,25 @@ def off_sums(
 
     In float64, sums of numbers that were stored as float32 or less are exact as a rule. What one
     rounded sum s = fl(a + b) is off is a number itself, found without an error (Knuth's TwoSum);
-    muP's factor is one product: u of it.
+    muP's factor is one product: u of it. Every rank of all stages of a pipeline calls it.
     """
-    embedding: Any = hooks.unwrapped(model).embedding
+    model = hooks.unwrapped(model)
+    tp, pipeline = collectives_of(model), pipeline_of(model)
+    with guard(pipeline, tp.group, "what sums of embeddings are off"):
+        off = None
+        if pipeline is None or pipeline.is_first:
+            off = _off(model.embedding, ids, position_ids, tokentype_ids, tp)
+        return from_first_stage(pipeline, "what sums of embeddings are off", off)
+
+
+def _off(
+    embedding: Any, ids: torch.Tensor, position_ids: torch.Tensor | None,
+    tokentype_ids: torch.Tensor | None, tp: Collectives,
+) -> torch.Tensor:
+    """`off_sums` where the embedding is."""
     if position_ids is None:
         position_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    total = collectives_of(model).look_up(embedding.word_embeddings.weight, ids)
+    total = tp.look_up(embedding.word_embeddings.weight, ids)
     off, parts = torch.zeros_like(total), []
     if embedding.add_position_embedding:
         parts.append(embedding.position_embeddings(position_ids))

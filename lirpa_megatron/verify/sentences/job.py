@@ -23,6 +23,7 @@ from lirpa_megatron.errors import SPMDError, UserError
 from lirpa_megatron.networks.network import DTYPES
 from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.parallel.pipeline import guard
+from lirpa_megatron.parallel.shared_weights import share_weights
 from lirpa_megatron.problem.token_perturbations import check_start_layer
 from lirpa_megatron.report.summary import summarise, summary_table
 from lirpa_megatron.verify.agreement import agreed
@@ -139,6 +140,8 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
                 f"tokenizer {tokenizer.name} has {tokenizer.size} tokens, the checkpoint's "
                 f"vocabulary {vocabulary}: they do not belong together"
             )
+        if options.layer:
+            check_start_layer(model, options.layer)
         task = make_task(
             options.task, model, vocabulary, options.label_tokens, tokenizer, options.labels,
             options.layer,
@@ -146,9 +149,11 @@ def _prepare(files: Files, options: SentenceOptions) -> _Replica:
         along = None
         if options.vectors is not None:
             along = read_vectors(options.vectors, model.config.hidden_size)
-            check_start_layer(model, options.layer)
             check_dimensions(len(along), options)
         items = [task.with_label(item) for item in items]
+    if _replicas()[0] > 1:
+        with guard(None, parallel_state.get_data_parallel_group(), "sharing the weights"):
+            share_weights(model, parallel_state.get_data_parallel_group())
     used = str(next(model.parameters()).dtype).removeprefix("torch.")
     asked = {
         "network": split_iteration(files.load.resolve())[0].name, "task": task.name,
