@@ -39,7 +39,7 @@ for a message that has not been sent.
 No row of the same call could be computed meanwhile, as each pass needs what the one before it
 found. Those of other sentences can: where pipelines share cores, stage by stage, one computes while
 another waits. In `verify --data` these are replicas, which hold the weights once
-(`parallel.shared_weights`). IDLE_FIGURES
+(`parallel.shared_weights`).
 """
 
 from __future__ import annotations
