@@ -47,21 +47,21 @@ def decided(net, offset, most):
 
 
 def raised(net):
-    """Of one rank: bounds of inner neurons after the first round that splits, and their leaves."""
+    """Of one rank: bounds of inner neurons after two rounds that split, and their leaves."""
     torch.set_default_dtype(torch.float64)
-    where = region(net, eps=0.9, batch=2)
+    where = region(net, eps=0.9, batch=1)
     model = parallelize(build(net).requires_grad_(False).eval())
     graph = BoundedModule(model, where.center)
     box = where.bounded().ptb
     low, high = (box.x_L, box.x_U) if box.x_L is not None else (
         where.center - box.eps, where.center + box.eps)
-    C = torch.eye(net.outputs)[:2, None]
-    problem = Problem(low, high, (0, 1), C, torch.zeros(2, 1))
+    C = torch.eye(net.outputs)[:1, None]
+    problem = Problem(low, high, (0,), C, torch.zeros(1, 1))
     options = SearchOptions(refinement_domains=2, inner_batch=16, keep_tree=True)
     roots = bound_roots(graph, problem)
     with passes(graph, roots.active_columns):
         inner = Refinement(graph, problem, roots, options, lambda: False)
-        for _ in range(2):
+        for _ in range(3):
             inner.round()
     return {key: (c.bound, sorted(c.leaves)) for key, c in inner.claims.items()}, inner.domains
 

@@ -41,7 +41,9 @@ def best_of_all_ranks(
     if missing > 0:
         scores = torch.cat([scores, scores.new_full((len(scores), missing), -1.0)], 1)
         neurons = torch.cat([neurons, neurons.new_full((len(neurons), missing), -1)], 1)
-    best, which = scores.double().topk(count, 1)
+    # Of equal ones topk takes any: where many are 0, as after most splits, the smaller number.
+    scores = scores.double() - neurons * torch.finfo(torch.float64).tiny
+    best, which = scores.topk(count, 1)
     own = torch.stack([best, neurons.gather(1, which).double()])  # [2, D, count]
     if tp.size > 1:
         own = tp.gather_results(own[None]).permute(1, 2, 0, 3).flatten(2)
@@ -49,7 +51,7 @@ def best_of_all_ranks(
     best = own[0].gather(1, order)
     best, order = best.sort(dim=1, descending=True, stable=True)
     chosen = numbers.gather(1, order).long()[:, :count]
-    return torch.where(best[:, :count] >= 0, chosen, -1)
+    return torch.where(best[:, :count] > -0.5, chosen, -1)
 
 
 def mean_over_ranks(

@@ -22,6 +22,8 @@ from lirpa_megatron.complete.agreement import best_of_all_ranks
 from lirpa_megatron.complete.batch import Batch
 from lirpa_megatron.complete.bounding import Bounded, Bounder
 
+_NOISE = 64
+"""Scores of fewer units in the last place of the bound are 0."""
 _SAME = 1e-5
 """Pairs of bounds that differ by less, relative to the parent's, are equally good."""
 
@@ -45,6 +47,9 @@ def scores(found: Bounded) -> torch.Tensor:
 def candidates(bounder: Bounder, found: Bounded, count: int) -> torch.Tensor:
     """The neurons to try in each open domain, the most promising first: [O, count], -1 for none."""
     own, roots = scores(found), bounder.roots
+    # What is nothing but rounding differs between tensor-parallel sizes.
+    least = _NOISE * torch.finfo(own.dtype).eps * found.margins[found.open].abs().to(own)
+    own[(own >= 0) & (own < least[:, None])] = 0.0
     own[:, ~bounder.counted[:-1]] = -1.0
     return best_of_all_ranks(bounder.tp, own, roots.number_of.expand(len(own), -1), count)
 
