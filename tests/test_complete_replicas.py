@@ -45,7 +45,7 @@ def decided(offset, rounds, shared=True, before=None):
     least = torch.einsum("pbo,bso->pbs", y, C).amin(0)
     # few steps: each takes the ranks several collectives
     options = SearchOptions(
-        keep_tree=True, batch=8, tried=4, iterations=6, first_iterations=10,
+        keep_tree=True, batch=2, tried=4, iterations=6, first_iterations=10,
         refinement_iterations=4 if rounds else 0, refinement_domains=4,
     )
     batches, halves = [], exploring.Explorer.halves
@@ -56,8 +56,9 @@ def decided(offset, rounds, shared=True, before=None):
         batches.append(len(parents))
         return halves(self, parents)
 
-    few = search._SHARE, search._GOALS, refinement._SHARE
-    search._SHARE, search._GOALS, refinement._SHARE = 2, 2, 4  # a batch of this network is small
+    few = search._GOALS, refinement._ROWS, refinement._DOMAINS, refinement._VALUES
+    # batches of this network are small
+    search._GOALS, refinement._ROWS, refinement._DOMAINS, refinement._VALUES = 2, 4, 4, 4
     exploring.Explorer.halves = counted
     try:
         found = branch_and_bound(
@@ -66,7 +67,7 @@ def decided(offset, rounds, shared=True, before=None):
         )
     finally:
         exploring.Explorer.halves = halves
-        search._SHARE, search._GOALS, refinement._SHARE = few
+        search._GOALS, refinement._ROWS, refinement._DOMAINS, refinement._VALUES = few
     trees = [[leaf.splits for leaf in found.leaves if leaf.goal == g] for g in range(2 * ROWS)]
     trees += [claim.leaves for claim in found.claims]
     proved = found.status == "proved"
@@ -156,7 +157,6 @@ def job(tp, victim, *arguments):
             os.kill(os.getpid(), signal.SIGKILL)
         return halves(self, parents)
 
-    search._SHARE = 1
     exploring.Explorer.halves = counted
     os.environ["RANK"] = str(rank)
     try:

@@ -294,8 +294,8 @@ def _add_effort(add: Any) -> None:
     )
     add(
         "--tensor-parallel-size", metavar="N", type=_number(int, 1),
-        help="ranks that the model is sharded over (default: all processes); with --data, the "
-        "remaining processes hold replicas, which share the sentences",
+        help="ranks that the model is sharded over (default: all processes); with --data and "
+        "--complete, the remaining processes hold replicas, which share the work",
     )
     add(
         "--pipeline-parallel-size", metavar="P", type=_number(int, 1),

@@ -38,8 +38,9 @@ number type, is to find it again."""
 _EARLY = 16
 """How many times as many domains the first of these layers has as late ones; a fourth for each that
 follows."""
-_SHARE = 32
-"""Rows that are worth another replica's while."""
+_ROWS, _DOMAINS, _VALUES = 32, 256, 128
+"""Rows whose bounds are worth another replica's while, domains of theirs, and rows whose values
+are: of a smaller share each step takes nearly as long."""
 
 
 class Refinement:
@@ -116,7 +117,8 @@ class Refinement:
             trees, over = grow(bounder, some, options, most)
             return [tree.grown(self.options.keep_tree) for tree in trees], over
 
-        parts = self.replicas.share("bounds of neurons", goals, raised_by, _SHARE)
+        share = max(_ROWS, _DOMAINS // most)
+        parts = self.replicas.share("bounds of neurons", goals, raised_by, share)
         self.is_over = any(over for _, (_, over) in parts)
         raised, left = {}, False
         for goal, tree in ((g, t) for gs, (ts, _) in parts for g, t in zip(gs, ts, strict=True)):
@@ -140,7 +142,7 @@ class Refinement:
         new = [i for i, key in enumerate(keys)
                if key not in self._attained or key in self._points]
         for some, values in self.replicas.share(
-            "values of neurons", new, lambda own: self._attained_by(start, rows, keys, own), _SHARE
+            "values of neurons", new, lambda own: self._attained_by(start, rows, keys, own), _VALUES
         ):
             for i, value in zip(some, values, strict=True):
                 self._attained[keys[i]] = min(value, self._attained.get(keys[i], value))

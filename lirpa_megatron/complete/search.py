@@ -12,10 +12,11 @@ Replicas (`parallel.replicas`) all have the same queue. The worst domains are de
 by batch; each bounds its own, and tells the others what became of them (`exploring.Explored`:
 splits, bounds, alpha and beta of those that stay open). So the search ends for all at once: when
 the queue is empty, when one of them has a counterexample, or when the clock of one says so. A
-replica that is killed takes nothing along but a batch, whose domains are dealt again. A batch of a
-search by several replicas is as large as all of theirs: where one process has taken the worst
-domains, bounded them, and looked at the queue again, they take more at once. The number of domains
-may differ, verdicts do not, unless time or the limit on domains is over.
+replica that is killed takes nothing along but a batch, whose domains are dealt again. Batches are
+whole: of a smaller one each step takes nearly as long, so that one replica does what is less than
+two. Where one process bounds the worst domains and looks at the queue again, replicas take more at
+once: the number of domains may differ; verdicts do not, unless time or the limit of domains ends
+the search.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _RISE, _PROVED = 0.3, 0.1
 _CHEAPER = 4
 """How many domains of inner neurons' bounds one of a goal is worth, at least."""
 
-_SHARE, _GOALS = 32, 32
-"""Domains and goals that are worth another replica's while: fewer take as long as a few do."""
+_GOALS = 128
+"""Goals whose boxes are worth another replica's while: of fewer each step takes nearly as long."""
 
 Progress = Callable[[float, int, int, float], None]
 """Called now and then with the bound, open domains, bounded domains and seconds."""
@@ -193,10 +194,12 @@ class _Search:
         while self.heap and not over and self.refuted is None:
             if self.bounded >= self.most or self._is_slow():
                 return "limit"
-            count = self.options.batch * len(self.replicas.members)
-            taken = [heapq.heappop(self.heap)[2] for _ in range(min(count, len(self.heap)))]
+            batch, count = self.options.batch, len(self.heap)
+            if count >= batch:  # whole batches
+                count = batch * min(count // batch, len(self.replicas.members))
+            taken = [heapq.heappop(self.heap)[2] for _ in range(count)]
             over = self._note(self.replicas.share(
-                "bounds of domains", taken, self.explorer.halves, _SHARE
+                "bounds of domains", taken, self.explorer.halves, batch
             ))
             self.progress(self._bound(), self.open(), self.bounded)
         if self.refuted is not None:
@@ -220,10 +223,12 @@ class _Search:
         time is over."""
         bounder = self.explorer.bounder
         margins = bounder.roots.margins.amax(1).tolist()
-        known = [goal for goal in self.goals if 0 < margins[goal] < math.inf]
-        left = [goal for goal in self.goals if goal not in known]
-        for goal in known:
-            self._close(Leaf(goal, (), margins[goal]))
+        left = []
+        for goal in self.goals:
+            if 0 < margins[goal] < math.inf:
+                self._close(Leaf(goal, (), margins[goal]))
+            else:
+                left.append(goal)
         parts = self.replicas.share("bounds of boxes", left, self.explorer.whole, _GOALS)
         over = self._note(parts)
         for goals, explored in parts:

@@ -1,0 +1,55 @@
+"""Branch and bound by one process and by several replicas: processor and wall time.
+
+    python benchmarks/replicas.py INSTANCES.csv
+    torchrun --nproc-per-node 2 benchmarks/replicas.py INSTANCES.csv
+
+Each instance of the list (NETWORK,PROPERTY,SECONDS; relative to it) is decided as by `verify
+--complete` with CROWN-Optimized before it. Prints the result, wall seconds, processor seconds of
+all ranks together, and domains; without the time that processes need to start and to read files.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lirpa_megatron.parallel import runtime, spmd
+from lirpa_megatron.parallel.model_ranks import ModelRanks
+from lirpa_megatron.verify.properties.job import Runner
+from lirpa_megatron.verify.properties.job_plan import plan_job
+from lirpa_megatron.verify.properties.options import VerifyOptions
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    runtime.initialize(tensor_parallel_size=1)
+    options = VerifyOptions(method="CROWN-Optimized", complete=True)
+    plan = plan_job({"instances": Path(sys.argv[1])}, options)
+    runner = Runner(options, ModelRanks.of_megatron())
+    print_rank0(f"{dist.get_world_size()} processes")
+    print_rank0("| instance | result | wall (s) | processors (s) | domains | of inner neurons |")
+    for instance in plan.instances:
+        runner.prepare(instance)
+        spmd.gather_objects(None, dist.group.WORLD)
+        wall, own = time.monotonic(), time.process_time()
+        (result,) = runner.run([instance], lambda result: None)
+        wall = time.monotonic() - wall
+        each = spmd.gather_objects(time.process_time() - own, dist.group.WORLD)
+        print_rank0(
+            f"| {result.network} {result.property} | {result.result} | {wall:.1f} | "
+            f"{sum(each):.1f} = {' + '.join(f'{seconds:.1f}' for seconds in each)} | "
+            f"{result.domains} | {result.inner_domains} |{result.error or ''}"
+        )
+
+
+def print_rank0(line: str) -> None:
+    if runtime.is_rank0():
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
