@@ -32,7 +32,8 @@ def stage_cost(begin: int, end: int, layers: int) -> float:
 def balanced_split(layers: int, stages: int) -> list[int]:
     """Layers of each stage, from the model's input on: the least cost of the dearest stage.
 
-    Of several such splits, the one with fewest layers on the first stage.
+    Of several such splits, the one with most layers on the first stages: the later the borders, the
+    fewer rows cross them.
 
     Args:
         layers: of the model.
@@ -46,14 +47,14 @@ def balanced_split(layers: int, stages: int) -> list[int]:
             f"{layers} layers cannot be split into {stages} pipeline stages: each needs a layer, "
             f"so choose a pipeline-parallel size from 1 to {layers}"
         )
-    # best[a]: (cost of the dearest stage, split) of the layers from a on into some stages
-    best = {a: (stage_cost(a, layers, layers), [layers - a]) for a in range(layers)}
+    # best[a]: (cost of the dearest stage, minus the split) of the layers from a on
+    best = {a: (stage_cost(a, layers, layers), [a - layers]) for a in range(layers)}
     for others in range(1, stages):
         best = {
             a: min(
-                (max(stage_cost(a, b, layers), best[b][0]), [b - a, *best[b][1]])
+                (max(stage_cost(a, b, layers), best[b][0]), [a - b, *best[b][1]])
                 for b in range(a + 1, layers - others + 1)
             )
             for a in range(layers - others)
         }
-    return best[0][1]
+    return [-n for n in best[0][1]]
