@@ -39,7 +39,8 @@ def test_costs_are_passes_through_layers():
 
 
 @pytest.mark.parametrize(("layers", "stages", "split"), [
-    (24, 1, [24]), (24, 2, [7, 17]), (12, 2, [3, 9]), (12, 4, [2, 2, 2, 6]), (6, 2, [2, 4]), (4, 4, [1, 1, 1, 1]),
+    (24, 1, [24]), (24, 2, [7, 17]), (12, 2, [3, 9]), (12, 4, [2, 2, 2, 6]), (6, 2, [2, 4]),
+    (4, 4, [1, 1, 1, 1]),
 ])
 def test_splits_of_some_models(layers, stages, split):
     assert balanced_split(layers, stages) == split
