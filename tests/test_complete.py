@@ -11,7 +11,7 @@ from torch import nn
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.complete import SearchOptions, branch_and_bound
 from lirpa_megatron.complete.problem import Problem
-from lirpa_megatron.complete.search import search
+from lirpa_megatron.complete.strategy import decide as decide_problem
 
 SHAPES = ((4,), (8,), (12,), (4, 4), (6, 6), (3, 9), (4, 4, 4), (2, 5, 5))
 
@@ -50,7 +50,7 @@ def exact(layers, low, high, rows):
     return minimum(arrays, low.double().numpy(), high.double().numpy(), rows.double().numpy())
 
 
-def decide(seed):
+def decide(seed, branching):
     """A problem whose thresholds lie close to the true minima, and what is found out of it."""
     layers, low, high, rows = layers_of(seed)
     least = exact(layers, low, high, rows)
@@ -60,13 +60,13 @@ def decide(seed):
     thresholds = torch.from_numpy(least - gap)
     found = branch_and_bound(
         module_of(layers), boxed(low[None], high[None]), rows[None], thresholds[None],
-        options=SearchOptions(timeout=60),
+        options=SearchOptions(timeout=60, branching=branching),
     )
     return found, layers, thresholds, gap, (low, high, rows)
 
 
-def check(seed):
-    found, layers, thresholds, gap, (low, high, rows) = decide(seed)
+def check_verdict(seed, branching="relu"):
+    found, layers, thresholds, gap, (low, high, rows) = decide(seed, branching)
     assert found.status == ("proved" if gap > 0 else "refuted"), (seed, found)
     if gap > 0:
         # no bound is above the truth; 1e-9: rounding of the enumeration and of the bound
@@ -81,16 +81,16 @@ def check(seed):
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_verdicts_are_those_of_all_activation_patterns(first, one_thread):
     for seed in range(first, first + 10):
-        check(seed)
+        check_verdict(seed)
 
 
 @pytest.mark.slow
 def test_verdicts_of_many_more_are_those_of_all_activation_patterns(one_thread):
     for seed in range(40, 540):
-        check(seed)
+        check_verdict(seed)
 
 
-def check_two_rows(seed):
+def check_two_rows(seed, branching="relu"):
     """A goal of two rows is decided; returns whether neither row exceeds its threshold everywhere,
     so that a weighted sum of both decides."""
     layers, low, high, rows = layers_of(seed)
@@ -110,7 +110,8 @@ def check_two_rows(seed):
 
     problem = Problem(low[None], high[None], (0,), rows[None], ends[None])
     graph = BoundedModule(model, low[None])
-    found = search(graph, problem, SearchOptions(timeout=60), confirm)
+    options = SearchOptions(timeout=60, branching=branching)
+    found = decide_problem(graph, problem, options, confirm)
     assert found.status == ("proved" if gap > 0 else "refuted"), (seed, found)
     # 1e-9: rounding of the enumeration and of the bound
     assert gap < 0 or 0 < found.bound <= gap + 1e-9

@@ -65,6 +65,7 @@ def test_a_limit_of_time_is_kept(folder, tmp_path, session):
 @pytest.mark.parametrize("arguments, message", [
     (["--outward"], "--complete has no --outward"),
     (["--data", "x.jsonl", "--load", "x"], "leave it out with --data"),
+    (["--branching", "output"], "--branching: invalid choice"),
 ])
 def test_what_does_not_go_together_is_refused(folder, arguments, message, session, capsys):
     given = [] if "--data" in arguments else run(folder)[1:]
@@ -76,11 +77,15 @@ def test_what_does_not_go_together_is_refused(folder, arguments, message, sessio
 def test_a_network_that_cannot_be_split_stays_unknown_and_that_is_said(
     folder, tmp_path, session
 ):
+    """Unless its box may be cut, which decides."""
     text = property_text(LOW, HIGH, 3, "(<= Y_0 0.0)")
     (tmp_path / "p.vnnlib").write_text(text)
     prop = str(tmp_path / "p.vnnlib")
     arguments = ["verify", "--onnx", str(folder / "tanh.onnx"), "--vnnlib", prop, "--complete"]
     arguments += ["--attack-steps", "0", "--output", str(tmp_path / "r.jsonl")]
-    assert main(arguments) == 0
+    assert main([*arguments, "--branching", "relu"]) == 0
     (result,) = read(tmp_path / "r.jsonl")
     assert result["result"] == "unknown" and "has a Tanh" in result["note"]
+    assert main(arguments) == 0
+    (result,) = read(tmp_path / "r.jsonl")
+    assert (result["result"], result["branching"]) == ("sat", "input")

@@ -273,8 +273,13 @@ def _add_effort(add: Any) -> None:
     )
     add(
         "--complete", action="store_true",
-        help="properties of ReLU networks: branch and bound (beta-CROWN) on what bounds and the "
-        "attack leave open, until it is decided or --timeout is over",
+        help="properties of ReLU networks, or of few inputs: branch and bound on what bounds and "
+        "the attack leave open, until it is decided or --timeout is over",
+    )
+    add(
+        "--branching", choices=("auto", "relu", "input"),
+        help="what --complete splits: relu (beta-CROWN), input (the box is cut, for few inputs), "
+        "or auto (default): input where at most 8 inputs move and ReLUs are many",
     )
     add(
         "--record", metavar="JSON", type=Path,

@@ -1,6 +1,10 @@
 """Bounds of parts, until all is proved: of ReLU networks by beta-CROWN, of sets of few dimensions.
 
-Branch and bound, which decides properties of ReLU networks, on sharded models:
+Branch and bound, which decides properties on sharded models:
+
+    strategy     what is split: ReLUs or boxes
+
+over ReLUs:
 
     problem      what is to be proved, and what is found out
     roots        alpha-CROWN's bounds of the boxes, and the numbering of neurons
@@ -22,6 +26,13 @@ Branch and bound, which decides properties of ReLU networks, on sharded models:
     tree         whether leaves cover the whole box
     replay       bounds the leaves of a tree anew
     library      `branch_and_bound`
+
+over boxes in which few inputs move, by CROWN for each part:
+
+    box_bounds   bounds of a batch of parts, and what cuts of them may gain
+    box_search   the loop
+    cut_tree     where boxes were cut, and whether all parts are proved
+    box_replay   bounds the parts of a tree anew
 
 Pieces of sets of few dimensions, for all models and methods:
 

@@ -11,7 +11,8 @@ from torch import nn
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.complete.points import Walks
 from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
-from lirpa_megatron.complete.search import Progress, search
+from lirpa_megatron.complete.search import Progress
+from lirpa_megatron.complete.strategy import decide
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import spmd
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
@@ -32,8 +33,10 @@ def branch_and_bound(
 ) -> Searched:
     """Decides whether `C y > thresholds` for all inputs of a box.
 
-    The network may have linear operators and ReLUs. Every rank of the tensor-parallel group calls
-    it alike; bounds and verdicts are those of the unsharded model, up to rounding.
+    What is split are ReLUs, of a network of linear operators and ReLUs, or the box itself, in which
+    few inputs move (`SearchOptions.branching`, `strategy.chosen`). Every rank of the
+    tensor-parallel group calls it alike; bounds and verdicts are those of the unsharded model, up
+    to rounding.
 
     Args:
         model: batch first, perhaps sharded; or its BoundedModule (with `check_live`, so that it
@@ -97,4 +100,4 @@ def branch_and_bound(
 
     group = graph.context.collectives.group
     with replicas.guard("branch and bound"), spmd.guard(group, "branch and bound"):
-        return search(graph, problem, options, confirm, progress, replicas=replicas)
+        return decide(graph, problem, options, confirm, progress, replicas)

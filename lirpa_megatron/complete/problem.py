@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.complete.cut_tree import CutTree
+
 Split = tuple[int, int]
 """A neuron, by its number among all of the network's ReLUs, and the sign of its pre-activation."""
 
@@ -55,8 +57,12 @@ class Problem:
 class SearchOptions:
     """How domains are bounded and split."""
 
+    # what is split: "relu", "input" (the boxes are cut) or "auto" (`strategy.chosen`)
+    branching: str = "auto"
     # most domains that are split at once
     batch: int = 128
+    # most parts of boxes that are bounded at once
+    box_batch: int = 512
     # steps of alpha and beta for each domain
     iterations: int = 16
     # the same for a goal's whole box
@@ -145,6 +151,8 @@ class Searched:
         goal: which.
         leaves: of the trees, if they were kept.
         claims: bounds of inner neurons that they rest on, if they were kept.
+        branching: what was split, "relu" or "input".
+        cuts: where boxes were cut, if trees were kept.
     """
 
     status: str
@@ -159,3 +167,5 @@ class Searched:
     leaves: list[Leaf] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     inner_domains: int = 0
+    branching: str = "relu"
+    cuts: list[CutTree] = field(default_factory=list)

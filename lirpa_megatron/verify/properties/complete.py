@@ -10,15 +10,16 @@ import torch
 
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
+from lirpa_megatron.complete import strategy
+from lirpa_megatron.complete.cut_tree import CutTree
 from lirpa_megatron.complete.points import Walks
 from lirpa_megatron.complete.problem import Claim, Leaf, Problem, Searched, SearchOptions
-from lirpa_megatron.complete.roots import check_graph
-from lirpa_megatron.complete.search import search
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel.model_ranks import ModelRanks
 from lirpa_megatron.verify.properties.attack import Target
 from lirpa_megatron.verify.properties.counterexamples import Counterexample, confirm
 from lirpa_megatron.verify.properties.loading import Loaded
+from lirpa_megatron.verify.properties.preimages import Preimages
 from lirpa_megatron.verify.properties.property import Property, Region
 from lirpa_megatron.verify.properties.specification import (
     RowsToBound,
@@ -50,6 +51,8 @@ class Decided:
             position in place of the target's.
         claims: bounds of inner neurons that they rest on; `box` as in `leaves`.
         inner_domains: how many domains were bounded for these.
+        branching: what was split, "relu" or "input".
+        cuts: of boxes, if they are kept: `box` as in `leaves`, disjuncts in the place of goals.
     """
 
     result: str
@@ -62,6 +65,8 @@ class Decided:
     leaves: list[tuple[int, int, Leaf]] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     inner_domains: int = 0
+    branching: str | None = None
+    cuts: list[CutTree] = field(default_factory=list)
 
     def merge(self, other: Decided, regions: Sequence[int]) -> None:
         """With what was found out about other targets, of regions at these positions."""
@@ -76,6 +81,8 @@ class Decided:
             self.note = other.note or self.note
         self.leaves += [(regions[k], d, leaf) for k, d, leaf in other.leaves]
         self.claims += [replace(claim, box=regions[claim.box]) for claim in other.claims]
+        self.branching = self.branching or other.branching
+        self.cuts += [replace(tree, box=regions[tree.box]) for tree in other.cuts]
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,14 @@ class Goals:
     rows: tuple[tuple[tuple[int, float], ...], ...]
 
 
-def why_not(bounded: BoundedModule) -> str | None:
-    """Why branch and bound cannot split a network, in one line; None: it can."""
+def why_not(
+    loaded: Loaded, bounded: BoundedModule, targets: Sequence[Target], branching: str
+) -> str | None:
+    """Why branch and bound cannot split a network in some regions, in one line; None: it can."""
+    low, high = (torch.cat(side) for side in
+                 zip(*(loaded.box(region) for region, _ in targets), strict=True))
     try:
-        check_graph(bounded, bounded[bounded.final_name])
+        strategy.chosen(bounded, low, high, branching)
     except UserError as error:
         return str(error)
     return None
@@ -168,20 +179,29 @@ def decide(
     def shown(bound: float, left: int, domains: int, seconds: float) -> None:
         progress(f"bound {bound:.4g}, {left} domains left of {domains}, {seconds:.0f} s")
 
-    found = search(
-        bounded, goals.problem, options, hunt.confirm, progress and shown, replicas=ranks.replicas
+    found = strategy.decide(
+        bounded, goals.problem, options, hunt.confirm, progress and shown, ranks.replicas
     )
     decided = Decided(
         {"proved": "unsat", "refuted": "sat"}.get(found.status, found.status),
         domains=found.domains, open=found.open, bound=found.bound, note=found.why,
         counterexample=found.point,
         leaves=[(*goals.of[leaf.goal], leaf) for leaf in found.leaves],
-        claims=found.claims, inner_domains=found.inner_domains,
+        claims=found.claims, inner_domains=found.inner_domains, branching=found.branching,
+        cuts=[_of_disjuncts(goals, tree) for tree in found.cuts],
     )
     if decided.result == "unknown" and hunt.near is not None:
         decided = replace(decided, note=f"{decided.note}; {hunt.near}")
     _note_bounds(goals, found, decided)
     return decided
+
+
+def _of_disjuncts(goals: Goals, tree: CutTree) -> CutTree:
+    """With disjuncts in the place of goals."""
+    return CutTree(tree.box, tuple(
+        replace(node, proved=tuple(goals.of[goal][1] for goal in node.proved))
+        for node in tree.nodes
+    ))
 
 
 def _note_bounds(goals: Goals, found: Searched, decided: Decided) -> None:
@@ -204,6 +224,7 @@ class _Hunt:
         self.near: str | None = None
         self._boxes = [inward_box(r, loaded.like.dtype, loaded.like.device) for r, _ in targets]
         self._walks = Walks(loaded.forward, loaded.bounded.context.collectives)
+        self._preimages: dict[int, Preimages] = {}
         self._random = torch.Generator().manual_seed(0)
 
     def confirm(self, goal: int, points: torch.Tensor) -> Counterexample | None:
@@ -213,10 +234,14 @@ class _Hunt:
         rows = [self.prop.rows[i] for i in self.targets[k][0].disjuncts[disjunct]]
         C = specification_matrix(rows, self.prop.n_out, torch.float64, low.device)[0]
         ends = torch.tensor([float(r.bound) for r in rows], dtype=torch.float64).to(C)
-        if self.loaded.normalisation is not None:
-            # Bounds are of what comes out of it; where that is attained says little of the input.
-            share = torch.rand(8, len(low), generator=self._random).round().to(low)
-            points = low + share * (high - low)
+        if self.loaded.normalisation is not None:  # bounds are of what comes out of it
+            if k not in self._preimages:
+                self._preimages[k] = Preimages(self.loaded, self.targets[k][0])
+            found = self._preimages[k].of(points)
+            if found is None:
+                share = torch.rand(8, len(low), generator=self._random).round().to(low)
+                found = low + share * (high - low)
+            points = found
         near, margins = self._walks.closest(C, ends, low, high, points.to(low))
         for point, margin in list(zip(near, margins.tolist(), strict=True))[:_CONFIRMED]:
             if margin > 0:

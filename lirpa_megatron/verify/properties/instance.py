@@ -205,7 +205,7 @@ def _complete(
             total.result = "timeout"
             break
         some = [targets[i] for i in positions]
-        why = complete.why_not(bounded)
+        why = complete.why_not(loaded, bounded, some, options.branching)
         if why is None and not all(complete.has_rows(*target) for target in some):
             why = "branch and bound needs constraints on the outputs"
         if why is not None:

@@ -166,7 +166,8 @@ class Runner:
             details["dtype"] = self._loaded[2].dtype
             details["sharded_share"] = self._loaded[2].sharded_share
         if outcome.decided is not None:
-            details |= {"bound": _finite(outcome.decided.bound),
+            details |= {"branching": outcome.decided.branching,
+                        "bound": _finite(outcome.decided.bound),
                         "domains": outcome.decided.domains,
                         "inner_domains": outcome.decided.inner_domains,
                         "open_domains": outcome.decided.open}

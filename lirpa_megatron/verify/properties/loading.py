@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -99,6 +100,12 @@ class Loaded:
             ends = torch.stack(outward(*both, self.like.dtype)).to(self.like.device)
         lower, upper = from_first_stage(pipeline, "the box", ends)
         return lower[None], upper[None]
+
+    def image(self, point: np.ndarray) -> torch.Tensor:
+        """Where the normalisation takes an input [n_in]: [n] float64, on the CPU; needs all of the
+        network in one stage.
+        """
+        return through(self.network, self.normalisation, point, point)[0].double().cpu()
 
     def bounded_for(self, rows: Sequence[OutputRow]) -> BoundedModule:
         """The bounded module whose outputs these rows are to be bounded on.

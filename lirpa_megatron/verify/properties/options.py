@@ -24,12 +24,16 @@ class VerifyOptions(RunOptions):
     pipeline_layers: Sequence[int] | None = None
     # branch and bound on what bounds and the attack leave open
     complete: bool = False
+    # what it splits, one of `strategy.BRANCHING`
+    branching: str = "auto"
     # file for the record of a proved property
     record: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
+        if self.branching != "auto" and not self.complete:
+            raise UserError("--branching says what --complete splits: give --complete too")
         if self.complete and self.outward:
             raise UserError(
                 "--complete has no --outward: branch and bound does not widen its bounds by their "
@@ -43,7 +47,9 @@ class VerifyOptions(RunOptions):
 
     def search(self, seconds: float | None) -> SearchOptions:
         """Options of branch and bound with some time left."""
-        return SearchOptions(timeout=seconds, keep_tree=self.record is not None)
+        return SearchOptions(
+            timeout=seconds, keep_tree=self.record is not None, branching=self.branching
+        )
 
     def attack(self) -> AttackOptions:
         return AttackOptions(

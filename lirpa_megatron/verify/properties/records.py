@@ -2,18 +2,23 @@
 
 A record is a JSON file:
 
-    format, version     "lirpa_megatron record", 2
+    format, version     "lirpa_megatron record", 3 (2 had no `cuts`)
     network, property   name, file, and a SHA-256: of structure and weights, of the text; of a
                         network also `named`: the files by their names in a query of VNN-LIB 2.0
     tensor_parallel     ranks that found it
     neurons             how many ReLU neurons there are
     trees               for each box and disjunct of the property: its leaves, each with its splits
                         [neuron, sign] from the root on, and its bound
+    cuts                for boxes that were cut themselves, in the place of their open disjuncts'
+                        trees: the parts, each in front of those that it was cut into, the lower one
+                        first: [input, where, disjuncts that are refuted in all of it], or, of one
+                        that was not cut, [disjuncts, bound]
     inner               bounds of inner neurons that the trees rest on, `sign * z >= bound` in a
                         box: box, neuron, sign, bound, and the splits of the leaves
 
-Neurons are numbered from the last ReLU to the first, all features of all ranks, so that a record
-does not depend on how the network was sharded.
+Inputs are those behind the normalisation at the network's input. Neurons are numbered from the last
+ReLU to the first, all features of all ranks, so that a record does not depend on how the network
+was sharded.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ from typing import Any
 
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.checkpoint.plain_files import parse_json
+from lirpa_megatron.complete.box_replay import unproved_parts
+from lirpa_megatron.complete.cut_tree import Cut, CutTree, Piece
 from lirpa_megatron.complete.problem import SearchOptions
 from lirpa_megatron.complete.replay import ClaimedBound, unproved_leaves
 from lirpa_megatron.complete.roots import neuron_count
@@ -43,7 +50,7 @@ from lirpa_megatron.verify.properties.property import Property
 from lirpa_megatron.verify.properties.sources import check_sources, files_of, read_sources
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
-FORMAT, VERSION = "lirpa_megatron record", 2
+FORMAT, VERSION = "lirpa_megatron record", 3
 _EFFORT = SearchOptions(iterations=40, first_iterations=60)
 
 
@@ -60,9 +67,14 @@ def record_of(
     for region, disjunct, leaf in [] if outcome.decided is None else outcome.decided.leaves:
         own = split.setdefault((region, disjunct), [])
         own.append({"splits": [list(s) for s in leaf.splits], "bound": leaf.margin})
-    trees = []
+    trees, cuts, were_cut = [], [], set()
+    for tree in [] if outcome.decided is None else outcome.decided.cuts:
+        cuts.append({"box": tree.box, "nodes": [_plain(node) for node in tree.nodes]})
+        were_cut |= {(tree.box, d) for node in tree.nodes for d in node.proved}
     for i, region in enumerate(prop.regions):
         for d in range(len(region.disjuncts)):
+            if (i, d) in were_cut:
+                continue
             # what was proved without a split is one leaf
             leaves = split.get((i, d), [{"splits": [], "bound": None}])
             trees.append({"box": i, "disjunct": d, "leaves": leaves})
@@ -87,8 +99,15 @@ def record_of(
         "tensor_parallel": loaded.ranks.size,
         "neurons": neuron_count(loaded.bounded),
         "trees": trees,
+        "cuts": cuts,
         "inner": inner,
     }
+
+
+def _plain(node: Cut | Piece) -> list[Any]:
+    if isinstance(node, Cut):
+        return [node.input, node.at, list(node.proved)]
+    return [list(node.proved), node.bound]
 
 
 def check_record(
@@ -138,11 +157,16 @@ def check_record(
         raise UserError(f"record {path} is of another network than {network}: weights or structure "
                         "differ")
     leaves = _check_trees(path, record, loaded, read)
+    parts = sum(len(node) == 2 for tree in record["cuts"] for node in tree["nodes"])
     inner = f" and bounds of {len(record['inner'])} inner neurons" if record["inner"] else ""
     return (
         f"record {path} holds: {text['name']} of {net['name']}, {leaves} leaves of "
-        f"{len(record['trees'])} trees{inner} bounded in float64"
+        f"{len(record['trees'])} trees{inner}{_many(parts)} bounded in float64"
     )
+
+
+def _many(parts: int) -> str:
+    return f" and {parts} parts of boxes" if parts else ""
 
 
 def _check_trees(path: Path, record: dict[str, Any], loaded: Loaded, prop: Property) -> int:
@@ -156,7 +180,11 @@ def _check_trees(path: Path, record: dict[str, Any], loaded: Loaded, prop: Prope
         raise UserError(f"record {path} has {others[0]}, which the property lacks")
     if len(known) < len(record["trees"]):
         raise UserError(f"record {path} has two trees for one box and disjunct")
-    missing = [place for place in wanted if place not in known]
+    were_cut = _check_cuts(path, record, loaded, prop)
+    both = [place for place in were_cut if place in known]
+    if both:
+        raise UserError(f"record {path} has two trees for one box and disjunct")
+    missing = [place for place in wanted if place not in known and place not in were_cut]
     if missing and prop.vacuous is None:
         raise UserError(f"record {path} has no tree for box {missing[0][0]}, disjunct "
                         f"{missing[0][1]} of the property")
@@ -168,7 +196,7 @@ def _check_trees(path: Path, record: dict[str, Any], loaded: Loaded, prop: Prope
     for was_searched in (True, False):
         own = {
             i: tuple(d for d in range(len(r.disjuncts))
-                     if _was_searched(known[i, d]) == was_searched)
+                     if (i, d) in known and _was_searched(known[i, d]) == was_searched)
             for i, r in enumerate(prop.regions)
         }
         places = [i for i, disjuncts in own.items() if disjuncts]
@@ -191,7 +219,7 @@ def _check_group(
     targets: list[Target], boxes: list[int], known: dict[tuple[int, int], Any], with_inner: bool,
 ) -> int:
     """Checks targets of one module, whose boxes have these positions; returns how many leaves."""
-    why = complete.why_not(bounded)
+    why = complete.why_not(loaded, bounded, targets, "relu")
     if why is not None:
         raise UserError(f"record {path}: {why}")
     goals = complete.goals_of(loaded, bounded, prop, targets)
@@ -228,6 +256,53 @@ def _check_group(
     return count
 
 
+def _check_cuts(
+    path: Path, record: dict[str, Any], loaded: Loaded, prop: Property
+) -> set[tuple[int, int]]:
+    """Bounds the parts of boxes that were cut; returns these boxes' disjuncts."""
+    trees = {tree["box"]: tree["nodes"] for tree in record["cuts"]}
+    if len(trees) < len(record["cuts"]):
+        raise UserError(f"record {path} has two trees of cuts for one box")
+    targets, boxes, found = [], [], set()
+    for i, nodes in sorted(trees.items()):
+        own = {d for node in nodes for d in node[2 if len(node) == 3 else 0]}
+        if not 0 <= i < len(prop.regions) or not own <= set(range(len(prop.regions[i].disjuncts))):
+            raise UserError(f"record {path} has a tree of cuts for box {i}, disjuncts "
+                            f"{sorted(own)}, which the property lacks")
+        if own:
+            boxes.append(i)
+            targets.append((prop.regions[i], tuple(sorted(own))))
+            found |= {(i, d) for d in own}
+    for bounded, positions in complete.one_module(loaded, prop, targets, most_boxes(loaded)):
+        some = [targets[k] for k in positions]
+        why = complete.why_not(loaded, bounded, some, "input")
+        if why is not None:
+            raise UserError(f"record {path}: {why}")
+        goals = complete.goals_of(loaded, bounded, prop, some)
+        goal_of = {place: goal for goal, place in enumerate(goals.of)}
+        cut = []
+        for k, position in enumerate(positions):
+            nodes = trees[boxes[position]]
+            cut.append(CutTree(k, tuple(_node(node, k, goal_of) for node in nodes)))
+        for tree in cut:
+            where = f"box {boxes[positions[tree.box]]}"
+            try:
+                for goal, node, margin in unproved_parts(bounded, goals.problem, [tree]):
+                    raise UserError(
+                        f"record {path}, {where}, disjunct {goals.of[goal][1]}: the part of node "
+                        f"{node} is not proved, its bound is {margin:.3g}"
+                    )
+            except ValueError as error:
+                raise UserError(f"record {path}, {where}: {error}") from None
+    return found
+
+
+def _node(node: list[Any], target: int, goal_of: dict[tuple[int, int], int]) -> Cut | Piece:
+    *place, last = node if len(node) == 3 else (node[1], node[0])
+    proved = tuple(goal_of[target, d] for d in last)
+    return Cut(*place, proved) if len(node) == 3 else Piece(proved, place[0])
+
+
 def _tree(path: Path, where: str, leaves: list[Any], neurons: int) -> Node:
     try:
         return tree_of([[tuple(split) for split in leaf] for leaf in leaves], neurons)
@@ -255,6 +330,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"record {path} is not a JSON file") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not a record of verify --record")
+    if record.get("version") == 2:
+        record = {"cuts": [], **record, "version": VERSION}
     if record.get("version") != VERSION:
         raise UserError(f"record {path} has version {record.get('version')}; this program reads "
                         f"{VERSION}")
@@ -279,6 +356,9 @@ def _read(path: Path) -> dict[str, Any]:
                 if bound is not None and not 0 < bound < math.inf:
                     raise UserError(f"record {path} has a leaf with a bound of {bound}, which "
                                     "proves nothing")
+        for tree in record["cuts"]:
+            if not _are_whole([tree["box"]]) or not all(map(_is_node, tree["nodes"])):
+                raise TypeError
         for claim in record["inner"]:
             splits = [split for leaf in claim["leaves"] for split in leaf]
             if not _are_whole([claim["box"], claim["neuron"], claim["sign"]]) \
@@ -289,6 +369,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"record {path} is damaged: a field is missing or of a wrong kind") \
             from None
     return record
+
+
+def _is_node(node: Any) -> bool:
+    if not isinstance(node, list):
+        return False
+    if len(node) == 3:
+        return type(node[0]) is int and type(node[1]) is float and _are_whole(node[2])
+    return len(node) == 2 and _are_whole(node[0]) and type(node[1]) in (float, type(None))
 
 
 def _are_whole(values: Any) -> bool:

@@ -62,7 +62,9 @@ class Result:
     # False if the model's own forward was not compared with its bounds; else it is left out
     live_check: bool | None = None
     # with --complete, where bounds and the attack did not decide: the smallest bound of what was
-    # split, how many domains were bounded, and how many were left
+    # split, how many domains were bounded, and how many were left; and what was split: "relu", or
+    # "input" for the boxes of inputs
+    branching: str | None = None
     bound: float | None = None
     domains: int | None = None
     open_domains: int | None = None
@@ -81,8 +83,8 @@ class Result:
 
     def to_line(self) -> str:
         optional = (
-            "error", "note", "rounding", "live_check", "pipeline_parallel", "bound", "domains",
-            "open_domains", "inner_domains", "order", "splits", "proved_share", "pieces",
+            "error", "note", "rounding", "live_check", "pipeline_parallel", "branching", "bound",
+            "domains", "open_domains", "inner_domains", "order", "splits", "proved_share", "pieces",
             "sharded_share",
         )
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}

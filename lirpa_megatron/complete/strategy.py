@@ -1,0 +1,100 @@
+"""What is split to prove a problem: ReLUs, or the boxes of inputs themselves.
+
+A cut of the box halves the intervals of all neurons that depend on that input, and each part is
+bounded by one pass of CROWN, inner bounds included; but in d dimensions it takes 2^d parts to halve
+a box. A split of a ReLU removes one relaxation, whatever the dimension, and there are at most 2^N
+patterns of N neurons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lirpa_megatron.complete.box_bounds import input_names
+from lirpa_megatron.complete.box_search import search_boxes
+from lirpa_megatron.complete.exploring import Confirm
+from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
+from lirpa_megatron.complete.roots import check_graph, neuron_count
+from lirpa_megatron.complete.search import Progress, search
+from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel.replicas import ALONE, Replicas
+
+BRANCHING = ("auto", "relu", "input")
+
+_FEW, _MOST = 8, 16
+"""Inputs that move: up to which boxes are cut, and where nothing else can be split."""
+_NEURONS = 16
+"""ReLUs for each of these inputs that are too many to be split."""
+
+
+def decide(
+    graph: Any, problem: Problem, options: SearchOptions, confirm: Confirm,
+    progress: Progress | None = None, replicas: Replicas = ALONE,
+) -> Searched:
+    """Branch and bound over what is `chosen`; arguments and errors as for `search.search`."""
+    if chosen(graph, problem.low, problem.high, options.branching) == "input":
+        return search_boxes(graph, problem, options, confirm, progress, replicas)
+    return search(graph, problem, options, confirm, progress, replicas=replicas)
+
+
+def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto") -> str:
+    """"relu" or "input".
+
+    `auto` cuts boxes in which at most 8 inputs move, of networks with more than 16 ReLUs for each
+    of these inputs; and boxes in which at most 16 do, of networks that ReLUs are not the only
+    nonlinear operators of.
+
+    Args:
+        graph: a BoundedModule.
+        low, high: boxes, [K, inputs].
+        asked: one of `BRANCHING`.
+
+    Raises:
+        UserError: the graph cannot be split, by name.
+    """
+    if asked not in BRANCHING:
+        raise UserError(f"branching {asked!r}: choose one of {', '.join(BRANCHING)}")
+    if asked == "input":
+        check_boxes(graph)
+        return "input"
+    why = _refusal(graph, check_relus)
+    if asked == "relu" or why is None and _refusal(graph, check_boxes) is not None:
+        check_relus(graph)
+        return "relu"
+    moving = int((low < high).sum(1).max())
+    if why is None:
+        few = moving <= _FEW and neuron_count(graph) > _NEURONS * moving
+        return "input" if few else "relu"
+    if moving > _MOST:
+        raise UserError(f"{why}; and boxes are cut where at most {_MOST} inputs move, here "
+                        f"{moving} do")
+    check_boxes(graph)
+    return "input"
+
+
+def check_relus(graph: Any) -> None:
+    """Raises UserError unless branch and bound over ReLUs can split all that is not linear."""
+    check_graph(graph, graph[graph.final_name])
+
+
+def check_boxes(graph: Any) -> None:
+    """Raises UserError for a graph whose input boxes cannot be cut."""
+    where = "branch and bound cuts boxes: "
+    if graph.stages is not None:
+        raise UserError(f"{where}pipeline stages are not supported; use tensor parallelism")
+    if graph.rounding is not None:
+        raise UserError(f"{where}outward rounding is not supported; leave it out")
+    if graph.sharded[graph.final_name]:
+        raise UserError(f"{where}the output has to be gathered (gather_output=True)")
+    if len(input_names(graph)) != 1:
+        raise UserError(f"{where}outputs have to depend on one input")
+
+
+def _refusal(graph: Any, check: Any) -> str | None:
+    try:
+        check(graph)
+    except UserError as error:
+        return str(error)
+    return None
