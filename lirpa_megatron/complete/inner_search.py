@@ -14,7 +14,7 @@ import torch
 
 from lirpa_megatron.complete.bounding import Bounded, Bounder
 from lirpa_megatron.complete.problem import Domain, SearchOptions, Split
-from lirpa_megatron.complete.steps import finish, halves, splittable, still_open
+from lirpa_megatron.complete.steps import finish, halves, rank, splittable, still_open
 
 _FEW, _RISE = 16, 0.1
 """Domains that each goal may have, and after which its bound has to have risen by this share of
@@ -40,7 +40,7 @@ class Tree:
     """What is known of one goal.
 
     Attributes:
-        open: its domains that may be split, the worst first.
+        open: its domains that may be split, the worst first, by `rank`.
         stuck: margins of those that may not, because nothing is unstable there.
         leaves: splits of those that were proved.
         domains: how many were bounded.
@@ -175,5 +175,5 @@ class _Grower:
 
     def _push(self, domain: Domain) -> None:
         heapq.heappush(
-            self.trees[domain.goal].open, (domain.margin, next(self.count), domain)
+            self.trees[domain.goal].open, (rank(domain.margin), next(self.count), domain)
         )

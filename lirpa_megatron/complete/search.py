@@ -35,6 +35,7 @@ from lirpa_megatron.complete.exploring import Confirm, Explored, Explorer
 from lirpa_megatron.complete.problem import Domain, Leaf, Problem, Searched, SearchOptions
 from lirpa_megatron.complete.refinement import Refinement
 from lirpa_megatron.complete.roots import Roots, bound_roots
+from lirpa_megatron.complete.steps import rank
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 _FEW = 500
@@ -244,7 +245,7 @@ class _Search:
             for leaf in explored.closed:
                 self._close(leaf)
             for domain in explored.open:
-                heapq.heappush(self.heap, (domain.margin, next(self.count), domain))
+                heapq.heappush(self.heap, (rank(domain.margin), next(self.count), domain))
             self.stuck += explored.stuck
             self.refuted = self.refuted or explored.refuted
         return any(explored.is_over for _, explored in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,21 @@ import torch
 from lirpa_megatron.complete import branching
 from lirpa_megatron.complete.bounding import Bounded, Bounder
 from lirpa_megatron.complete.problem import Domain
+
+_DIGITS = 12
+"""Binary ones of margins by which domains are put in order."""
+
+
+def rank(margin: float) -> float:
+    """A margin as a domain's place in the order of its search: rounded down to few digits.
+
+    The half of a domain that a split does not help has its parent's margin, up to rounding, which
+    differs between tensor-parallel sizes. Among such the older one comes first.
+    """
+    if not math.isfinite(margin):
+        return margin
+    digits, power = math.frexp(margin)
+    return math.ldexp(math.floor(math.ldexp(digits, _DIGITS)), power - _DIGITS)
 
 
 def halves(
