@@ -148,21 +148,21 @@ def folder(tmp_path_factory):
     return write_complete(tmp_path_factory.mktemp("complete"))
 
 
-def job(tp, victim, *arguments):
-    """Of one rank: the command's exit status; the victim is killed at its first batch."""
-    rank, halves = torch.distributed.get_rank(), exploring.Explorer.halves
+def job(tp, victim, step, *arguments):
+    """Of one rank: the command's exit status; the victim is killed at its first `step`."""
+    rank, before = torch.distributed.get_rank(), getattr(exploring.Explorer, step)
 
-    def counted(self, parents):
+    def fatal(self, *given):
         if rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
-        return halves(self, parents)
+        return before(self, *given)
 
-    exploring.Explorer.halves = counted
+    setattr(exploring.Explorer, step, fatal)
     os.environ["RANK"] = str(rank)
     try:
         return main([*arguments, "--tensor-parallel-size", str(tp)])
     finally:
-        exploring.Explorer.halves = halves
+        setattr(exploring.Explorer, step, before)
         del os.environ["RANK"]
 
 
@@ -175,11 +175,46 @@ def arguments_for(folder, *more):
 def test_a_job_of_replicas_writes_one_result_of_each_instance(folder, tmp_path, tp):
     output = tmp_path / "r.jsonl"
     arguments = arguments_for(folder, "--instances", folder / "instances.csv", "--output", output)
-    assert pool(2 * tp, tp).run(job, tp, None, *arguments) == [0] * 2 * tp
+    assert pool(2 * tp, tp).run(job, tp, None, "halves", *arguments) == [0] * 2 * tp
     holds, fails, both = read(output)
+    assert [r["property"] for r in (holds, fails, both)] == ["holds", "fails", "both"]
     assert [r["result"] for r in (holds, fails, both)] == ["unsat", "sat", "unsat"]
     assert {r["tensor_parallel"] for r in (holds, fails, both)} == {tp}
     assert holds["domains"] > 2 and holds["open_domains"] == 0 and fails["violation"] >= 0
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_instances_of_a_killed_replica_are_verified_by_the_others(folder, tmp_path, victim):
+    output = tmp_path / "r.jsonl"
+    arguments = arguments_for(folder, "--instances", folder / "instances.csv", "--output", output)
+    own = RankPool(2, 1)
+    try:
+        outcomes = own.outcomes(job, 1, victim, "whole", *arguments, timeout=60)
+    finally:
+        own.close()
+    assert outcomes[1 - victim].value == 0 and outcomes[victim].error == "Died"
+    found = read(output)
+    assert sorted(r["property"] for r in found) == ["both", "fails", "holds"]
+    assert {r["property"]: r["result"] for r in found} == {
+        "holds": "unsat", "fails": "sat", "both": "unsat"}
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_run_that_is_resumed_has_the_results_of_all_replicas(folder, tmp_path, session, capsys):
+    """Those of a run in which all were killed lie in several files."""
+    output, part = tmp_path / "r.jsonl", tmp_path / "r.jsonl.1"
+    arguments = arguments_for(folder, "--instances", folder / "instances.csv")
+    assert main([*arguments, "--output", str(output)]) == 0
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text(lines[0] + lines[2][:30])
+    part.write_text(lines[1] + lines[2][:20])
+    assert main([*arguments, "--output", str(output)]) == 2
+    assert "give --resume to keep them" in capsys.readouterr().err
+    assert main([*arguments, "--output", str(output), "--resume"]) == 0
+    assert [r["property"] for r in read(output)] == ["holds", "fails", "both"]
+    assert output.read_text().startswith(lines[0] + lines[1])
+    assert list(tmp_path.iterdir()) == [output]
 
 
 @pytest.mark.parametrize("tp, victim", [
@@ -195,7 +230,7 @@ def test_the_record_of_replicas_is_whole_also_where_one_is_killed(
     )
     own = RankPool(2 * tp, tp)
     try:
-        outcomes = own.outcomes(job, tp, victim, *arguments, timeout=60)
+        outcomes = own.outcomes(job, tp, victim, "halves", *arguments, timeout=60)
     finally:
         own.close()
     for rank, outcome in enumerate(outcomes):

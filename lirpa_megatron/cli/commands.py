@@ -12,11 +12,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lirpa_megatron.cli.arguments import parse_arguments
 from lirpa_megatron.cli.terminal import launched_as_rank0, print_error
@@ -208,9 +208,10 @@ def _verify(arguments: dict[str, Any]) -> int:
     from lirpa_megatron.parallel import runtime, spmd
     from lirpa_megatron.parallel.model_ranks import ModelRanks
     from lirpa_megatron.verify.agreement import agreed
-    from lirpa_megatron.verify.properties.job import Runner, with_progress
+    from lirpa_megatron.verify.properties.job import Runner, run_shared
     from lirpa_megatron.verify.properties.job_plan import plan_job
     from lirpa_megatron.verify.properties.options import VerifyOptions
+    from lirpa_megatron.verify.properties.output import Output
     from lirpa_megatron.verify.properties.results import summary_table
 
     names = {field.name for field in fields(VerifyOptions)}
@@ -223,17 +224,10 @@ def _verify(arguments: dict[str, Any]) -> int:
     runner = Runner(options, ModelRanks.of_megatron())
     if plan.instances and plan.one_network:  # nothing of the run makes sense without it
         runner.prepare(plan.instances[0], only_network=not plan.one_property)
-    with _results_stream(plan, group, "query" in arguments) as stream:
-
-        def write(result: Any) -> None:
-            if stream is not None:
-                stream.write(result.to_line())
-                stream.flush()
-            elif plan.output is not None and runner.ranks.is_first:  # rank 0's replica is dead
-                with plan.output.open("a", encoding="utf-8") as rest:
-                    rest.write(result.to_line())
-
-        results = plan.done + runner.run(with_progress(plan.instances, runner), write)
+    with agreed(group, "opening the output"):
+        output = Output(plan.output, plan.keep_bytes, runner.ranks, "query" in arguments)
+    with contextlib.closing(output):
+        results = plan.done + run_shared(runner, plan.instances, output)
     if "query" in arguments:
         if runner.ranks.is_first:
             _answer(runner, results[0])
@@ -290,34 +284,6 @@ def _report(arguments: dict[str, Any]) -> int:
     print(summary_table(summary))
     print(f"wrote {output}")
     return 0
-
-
-@contextlib.contextmanager
-def _results_stream(plan: Any, group: Any, quiet: bool) -> Iterator[TextIO | None]:
-    """Where rank 0 writes results: the output, or unless `quiet` standard output; None on the other
-    ranks."""
-    from lirpa_megatron.verify.agreement import agreed
-
-    stream = None
-    with agreed(group, "opening the output"):
-        if launched_as_rank0():
-            default = None if quiet else sys.stdout
-            stream = _open_output(plan.output, plan.keep_bytes) if plan.output else default
-    try:
-        yield stream
-    finally:
-        if stream not in (None, sys.stdout):
-            stream.close()
-
-
-def _open_output(path: Path, keep_bytes: int) -> TextIO:
-    """The results file, cut after the part that is kept."""
-    try:
-        stream = path.open("a", encoding="utf-8")
-        stream.truncate(keep_bytes)
-    except OSError as error:
-        raise UserError(f"output {path} cannot be written: {error.strerror}") from None
-    return stream
 
 
 _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {

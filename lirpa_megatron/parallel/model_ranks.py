@@ -52,12 +52,15 @@ class ModelRanks:
         return 1 if self.pipeline is None else self.pipeline.size
 
     @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this rank is the first of those that hold the model."""
+        is_first = self.group is None or self.group.rank() == 0
+        return is_first and (self.pipeline is None or self.pipeline.is_first)
+
+    @property
     def is_first(self) -> bool:
         """Whether this rank is the first of the first replica that is left: it writes results."""
-        is_first = self.group is None or self.group.rank() == 0
-        return is_first and (self.pipeline is None or self.pipeline.is_first) and (
-            self.replicas.is_first
-        )
+        return self.is_first_of_replica and self.replicas.is_first
 
     def guard(self, what: str) -> contextlib.AbstractContextManager[None]:
         """`parallel.pipeline.guard` over these ranks."""

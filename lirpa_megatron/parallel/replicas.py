@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 
 _HEADER = 4096
 """Bytes of a message that need no second one."""
-_SAID, _FAILED, _GONE = "said", "failed", "gone"
+_SAID, _FAILED, _GONE, _WORKING = "said", "failed", "gone", "working"
 
 
 class Replicas:
@@ -142,6 +142,15 @@ class Replicas:
         ((_, result),) = self.share(what, [None], lambda _: work())
         return result
 
+    def gather(self, what: str, value: Any) -> dict[int, Any]:
+        """What each replica that is left says; inside `guard`."""
+        return self._exchange(what, value) if self.size > 1 else {self.rank: value}
+
+    def working(self) -> None:
+        """Says that this replica is at work of its own, to those that may wait for it."""
+        for r in self._others():
+            self._send(r, _packed((self._epoch, _WORKING, "", None)))
+
     def _deal(self, items: list[Item], at_least: int) -> dict[int, list[Item]]:
         count = max(1, min(len(self.members), len(items) // at_least))
         return {r: items[i::count] for i, r in enumerate(self.members[:count])}
@@ -210,8 +219,8 @@ class Replicas:
                 self._closed.add(replica)
                 return None
             epoch, kind, said, value = message
-            if epoch < self._epoch:
-                continue  # of a block that has ended with an error
+            if epoch < self._epoch or kind == _WORKING:
+                continue  # what is older is of a block that has ended with an error
             if kind == _GONE:
                 self._closed.add(replica)
                 return None

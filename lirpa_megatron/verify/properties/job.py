@@ -6,7 +6,8 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from tqdm import tqdm
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel import runtime
 from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
+from lirpa_megatron.parallel.replicas import ALONE as ALONE_REPLICA
 from lirpa_megatron.verify.agreement import agreed
 from lirpa_megatron.verify.properties.counterexamples import Counterexample
 from lirpa_megatron.verify.properties.instance import Deadline, Outcome, verify_instance
 from lirpa_megatron.verify.properties.instance_list import Instance
 from lirpa_megatron.verify.properties.loading import Loaded, load_sources
 from lirpa_megatron.verify.properties.options import VerifyOptions
+from lirpa_megatron.verify.properties.output import Output
 from lirpa_megatron.verify.properties.property import Property
 from lirpa_megatron.verify.properties.records import record_of, write_record
 from lirpa_megatron.verify.properties.results import Result
@@ -195,6 +198,42 @@ class Runner:
 
     def _agreed(self, what: str) -> contextlib.AbstractContextManager[None]:
         return agreed(self.ranks.group, what, self.ranks.pipeline)
+
+
+def run_shared(runner: Runner, instances: Sequence[Instance], output: Output) -> list[Result]:
+    """The results of a run, in order; every rank of every replica calls it alike.
+
+    While there is an instance for each replica, each verifies its own; those that are left then,
+    fewer than replicas, and those of a replica that has been killed all verify together.
+
+    Args:
+        runner: of this rank.
+        instances: what to verify.
+        output: is told of each result.
+    """
+    ranks, results = runner.ranks, {}
+    replicas, count = ranks.replicas, len(ranks.replicas.members)
+    alone = len(instances) // count * count if count > 1 else 0
+    if alone:
+        own = range(alone)[replicas.members.index(replicas.rank) :: count]
+
+        def write(result: Result) -> None:
+            output.write_own(result)
+            replicas.working()
+
+        runner.ranks = replace(ranks, replicas=ALONE_REPLICA)
+        found = runner.run(with_progress([instances[i] for i in own], runner), write)
+        runner.ranks = ranks
+        with replicas.guard("the instances"), ranks.guard("the instances"):
+            heard = replicas.gather("results", dict(zip(own, found, strict=True)))
+        for part in heard.values():
+            results |= part
+        output.gather([results[i] for i in sorted(results)])
+    left = [i for i in range(len(instances)) if i not in results]
+    if left:
+        found = runner.run(with_progress([instances[i] for i in left], runner), output.write)
+        results |= dict(zip(left, found, strict=True))
+    return [results[i] for i in range(len(instances))]
 
 
 def _finite(number: float | None) -> float | None:

@@ -19,6 +19,7 @@ from lirpa_megatron.verify.properties.instance_list import (
     same_file,
 )
 from lirpa_megatron.verify.properties.options import VerifyOptions
+from lirpa_megatron.verify.properties.output import merge_parts, parts_of
 from lirpa_megatron.verify.properties.results import Result, read_results
 
 
@@ -55,6 +56,12 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
     output, keep_bytes, done = arguments.get("output"), 0, []
     if output is not None:
         check_writable(output)
+        parts = parts_of(output)
+        if parts and not arguments.get("resume"):
+            raise UserError(
+                f"{parts[0]} has results of a run that did not finish: give --resume to keep them, "
+                "or remove it"
+            )
     if options.record is not None:
         if not options.complete or "instances" in arguments:
             raise UserError("--record writes the proof of one property: give --complete and "
@@ -66,6 +73,7 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
     if arguments.get("resume"):
         if output is None:
             raise UserError("--resume needs --output, the file to continue")
+        merge_parts(output)
         if output.exists():
             earlier, keep_bytes = read_results(output)
             done = [r for r in earlier if any(_is_of(r, i, options) for i in instances)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.report.summary import summarise
 from lirpa_megatron.verify.properties.job_plan import check_writable
+from lirpa_megatron.verify.properties.output import parts_of
 from lirpa_megatron.verify.sentences.results import read_results
 
 
@@ -49,7 +49,7 @@ def check_output(files: Files) -> None:
                 raise UserError(
                     f"{path} is an input, and {written} would overwrite it: choose another name"
                 )
-    parts = _parts(output)
+    parts = parts_of(output)
     if parts and not files.resume:
         raise UserError(
             f"{parts[0]} has results of a run that did not finish: give --resume to keep them, or "
@@ -101,15 +101,9 @@ class ResultsFile:
             raise UserError(f"{self._name} cannot be written: {error.strerror}") from None
 
 
-def _parts(output: Path) -> list[Path]:
-    """The files of replicas beside the output."""
-    names = re.compile(re.escape(output.name) + r"\.[1-9][0-9]*")
-    return sorted(path for path in output.parent.iterdir() if names.fullmatch(path.name))
-
-
 def merge_parts(output: Path) -> None:
     """Adds what replicas have written to the output, and removes their files."""
-    parts = _parts(output)
+    parts = parts_of(output)
     if not parts:
         return
     kept = [output, *parts] if output.exists() else parts
