@@ -241,6 +241,17 @@ def test_the_record_of_replicas_is_whole_also_where_one_is_killed(
     assert main(["check", str(path)]) == 0
 
 
+def test_replicas_cut_boxes_together(folder, tmp_path, session, unchanged_environment):
+    path = tmp_path / "proof.json"
+    arguments = arguments_for(folder, "--vnnlib", folder / "holds.vnnlib", "--record", path,
+                              "--branching", "input", "--output", tmp_path / "r.jsonl")
+    assert pool(2, 1).run(job, 1, None, "halves", *arguments) == [0, 0]
+    (result,) = read(tmp_path / "r.jsonl")
+    assert (result["result"], result["branching"]) == ("unsat", "input")
+    assert result["domains"] > 20
+    assert main(["check", str(path)]) == 0
+
+
 def test_replicas_are_for_branch_and_bound(folder, tmp_path):
     arguments = arguments_for(folder, "--instances", folder / "instances.csv")
     arguments.remove("--complete")
