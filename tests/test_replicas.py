@@ -103,6 +103,19 @@ def test_replicas_at_different_steps_end():
         assert "replicas disagree" in outcome.message
 
 
+def mistaken():
+    replicas = Replicas.of_megatron()
+    with replicas.guard("a test"):
+        replicas.share("work", [3, 4, 5 + torch.distributed.get_rank()], squares)
+
+
+def test_replicas_with_other_items_end():
+    """They would work on the same ones, or on none of them."""
+    for outcome in pool(2, 1).outcomes(mistaken, timeout=60):
+        assert outcome.error in ("SPMDError", "ReplicaError")
+        assert "replicas disagree" in outcome.message and "of 3" in outcome.message
+
+
 def killed(victim, moment):
     """Of one rank: all shares where a rank is killed, and who is left."""
     replicas = Replicas.of_megatron()

@@ -101,7 +101,7 @@ class _Run:
         over = False
         for index, (found, refuted) in self.replicas.share(
             "bounds of parts", list(range(len(parts))), lambda own: self._explored(parts.at(own)),
-            _SHARE,
+            _SHARE, lambda: torch.stack([parts.low, parts.high]).cpu().numpy().tobytes(),
         ):
             own = parts.at(index)
             self.bounded += len(own)

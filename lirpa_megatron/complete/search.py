@@ -26,6 +26,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lirpa_megatron.compat.full_precision import full_precision
@@ -200,7 +201,8 @@ class _Search:
                 count = batch * min(count // batch, len(self.replicas.members))
             taken = [heapq.heappop(self.heap)[2] for _ in range(count)]
             over = self._note(self.replicas.share(
-                "bounds of domains", taken, self.explorer.halves, batch
+                "bounds of domains", taken, self.explorer.halves, batch,
+                partial(_names, taken),
             ))
             self.progress(self._bound(), self.open(), self.bounded)
         if self.refuted is not None:
@@ -276,3 +278,7 @@ class _Search:
         for domain in itertools.chain((d for *_, d in self.heap), self.stuck):
             margins[domain.goal] = min(margins[domain.goal], domain.margin)
         return margins
+
+
+def _names(domains: Sequence[Domain]) -> bytes:
+    return repr([(domain.goal, domain.splits) for domain in domains]).encode()

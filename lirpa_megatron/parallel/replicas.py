@@ -28,6 +28,7 @@ import contextlib
 import io
 import pickle
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -105,7 +106,7 @@ class Replicas:
 
     def share(
         self, what: str, items: Sequence[Item], work: Callable[[list[Item]], Result],
-        at_least: int = 1,
+        at_least: int = 1, state: Callable[[], bytes] | None = None,
     ) -> list[tuple[list[Item], Result]]:
         """Deals items to the replicas; all of them call it alike, inside `guard`.
 
@@ -115,6 +116,8 @@ class Replicas:
             work: does some of them; the result is plain data and tensors. Every rank of a replica
                 calls it alike, and keeps its own parts of sharded tensors.
             at_least: how many items are worth a replica's while.
+            state: says what the items are, where their `repr` does not. Replicas that do not say
+                the same would lose items.
 
         Returns:
             All shares, each with its result, the same on every replica.
@@ -130,7 +133,9 @@ class Replicas:
                 break
             dealt = self._deal(left, at_least)
             own = dealt.get(self.rank)
-            heard = self._exchange(what, None if own is None else work(own))
+            same = state() if state is not None else repr(left).encode()
+            step = f"{what} {zlib.crc32(same):08x} of {len(left)}"
+            heard = self._exchange(step, None if own is None else work(own))
             parts += [(share, heard[r]) for r, share in dealt.items() if r in heard]
             left = [x for r, share in dealt.items() if r not in heard for x in share]
         if sum(len(share) for share, _ in parts) != len(items):
