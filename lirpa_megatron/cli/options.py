@@ -331,7 +331,8 @@ def _add_effort(add: Any) -> None:
     )
     add(
         "--attack-steps", metavar="N", type=_number(int, 0),
-        help="gradient steps of the attack, 0 for no attack (default 40)",
+        help="gradient steps of the attack, 0 for no attack (default 40; with both defaults, "
+        "and at most 16 inputs that move, 300 steps from 300 points follow)",
     )
     add(
         "--attack-restarts", metavar="N", type=_number(int, 1),

@@ -14,7 +14,7 @@ from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
 from lirpa_megatron.verify.properties import complete, splits
-from lirpa_megatron.verify.properties.attack import Target, find_candidates
+from lirpa_megatron.verify.properties.attack import AttackOptions, Target, find_candidates
 from lirpa_megatron.verify.properties.counterexamples import Counterexample, confirm
 from lirpa_megatron.verify.properties.loading import Loaded
 from lirpa_megatron.verify.properties.options import VerifyOptions
@@ -145,14 +145,16 @@ def _begin(
         whole = {"proved_share": 1.0, "pieces": len(bounds)} if options.splits else {}
         return _Begun(Outcome("unsat", reported, **whole))
     near = None
-    each = max(1, _MOST_WALKS // options.attack_restarts)
-    for begin in range(0, len(still_open) if options.attack_steps else 0, each):
-        if deadline.is_over():
-            return _Begun(Outcome("timeout", reported, note=near))
-        holds, found = _attack(loaded, prop, still_open[begin : begin + each], options, ranks)
-        if holds:
-            return _Begun(Outcome("sat", reported, found))
-        near = near or _near_miss(found)
+    moving = max(int((region.lower < region.upper).sum()) for region, _ in still_open)
+    for attack in options.attacks(moving, len(still_open)):
+        each = max(1, _MOST_WALKS // attack.restarts)
+        for begin in range(0, len(still_open), each):
+            if deadline.is_over():
+                return _Begun(Outcome("timeout", reported, note=near))
+            holds, found = _attack(loaded, prop, still_open[begin : begin + each], attack, ranks)
+            if holds:
+                return _Begun(Outcome("sat", reported, found))
+            near = near or _near_miss(found)
     pieces: dict[str, Any] = {}
     if options.splits:
         cut = _by_splits(loaded, prop, still_open, places, bounds, options, deadline, ranks)
@@ -287,7 +289,7 @@ def _bound_rows(
 
 
 def _attack(
-    loaded: Loaded, prop: Property, targets: Sequence[Target], options: VerifyOptions,
+    loaded: Loaded, prop: Property, targets: Sequence[Target], options: AttackOptions,
     ranks: ModelRanks,
 ) -> tuple[bool, Counterexample | None]:
     """Whether a counterexample was found, and the point that is one or comes closest to one."""
@@ -298,7 +300,7 @@ def _attack(
             return confirm(loaded, prop, region, free, middle, ranks)
     closest = None
     found = find_candidates(
-        loaded.forward, prop, targets, options.attack(), ranks, loaded.like
+        loaded.forward, prop, targets, options, ranks, loaded.like
     )
     # The network as stored may round otherwise than the one that was attacked.
     eps = torch.finfo(getattr(torch, loaded.stored_dtype)).eps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lirpa_megatron.complete.problem import SearchOptions
@@ -12,6 +12,10 @@ from lirpa_megatron.verify.options import RunOptions
 from lirpa_megatron.verify.properties.attack import AttackOptions
 
 BRANCH_AND_BOUND = "branch-and-bound"
+
+_FEW_INPUTS, _FEW_BOXES, _HARD = 16, 8, 300
+"""Where so few inputs move and so few boxes are left, as many steps from as many points follow an
+attack of the default effort."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,17 @@ class VerifyOptions(RunOptions):
             timeout=seconds, keep_tree=self.record is not None, branching=self.branching
         )
 
-    def attack(self) -> AttackOptions:
-        return AttackOptions(
-            steps=self.attack_steps, restarts=self.attack_restarts, seed=self.seed
-        )
+    def attacks(self, moving: int, targets: int) -> list[AttackOptions]:
+        """Attacks to be tried, one after the other.
+
+        Args:
+            moving: how many inputs move.
+            targets: how many boxes are attacked.
+        """
+        if not self.attack_steps:
+            return []
+        own = AttackOptions(steps=self.attack_steps, restarts=self.attack_restarts, seed=self.seed)
+        as_usual = own == AttackOptions(seed=self.seed)
+        if as_usual and moving <= _FEW_INPUTS and targets <= _FEW_BOXES:
+            return [own, replace(own, steps=_HARD, restarts=_HARD)]
+        return [own]
