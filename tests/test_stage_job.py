@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import checkpoints
 import commands
 import pytest
 import sentences
+import torch
 from ranks import pool
 
 from lirpa_megatron.cli.commands import main
@@ -102,6 +104,34 @@ def test_each_rank_reads_its_own_stage(folder):
     assert len([name for name in last if ".layers." in name]) == 2 * len(layer)
     assert "embedding.word_embeddings.weight" in first and "output_layer.weight" not in first
     assert "output_layer.weight" in last and "embedding.word_embeddings.weight" not in last  # tied
+
+
+def _values(checkpoint, layers=None):
+    from lirpa_megatron.checkpoint.language_model import load_language_model
+    from lirpa_megatron.parallel import runtime
+
+    _, model = load_language_model(checkpoint, runtime.tp_group(), pipeline_layers=layers)
+    return {name: p.tolist() for name, p in model.named_parameters()}
+
+
+def test_a_checkpoint_of_another_split_is_read_for_the_stages_that_are_asked_for(folder, tmp_path):
+    whole = pool(1).run(_values, folder / "gpt")[0]
+    state = {name: torch.tensor(value, dtype=torch.float64) for name, value in whole.items()}
+    arguments = checkpoints.arguments(**{**sentences.SMALL, "kv_channels": 4, "num_layers": LAYERS})
+    checkpoints.save_legacy(state, tmp_path / "split", arguments, tp=2, pp=3)  # one layer each
+    stages = pool(2, 1, 2).run(_values, tmp_path / "split", [1, 2])
+    seen = 0
+    for before, stage in zip((0, 1), stages, strict=True):
+        for name, value in stage.items():
+            head, layers, rest = name.partition(".layers.")
+            if layers:
+                index, _, rest = rest.partition(".")
+                name = f"{head}.layers.{int(index) + before}.{rest}"
+            if name == "output_layer.weight":  # tied
+                name = "embedding.word_embeddings.weight"
+            assert value == whole[name], name
+            seen += 1
+    assert seen == len(whole) + 1
 
 
 @pytest.mark.parametrize(("extra", "message"), [

@@ -55,7 +55,7 @@ def check_mlp(tp, pp, cuts, activation, methods=METHODS[:3], dtype=torch.float64
 
 @pytest.mark.parametrize(("tp", "pp", "cuts"), [
     (1, 2, (4,)), (2, 2, (4,)), pytest.param(1, 4, (2, 4, 8), marks=_SLOW),
-    pytest.param(2, 2, (8,), marks=_SLOW),
+    pytest.param(2, 2, (8,), marks=_SLOW), pytest.param(2, 4, (2, 4, 8), marks=_SLOW),
 ])
 @pytest.mark.parametrize("activation", ["relu", "tanh", pytest.param("gelu", marks=_SLOW)])
 def test_bounds_of_stages_are_those_of_the_whole_network(tp, pp, cuts, activation):
@@ -147,7 +147,7 @@ def _whole(kind, methods):
     ("gpt", 1, 2), ("bert", 1, 2),
     pytest.param("llama", 1, 2, marks=_SLOW),
     *(pytest.param(kind, tp, pp, marks=_SLOW)
-      for kind in ("gpt", "llama", "bert") for tp, pp in ((2, 2), (1, 4))),
+      for kind in ("gpt", "llama", "bert") for tp, pp in ((2, 2), (1, 4), (2, 4))),
 ])
 def test_bounds_of_transformers_cut_into_stages(kind, tp, pp):
     methods = METHODS[:3]

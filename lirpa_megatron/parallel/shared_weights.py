@@ -6,6 +6,7 @@ A of its own; the weights are the same.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -46,17 +47,16 @@ def share_weights(model: nn.Module, group: dist.ProcessGroup) -> int:
         size += math.ceil(x.numel() * x.element_size() / _ALIGNED) * _ALIGNED
     first, descriptor, saved = group.rank() == 0, None, 0
     if first and size and hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("lirpa_megatron weights")
-        os.ftruncate(descriptor, size)
-        _take(tensors, layout, mmap.mmap(descriptor, size), fill=True)
+        with contextlib.suppress(OSError):  # each has its own, as before
+            descriptor = os.memfd_create("lirpa_megatron weights")
+            os.ftruncate(descriptor, size)
+            _take(tensors, layout, mmap.mmap(descriptor, size), fill=True)
     said = spmd.broadcast_object((_machine(), os.getpid(), descriptor, layout), group)
     if not first and said[0] == _machine() and said[2] is not None and said[3] == layout:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # another user, or not filled
             with open(f"/proc/{said[1]}/fd/{said[2]}", "r+b") as file:
                 shared = mmap.mmap(file.fileno(), size)
             saved = _take(tensors, layout, shared, fill=False)
-        except OSError:  # another container, or user
-            saved = 0
     spmd.handshake(group, "the weights are shared")
     if descriptor is not None:
         os.close(descriptor)  # the memory stays for as long as somebody maps it
