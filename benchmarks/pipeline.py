@@ -152,14 +152,15 @@ def _one_mode(task: dict) -> dict:
     from memory import PeakMemory
     from pipeline_timeline import Timeline, idle_shares
 
-    from lirpa_megatron.compat import megatron_cpu
+    from lirpa_megatron.compat import gloo, megatron_cpu
     from lirpa_megatron.parallel import runtime
 
     torch.set_num_threads(1)
     megatron_cpu.install()
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", **(alone if task["ranks"] == 1 else {}))
-    parallel_state.initialize_model_parallel(task["tp"], len(task["split"]))
+    with gloo.one_device():  # as `runtime.initialize`
+        dist.init_process_group("gloo", **(alone if task["ranks"] == 1 else {}))
+        parallel_state.initialize_model_parallel(task["tp"], len(task["split"]))
     _build(task, tiny=True)[1]()
     dist.barrier()
     memory = PeakMemory()
