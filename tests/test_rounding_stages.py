@@ -73,7 +73,8 @@ def _check_widening(found, want, methods):
                      for kind in ("gpt", "llama") for tp, pp in ((2, 2), (1, 4))),
 ])
 def test_bounds_of_transformers_on_stages_are_widened_by_a_tiny_part(kind, tp, pp):
-    methods = ("CROWN-IBP", "CROWN")
+    # By IBP the llama's intermediate bounds are so wide that with their errors none is finite.
+    methods = ("CROWN",) if kind == "llama" else ("CROWN-IBP", "CROWN")
     want = pool(1).run(stage_models.transformer_bounds, kind, methods)[0]
     found = pool(tp * pp, tp, pp).run(
         stage_models.transformer_bounds, kind, methods, options={"rounding": "outward"}
