@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +12,18 @@ from commands import read
 from complete_cases import HIGH, write_complete
 from models import Net, build, region, specification
 from ranks import pool
-from test_complete import boxed, check_two_rows, check_verdict, layers_of, module_of
+from small_networks import save, stack
+from test_complete import boxed, check_two_rows, check_verdict
 from torch import nn
 
 from lirpa_megatron import BoundedModule, parallelize
 from lirpa_megatron.cli.commands import main
-from lirpa_megatron.complete import SearchOptions, branch_and_bound, strategy
+from lirpa_megatron.complete import SearchOptions, box_search, branch_and_bound, strategy
 from lirpa_megatron.complete.box_search import search_boxes
 from lirpa_megatron.complete.cut_tree import Cut, CutTree, Piece, claimed
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
@@ -107,9 +110,9 @@ def test_boxes_are_cut_where_few_inputs_move_and_neurons_are_many(one_thread):
 NET = Net(inputs=4, hidden=(8, 8), width=6, outputs=3)
 
 
-def decided(net, offset):
+def decided(net, offset, shared=False):
     """Of one rank: what is found out of a network whose thresholds lie below CROWN's bounds by
-    `offset` of the gap to a sampled minimum."""
+    `offset` of the gap to a sampled minimum; with `shared` by all replicas."""
     torch.set_default_dtype(torch.float64)
     where = region(net, eps=0.9, batch=2)
     model = parallelize(build(net).requires_grad_(False).eval())
@@ -122,9 +125,14 @@ def decided(net, offset):
         y = model(points.flatten(0, 1)).view(2000, 2, -1)
     least = torch.einsum("pbo,bso->pbs", y, C).amin(0)
     options = SearchOptions(branching="input", keep_tree=True, box_batch=16, most_domains=400)
-    found = branch_and_bound(
-        graph, where.bounded(), C, lower + offset * (least - lower), options=options
-    )
+    share, box_search._SHARE = box_search._SHARE, 4
+    try:
+        found = branch_and_bound(
+            graph, where.bounded(), C, lower + offset * (least - lower), options=options,
+            replicas=Replicas.of_megatron() if shared else ALONE,
+        )
+    finally:
+        box_search._SHARE = share
     point = None if found.point is None else found.point.tolist()
     cuts = [[(n.input, n.at) if isinstance(n, Cut) else n.proved for n in t.nodes]
             for t in found.cuts]
@@ -141,6 +149,18 @@ def test_verdicts_bounds_and_cuts_of_two_ranks_are_those_of_one(offset, status):
         assert got[1] == pytest.approx(want[1], abs=1e-10)
         assert (got[0], *got[2:5]) == (want[0], *want[2:5])
         assert got[5] is None or got[5] == pytest.approx(want[5], abs=1e-10)
+
+
+@pytest.mark.parametrize("offset, status", [(0.6, "proved"), (1.05, "refuted")])
+def test_replicas_prove_one_tree_of_cuts(offset, status):
+    """Whose parts are as many as one process's, or a few more: batches are larger."""
+    one = decided(NET, offset)
+    torch.set_default_dtype(torch.float32)
+    found = pool(2, 1).run(decided, NET, offset, True)
+    assert [got[0] for got in found] == [status] * 2
+    assert found[0][2:] == found[1][2:]
+    if status == "proved":
+        assert one[2] <= found[0][2] < 2 * one[2] and len(found[0][4]) == 2
 
 
 # ------------------------------------------------------------------------------- the command
@@ -285,12 +305,16 @@ def test_what_a_tree_claims_covers_the_box_for_each_goal():
         list(claimed(tree, (0, 0), (1, 1), (0, 1, 2)))
 
 
-def test_a_float32_search_finds_what_check_proves_in_float64(one_thread):
-    """Also where float32 has the box's ends only rounded: cuts are numbers that both have."""
-    layers, low, high, rows = layers_of(5, torch.float32)
-    found = branch_and_bound(
-        module_of(layers), boxed(low[None], high[None]), rows[None],
-        torch.full((1, 2), -1.0) * 50,
-        options=SearchOptions(branching="input", keep_tree=True),
-    )
-    assert found.status == "proved" and found.branching == "input"
+def test_what_float32_finds_is_proved_in_float64(folder, tmp_path, session, capsys):
+    """Though the box's ends are others: cuts are numbers that both types have."""
+    save(stack([2, 8, 6, 3], seed=3), tmp_path / "net.onnx")
+    path = str(tmp_path / "proof.json")
+    assert main([
+        "verify", "--onnx", str(tmp_path / "net.onnx"), "--vnnlib", str(folder / "holds.vnnlib"),
+        "--method", "IBP", "--attack-steps", "0", "--complete", "--branching", "input",
+        "--record", path,
+    ]) == 0
+    assert len(nodes(json.loads(Path(path).read_text()))) > 6
+    capsys.readouterr()
+    assert main(["check", path]) == 0
+    assert "parts of boxes bounded in float64" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from lirpa_megatron.crown.clean_values import value_at
 
 _NUMBERS = 2**20
 """Numbers that A may have at a node for all parts that are bounded at once."""
-_LEAST_SLOPE = 0.01
+_LEAST_SLOPE = 0.3
 """Slopes count as this share of the mean one at least: CROWN's are not those of the network."""
 
 
