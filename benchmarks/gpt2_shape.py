@@ -1,8 +1,8 @@
 """Forward methods at GPT-2 small's shape: seconds, memory and radii of next-token margins.
 
     python benchmarks/gpt2_shape.py [--sets segment words ball] [--orders 1 3 8] [--modes tp1 tp2]
-        [--layers 12] [--tokens 16] [--rows 1] [--refined 0] [--steps 12] [--limit 1800]
-        [--json FILE]
+        [--layers 12] [--tokens 16] [--rows 1] [--refined 0] [--steps 12] [--no-attack]
+        [--limit 1800] [--json FILE]
 
 12 layers, hidden 768, 12 heads, 50304 words (GPT-2's 50257, padded to share out), learned
 positions, tied embeddings, tanh GELU; weights drawn as GPT-2's are at initialisation; float32. The
@@ -13,7 +13,8 @@ segment   x + r t D, |t| <= 1, D a random direction as long as the word's embedd
 words     its embedding moved towards those of 7 random words, by the share r of the way
 ball      an L2 ball of the radius r |embedding| around its embedding
 
-Every mode runs in processes of its own, one thread each, and bisects the logarithm of the radius;
+Every mode runs in processes of its own, one thread each, and bisects the logarithm of the radius
+from 1e-7 to 4 (0: 1e-7 is not proved);
 'attacked' is the smallest radius, of a grid, at which a point found by gradient steps has another
 next word. Seconds are the processor's. Memory is the peak above what the model takes.
 """
@@ -108,7 +109,7 @@ class _Sets:
             return self.wrap(x, self.sets.PerturbationHull(vertices))
         radii = torch.zeros(x.shape[:2])
         radii[0, self.place] = r * self.length
-        return self.wrap(x, self.sets.PerturbationPositions(2, radii))
+        return self.wrap(x, self.sets.PerturbationPositions(x, radii, 2.0, joint=False))
 
     def point(self, r: float, free):
         """The point that free numbers stand for."""
@@ -181,14 +182,14 @@ def _one(task: dict) -> dict:
         proves(1e-3)  # what the first call prepares (singular values) is left out
         first, = seconds
         seconds.clear()
-        for _ in range(task["steps"]):
+        for _ in range(task["steps"] if proves(math.exp(low)) else 0):
             middle = (low + high) / 2
             if proves(math.exp(middle)):
                 low, found = middle, math.exp(middle)
             else:
                 high = middle
         peak, attacked = memory.stop(), None
-        if runtime.tp_size() == 1:
+        if runtime.tp_size() == 1 and task["attack"]:
             with torch.enable_grad():
                 attacked = _attacked(sets, logits.forward, int(target))
     return {"radius": found, "attacked": attacked, "mib": peak, "first": first,
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="margins with errors by the adjoint")
     parser.add_argument("--refined", type=int, default=0, help="the option `refined_rows`")
     parser.add_argument("--steps", type=int, default=12, help="of bisection")
+    parser.add_argument("--no-attack", action="store_true")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one mode")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -221,7 +223,7 @@ def main() -> None:
             for mode in options.modes:
                 task = {"set": kind, "order": order, "layers": options.layers,
                         "tokens": options.tokens, "steps": options.steps, "rows": options.rows,
-                        "refined": options.refined}
+                        "refined": options.refined, "attack": not options.no_attack}
                 ranks = launch(__file__, task, RANKS[mode], options.limit, None)
                 if ranks is None:
                     print(f"| {kind} | {order} | {mode} | more than {options.limit:g} s |")

@@ -248,6 +248,31 @@ def test_gradients_reach_the_weights():
     assert torch.allclose(found, difference, rtol=1e-4, atol=1e-6)  # of central differences
 
 
+# ---------------------------------------------------------------------------------- costs
+
+
+def test_rows_go_back_while_they_cost_no_more_than_the_pass_or_little():
+    from lirpa_megatron.forward.costs import Costs
+
+    costs = Costs(way=10**9)  # GPT-2 small at 16 tokens: the last norm reads 768 numbers
+    assert not costs.affords(768, 2, None) and costs.spent == 0
+    assert costs.affords(768, 769, None) and not costs.affords(768, 769, None)
+    assert costs.affords(768, 2, 1024) and not costs.affords(768, 769, 0)
+    small = Costs(way=10**6)
+    assert all(small.affords(1024, 2, None) for _ in range(10))
+    assert not small.affords(2048, 10**6, None)
+
+
+def test_a_pass_counts_the_products_with_weights_and_of_attention():
+    view, inputs = inputs_of("gpt", eps=1e-3, positions=[3])
+    bounded = BoundedModule(view, inputs)
+    run, _ = forward_forms.forms_of(bounded, inputs)
+    T, h, f, V = transformers.LENGTH, transformers.HIDDEN, transformers.FFN, transformers.VOCABULARY
+    layer = T * (4 * h * h + 2 * h * f + 2 * T * h)
+    last = T * 2 * h * h + 2 * h * h + 2 * h * f + 2 * T * h  # one query
+    assert run.costs.way == layer + last + h * V
+
+
 # ----------------------------------------------------------------------------- bad input
 
 

@@ -165,7 +165,8 @@ class StageService:
         form = run.to(self.output)
         self._adjoint = None
         fields, tensors = FarForm(
-            form, run.domain.groups, run.symbols_left, run.tokens
+            form, run.domain.groups, run.symbols_left, run.tokens,
+            [] if run.shares is None else run.shares.blocks, (run.costs.way, run.costs.spent),
         ).packed()
         self._answer(message, tensors, form=fields)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.forward.form import Fresh
+from lirpa_megatron.forward.form import Fresh, times
 from lirpa_megatron.forward.propagation import Run, in_order
 from lirpa_megatron.operators.affine.products import above_largest_eigenvalue
 from lirpa_megatron.operators.numerics import ROUNDING, safe_root
@@ -185,7 +185,7 @@ class Adjoint:
         largest = above_largest_eigenvalue(torch.where(finite[:, None, None], gram, 0.0), 2)
         found = torch.where(finite, safe_root(largest), torch.inf)
         size = ball.new_zeros(ball.numel()).index_put((some,), found).reshape(ball.shape)
-        ball = _product(size * (1 + 10 * ROUNDING[g.dtype]), ball)
+        ball = times(size * (1 + 10 * ROUNDING[g.dtype]), ball)
         ball = ball.flatten(1).sum(-1) if ball.ndim > 1 else ball  # of nodes without positions
         return one, torch.minimum(length, ranks.total(ball) if inner else ball)
 
@@ -199,24 +199,20 @@ class Adjoint:
         g = g if fresh.pull is None else fresh.pull(g)
         both: list[torch.Tensor] = []
         if fresh.box is not None:
-            part = _product(g.abs(), fresh.box)
+            part = times(g.abs(), fresh.box)
             both.append(ranks.total(_flat(part)))
         if fresh.weights is not None:
             size = safe_root((fresh.weights * g.square()).sum(-1))
-            return ranks.total(_flat(_product(size, fresh.ball)))
+            return ranks.total(_flat(times(size, fresh.ball)))
         if fresh.grouped:
             size = safe_root(_by_group(fresh, g * fresh.stretch).square().sum(-1))
-            both.append(ranks.total(_flat(_product(size, fresh.ball))))
+            both.append(ranks.total(_flat(times(size, fresh.ball))))
         elif fresh.ball is not None:
             scaled = g if fresh.stretch is None else g * fresh.stretch
             square = scaled.square().sum(-1)
             size = safe_root(ranks.total(square))
-            both.append(_flat(_product(size, fresh.ball)))
+            both.append(_flat(times(size, fresh.ball)))
         return both[0] if len(both) == 1 else torch.minimum(*both)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
 
 
 def _by_group(fresh: Fresh, g: torch.Tensor) -> torch.Tensor:

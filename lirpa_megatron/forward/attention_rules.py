@@ -37,11 +37,12 @@ Scores that may move further than e^_FAR leave weights in [0, 1] alone.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
-from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder
+from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, times
 from lirpa_megatron.forward.polynomials import compose, excess, padded
 from lirpa_megatron.forward.rules import by_intervals, rule_for
 from lirpa_megatron.operators.affine.products import largest_eigenvalue
@@ -58,19 +59,14 @@ def _length(x: torch.Tensor) -> torch.Tensor:
 
 
 def _outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return _product(a.unsqueeze(-1), b.unsqueeze(-2))
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b, where 0 times infinity is 0."""
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+    return times(a.unsqueeze(-1), b.unsqueeze(-2))
 
 
 def _turned(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(-1, -2)
 
 
-def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of numbers from 0 to infinity."""
     if bool(a.isfinite().all()) and bool(b.isfinite().all()):
         return a @ b
@@ -262,15 +258,15 @@ class _Attention:
         self.q_size = self.q_size.masked_fill(none, 0.0)
         self.es_p = self._weighted(self.e_s)
         keyed = self.q_size * scale * self._mean_square(self.b)
-        self.Rs_p = _product(self.kK, self.a) + keyed + self.es_p
+        self.Rs_p = times(self.kK, self.a) + keyed + self.es_p
 
     def _weighted(self, x: torch.Tensor) -> torch.Tensor:
         """(sum p0 x^2)^(1/2)."""
-        return safe_root(_product(self.p0, x.square()).sum(-1))
+        return safe_root(times(self.p0, x.square()).sum(-1))
 
     def _mean_square(self, ball: torch.Tensor) -> torch.Tensor:
         """(sum_j p0_ij ball_j^2)^(1/2) of keys' balls [B, n, S]: [B, n, Q]."""
-        return safe_root(_times(self.p0, ball.square().unsqueeze(-1)).squeeze(-1))
+        return safe_root(_matmul(self.p0, ball.square().unsqueeze(-1)).squeeze(-1))
 
     # -------------------------------------------------------------------------- weights
 
@@ -301,12 +297,12 @@ class _Attention:
         ai = [i.unsqueeze(-1) for i in domain.sizes(inverse)]
         self.w = self.algebra.multiply(inverse, e, lambda f, g: f.unsqueeze(-1) * g)
         self.aw = domain.sizes(self.w)
-        D_p = excess(ae, ai, p) + _product(sum(ae), left.unsqueeze(-1)) + rest
+        D_p = excess(ae, ai, p) + times(sum(ae), left.unsqueeze(-1)) + rest
         far = S > _FAR
         D_p = torch.where(far.any(-1, keepdim=True), torch.inf, D_p)
         self.D_p = torch.minimum(D_p, sum(self.aw) + one).masked_fill(self.still, 0.0)
         # anywhere between P and P + R
-        reach = S + self.R_s + _product(p0, self.R_s).sum(-1, keepdim=True)
+        reach = S + self.R_s + times(p0, self.R_s).sum(-1, keepdim=True)
         wide = (reach > _FAR).any(-1, keepdim=True)
         reach = reach.masked_fill(p0 == 0, 0.0).clamp(max=_FAR)
         up = reach.exp()
@@ -315,10 +311,10 @@ class _Attention:
         self.theta = self.theta.masked_fill(self.empty, 0.0)
         self.top = torch.minimum(torch.where(wide & (p0 > 0), 1.0, p0 * up), one)
         self.top = torch.where(self.empty.unsqueeze(-1), p0, self.top)
-        self.more = _product(self.theta, 2 + self.theta)
-        self.bent = _product(self.more, self.Rs_p)
-        mean = _product(self.top, self.R_s).sum(-1, keepdim=True)
-        J_p = torch.minimum(_product(self.top, self.R_s + mean), one)
+        self.more = times(self.theta, 2 + self.theta)
+        self.bent = times(self.more, self.Rs_p)
+        mean = times(self.top, self.R_s).sum(-1, keepdim=True)
+        J_p = torch.minimum(times(self.top, self.R_s + mean), one)
         self.R_p = (self.D_p + J_p).masked_fill(self.still, 0.0)
         some = self.D_p > 0  # then p0 is not 0
         root = torch.where(some & (p0 > 0), p0, 1.0).sqrt()
@@ -340,31 +336,31 @@ class _Attention:
         D = torch.minimum(D, D_head.unsqueeze(-1))
         # each coordinate
         dev = sum(aV[1:]) + self.rv
-        box = D + _times(self.top, self.rv) + _times(self.R_p, dev)
+        box = D + _matmul(self.top, self.rv) + _matmul(self.R_p, dev)
         far = self.centred.abs()
-        box = box + _times(self.R_p.unsqueeze(-2), far).squeeze(-2)
+        box = box + _matmul(self.R_p.unsqueeze(-2), far).squeeze(-2)
         # each token's vector, all heads together
         bv, dv = self.bv, sum(NV[1:])
         moved_v = self._mean_square(dv + bv)
-        own = self._heads(_product((1 + self.more) * moved_v, self.kK) * self.a)
-        through_q = self._heads(_product(self.M, self.a))
-        through_k = self._heads(_product(self.kV * self.q_size * self.scale,
+        own = self._heads(times((1 + self.more) * moved_v, self.kK) * self.a)
+        through_q = self._heads(times(self.M, self.a))
+        through_k = self._heads(times(self.kV * self.q_size * self.scale,
                                          self._mean_square(self.b)))
-        turn_v = _times(torch.minimum(_product(self.theta.unsqueeze(-1), p0), self.top + p0),
+        turn_v = _matmul(torch.minimum(times(self.theta.unsqueeze(-1), p0), self.top + p0),
                         bv.unsqueeze(-1)).squeeze(-1)
-        es = _product(1 + self.more, self.es_p)
-        rest_v = _product(moved_v, es + self.dp)
-        rest_k = _product((1 + self.more) * moved_v * self.q_size * self.scale,
+        es = times(1 + self.more, self.es_p)
+        rest_v = times(moved_v, es + self.dp)
+        rest_k = times((1 + self.more) * moved_v * self.q_size * self.scale,
                           self._mean_square(self.b))
-        mean_v = self._heads(_times(p0, bv.unsqueeze(-1)).squeeze(-1))
+        mean_v = self._heads(_matmul(p0, bv.unsqueeze(-1)).squeeze(-1))
         moved = self._heads(turn_v) + own + self._heads(rest_v + rest_k)
-        turned = self._heads(_product(self.kV * self.more,
-                                      _product(self.kK, self.a) + self.q_size * self.scale
+        turned = self._heads(times(self.kV * self.more,
+                                      times(self.kK, self.a) + self.q_size * self.scale
                                       * self._mean_square(self.b)))
         direct = torch.minimum(
-            _times(self.D_p.unsqueeze(-2), _length(self.centred).unsqueeze(-1)).flatten(-2)
-            .sum(-1), _product(self.kV, self.dp),
-        ) + _product(self.kV, es) + D_head
+            _matmul(self.D_p.unsqueeze(-2), _length(self.centred).unsqueeze(-1)).flatten(-2)
+            .sum(-1), times(self.kV, self.dp),
+        ) + times(self.kV, es) + D_head
         ball = moved + turned + self._heads(direct) + mean_v + through_q + through_k
         unsure = self.unsure
         box = torch.where(unsure.unsqueeze(-1), torch.inf, box)
@@ -374,12 +370,13 @@ class _Attention:
         lost = self.run.ranks(self.node).total(unsure.any(1).to(ball)) > 0
         ball = torch.where(lost, torch.inf, ball)
         form = Form(c, torch.where(box.isnan(), torch.inf, box), ball)
+        pull = partial(_pull, self.node, self.V[0].clone(), p0, self.still)
         unsure_box = torch.where(unsure.unsqueeze(-1), torch.inf, 0.0).expand_as(D)
         fresh = [
             Fresh(box=self._merge(D + unsure_box)),
             Fresh(box=None, ball=moved),
-            Fresh(box=self.D_p, pull=self._pull),
-            Fresh(ball=self.bent, weights=p0, pull=self._pull),
+            Fresh(box=self.D_p, pull=pull),
+            Fresh(ball=self.bent, weights=p0, pull=pull),
         ]
         return Outcome(form, fresh)
 
@@ -390,9 +387,10 @@ class _Attention:
     def _merge(self, x: torch.Tensor) -> torch.Tensor:
         return self.node._merge(x)
 
-    def _pull(self, g: torch.Tensor) -> torch.Tensor:
-        """A row at the output [B, Q, n d] -> at the weights [B, n, Q, S]; their errors sum to 0,
-        and a key without weight has none."""
-        g = self.node._heads(g) @ _turned(self.V[0])
-        g = g - (self.p0 * g).sum(-1, keepdim=True)
-        return torch.where(self.still, 0.0, g)
+def _pull(
+    node: Any, v0: torch.Tensor, p0: torch.Tensor, still: torch.Tensor, g: torch.Tensor
+) -> torch.Tensor:
+    """A row g at the output [B, Q, n d] -> at the weights [B, n, Q, S]; their errors sum to 0, and
+    a key without weight has none."""
+    g = node._heads(g) @ _turned(v0)
+    return torch.where(still, 0.0, g - (p0 * g).sum(-1, keepdim=True))

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.linalg import vector_norm
 
 from lirpa_megatron.forward.polynomials import Polynomials
 from lirpa_megatron.operators.affine.products import (
@@ -42,6 +43,8 @@ from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 
 _EXACT = 160
 """Larger matrices have their largest singular value bounded by powers, which cost less."""
+_AT_ONCE = 2**21
+"""Numbers of the matrices that are looked at at a time."""
 _CORNERS = 8
 """Boxes of at most so many symbols have the norm of a linear part bounded at all corners."""
 
@@ -62,14 +65,15 @@ class Group:
 def _singular(part: torch.Tensor) -> torch.Tensor:
     """The largest singular value of the matrices [N, ..., n], at most some percent more: [...].
 
-    Matrices of zeros (tokens that stand still) cost nothing.
+    Matrices of zeros (tokens that stand still) cost nothing; of the others some are looked at at a
+    time.
     """
     rows = part.movedim(0, -2)  # [..., N, n]
     flat = rows.reshape(-1, *rows.shape[-2:])
-    moving = flat.flatten(1).any(1).nonzero().flatten()
+    moving = flat.any(-1).any(-1).nonzero().flatten()
     found = flat.new_zeros(len(flat))
-    if len(moving):
-        own = flat[moving]
+    for some in moving.split(max(1, _AT_ONCE // max(1, flat[0].numel()))) if len(moving) else ():
+        own = flat[some]
         turned = own.transpose(-1, -2)
         gram = own @ turned if own.shape[1] <= own.shape[2] else turned @ own
         if gram.shape[-1] > _EXACT:
@@ -80,7 +84,7 @@ def _singular(part: torch.Tensor) -> torch.Tensor:
         else:
             largest = largest_eigenvalue(gram)
         size = safe_root(largest) * (1 + 10 * ROUNDING[gram.dtype])
-        found = found.index_put((moving,), size)
+        found = found.index_put((some,), size)
     return found.reshape(rows.shape[:-2])
 
 
@@ -170,9 +174,10 @@ class Domain:
         total = part.new_zeros(part.shape[1:])
         for group, own in self._by_group(part):
             if group.kind == "box":
-                found = own.abs().sum(1)
-            elif group.kind == "l2":
-                found = safe_root(own.square().sum(1))
+                total = total + vector_norm(own.flatten(0, 1), 1, 0)
+                continue
+            if group.kind == "l2":
+                found = vector_norm(own, 2, 1)
             elif group.kind == "l1":
                 found = own.abs().amax(1)
             else:
@@ -304,7 +309,7 @@ class Domain:
         Degree 1: exact. In a box, even powers are not below 0.
         """
         if self.order == 1:
-            return f[0] - self._support(-f[1:])
+            return f[0] - self._support(f[1:] if self._symmetric else -f[1:])
         if self.is_interval or self.is_simplex:
             return self._times(self._tables.whole, f).amin(0)
         low = f[0] - self._support(-self.algebra.part(f, 1))
@@ -317,3 +322,10 @@ class Domain:
     def upper(self, f: torch.Tensor) -> torch.Tensor:
         """An upper bound of the polynomial."""
         return -self.lower(-f)
+
+    def ends(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(lower, upper) bounds of the polynomial."""
+        if self.order == 1 and self._symmetric:
+            reach = self._support(f[1:])
+            return f[0] - reach, f[0] + reach
+        return self.lower(f), self.upper(f)

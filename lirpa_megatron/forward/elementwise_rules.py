@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from lirpa_megatron.forward import jets
-from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome
-from lirpa_megatron.forward.polynomials import compose, excess, padded
-from lirpa_megatron.forward.rules import by_intervals, rule_for
+from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, times
+from lirpa_megatron.forward.polynomials import compose, excess, padded, plus
+from lirpa_megatron.forward.rules import by_intervals, reading_shares, rule_for
 from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.affine.products import elementwise_range
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
@@ -97,6 +97,7 @@ def _curve_of(node: Any) -> Curve:
 
 
 @rule_for(BoundCurve, "Relu", "Tanh", "Sigmoid")
+@reading_shares
 def curve(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """y = f(x). See above."""
     return through(run, node, _curve_of(node), inputs[0])
@@ -112,12 +113,10 @@ def through(run: Any, node: Any, function: Curve, x: Form) -> Outcome:
     point = lower == upper
     middle = torch.where(point, function.run(x.c[0]) - slope * x.c[0], middle)
     error = torch.where(point, 0.0, error)
-    c = slope * x.c
-    centre = c[:1] + middle
-    taylor = taylor if run.order > 1 else None
-    if taylor is None:
-        return line(run, node, x, slope, torch.cat((centre, c[1:])), error)
-    return _taylor(run, node, x, taylor, (slope, centre[0], error, point))
+    if taylor is None or run.order == 1:
+        c = plus(run.domain_of(x).algebra.scaled(x.c, slope), middle)
+        return line(run, node, x, slope, c, error)
+    return _taylor(run, node, x, taylor, (slope, slope * x.c[0] + middle, error, point))
 
 
 def _tangent(
@@ -141,21 +140,17 @@ def line(
 ) -> Outcome:
     """The outcome of y = slope x + ... with a fresh error; symbols for errors, if there are some
     to give."""
-    centre, start = c[0], x.c[0]
-    c, rest = run.as_symbols(node, c, error)
-    box = _times(slope.abs(), x.box) + rest
+    centre, start = c[0].clone(), x.c[0].clone()  # which outlive the other coefficients
+    c, rest = run.as_symbols(node, c, error, x.shared)
+    box = times(slope.abs(), x.box) + rest
     steepest = run.ranks(node).most(slope.abs().amax()) if slope.numel() else 0.0
     ball = steepest * x.plain_ball() + run.length(rest, node)
-    form = Form(c, box, torch.minimum(ball, run.length(box, node)))
+    form = Form(c, box, torch.minimum(ball, run.length(box, node)), shared=x.shared)
 
     def linear(value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return slope * (value - start) + centre
 
     return Outcome(form, [Fresh(box=rest)], linear)
-
-
-def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
 
 
 def _taylor(run: Any, node: Any, x: Form, g: jets.Jets, other: tuple) -> Outcome:
@@ -169,7 +164,7 @@ def _taylor(run: Any, node: Any, x: Form, g: jets.Jets, other: tuple) -> Outcome
     S = sum(sizes[1:])
     turn = 2 * g.largest(2, x.c[0], S + x.box) * (S + x.box)
     turn = torch.minimum(turn, g.largest(1, x.c[0], S + x.box) + taylor[1].abs())
-    bent = _times(turn, x.box)
+    bent = times(turn, x.box)
     straight = ~(rest + bent < error) & ~point
     lines = torch.cat((centre.unsqueeze(0), slope * x.c[1:]))
     c = torch.where(straight, lines, c)
@@ -178,12 +173,12 @@ def _taylor(run: Any, node: Any, x: Form, g: jets.Jets, other: tuple) -> Outcome
     turn, bent = (torch.where(straight, 0.0, t) for t in (turn, bent))
     most = run.ranks(node).most
     steepest, turned = most(through.abs().amax()), most(turn.amax())
-    box = _times(through.abs(), x.box) + rest + bent
-    bent_ball = torch.minimum(_times(turned, x.plain_ball()), run.length(bent, node))
-    ball = _times(steepest, x.plain_ball()) + run.length(rest, node) + bent_ball
+    box = times(through.abs(), x.box) + rest + bent
+    bent_ball = torch.minimum(times(turned, x.plain_ball()), run.length(bent, node))
+    ball = times(steepest, x.plain_ball()) + run.length(rest, node) + bent_ball
     form = Form(c, box, torch.minimum(ball, run.length(box, node)))
     fresh = [Fresh(box=rest), Fresh(box=bent, ball=x.plain_ball(), stretch=turn)]
-    start, value0 = x.c[0], c[0]
+    start, value0 = x.c[0].clone(), c[0].clone()
 
     def linear(value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return through * (value - start) + value0
@@ -215,6 +210,7 @@ def extreme(run: Any, node: Any, inputs: Inputs) -> Outcome:
 
 
 @rule_for(BoundPRelu)
+@reading_shares
 def prelu(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """w x + (1 - w) relu(x)."""
     x, w = inputs
@@ -224,16 +220,17 @@ def prelu(run: Any, node: Any, inputs: Inputs) -> Outcome:
     lower, upper = run.range(x)
     slope, middle, error = one_line(node.curve, lower, upper, x.c[0])
     slope, middle, error = w + (1 - w) * slope, (1 - w) * middle, (1 - w).abs() * error
-    c = slope * x.c
-    return line(run, node, x, slope, torch.cat((c[:1] + middle, c[1:])), error)
+    c = plus(run.domain_of(x).algebra.scaled(x.c, slope), middle)
+    return line(run, node, x, slope, c, error)
 
 
 @rule_for(BoundProduct, "Mul")
+@reading_shares
 def product(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """y = a b. See above."""
     if not all(isinstance(x, Form) for x in inputs):
         return _scaled(run, node, inputs)
-    a, b = inputs
+    a, b = run.whole(inputs)
     ca, cb = padded(a.c, b.c)
     if ca.shape != cb.shape:
         return by_intervals(run, node, inputs)
@@ -253,12 +250,12 @@ def product(run: Any, node: Any, inputs: Inputs) -> Outcome:
         c = torch.cat((c[:1] + (low + high) / 2, c[1:]))
         beyond = (high - low) / 2
     da, db = sum(na[1:]), sum(nb[1:])
-    bent = _times(da, b.box) + _times(db, a.box) + _times(a.box, b.box)
-    box = beyond + bent + _times(na[0], b.box) + _times(nb[0], a.box)
+    bent = times(da, b.box) + times(db, a.box) + times(a.box, b.box)
+    box = beyond + bent + times(na[0], b.box) + times(nb[0], a.box)
     most = run.ranks(node).most
     ra, rb = a.plain_ball(), b.plain_ball()
     wide_a, wide_b = most((na[0] + da + a.box).amax()), most((nb[0] + db).amax())
-    ball = run.length(beyond, node) + _times(wide_a, rb) + _times(wide_b, ra)
+    ball = run.length(beyond, node) + times(wide_a, rb) + times(wide_b, ra)
     shift = (c[0] - ca[0] * cb[0]).detach()
     form = Form(c, box, torch.minimum(ball, run.length(box, node)))
     return Outcome(
@@ -269,11 +266,11 @@ def product(run: Any, node: Any, inputs: Inputs) -> Outcome:
 def _scaled(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """A product with a constant."""
     x, w = inputs if isinstance(inputs[0], Form) else reversed(inputs)
-    c = x.c * w
+    c = run.domain_of(x).algebra.scaled(x.c, w)
     if c.shape[1:] != x.shape:
         return by_intervals(run, node, inputs)
-    box = _times(x.box, w.abs().expand_as(x.box))
+    box = times(x.box, w.abs().expand_as(x.box))
     ball = torch.minimum(
-        _times(x.plain_ball(), run.ranks(node).most(w.abs().amax())), run.length(box, node)
+        times(x.plain_ball(), run.ranks(node).most(w.abs().amax())), run.length(box, node)
     )
-    return Outcome(Form(c, box, ball))
+    return Outcome(Form(c, box, ball, shared=x.shared))

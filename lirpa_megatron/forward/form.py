@@ -6,7 +6,8 @@ A node's value is z = P(s) + R for some s in the domain, the same for all nodes.
 ==========  ======================  ==============================================================
 tensor      shape                   on the ranks
 ==========  ======================  ==============================================================
-centre...   [M, B, T..., F]         all monomials; sharded nodes: the rank's own features
+c           [M, B, T..., F]         sharded nodes: all monomials, the rank's own features;
+                                    replicated: all, or of the rank's own symbols (`shares`)
 box         [B, T..., F]            as the node
 ball        [B, T...]               replicated: of all features, also at a sharded node
 heads       [B, T..., n]            sharded nodes: the rank's own heads
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from lirpa_megatron.forward.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Form:
     heads are formed later."""
     limits: tuple[torch.Tensor, torch.Tensor] | None = None
     """Bounds of the value from elsewhere."""
+    shared: bool = False
+    """Whether c has the rank's own symbols alone (`shares`)."""
 
     @property
     def shape(self) -> torch.Size:
@@ -72,27 +77,34 @@ class Form:
         """The ball without `stretch`."""
         return self.ball if self.stretch is None else self.ball * self.stretch.abs().amax()
 
-    def safe(self, on_any_rank: Callable[[torch.Tensor], bool]) -> tuple[Form, Fresh | None]:
+    def safe(self, ranks: Ranks) -> tuple[Form, Fresh | None]:
         """NaN in a remainder becomes infinity; coefficients that are not finite become 0 with an
         infinite remainder, which is an error of its own.
 
         Args:
-            on_any_rank: whether something holds on any of the ranks that share the features.
+            ranks: those that share the features, or the symbols.
 
         Returns:
             the form and that error, if there is one.
         """
-        bad = ~self.c.isfinite()
+        least, most = self.c.detach().aminmax()  # NaN if one is
         box, ball, heads = _no_nan(self.box), _no_nan(self.ball), self.heads
         heads = None if heads is None else _no_nan(heads)
-        if not on_any_rank(bad.any()):
+        if not ranks.any(~(least.isfinite() & most.isfinite())):
             return replace(self, box=box, ball=ball, heads=heads), None
+        bad = ~self.c.isfinite()
         lost = bad.any(0)
+        lost = ranks.most(lost.to(box)) > 0 if self.shared else lost
         wild = torch.where(lost, torch.inf, torch.zeros_like(box))
         ball = torch.full_like(ball, torch.inf)
         found = replace(self, c=torch.where(bad, 0.0, self.c), box=torch.maximum(box, wild),
                         ball=ball, heads=None, scores=None)
         return found, Fresh(box=wild)
+
+
+def times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, where 0 times infinity is 0."""
+    return torch.where((a == 0) | (b == 0), 0.0, a * b)
 
 
 def _no_nan(x: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.forward.form import Form, Inputs, Outcome
-from lirpa_megatron.forward.polynomials import padded
-from lirpa_megatron.forward.ranks import sum_twice_differentiable
-from lirpa_megatron.forward.rules import by_intervals, rule_for
+from lirpa_megatron.forward.form import Form, Inputs, Outcome, times
+from lirpa_megatron.forward.polynomials import padded, plus
+from lirpa_megatron.forward.ranks import Ranks, sum_twice_differentiable
+from lirpa_megatron.forward.rules import by_intervals, reading_shares, rule_for
+from lirpa_megatron.forward.shares import ROOM
 from lirpa_megatron.forward.weights import lost_length
 from lirpa_megatron.operators.linear.borders import (
     BoundGatherFromRegion,
@@ -39,10 +40,13 @@ from lirpa_megatron.operators.numerics import safe_root
 
 
 @rule_for(LocalLinear, "Linear")
+@reading_shares
 def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """y = x W^T + b: Column, Row, and plain linear layers.
 
-    A Row layer sums over the ranks: coefficients and boxes in one all-reduce.
+    Coefficients of a rank's own symbols are gathered before a Column layer, some symbols at a time,
+    and a Row layer reduce-scatters them. Where all ranks have all symbols, a Row layer sums
+    coefficients and boxes in one all-reduce.
     """
     x, *constants = inputs
     if not isinstance(x, Form) or any(isinstance(y, Form) for y in constants):
@@ -55,17 +59,12 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
         w, b = (*constants, None)[:2]
         w = w if getattr(node, "transB", 1) else w.t()
     ranks = run.ranks(node) if splits else run.ranks(node.inputs[0])
-    c, box, ball = x.c, x.box, x.ball
+    box, ball = x.box, x.ball
     ball_in = ball
-    if splits:
-        c, box = ranks.enter(c), ranks.enter(box)
-    c = F.linear(c, w)
-    box = F.linear(box, w.abs())
-    if joins:
-        both = ranks.total(torch.cat((c, box.unsqueeze(0))))
-        c, box = both[:-1], both[-1]
+    box = F.linear(ranks.enter(box) if splits else box, w.abs())
+    c, box = _coefficients(run, x, w, box, splits, joins, ranks)
     if b is not None:
-        c = torch.cat((c[:1] + b, c[1:]))
+        c = plus(c, b)
     stretch = x.stretch
     if stretch is not None and splits:
         stretch = ranks.enter(stretch)
@@ -75,13 +74,42 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     rows = rows + lost_length(w.dtype, w.shape[1])
     grown = run.weights.largest_singular(node, scaled, splits, joins, ranks) * ball
     own = ranks.enter(ball) if splits else ball
-    box = torch.minimum(box, _times(own.unsqueeze(-1), rows))
+    box = torch.minimum(box, times(own.unsqueeze(-1), rows))
     heads = _heads(run, node, scaled, own, box)
     ball = torch.minimum(grown, run.length(box, node))
     source = (scaled, ball_in) if splits and run.is_gathered(node) else None
     return Outcome(
-        Form(c, box, ball, heads=heads, source=source), linear=_row(run, w, b) if joins else None
+        Form(c, box, ball, heads=heads, source=source, shared=_stays_shared(run, x, splits, joins)),
+        linear=_row(run, w, b) if joins else None,
     )
+
+
+def _stays_shared(run: Any, x: Form, splits: bool, joins: bool) -> bool:
+    return run.shares is not None if joins else x.shared and not splits
+
+
+def _coefficients(
+    run: Any, x: Form, w: torch.Tensor, box: torch.Tensor, splits: bool, joins: bool, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(coefficients of W z, box): after a Row layer the ranks' boxes are added up, too."""
+
+    def product(c: torch.Tensor) -> torch.Tensor:
+        return F.linear(c, w)
+
+    if splits:
+        if x.shared:
+            return run.shares.into_region(x.c, product), box
+        return product(ranks.enter(x.c)), box
+    if joins:
+        if run.shares is None:
+            both = ranks.total(torch.cat((product(x.c), box.unsqueeze(0))))
+            return both[:-1], both[-1]
+        centre, box = ranks.total(torch.stack((product(x.c[0]), box)))
+        return run.shares.out_of_region(centre, x.c[1:], product), box
+    if x.shared:
+        own = F.linear(x.c[1:], run.shares.enter(w))
+        return torch.cat((product(x.c[:1]), own)), box
+    return product(x.c), box
 
 
 def _row(run: Any, w: torch.Tensor, b: torch.Tensor | None) -> Callable[..., torch.Tensor]:
@@ -103,15 +131,20 @@ def _heads(
         return None
     norms = run.weights.head_norms(node, w, size)
     boxed = safe_root(box.unflatten(-1, (-1, size)).square().sum(-1))
-    return torch.minimum(_times(ball.unsqueeze(-1), norms), boxed)
+    return torch.minimum(times(ball.unsqueeze(-1), norms), boxed)
 
 
 @rule_for(BoundSelectFromRegion)
+@reading_shares
 def selected(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """A rank's query heads and their keys and values, of the gathered features."""
     x, index = inputs
     ranks = run.ranks(node)
-    c, box = (ranks.enter(y).index_select(-1, index) for y in (x.c, x.box))
+    box = ranks.enter(x.box).index_select(-1, index)
+    if x.shared:
+        c = run.shares.into_region(x.c, lambda c: c.index_select(-1, index))
+    else:
+        c = ranks.enter(x.c).index_select(-1, index)
     heads = None
     if x.source is not None:
         w, ball = x.source
@@ -124,16 +157,23 @@ def selected(run: Any, node: Any, inputs: Inputs) -> Outcome:
 
 @rule_for(BoundGatherFromRegion)
 def gathered(run: Any, node: Any, inputs: Inputs) -> Outcome:
-    """[x_1 ... x_p]: all features on every rank."""
+    """[x_1 ... x_p]: all features on every rank, of its own symbols if these are shared out."""
     (x,) = inputs
-    gather = run.context.collectives.gather_features
-    both = gather(torch.cat((x.c, x.box.unsqueeze(0))))
+    if run.context.collectives.size == 1:
+        return Outcome(x)
+    gather, shares = run.context.collectives.gather_features, run.shares
+    shown = x.c if shares is None else x.c[:1]
+    both = gather(torch.cat((shown, x.box.unsqueeze(0))))
+    c = both[:-1] if shares is None else shares.gathered(both[0], x.c[1:])
     source = x.source and (gather(x.source[0].t()).t(), x.source[1])
     heads = source and _heads(run, node, *source, both[-1])
-    return Outcome(Form(both[:-1], both[-1], x.plain_ball(), heads=heads, source=source))
+    return Outcome(Form(
+        c, both[-1], x.plain_ball(), heads=heads, source=source, shared=shares is not None
+    ))
 
 
 @rule_for("MatMul")
+@reading_shares
 def product_with_matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """y = x W, W a constant."""
     if isinstance(inputs[0], Form) and not isinstance(inputs[1], Form) and inputs[1].ndim == 2:
@@ -141,35 +181,22 @@ def product_with_matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     return by_intervals(run, node, inputs)
 
 
-def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b, where 0 times infinity is 0."""
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
-
-
 @rule_for(
     "Add", "Sub", "Neg", "Identity", "Conv", BoundCombine, BoundScale, BoundSelectPosition,
     BoundRotary, BoundRearrange, BoundSum, BoundConcat, BoundScatterToRegion,
     *COLUMN_OPS.values(),
 )
+@reading_shares
 def affine(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """Any operator that is affine in all its perturbed inputs together.
 
-    Its own forward is run on all coefficients, as one batch, and on zeros, which gives what it
-    adds. The box is half of its interval bounds around 0.
+    Its own forward is run on coefficients, as a batch, and on zeros, which gives what it adds. The
+    box is half of its interval bounds around 0.
     """
+    inputs = run.alike(node, inputs)
     forms = [x for x in inputs if isinstance(x, Form)]
-    B = forms[0].shape[0]
-    many = padded(*(x.c for x in forms))
-    M = len(many[0])
-    rest = iter(many)
-    batch = [
-        torch.cat((c, torch.zeros_like(c[:1]))).flatten(0, 1) if isinstance(x, Form)
-        else _repeated(source, x, B, M + 1)
-        for x, source in zip(inputs, node.inputs, strict=True)
-        for c in ([next(rest)] if isinstance(x, Form) else [None])
-    ]
-    out = node.forward(*batch).unflatten(0, (M + 1, B))
-    c = torch.cat((out[:1], out[1:-1] - out[-1:]))
+    shared = forms[0].shared
+    c = _each(node, inputs, padded(*(x.c for x in forms)), run.shares.enter if shared else None)
     lower, upper = node.interval_propagate(*(
         (-x.box, x.box) if isinstance(x, Form) else (x, x) for x in inputs
     ))
@@ -177,13 +204,46 @@ def affine(run: Any, node: Any, inputs: Inputs) -> Outcome:
     ball, stretch, heads = _moved_ball(run, node, inputs, forms)
     length = run.length(box, node)
     ball = length if ball is None else torch.minimum(ball, length) if stretch is None else ball
-    return Outcome(Form(c, box, ball, stretch, heads))
+    return Outcome(Form(c, box, ball, stretch, heads, shared=shared))
 
 
-def _repeated(source: Any, x: torch.Tensor, batch: int, times: int) -> torch.Tensor:
+def _each(
+    node: Any, inputs: Inputs, many: list[torch.Tensor], enter: Callable | None
+) -> torch.Tensor:
+    """Coefficients of an affine operator's output.
+
+    Args:
+        node, inputs: the operator and its inputs.
+        many: coefficients of those that are forms, [M, B, ...] each.
+        enter: what constants pass that meet the coefficients of a rank's own symbols.
+    """
+    M, B = many[0].shape[:2]
+
+    def run_on(rows: list[torch.Tensor], enter: Callable | None) -> torch.Tensor:
+        each = iter(rows)
+        batch = [
+            next(each).flatten(0, 1) if isinstance(x, Form)
+            else _repeated(source, x if enter is None else enter(x), B, len(rows[0]))
+            for x, source in zip(inputs, node.inputs, strict=True)
+        ]
+        return node.forward(*batch).unflatten(0, (-1, B))
+
+    centre = run_on([c[:1] for c in many], None)
+    zero = run_on([torch.zeros_like(c[:1]) for c in many], enter)
+    out = centre.new_empty(M, *centre.shape[1:])
+    out[:1] = centre
+    most = max(centre.numel(), *(c[:1].numel() for c in many))
+    step = M if torch.is_grad_enabled() else max(1, ROOM // max(most, 1))
+    for first in range(1, M, step):
+        rows = [c[first : first + step] for c in many]
+        out[first : first + len(rows[0])] = run_on(rows, enter) - zero
+    return out
+
+
+def _repeated(source: Any, x: torch.Tensor, batch: int, count: int) -> torch.Tensor:
     """A constant, once for each coefficient if it has a batch."""
     if source.from_input and x.ndim and x.shape[0] == batch:
-        return x.repeat(times, *[1] * (x.ndim - 1))
+        return x.repeat(count, *[1] * (x.ndim - 1))
     return x
 
 
@@ -231,6 +291,7 @@ def _moved_ball(run: Any, node: Any, inputs: Inputs, forms: list[Form]) -> tuple
 
 
 @rule_for("Div")
+@reading_shares
 def quotient(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """A quotient by a constant is linear."""
     if isinstance(inputs[0], Form) and not isinstance(inputs[1], Form):
@@ -243,9 +304,15 @@ def margins_of_tokens(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """y = (w_t - w_j) x + b_t - b_j, coefficient by coefficient: the targets are of the samples."""
     x, *tables = inputs
     zero = node.forward(torch.zeros_like(x.c[0]), *tables)
-    c = torch.stack(
-        [node.forward(x.c[0], *tables), *(node.forward(each, *tables) - zero for each in x.c[1:])]
-    )
+    first = node.forward(x.c[0], *tables)
+    if torch.is_grad_enabled():
+        rest = [node.forward(each, *tables) - zero for each in x.c[1:]]
+        c = torch.stack([first, *rest])
+    else:  # without a second copy of all
+        c = first.new_empty(len(x.c), *first.shape)
+        c[0] = first
+        for row, each in zip(c[1:], x.c[1:], strict=True):
+            row.copy_(node.forward(each, *tables) - zero)
     lower, upper = node.interval_propagate(
         (-x.box, x.box), *((table, table) for table in tables)
     )
@@ -254,8 +321,11 @@ def margins_of_tokens(run: Any, node: Any, inputs: Inputs) -> Outcome:
     ball = node._enter(x.ball)
     stretch = 1.0 if x.stretch is None else node._enter(x.stretch)
     rows = []
-    for t in range(len(wt)):  # one target at a time: its differences are as large as W
-        size = safe_root(((wt[t] - w) * stretch).square().sum(-1))
-        rows.append(_times(ball.unsqueeze(-1) if node.shared else ball[t].unsqueeze(-1), size))
+    some = max(1, ROOM // w.shape[1])
+    for t in range(len(wt)):
+        size = torch.cat([  # the differences of one target are as large as W
+            safe_root(((wt[t] - part) * stretch).square().sum(-1)) for part in w.split(some)
+        ])
+        rows.append(times(ball.unsqueeze(-1) if node.shared else ball[t].unsqueeze(-1), size))
     box = torch.minimum(box, torch.stack(rows, 1 if node.shared else 0))
     return Outcome(Form(c, box, run.length(box, node)))

@@ -8,7 +8,7 @@ import torch
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.forward.adjoint import Adjoint, smallest_rows
-from lirpa_megatron.forward.form import Form
+from lirpa_megatron.forward.form import Form, times
 from lirpa_megatron.forward.propagation import ForwardOptions, Run
 from lirpa_megatron.forward.weights import Weights
 from lirpa_megatron.operators.numerics import intersect, safe_root, without_nan
@@ -93,7 +93,7 @@ class _Rows:
     def bounds(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(lower, upper), [B, S]; the errors of up to `most` rows through the adjoint."""
         c, error = self._through()
-        low, high = self.run.domain.lower(c), self.run.domain.upper(c)
+        low, high = self.run.domain_of(self.form).ends(c)
         if self.run.steps:
             error = self._by_adjoint(low, error, most)
         error = torch.where(error.isnan(), torch.inf, error)
@@ -110,7 +110,7 @@ class _Rows:
         if self.form.c.ndim == 3:
             stretch = 1.0 if self.form.stretch is None else self.form.stretch
             size = safe_root(self.ranks.total((rows * stretch).square().sum(-1)))
-            error = torch.minimum(error, _product(size, self.form.ball.unsqueeze(-1)))
+            error = torch.minimum(error, times(size, self.form.ball.unsqueeze(-1)))
         return c, error
 
     def _by_adjoint(self, low: torch.Tensor, error: torch.Tensor, most: int) -> torch.Tensor:
@@ -149,12 +149,8 @@ class _Rows:
         return (row * here.unsqueeze(-1)).reshape(shape)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
-
-
 def _sums(rows: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     """sum_f rows [B, S, f] box [B, f], where 0 times infinity is 0."""
     if bool(box.isfinite().all()):
         return torch.einsum("bsf,bf->bs", rows, box)
-    return _product(rows, box.unsqueeze(1)).sum(-1)
+    return times(rows, box.unsqueeze(1)).sum(-1)

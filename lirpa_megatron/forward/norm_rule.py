@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome
-from lirpa_megatron.forward.polynomials import compose, excess
-from lirpa_megatron.forward.rules import by_intervals, rule_for
+from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, times
+from lirpa_megatron.forward.polynomials import compose, excess, plus
+from lirpa_megatron.forward.rules import by_intervals, reading_shares, rule_for
 from lirpa_megatron.operators.norm.norm import BoundNorm
 from lirpa_megatron.operators.numerics import safe_root
 
@@ -66,6 +66,7 @@ def square_excess(run: Any, z: torch.Tensor, norms: list[torch.Tensor]) -> torch
 
 
 @rule_for(BoundNorm)
+@reading_shares
 def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """See above."""
     x, gamma, *rest = inputs
@@ -73,7 +74,8 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
         return by_intervals(run, node, inputs)
     ranks, d = run.ranks(node), node._d
     gamma, beta = ranks.enter(gamma), ranks.enter(rest[0]) if rest else None
-    algebra, domain, p = run.algebra, run.domain, run.order
+    domain, p = run.domain_of(x), run.order
+    algebra = domain.algebra
     split = x.c.unflatten(-1, (node.groups, d))
     r = x.box.unflatten(-1, (node.groups, d))
     rho = _group_ball(run, node, x, r)
@@ -95,7 +97,7 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     # ---- 2
     if p == 1:
         slope, middle, left = _chord(smallest, torch.maximum(largest, smallest))
-        inverse = torch.cat(((slope * v0 + middle).unsqueeze(0), slope * v[1:]))
+        inverse = plus(algebra.scaled(v, slope), middle)
         left = left + slope.abs() * over
         exact = still
         inverse = torch.where(
@@ -109,10 +111,10 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     y = algebra.multiply(inverse, z, lambda f, g: f.unsqueeze(-1) * g)
     inverse_sizes = domain.sizes(inverse)
     D = excess(sizes, [i.unsqueeze(-1) for i in inverse_sizes], p)
-    D = D + _product(sum(sizes), left.unsqueeze(-1))
+    D = D + times(sum(sizes), left.unsqueeze(-1))
     y_norms = domain.norms(y)
     limit = d**0.5
-    D_ball = torch.minimum(excess(norms, inverse_sizes, p) + _product(sum(norms), left), _length(D))
+    D_ball = torch.minimum(excess(norms, inverse_sizes, p) + times(sum(norms), left), _length(D))
     D_ball = torch.minimum(D_ball, sum(y_norms) + limit)
     D = torch.minimum(D, D_ball.unsqueeze(-1))
     # ---- 4
@@ -123,7 +125,7 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     through = torch.minimum(rho / s_min, sum(y_norms) + D_ball + limit)
     away = sum(y_norms[1:]) + D_ball + through
     turn = _turn(d, z[0], inverse[0], slope, s_min, s_max, away, y[0])
-    bent = torch.where(rho > 0, _product(turn, rho), 0.0)
+    bent = torch.where(rho > 0, times(turn, rho), 0.0)
     ry = (r if node.rms else r + r.mean(-1, keepdim=True))
     ry = torch.minimum(ry, rho.unsqueeze(-1))
     Y = (sum(domain.sizes(y)) + D + through.unsqueeze(-1)).clamp(max=limit)
@@ -131,38 +133,34 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     box = D + torch.minimum(moved, through.unsqueeze(-1))
     along = inverse[0] + (2 / d * slope) * z[0].square().sum(-1)
     linear_size = torch.maximum(inverse[0].abs(), along.abs())
-    ball = torch.minimum(torch.minimum(_product(linear_size, rho) + bent, through) + D_ball,
+    ball = torch.minimum(torch.minimum(times(linear_size, rho) + bent, through) + D_ball,
                          _length(box))
-    bent_box = torch.minimum(bent, _product(linear_size, rho) + through)
+    bent_box = torch.minimum(bent, times(linear_size, rho) + through)
     # gamma and beta
-    c = y * gamma
+    c = algebra.scaled(y, gamma)
     if beta is not None:
-        c = torch.cat((c[:1] + beta, c[1:]))
+        c = plus(c, beta)
     whole = gamma.repeat(node.groups) if node.groups > 1 else gamma
     grouped = ball if run.head_dim(node) else None
     form = Form(
         c.flatten(-2), (box * gamma.abs()).flatten(-2),
         safe_root(ranks.total(ball.square().sum(-1))), whole,
-        None if grouped is None else grouped * gamma.abs().amax(),
+        None if grouped is None else grouped * gamma.abs().amax(), shared=x.shared,
     )
     fresh = [
         Fresh(box=(D * gamma.abs()).flatten(-2), stretch=whole, **_balls(run, node, D_ball)),
         Fresh(box=(bent_box.unsqueeze(-1) * gamma.abs().expand_as(D)).flatten(-2), stretch=whole,
               **_balls(run, node, bent_box)),
     ]
-    z0, i0 = z[0], inverse[0]
+    z0, i0, centre = (f[0].clone() for f in (z, inverse, form.c))  # outlive the coefficients
 
     def linear(value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         w = node._project(value.unflatten(-1, (node.groups, d))) - z0
         along = (2 / d * slope) * (z0 * w).sum(-1)
         out = i0.unsqueeze(-1) * w + along.unsqueeze(-1) * z0
-        return (out * gamma).flatten(-2) + form.c[0]
+        return (out * gamma).flatten(-2) + centre
 
     return Outcome(form, fresh, linear)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
 
 
 def _balls(run: Any, node: Any, balls: torch.Tensor) -> dict[str, Any]:

@@ -21,13 +21,18 @@ Terms = Sequence[torch.Tensor]
 class Polynomials:
     """The polynomials of degree `order` in `symbols` symbols.
 
+    Args:
+        symbols, order: see above.
+        enter: what a number passes that multiplies coefficients of symbols, and not the constant
+            term alone. For affine forms of which each rank has the coefficients of other symbols.
+
     Attributes:
         count: number M of monomials.
         start: index of the first monomial of each degree, and the end.
     """
 
-    def __init__(self, symbols: int, order: int) -> None:
-        self.symbols, self.order = symbols, order
+    def __init__(self, symbols: int, order: int, enter: Callable | None = None) -> None:
+        self.symbols, self.order, self._enter = symbols, order, enter or _same
         self.start = [0] + [math.comb(symbols + k, k) for k in range(order + 1)]
         self.count = self.start[-1]
 
@@ -52,6 +57,12 @@ class Polynomials:
         """The coefficients of one degree."""
         return f[1:] if self.order == degree == 1 else f[self.start[degree]: self.start[degree + 1]]
 
+    def scaled(self, f: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """f times numbers [B, ...] (or of a shape that is broadcast to it)."""
+        if self._enter is _same or not by.requires_grad:
+            return f * by
+        return torch.cat((f[:1] * by, f[1:] * self._enter(by)))
+
     def multiply(
         self, f: torch.Tensor, g: torch.Tensor, product: Callable = torch.mul
     ) -> torch.Tensor:
@@ -63,13 +74,27 @@ class Polynomials:
         """
         constant = product(f[:1], g[:1])
         if self.order == 1:
-            linear = padded(product(f[1:], g[:1]), product(f[:1], g[1:]))
+            enter = self._enter
+            linear = padded(product(f[1:], enter(g[:1])), product(enter(f[:1]), g[1:]))
             return torch.cat((constant, sum(linear)))
         out = product(f[:1], g)
         for a in range(1, self.count):
             to = torch.tensor(self._into[a], device=f.device)
             out = out.index_add(0, to, product(f[a : a + 1], g[: len(to)]))
         return out
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def plus(f: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """f plus numbers [B, ...] (or of a shape that is broadcast to it); may overwrite f, which must
+    be new."""
+    if torch.is_grad_enabled() and (f.requires_grad or number.requires_grad):
+        return torch.cat((f[:1] + number, f[1:]))
+    f[0] += number
+    return f
 
 
 def padded(*f: torch.Tensor) -> list[torch.Tensor]:

@@ -8,15 +8,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.forward import attention_rules, elementwise_rules, linear_rules, norm_rule
+from lirpa_megatron.forward.costs import Costs
 from lirpa_megatron.forward.domains import Domain
 from lirpa_megatron.forward.form import Form, Outcome
-from lirpa_megatron.forward.inputs import of_leaves
+from lirpa_megatron.forward.inputs import Symbols, of_leaves
 from lirpa_megatron.forward.polynomials import Polynomials
 from lirpa_megatron.forward.ranks import Ranks
-from lirpa_megatron.forward.rules import rule_of
+from lirpa_megatron.forward.rules import reads_shares, rule_of
+from lirpa_megatron.forward.shared_domain import SharedDomain
+from lirpa_megatron.forward.shares import FEWEST, Shares
 from lirpa_megatron.forward.weights import Weights
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
@@ -28,6 +32,7 @@ from lirpa_megatron.operators.linear.borders import (
 from lirpa_megatron.operators.linear.positions import BoundRotary, BoundSelectPosition
 from lirpa_megatron.operators.norm.norm import BoundNorm
 from lirpa_megatron.operators.numerics import intersect, safe_root, without_nan
+from lirpa_megatron.parallel import spmd
 
 _PASSED_ON = (BoundRotary, BoundSelectPosition, BoundNorm, BoundSelectFromRegion)
 """What may stand between a layer and attention."""
@@ -44,8 +49,9 @@ class ForwardOptions:
     one."""
     form_symbols: int = 1024
     """How many symbols errors may become, for affine forms of nodes [B, features]."""
-    refined_rows: int = 1024
-    """Inputs of norms with at most so many numbers have their errors bounded by the adjoint."""
+    refined_rows: int | None = None
+    """Inputs of norms with at most so many numbers have their errors bounded by the adjoint. None:
+    while that costs no more than the pass (`costs`)."""
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Run:
         steps: the visited nodes that depend on the perturbation, in order; without their forms.
         centres: perturbed input -> centre; on a pipeline stage after the first, its input's.
         below: the stage below, or None.
+        shares: which symbols are the rank's at replicated nodes; None where all ranks have all.
     """
 
     nodes: Mapping[str, auto_lirpa.Bound]
@@ -79,6 +86,8 @@ class Run:
         self.steps: dict[str, Outcome] = {}
         self.centres: dict[str, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
+        self.shares: Shares | None = None
+        self.costs = Costs()
         self.below = self.context.below
         if self.below is not None and not self.below.is_asked:
             self.below = None
@@ -97,29 +106,22 @@ class Run:
         forms: dict[str, Form] = {}
         self.tokens = any(len(n.output_shape or ()) > 2 for n in order if n.inputs)
         if self.below is None:
-            symbols, groups = of_leaves(leaves, self.order)
+            symbols = self._symbols(leaves)
+            groups = [group for own in symbols.values() for group in own.groups]
             self.symbols_left = self.options.form_symbols if self.order == 1 else 0
         else:
             far = self.below.form()
             groups, self.symbols_left = far.groups, far.symbols_left
-            self.tokens |= far.tokens
+            self.shares = Shares(self.context.collectives, far.shares) if far.shares else None
+            self.costs, self.tokens = Costs(*far.costs), self.tokens or far.tokens
             (stage_input,) = (n for n in order if getattr(n, "is_stage_input", False))
             forms |= {n.name: far.form for n in (*leaves, stage_input)}
-            self.centres[stage_input.name] = far.form.c[0]
+            self.centres[stage_input.name] = far.form.c[0].clone()
             leaves = []
         self.domain = Domain(groups, self.order)
         if self.below is not None:
             forms[stage_input.name] = self._refined(stage_input, far.form)
-        first = 0
-        for leaf in leaves:
-            centre, directions, own = symbols[leaf.name]
-            before = centre.new_zeros(first, *centre.shape)
-            first += len(directions)
-            after = centre.new_zeros(self.algebra.count - 1 - first, *centre.shape)
-            c = torch.cat((centre.unsqueeze(0), before, directions, after))
-            box = torch.zeros_like(centre)
-            forms[leaf.name] = Form(c, box, self.length(box, leaf))
-            self.centres[leaf.name] = centre
+        forms |= self._leaves(leaves, symbols) if leaves else {}
         readers = Counter(x.name for n in order for x in n.inputs)
         for node in order:
             if node.name in forms:
@@ -130,11 +132,17 @@ class Run:
             inputs = [
                 forms[x.name] if x.name in forms else self.constant_of(x) for x in node.inputs
             ]
-            outcome = rule_of(node)(self, node, inputs)
-            form, wild = outcome.form.safe(self.ranks(node).any)
+            rule = rule_of(node)
+            if not reads_shares(rule):
+                inputs = self.whole(inputs)
+            outcome = rule(self, node, inputs)
+            form, wild = outcome.form.safe(
+                self.shares.ranks if outcome.form.shared else self.ranks(node)
+            )
             fresh = outcome.fresh if wild is None else [*outcome.fresh, wild]
             if not self.tokens:  # an affine form may leave what intervals do not leave
                 form = replace(form, limits=self._by_intervals(node, inputs))
+            self.costs.add(node, inputs, max(self.ranks(x).size for x in (node, *node.inputs)))
             self.steps[node.name] = Outcome(None, fresh, outcome.linear)
             forms[node.name] = form = self._refined(node, form)
             self._tell(seen, node, form)
@@ -145,6 +153,40 @@ class Run:
         if final.name not in forms:
             return self.constant(self.constant_of(final), final)
         return forms[final.name]
+
+    def _symbols(self, leaves: list[auto_lirpa.Bound]) -> dict[str, Symbols]:
+        """Of all perturbed inputs; shared out among the ranks if they are many and affine."""
+        tp = self.context.collectives
+        found = of_leaves(leaves, self.order, lambda x: x)
+        count = sum(symbols.count for symbols in found.values())
+        if self.order > 1 or tp.size == 1:
+            return found
+        spmd.handshake(tp.group, f"a set of {count} symbols")
+        if count < FEWEST * tp.size or any(self.context.is_sharded(leaf) for leaf in leaves):
+            return found
+        self.shares = Shares(tp, [count])
+        return of_leaves(leaves, self.order, self.shares.enter)
+
+    def _leaves(
+        self, leaves: list[auto_lirpa.Bound], symbols: dict[str, Symbols]
+    ) -> dict[str, Form]:
+        """Their forms: of the rank's own symbols if they are shared out."""
+        shares, forms, place = self.shares, {}, 0
+        first = 0 if shares is None else shares.first()
+        rows = self.algebra.count - 1 if shares is None else shares.rows
+        for leaf in leaves:
+            own = symbols[leaf.name]
+            begin = min(max(place, first), first + rows)
+            end = max(begin, min(place + own.count, first + rows))
+            directions = own.directions(begin - place, end - begin)
+            before = own.centre.new_zeros(begin - first, *own.centre.shape)
+            after = own.centre.new_zeros(first + rows - end, *own.centre.shape)
+            c = torch.cat((own.centre.unsqueeze(0), before, directions, after))
+            box = torch.zeros_like(own.centre)
+            forms[leaf.name] = Form(c, box, self.length(box, leaf), shared=shares is not None)
+            self.centres[leaf.name] = own.centre
+            place += own.count
+        return forms
 
     def _refined(self, node: auto_lirpa.Bound, form: Form) -> Form:
         """The form with errors as the adjoint bounds them, where a norm reads the node.
@@ -158,7 +200,8 @@ class Run:
         if not norms or form.c.requires_grad or form.box.ndim < 2:
             return form
         features = self._normed(node, norms)
-        if form.box[0, ..., 0].numel() * len(features) > self.options.refined_rows:
+        rows = form.box[0, ..., 0].numel() * len(features)
+        if not self.costs.affords(rows, self.algebra.count, self.options.refined_rows):
             return form
         found = self.adjoint(self, node).every_error(features)
         if len(features) < form.shape[-1]:  # a ball of some features
@@ -210,13 +253,35 @@ class Run:
         """Of all symbols so far."""
         return self.domain.algebra
 
+    def domain_of(self, x: Form) -> Domain:
+        """The domain, as the coefficients of a form see it."""
+        return SharedDomain(self.domain, self.shares) if x.shared else self.domain
+
+    def whole(self, inputs: list[Any]) -> list[Any]:
+        """Inputs of which every form has all symbols."""
+        return [
+            replace(x, c=self.shares.whole(x.c), shared=False)
+            if isinstance(x, Form) and x.shared else x for x in inputs
+        ]
+
+    def alike(self, node: auto_lirpa.Bound, inputs: list[Any]) -> list[Any]:
+        """Inputs whose forms all have all symbols or all the rank's own; at sharded nodes all."""
+        forms = [x for x in inputs if isinstance(x, Form)]
+        if self.context.is_sharded(node) or not any(x.shared for x in forms):
+            return self.whole(inputs)
+        return [
+            replace(x, c=self.shares.split(x.c), shared=True)
+            if isinstance(x, Form) and not x.shared else x for x in inputs
+        ]
+
     def ranks(self, node: auto_lirpa.Bound) -> Ranks:
         """For sums over a node's features."""
         return Ranks(self.context.collectives, self.context.is_sharded(node))
 
     def range(self, x: Form) -> tuple[torch.Tensor, torch.Tensor]:
         """(lower, upper) of each number, [B, T..., F]."""
-        lower, upper = self.domain.lower(x.c) - x.box, self.domain.upper(x.c) + x.box
+        low, high = self.domain_of(x).ends(x.c)
+        lower, upper = low - x.box, high + x.box
         return (lower, upper) if x.limits is None else intersect((lower, upper), x.limits)
 
     def length(
@@ -247,7 +312,7 @@ class Run:
         return any(isinstance(reader, BoundGatherFromRegion) for reader in readers)
 
     def as_symbols(
-        self, node: auto_lirpa.Bound, c: torch.Tensor, error: torch.Tensor
+        self, node: auto_lirpa.Bound, c: torch.Tensor, error: torch.Tensor, shared: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(coefficients, what is left of the error): errors as symbols of their own, where there
         are enough to give.
@@ -263,11 +328,28 @@ class Run:
         self.domain.extend(features)
         self.symbols_left -= features
         finite = torch.where(error.isfinite(), error, 0.0)
+        if self.shares is not None:
+            self.shares.blocks.append(features)
+        if shared:
+            return torch.cat((c, *self._own_errors(c, finite, first))), error - finite
         own = torch.diag_embed(finite).movedim(1, 0)  # [F, B, F]
         before = own.new_zeros(ranks.rank * len(own), *own.shape[1:])
         after = own.new_zeros((ranks.size - 1 - ranks.rank) * len(own), *own.shape[1:])
         missing = c.new_zeros(1 + first - len(c), *c.shape[1:])
         return torch.cat((c, missing, before, own, after)), error - finite
+
+    def _own_errors(
+        self, c: torch.Tensor, error: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(coefficients of the symbols that c has none of, those of errors [B, F] as symbols from
+        `first` on), of the rank's own symbols."""
+        shares, width = self.shares, error.shape[-1]
+        place = shares.own(first, width)
+        features = shares.first(-1) + torch.arange(place.stop - place.start, device=c.device)
+        own = F.one_hot(features, width).to(error).unsqueeze(1) * shares.enter(error)
+        missing = c.new_zeros(1 + place.start - len(c), *c.shape[1:])
+        padding = c.new_zeros(1 + shares.rows - len(c) - len(missing) - len(own), *c.shape[1:])
+        return missing, torch.cat((own, padding))
 
 
 def in_order(final: auto_lirpa.Bound) -> list[auto_lirpa.Bound]:

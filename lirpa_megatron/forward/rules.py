@@ -18,6 +18,7 @@ from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome
 
 Rule = Callable[[Any, Any, Inputs], Outcome]
 _RULES: dict[type | str, Rule] = {}
+_READ_SHARES: set[Rule] = set()
 
 
 def rule_for(*classes: type | str) -> Callable[[Rule], Rule]:
@@ -31,6 +32,18 @@ def rule_for(*classes: type | str) -> Callable[[Rule], Rule]:
     return enter
 
 
+def reading_shares(rule: Rule) -> Rule:
+    """Marks a rule that takes forms of the rank's own symbols (`Form.shared`), too. To others all
+    symbols are given."""
+    _READ_SHARES.add(rule)
+    return rule
+
+
+def reads_shares(rule: Rule) -> bool:
+    """Whether a rule is marked."""
+    return rule in _READ_SHARES
+
+
 def rule_of(node: Any) -> Rule:
     """The rule of the most derived class that has one."""
     for cls in type(node).__mro__:
@@ -42,6 +55,7 @@ def rule_of(node: Any) -> Rule:
     return by_intervals
 
 
+@reading_shares
 def by_intervals(run: Any, node: Any, inputs: Inputs) -> Outcome:
     """The centre of the operator's interval bounds, and half of their width as an error."""
     ends = [run.range(x) if isinstance(x, Form) else (x, x) for x in inputs]

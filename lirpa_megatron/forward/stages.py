@@ -8,7 +8,7 @@ stages made are bounded there, by the row that has arrived at their output (`adj
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ class FarForm:
     """How many errors may still become symbols."""
     tokens: bool
     """Whether values have tokens."""
+    shares: list[int] = field(default_factory=list)
+    """Blocks of symbols, where these are shared out among the ranks of a stage (`shares`)."""
+    costs: tuple[int, int] = (0, 0)
+    """Of the pass so far, and of rows (`costs`)."""
 
     def packed(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
         """(plain data, tensors) for a message."""
@@ -42,6 +46,7 @@ class FarForm:
             "parts": [name for name, value in given.items() if value is not None],
             "groups": [[g.kind, g.size, g.count] for g in self.groups],
             "symbols_left": self.symbols_left, "tokens": self.tokens,
+            "shares": self.shares, "shared": form.shared, "costs": list(self.costs),
         }
         return fields, [value for value in given.values() if value is not None]
 
@@ -50,6 +55,10 @@ class FarForm:
         """Inverse of `packed`."""
         given = dict(zip(fields["parts"], tensors, strict=True))
         lower, upper = given.pop("lower", None), given.pop("upper", None)
-        form = Form(**given, limits=None if lower is None else (lower, upper))
+        limits = None if lower is None else (lower, upper)
+        form = Form(**given, limits=limits, shared=fields["shared"])
         groups = [Group(*group) for group in fields["groups"]]
-        return cls(form, groups, fields["symbols_left"], fields["tokens"])
+        return cls(
+            form, groups, fields["symbols_left"], fields["tokens"], list(fields["shares"]),
+            tuple(fields["costs"]),
+        )

@@ -10,6 +10,8 @@ reduce_from        all-reduce                  identity                2(p-1)/p 
 gather_rows        all-gather on dim 0         reduce-scatter          (p-1) |x|, both ways
 gather_results     all-gather on dim 0         slice                   (p-1) |x|, then 0
 reduce_to_rows     reduce-scatter on dim 0     all-gather              (p-1)/p |x|, both ways
+split_rows         slice of dim 0              all-gather              0, then (p-1)/p |x|
+exchange_rows      all-to-all on dim 0         all-to-all              (p-1)/p |x|, both ways
 gather_features    all-gather on the last dim  slice                   (p-1) |x|, then 0
 split_features     slice of the last dim       all-gather              0, then (p-1)/p |x|
 =================  ==========================  ======================  =====================
@@ -118,6 +120,22 @@ class Collectives:
         self._enter("reduce_scatter", x, self._share)
         y = mappings.reduce_scatter_to_sequence_parallel_region(x.contiguous(), group=self.group)
         return self._guard_backward(y, "all_gather", self.size - 1)
+
+    def split_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """[p n, ...], replicated -> the rank's [n, ...]."""
+        if self.size == 1:
+            return x
+        y = mappings.scatter_to_sequence_parallel_region(x, group=self.group)
+        return self._guard_backward(y, "all_gather", self.size - 1)
+
+    def exchange_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """[p n, ...], n rows for each rank -> [p n, ...], n rows from each rank, in their order.
+        """
+        if self.size == 1:
+            return x
+        self._enter("all_to_all", x, self._share)
+        y = mappings.all_to_all(self.group, x.contiguous())
+        return self._guard_backward(y, "all_to_all", self._share)
 
     def begin_gather_rows(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """`gather_rows`, of which the result is asked for later; at once where x has a gradient.

@@ -18,6 +18,9 @@ from lirpa_megatron.operators.context import GraphContext, OperatorInputs, Visit
 from lirpa_megatron.operators.functional import margins
 from lirpa_megatron.operators.operator import Operator, Sharding
 
+_TOKENS = 4096
+"""Interval bounds take so many tokens at a time."""
+
 
 class Margins(Operator, auto_lirpa.Bound):
     """y[b, j] = (w_t x_b + b_t) - (w_j x_b + b_j), t the target of sample b, j from m tokens.
@@ -89,11 +92,15 @@ class Margins(Operator, auto_lirpa.Bound):
         lower, upper = self._enter(v[0][0]), self._enter(v[0][1])
         middle, half = (lower + upper) / 2, (upper - lower) / 2
         centers, deviations = [], []
-        for t in range(len(wt)):  # one target at a time: its differences are as large as W
-            D, own = wt[t] - w, slice(None) if self.shared else slice(t, t + 1)
-            center = F.linear(middle[own], D)
+        for t in range(len(wt)):
+            own, parts = slice(None) if self.shared else slice(t, t + 1), ([], [])
+            for part in w.split(_TOKENS):  # the differences of one target are as large as W
+                D = wt[t] - part
+                parts[0].append(F.linear(middle[own], D))
+                parts[1].append(F.linear(half[own], D.abs()))
+            center, deviation = (torch.cat(part, -1) for part in parts)
             centers.append(center if b is None else center + (bt[t] - b))
-            deviations.append(F.linear(half[own], D.abs()))
+            deviations.append(deviation)
         join = torch.stack if self.shared else torch.cat
         center, deviation = (join(parts, int(self.shared)) for parts in (centers, deviations))
         return center - deviation, center + deviation
