@@ -88,6 +88,26 @@ def test_a_limit_of_time_is_kept(one_thread):
     assert found.seconds < 2  # a batch of these parts takes 10 ms
 
 
+def test_a_box_of_one_point_and_a_part_that_cannot_be_cut_end_the_search(one_thread):
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).requires_grad_(False)
+    x = torch.tensor([[0.1, -0.2]])
+    y = float(model(x))
+
+    def search(low, high, threshold, confirm=lambda goal, points: None):
+        end = torch.tensor([[threshold]], dtype=torch.float64)
+        problem = Problem(low, high, (0,), torch.ones(1, 1, 1), end)
+        return search_boxes(BoundedModule(model, x), problem, SearchOptions(), confirm)
+
+    assert search(x, x, y - 0.1).status == "proved"
+    found = search(x, x, y + 0.1)
+    assert (found.status, found.open) == ("unknown", 1) and "too small to be cut" in found.why
+    assert search(x, x, y + 0.1, lambda goal, points: points[0]).status == "refuted"
+    # one number between the ends: two cuts, then nothing is left
+    high = torch.nextafter(torch.nextafter(x, x + 1), x + 1)
+    found = search(x, high, y + 0.1)
+    assert found.status == "unknown" and found.open == 4 and found.domains == 7
+
+
 def test_boxes_are_cut_where_few_inputs_move_and_neurons_are_many(one_thread):
     def choice(inputs, neurons, activation=nn.ReLU, asked="auto"):
         model = nn.Sequential(nn.Linear(inputs, neurons), activation(), nn.Linear(neurons, 2))

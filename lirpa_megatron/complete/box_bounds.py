@@ -179,6 +179,8 @@ class PartBounder:
         The most of all rows of open goals, not of the worst one: which row will prove a part, and
         with which slopes, is open. Boxes where nothing has a slope are cut along the longest way.
         """
+        if not width.shape[1]:
+            return width
         steep = torch.where(left[:, :, None, None], slopes.abs().nan_to_num(), 0.0).amax((1, 2))
         steep = torch.maximum(steep, _LEAST_SLOPE * steep.mean(1, keepdim=True))
         flat = (steep.amax(1, keepdim=True) == 0).expand_as(steep)

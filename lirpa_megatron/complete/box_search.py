@@ -129,6 +129,9 @@ class _Run:
 
     def _cut(self, parts: Parts, scores: torch.Tensor) -> None:
         """The halves go to the waiting ones."""
+        if not scores.shape[1]:  # boxes of one point
+            self.small = self.small.with_others(parts)
+            return
         middle = parts.low + (parts.high - parts.low) / 2
         inside = (parts.low < middle) & (middle < parts.high)
         scores = torch.where(inside, scores, -1.0)

@@ -65,7 +65,7 @@ def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto
         return "relu"
     moving = int((low < high).sum(1).max())
     if why is None:
-        few = moving <= _FEW and neuron_count(graph) > _NEURONS * moving
+        few = 0 < moving <= _FEW and neuron_count(graph) > _NEURONS * moving
         return "input" if few else "relu"
     if moving > _MOST:
         raise UserError(f"{why}; and boxes are cut where at most {_MOST} inputs move, here "

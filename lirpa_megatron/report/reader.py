@@ -139,6 +139,7 @@ _FIELDS: dict[str, _Field] = {
     "live_check": ("true or false", lambda value: isinstance(value, bool)),
     "stored_dtype": _TEXT,
     "bound": _NUMBER,
+    "branching": _TEXT,
     "domains": _WHOLE,
     "open_domains": _WHOLE,
     "inner_domains": _WHOLE,
