@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 from ranks import RankPool, pool
 
+from lirpa_megatron.errors import ReplicaError
 from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.parallel.replicas import Replicas
 
@@ -164,3 +166,35 @@ def test_a_killed_replicas_work_is_done_by_the_others(size, tp, victim, moment):
             assert outcome.error is None, outcome
             every, members = outcome.value
             assert every == [ITEMS] * 4 and members == left
+
+
+def late():
+    """One replica is slower than the group's timeout allows."""
+    rank = torch.distributed.get_rank()
+    replicas = Replicas(torch.distributed.new_group([0, 1], timeout=timedelta(seconds=2)))
+
+    def work(own):
+        if rank == 1:
+            time.sleep(4)
+        return own
+
+    said = []
+    for _ in range(2):
+        try:
+            with replicas.guard("a test"):
+                said.append(len(replicas.share("work", ITEMS, work)))
+        except ReplicaError as error:
+            said.append(str(error))
+    return said, replicas.members
+
+
+@pytest.mark.slow
+def test_a_replica_that_waits_too_long_leaves_and_the_late_one_goes_on():
+    """Two that both went on would both write results."""
+    own = RankPool(2, 1)
+    try:
+        (first, _), (second, left) = own.run(late)
+    finally:
+        own.close()
+    assert "replica 1 has said nothing" in first[0] and "or left" in first[1]
+    assert second == [2, 1] and left == (1,)

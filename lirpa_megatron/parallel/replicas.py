@@ -18,8 +18,9 @@ been heard is agreed on in two steps, within each replica and between those that
 after one death all that are left deal alike. Where several replicas die in the same share those
 that are left may disagree; they notice, and end with an error.
 
-Words are torch's point-to-point messages over gloo, on one machine or several. A rank that says
-nothing for longer than the group's timeout is an error, no death: it may come back.
+Words are torch's point-to-point messages over gloo, on one machine or several. A replica that hears
+nothing from another for longer than the group's timeout ends with an error and leaves, as gloo has
+closed the connection then: if the other one was only late, it goes on, and they never both do.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Replicas:
     Attributes:
         size: how many there were at first.
         rank: which this one is.
-        members: those that are left; none if this one has lost a rank itself.
+        members: those that are left; none if this one has lost a rank, or left.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Replicas:
         self.size, self.rank = (1, 0) if group is None else (group.size(), group.rank())
         self.members = tuple(range(self.size))
         self._depth = self._epoch = self._round = 0
-        self._closed: set[int] = set()
+        self._leaves, self._closed = False, set()
         self._sent: dict[int, deque] = {r: deque() for r in self.members}
         if self.size > 1:
             self._ranks = dist.get_process_group_ranks(group)
@@ -163,7 +164,7 @@ class Replicas:
     def _exchange(self, what: str, result: Any) -> dict[int, Any]:
         """What the replicas say that all of those left have heard; they are the members then."""
         if not self.members:
-            raise ReplicaError("this replica has lost a rank: the others go on without it")
+            raise ReplicaError("this replica has lost a rank or left: the others go on without it")
         self._round += 1
         step = f"{what}, round {self._round} of replicas {list(self.members)}"
         heard = self._said_by_all(step, result)
@@ -218,6 +219,8 @@ class Replicas:
                 message = self._message(replica)
             except RuntimeError as error:
                 if "timed out" in str(error).lower():
+                    self._leaves = True
+                    self._closed.add(replica)
                     raise ReplicaError(
                         f"replica {replica} has said nothing for longer than the group's timeout"
                     ) from None
@@ -289,15 +292,15 @@ class Replicas:
         text = f"{kind}{error}"
         if not isinstance(error, ReplicaError):
             text = f"replica {self.rank} failed: {text}"
-        told = _FAILED
         try:
             spmd.handshake(self.tp, "the end of a block that failed")
         except SPMDError:  # a rank of this replica is dead
-            told = _GONE
+            self._leaves = True
+        told = _GONE if self._leaves else _FAILED
         message = _packed((self._epoch, told, text, None))
         for r in self._others():
             self._send(r, message)
-        if told == _GONE:
+        if self._leaves:
             self.members = ()
 
 
