@@ -7,10 +7,19 @@ import math
 
 import pytest
 import torch
+import transformers
 from ranks import pool
 from torch import nn
+from transformer_cases import build_case
 
-from lirpa_megatron import METHODS, BoundedModule, BoundedTensor, PerturbationLpNorm, parallelize
+from lirpa_megatron import (
+    METHODS,
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+    parallelize,
+    perturb_tokens,
+)
 
 
 def _net():
@@ -67,6 +76,32 @@ def test_it_goes_on_until_a_threshold_is_passed():
     tried, _, _ = pool(1).run(functools.partial(_called, 1e-4, decision_thresh=between))[0]
     assert len(tried) > 1
     assert tried == list(METHODS[: len(tried)])
+
+
+def _of_a_transformer():
+    """(methods that were run, lower bounds) for a GPT and a threshold that forward bounds pass."""
+    torch.set_default_dtype(torch.float64)
+    _, view, further = build_case("gpt", torch.float64)
+    inputs = perturb_tokens(view.eval(), transformers.tokens()[0], eps=1e-3, **further)
+    bounded = BoundedModule(view, inputs)
+    tried, compute = [], bounded.compute_bounds
+    with torch.no_grad():
+        cheap, wanted = (compute(inputs, method=m)[0] for m in ("CROWN-IBP", "forward"))
+        assert cheap.min() < wanted.min()
+
+        def counted(*args, **given):
+            tried.append(given["method"])
+            return compute(*args, **given)
+
+        object.__setattr__(bounded, "compute_bounds", counted)
+        threshold = float(wanted.min()) - 1e-9  # of the sums' rounding, and more
+        return tried, compute(inputs, method="auto", decision_thresh=threshold)[0], threshold
+
+
+def test_of_transformers_the_forward_method_comes_before_crown():
+    for tried, lower, threshold in pool(2).run(_of_a_transformer):
+        assert tried == ["IBP", "CROWN-IBP", "forward"]
+        assert bool((lower > threshold).all())
 
 
 def test_what_is_one_methods_is_refused():

@@ -1,4 +1,8 @@
-"""Method 'auto': tries IBP, CROWN-IBP, CROWN and CROWN-Optimized until one of them succeeds."""
+"""Method 'auto': tries IBP, CROWN-IBP, CROWN and CROWN-Optimized until one of them succeeds.
+
+Of a network with norms or attention the forward method comes before CROWN: it has a pass for each
+coordinate that the set moves, CROWN has rows for each input of each norm and each score.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.crown.options import METHODS, check_output
+from lirpa_megatron.crown.options import METHODS, check_forward, check_output
+from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.parallel.collectives import Collectives
 from lirpa_megatron.problem.perturbations import check_perturbations
 
@@ -41,7 +46,9 @@ def cheaper_first(
     kwargs = dict(kwargs)
     threshold = kwargs.pop("decision_thresh", 0.0)
     best: list[torch.Tensor | None] = [None, None]
-    available = [m for m in METHODS if _is_available(module, x, C, {**kwargs, "method": m})]
+    available = [
+        m for m in _in_turn(module) if _is_available(module, x, C, {**kwargs, "method": m})
+    ]
     if module.stages is not None:
         available = module.stages.on_every_stage("methods", available)
     for method in available or METHODS[-1:]:
@@ -60,11 +67,20 @@ def cheaper_first(
     return best[0], best[1]
 
 
+def _in_turn(module: auto_lirpa.HostBoundedModule) -> list[str]:
+    """All methods, cheapest first."""
+    methods = list(METHODS)
+    if any(isinstance(node, RowRelaxed) for node in module.named_nodes().values()):
+        methods.insert(methods.index("CROWN"), "forward")
+    return methods
+
+
 def _is_available(
     module: auto_lirpa.HostBoundedModule, x: Any, C: Any, kwargs: Mapping[str, Any]
 ) -> bool:
     """Follows from the graph and the kind of set; if ranks differed, `compute_bounds` would say."""
     try:
+        check_forward(module, kwargs)
         check_perturbations(module, x or (), kwargs["method"])
         final = module[kwargs.get("final_node_name") or module.final_name]
         if module.has_output:
