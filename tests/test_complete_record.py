@@ -186,6 +186,16 @@ def test_a_bound_may_have_many_digits(tmp_path, record, capsys):
     assert status == 0 and "holds" in said
 
 
+def test_a_record_from_before_boxes_were_cut_is_read(tmp_path, record, capsys):
+    def older(content):
+        content["version"] = 2
+        assert content.pop("cuts") == []
+
+    assert check(tmp_path, record, older, capsys)[0] == 0
+    status, said = check(tmp_path, record, lambda content: content.update(version=4), capsys)
+    assert status == 2 and "has version 4; this program reads 3" in said
+
+
 def test_a_record_of_another_network_or_property_is_refused(
     folder, tmp_path, record, capsys
 ):
