@@ -182,7 +182,9 @@ def _one(task: dict) -> dict:
         proves(1e-3)  # what the first call prepares (singular values) is left out
         first, = seconds
         seconds.clear()
-        for _ in range(task["steps"] if proves(math.exp(low)) else 0):
+        if proves(math.exp(low)):
+            found = math.exp(low)
+        for _ in range(task["steps"] if found else 0):
             middle = (low + high) / 2
             if proves(math.exp(middle)):
                 low, found = middle, math.exp(middle)

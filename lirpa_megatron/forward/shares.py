@@ -27,7 +27,7 @@ from lirpa_megatron.parallel.collectives import Collectives
 
 FEWEST = 2
 """Sets with fewer symbols for each rank stay whole on all ranks."""
-ROOM = 2**22
+ROOM = 2**21
 """Numbers that are gathered at once, of all ranks' symbols."""
 
 
@@ -218,7 +218,7 @@ class Shares:
         moving = moving.nonzero().flatten()
         found = flat.new_zeros(flat.shape[1])
         size, blocks = self._tp.size, self._blocks(len(part), True)
-        step = max(1, ROOM // 4 // max(1, size * len(part) * part.shape[-1])) * size
+        step = max(1, ROOM // 2 // max(1, size * len(part) * part.shape[-1])) * size
         for first in range(0, len(moving), step):
             tokens = moving[first : first + step]
             places = F.pad(tokens, (0, -len(tokens) % size), value=int(tokens[-1]))
