@@ -251,7 +251,7 @@ def test_a_network_with_several_inputs_and_outputs_is_matched_in_order(tmp_path)
 def test_branch_and_bound_decides_queries_and_check_proves_their_records(folder, tmp_path, capsys):
     record, csv = tmp_path / "proof.json", tmp_path / "r.jsonl"
     wide = (folder / "rising.vnnlib").read_text().replace("X[0] 1.0", "X[0] 0.2").replace(
-        "Y[0] 5.0", "Y[0] 0.08")
+        "Y[0] 5.0", "Y[0] 0.05")
     (tmp_path / "wide.vnnlib").write_text(wide)
     mixed = one("(>= Y[0] (+ (* 2.0 X[0]) (* -1.0 X[3]) 3.4))", [-1.0] * 4, [1.0] * 4, 3)
     (tmp_path / "mixed.vnnlib").write_text(mixed)
