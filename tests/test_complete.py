@@ -10,7 +10,10 @@ from torch import nn
 
 from lirpa_megatron import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_megatron.complete import SearchOptions, branch_and_bound
+from lirpa_megatron.complete.bounding import Bounder
+from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.problem import Problem
+from lirpa_megatron.complete.roots import bound_roots
 from lirpa_megatron.complete.strategy import decide as decide_problem
 
 SHAPES = ((4,), (8,), (12,), (4, 4), (6, 6), (3, 9), (4, 4, 4), (2, 5, 5))
@@ -120,6 +123,24 @@ def check_two_rows(seed, branching="relu"):
 
 def test_two_rows_of_which_one_has_to_hold_are_decided(one_thread):
     assert sum(check_two_rows(seed) for seed in range(16)) > 8
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+@pytest.mark.parametrize("end", [-9.0, 9.0])
+def test_a_margin_of_rows_together_is_not_above_the_truth(one_thread, rows, end):
+    """The same row several times, of a linear network: each margin is exact, and so is the mean's.
+    Weights of 1/3 and 1/6 are rounded to what sums to 4095 / 4096 and 4098 / 4096."""
+    model = module_of([(torch.eye(2).double(), torch.full((2,), 3.0).double()),
+                       (torch.tensor([[1.0, 2.0]]).double(), torch.zeros(1).double())])
+    low, high = -torch.ones(1, 2).double(), torch.ones(1, 2).double()
+    problem = Problem(low, high, (0,), torch.ones(1, rows, 1).double(),
+                      torch.full((1, rows), end).double())
+    graph = BoundedModule(model, low)
+    roots = bound_roots(graph, problem)
+    with passes(graph, roots.active_columns), torch.no_grad():
+        bounder = Bounder(graph, problem, roots, SearchOptions())
+        (margin,) = bounder.ascend(bounder.whole([0]), 0).margins
+    assert margin == pytest.approx(6.0 - end, abs=1e-12)  # of x = (-1, -1); rounding of 15
 
 
 @pytest.mark.slow

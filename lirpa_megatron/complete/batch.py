@@ -152,10 +152,27 @@ class Batch:
         """
         if not self.has_sum:
             return self.C, self.thresholds
-        w = self.weights
-        w = w + ((w.detach() * _STEPS).round() / _STEPS - w.detach())
+        w = self._counted()
         C, ends = (w[..., None] * self.C).sum(0), (w.detach().double() * self.thresholds).sum(0)
         return torch.cat([self.C, C[None]]), torch.cat([self.thresholds, ends[None]])
+
+    def _counted(self) -> torch.Tensor:
+        w = self.weights
+        return w + ((w.detach() * _STEPS).round() / _STEPS - w.detach())
+
+    def of_best(self, margins: torch.Tensor) -> torch.Tensor:
+        """Margins of rows and of their sum [R', D] -> lower bounds of the best row's.
+
+        Rounded weights sum to W, which need not be 1, and the best row's margin is at least that of
+        the sum divided by W. Where all weights are 0 the sum's is of the splits alone: above 0 if
+        they contradict each other, and no bound of a row otherwise.
+        """
+        if not self.has_sum:
+            return margins
+        total, of_sum = self._counted().detach().double().sum(0), margins[-1]
+        nothing = torch.where(of_sum > 0, of_sum, -torch.inf)
+        best = torch.where(total > 0, of_sum / total, nothing)
+        return torch.cat([margins[:-1], best[None]])
 
     def pull(self) -> torch.Tensor:
         """s_j beta_j at split neurons, 0 elsewhere: [R', D, N]."""

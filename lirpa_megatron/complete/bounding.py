@@ -122,7 +122,8 @@ class Bounder:
         margins = lower.detach().double() - thresholds
         rounding = ROUNDING * torch.finfo(lower.dtype).eps
         sure = margins - rounding * (run.size.double() + thresholds.abs())
-        both, over = from_rank_zero(self.tp, torch.stack([margins, sure]), self.is_over())
+        both = torch.stack([batch.of_best(margins), sure])
+        both, over = from_rank_zero(self.tp, both, self.is_over())
         return both[0].nan_to_num(nan=-torch.inf), both[1], over
 
     def time_is_over(self) -> bool:
