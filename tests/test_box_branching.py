@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from commands import read
 from complete_cases import HIGH, write_complete
 from models import Net, build, region, specification
 from ranks import pool
-from small_networks import save, stack
+from small_networks import property_text, save, stack
 from test_complete import boxed, check_two_rows, check_verdict
 from torch import nn
 
@@ -287,6 +288,46 @@ def test_a_record_is_proved_again_part_by_part(record, capsys):
     assert parts > 3 and not content["trees"]
     assert main(["check", str(record)]) == 0
     assert f"and {parts} parts of boxes bounded in float64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("activation, least", [("Tanh", 0.05), ("Sigmoid", 0.33)])
+def test_records_of_networks_without_relus_hold_where_bounds_have_proved_a_part(
+    tmp_path, activation, least, capsys, one_thread
+):
+    """Of two disjuncts one is proved by the first bounds, the other by cuts of the box."""
+    net, prop, path = (tmp_path / name for name in ("net.onnx", "prop.vnnlib", "proof.json"))
+    save(stack([2, 8, 3], seed=3, activation=activation, dtype="float64"), net)
+    prop.write_text(property_text(
+        [-1.0, -1.0], [1.0, 1.0], 3, f"(or (and (<= Y_0 {least})) (and (<= Y_1 -100.0)))"
+    ))
+    assert main([
+        "verify", "--onnx", str(net), "--vnnlib", str(prop), "--method", "IBP",
+        "--attack-steps", "0", "--complete", "--record", str(path),
+    ]) == 0
+    content = json.loads(path.read_text())
+    assert len(nodes(content)) > 2 and not content["trees"]
+    assert nodes(content)[0][2] == [1]
+    assert main(["check", str(path)]) == 0
+    nodes(content)[0][2].clear()
+    path.write_text(json.dumps(content))
+    assert main(["check", str(path)]) == 2
+    assert "has no tree for box 0, disjunct 1" in capsys.readouterr().err
+
+
+def test_a_record_that_is_wrong_at_one_point_says_so(tmp_path, capsys, one_thread):
+    """There is nothing to be cut in a box of one point."""
+    net, prop, path = (tmp_path / name for name in ("net.onnx", "prop.vnnlib", "proof.json"))
+    save(stack([2, 8, 3], activation="Tanh", dtype="float64"), net)
+    prop.write_text(property_text([0.5, 0.5], [0.5, 0.5], 3, "(<= Y_0 -100.0)"))
+    arguments = ["--vnnlib", str(prop), "--complete", "--record", str(path)]
+    assert main(["verify", "--onnx", str(net), *arguments]) == 0
+    assert main(["check", str(path)]) == 0
+    content = json.loads(path.read_text())
+    prop.write_text(prop.read_text().replace("-100.0", "100.0"))
+    content["property"]["sha256"] = hashlib.sha256(prop.read_bytes()).hexdigest()
+    path.write_text(json.dumps(content))
+    assert main(["check", str(path)]) == 2
+    assert "node 0 is not proved, its bound is -" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, message", [

@@ -77,7 +77,7 @@ def _unproved(
             continue
         rest = some.at(index)
         rest = replace(rest, margins=torch.where(left[index], -torch.inf, torch.inf).double())
-        if further:
+        if further and found.scores.shape[1]:  # not of boxes of one point
             yield from _unproved(bounder, _halves(rest, found.scores[index]), further - 1)
             continue
         for k, slot in left[index].nonzero().tolist():

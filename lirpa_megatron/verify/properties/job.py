@@ -25,7 +25,8 @@ from lirpa_megatron.verify.properties.loading import Loaded, load_sources
 from lirpa_megatron.verify.properties.options import VerifyOptions
 from lirpa_megatron.verify.properties.output import Output
 from lirpa_megatron.verify.properties.property import Property
-from lirpa_megatron.verify.properties.records import record_of, write_record
+from lirpa_megatron.verify.properties.record_files import write_record
+from lirpa_megatron.verify.properties.records import record_of
 from lirpa_megatron.verify.properties.results import Result
 from lirpa_megatron.verify.properties.sources import (
     Source,

@@ -13,6 +13,7 @@ A record is a JSON file:
                         trees: the parts, each in front of those that it was cut into, the lower one
                         first: [input, where, disjuncts that are refuted in all of it], or, of one
                         that was not cut, [disjuncts, bound]
+                        Of networks whose ReLUs cannot be split also of boxes that were not cut
     inner               bounds of inner neurons that the trees rest on, `sign * z >= bound` in a
                         box: box, neuron, sign, bound, and the splits of the leaves
 
@@ -23,16 +24,10 @@ was sharded.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
-import math
-import zlib
 from pathlib import Path
 from typing import Any
 
 from lirpa_megatron.bounded_module import BoundedModule
-from lirpa_megatron.checkpoint.plain_files import parse_json
 from lirpa_megatron.complete.box_replay import unproved_parts
 from lirpa_megatron.complete.cut_tree import Cut, CutTree, Piece
 from lirpa_megatron.complete.problem import SearchOptions
@@ -46,11 +41,12 @@ from lirpa_megatron.verify.properties.hashes import network_hash
 from lirpa_megatron.verify.properties.instance import Outcome, most_boxes
 from lirpa_megatron.verify.properties.instance_list import Instance
 from lirpa_megatron.verify.properties.loading import Loaded, load_sources
-from lirpa_megatron.verify.properties.property import Property
+from lirpa_megatron.verify.properties.property import Property, Region
+from lirpa_megatron.verify.properties.record_files import FORMAT, VERSION, read_record, text_hash
 from lirpa_megatron.verify.properties.sources import check_sources, files_of, read_sources
+from lirpa_megatron.verify.properties.specification import region_rows
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
 
-FORMAT, VERSION = "lirpa_megatron record", 3
 _EFFORT = SearchOptions(iterations=40, first_iterations=60)
 
 
@@ -71,11 +67,14 @@ def record_of(
     for tree in [] if outcome.decided is None else outcome.decided.cuts:
         cuts.append({"box": tree.box, "nodes": [_plain(node) for node in tree.nodes]})
         were_cut |= {(tree.box, d) for node in tree.nodes for d in node.proved}
+    # what was proved without a split is one leaf; of other networks than ReLUs' one part
     for i, region in enumerate(prop.regions):
-        for d in range(len(region.disjuncts)):
-            if (i, d) in were_cut:
-                continue
-            # what was proved without a split is one leaf
+        left = [d for d in range(len(region.disjuncts)) if (i, d) not in were_cut]
+        alone = prop.vacuous is not None or _has_relus_alone(loaded, prop, region)
+        if left and not alone:
+            _hold_in_all(cuts, i, left)
+            continue
+        for d in left:
             leaves = split.get((i, d), [{"splits": [], "bound": None}])
             trees.append({"box": i, "disjunct": d, "leaves": leaves})
     claims = [] if outcome.decided is None else outcome.decided.claims
@@ -94,7 +93,7 @@ def record_of(
         },
         "property": {
             "name": instance.property, "file": str(instance.property_path.resolve()),
-            "sha256": _text_hash(instance.property_path),
+            "sha256": text_hash(instance.property_path),
         },
         "tensor_parallel": loaded.ranks.size,
         "neurons": neuron_count(loaded.bounded),
@@ -102,6 +101,25 @@ def record_of(
         "cuts": cuts,
         "inner": inner,
     }
+
+
+def _has_relus_alone(loaded: Loaded, prop: Property, region: Region) -> bool:
+    """Whether `check` can bound the leaves of a tree of splits, even if it is one leaf."""
+    bounded = loaded.bounded_for([prop.rows[row] for row in region_rows(region)])
+    if loaded.ranks.stages > 1:  # which `check` does not need
+        return True
+    why = complete.why_not(loaded, bounded, [(region, ())], "relu")
+    return why is None and neuron_count(bounded) > 0
+
+
+def _hold_in_all(cuts: list[dict[str, Any]], box: int, disjuncts: list[int]) -> None:
+    """Enters disjuncts that are refuted in all of a box at the root of its tree."""
+    for tree in cuts:
+        if tree["box"] == box:
+            root = tree["nodes"][0]
+            root[2 if len(root) == 3 else 0] += disjuncts
+            return
+    cuts.append({"box": box, "nodes": [[disjuncts, None]]})
 
 
 def _plain(node: Cut | Piece) -> list[Any]:
@@ -130,7 +148,7 @@ def check_record(
         UserError: the record is of another network or property, its leaves do not cover the boxes,
             or one of them is not proved.
     """
-    record = _read(path)
+    record = read_record(path)
     net, text = record["network"], record["property"]
     named = tuple((name, Path(file)) for name, file in net.get("named", ()))
     if network is None:
@@ -145,7 +163,7 @@ def check_record(
     for file, option in (*files, (prop, "--vnnlib")):
         if not file.exists():
             raise UserError(f"record {path}: {file} does not exist; say where it is with {option}")
-    if _text_hash(prop) != text["sha256"]:
+    if text_hash(prop) != text["sha256"]:
         raise UserError(f"record {path} is of another property than {prop}: the files differ")
     read = read_vnnlib(prop)
     sources = read_sources(
@@ -308,87 +326,3 @@ def _tree(path: Path, where: str, leaves: list[Any], neurons: int) -> Node:
         return tree_of([[tuple(split) for split in leaf] for leaf in leaves], neurons)
     except ValueError as error:
         raise UserError(f"record {path}, {where}: {error}") from None
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes it at once: a file that is there is a whole one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"record {path} cannot be written: {error.strerror}") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A record, every field that is used checked."""
-    try:
-        record = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"record {path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"record {path} is not a JSON file") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is not a record of verify --record")
-    if record.get("version") == 2:
-        record = {"cuts": [], **record, "version": VERSION}
-    if record.get("version") != VERSION:
-        raise UserError(f"record {path} has version {record.get('version')}; this program reads "
-                        f"{VERSION}")
-    try:
-        for part in ("network", "property"):
-            if not all(isinstance(record[part][k], str) for k in ("name", "file", "sha256")):
-                raise TypeError
-        if not isinstance(record["network"]["checkpoint"], bool):
-            raise TypeError
-        for pair in record["network"].get("named", ()):
-            if len(pair) != 2 or not all(isinstance(value, str) for value in pair):
-                raise TypeError
-        for tree in record["trees"]:
-            if not _are_whole([tree["box"], tree["disjunct"]]):
-                raise TypeError
-            for leaf in tree["leaves"]:
-                bound = leaf["bound"]
-                if not all(len(s) == 2 and _are_whole(s) for s in leaf["splits"]):
-                    raise TypeError
-                if bound is not None and type(bound) not in (int, float):
-                    raise TypeError
-                if bound is not None and not 0 < bound < math.inf:
-                    raise UserError(f"record {path} has a leaf with a bound of {bound}, which "
-                                    "proves nothing")
-        for tree in record["cuts"]:
-            if not _are_whole([tree["box"]]) or not all(map(_is_node, tree["nodes"])):
-                raise TypeError
-        for claim in record["inner"]:
-            splits = [split for leaf in claim["leaves"] for split in leaf]
-            if not _are_whole([claim["box"], claim["neuron"], claim["sign"]]) \
-                    or claim["sign"] not in (1, -1) or type(claim["bound"]) is not float \
-                    or not all(_are_whole(s) and len(s) == 2 for s in splits):
-                raise TypeError
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"record {path} is damaged: a field is missing or of a wrong kind") \
-            from None
-    return record
-
-
-def _is_node(node: Any) -> bool:
-    if not isinstance(node, list):
-        return False
-    if len(node) == 3:
-        return type(node[0]) is int and type(node[1]) is float and _are_whole(node[2])
-    return len(node) == 2 and _are_whole(node[0]) and type(node[1]) in (float, type(None))
-
-
-def _are_whole(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int for v in values)
-
-
-def _text_hash(path: Path) -> str:
-    """Of what the file says, packed or not."""
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"property {path} cannot be read: {error}") from None
-    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,100 @@
+"""Files of records (`records`): written at once, and read with every field checked."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+from lirpa_megatron.checkpoint.plain_files import parse_json
+from lirpa_megatron.errors import UserError
+
+FORMAT, VERSION = "lirpa_megatron record", 3
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes it at once: a file that is there is a whole one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"record {path} cannot be written: {error.strerror}") from None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, every field that is used checked."""
+    try:
+        record = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"record {path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"record {path} is not a JSON file") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{path} is not a record of verify --record")
+    if record.get("version") == 2:
+        record = {"cuts": [], **record, "version": VERSION}
+    if record.get("version") != VERSION:
+        raise UserError(f"record {path} has version {record.get('version')}; this program reads "
+                        f"{VERSION}")
+    try:
+        for part in ("network", "property"):
+            if not all(isinstance(record[part][k], str) for k in ("name", "file", "sha256")):
+                raise TypeError
+        if not isinstance(record["network"]["checkpoint"], bool):
+            raise TypeError
+        for pair in record["network"].get("named", ()):
+            if len(pair) != 2 or not all(isinstance(value, str) for value in pair):
+                raise TypeError
+        for tree in record["trees"]:
+            if not _are_whole([tree["box"], tree["disjunct"]]):
+                raise TypeError
+            for leaf in tree["leaves"]:
+                bound = leaf["bound"]
+                if not all(len(s) == 2 and _are_whole(s) for s in leaf["splits"]):
+                    raise TypeError
+                if bound is not None and type(bound) not in (int, float):
+                    raise TypeError
+                if bound is not None and not 0 < bound < math.inf:
+                    raise UserError(f"record {path} has a leaf with a bound of {bound}, which "
+                                    "proves nothing")
+        for tree in record["cuts"]:
+            if not _are_whole([tree["box"]]) or not all(map(_is_node, tree["nodes"])):
+                raise TypeError
+        for claim in record["inner"]:
+            splits = [split for leaf in claim["leaves"] for split in leaf]
+            if not _are_whole([claim["box"], claim["neuron"], claim["sign"]]) \
+                    or claim["sign"] not in (1, -1) or type(claim["bound"]) is not float \
+                    or not all(_are_whole(s) and len(s) == 2 for s in splits):
+                raise TypeError
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"record {path} is damaged: a field is missing or of a wrong kind") \
+            from None
+    return record
+
+
+def _is_node(node: Any) -> bool:
+    if not isinstance(node, list):
+        return False
+    if len(node) == 3:
+        return type(node[0]) is int and type(node[1]) is float and _are_whole(node[2])
+    return len(node) == 2 and _are_whole(node[0]) and type(node[1]) in (float, type(None))
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int for v in values)
+
+
+def text_hash(path: Path) -> str:
+    """Of what the file says, packed or not."""
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"property {path} cannot be read: {error}") from None
+    return hashlib.sha256(data).hexdigest()
