@@ -14,7 +14,6 @@ import torch
 
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.crown.options import METHODS, check_forward, check_output
-from lirpa_megatron.operators.relaxed import RowRelaxed
 from lirpa_megatron.parallel.collectives import Collectives
 from lirpa_megatron.problem.perturbations import check_perturbations
 
@@ -70,7 +69,7 @@ def cheaper_first(
 def _in_turn(module: auto_lirpa.HostBoundedModule) -> list[str]:
     """All methods, cheapest first."""
     methods = list(METHODS)
-    if any(isinstance(node, RowRelaxed) for node in module.named_nodes().values()):
+    if module.relaxes_rows:
         methods.insert(methods.index("CROWN"), "forward")
     return methods
 
