@@ -18,7 +18,8 @@ from lirpa_megatron.complete.split_relu import SplitRelu
 
 ROUNDING = 8
 """A bound proves its domain if it exceeds the threshold by more than this many units in the last
-place of the sum of its terms' sizes: large beta that nearly cancel would leave rounding alone."""
+place of the sum of its terms' sizes: large beta that nearly cancel would leave rounding alone. Of
+the constant, which is a sum of the pass, only its size counts."""
 _DECAY = 0.98
 _DROP = 0.2
 

@@ -1,7 +1,8 @@
 """Method 'auto': tries IBP, CROWN-IBP, CROWN and CROWN-Optimized until one of them succeeds.
 
-Of a network with norms or attention the forward method comes before CROWN: it has a pass for each
-coordinate that the set moves, CROWN has rows for each input of each norm and each score.
+Of a network with norms or attention the forward method (with affine forms) comes before CROWN: it
+has a pass for each coordinate that the set moves, CROWN has rows for each input of each norm and
+each score.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def cheaper_first(
 def _in_turn(module: auto_lirpa.HostBoundedModule) -> list[str]:
     """All methods, cheapest first."""
     methods = list(METHODS)
-    if module.relaxes_rows:
+    if module.relaxes_rows and module.own_options.order == 1:  # polynomials are for small sets
         methods.insert(methods.index("CROWN"), "forward")
     return methods
 

@@ -20,7 +20,8 @@ that are left may disagree; they notice, and end with an error.
 
 Words are torch's point-to-point messages over gloo, on one machine or several. A replica that hears
 nothing from another for longer than the group's timeout ends with an error and leaves, as gloo has
-closed the connection then: if the other one was only late, it goes on, and they never both do.
+closed the connection then: if the other one was only late, it goes on, and not both do. (Where a
+connection breaks between two that live, each takes the other for dead and does all of the work.)
 """
 
 from __future__ import annotations
