@@ -100,7 +100,7 @@ def bound_roots(
         UserError: the graph cannot be split, by name.
     """
     final = graph[graph.final_name]
-    check_graph(graph, final)
+    check_graph(graph)
     C, rows = _rows_of_boxes(problem)
     box = auto_lirpa.PerturbationLpNorm(norm=float("inf"), x_L=problem.low, x_U=problem.high)
     x = auto_lirpa.BoundedTensor((problem.low + problem.high) / 2, box)
@@ -157,15 +157,20 @@ def _until(graph: Any, is_over: Callable[[], bool]) -> Iterator[None]:
         options["stop_criterion_func"] = saved
 
 
-def check_graph(graph: Any, final: auto_lirpa.Bound) -> None:
-    """Raises UserError unless branch and bound can split all that is not linear."""
-    where = "branch and bound splits ReLUs: "
+def check_setting(graph: Any, where: str) -> None:
+    """Raises UserError, which begins with `where`, for what no kind of branching supports."""
     if graph.stages is not None:
         raise UserError(f"{where}pipeline stages are not supported; use tensor parallelism")
     if graph.rounding is not None:
         raise UserError(f"{where}outward rounding is not supported; leave it out")
-    if graph.sharded[final.name]:
+    if graph.sharded[graph.final_name]:
         raise UserError(f"{where}the output has to be gathered (gather_output=True)")
+
+
+def check_graph(graph: Any) -> None:
+    """Raises UserError unless branch and bound can split all that is not linear."""
+    where = "branch and bound splits ReLUs: "
+    check_setting(graph, where)
     for node in graph.named_nodes().values():
         if type(node) is not auto_lirpa.BoundRelu and auto_lirpa.reads_bounds(node):
             kind = type(node).__name__.removeprefix("Bound")

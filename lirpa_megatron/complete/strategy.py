@@ -16,7 +16,7 @@ from lirpa_megatron.complete.box_bounds import input_names
 from lirpa_megatron.complete.box_search import search_boxes
 from lirpa_megatron.complete.exploring import Confirm
 from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
-from lirpa_megatron.complete.roots import check_graph, neuron_count
+from lirpa_megatron.complete.roots import check_graph, check_setting, neuron_count
 from lirpa_megatron.complete.search import Progress, search
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
@@ -59,9 +59,9 @@ def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto
     if asked == "input":
         check_boxes(graph)
         return "input"
-    why = _refusal(graph, check_relus)
+    why = _refusal(graph, check_graph)
     if asked == "relu" or why is None and _refusal(graph, check_boxes) is not None:
-        check_relus(graph)
+        check_graph(graph)
         return "relu"
     moving = int((low < high).sum(1).max())
     if why is None:
@@ -74,20 +74,10 @@ def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto
     return "input"
 
 
-def check_relus(graph: Any) -> None:
-    """Raises UserError unless branch and bound over ReLUs can split all that is not linear."""
-    check_graph(graph, graph[graph.final_name])
-
-
 def check_boxes(graph: Any) -> None:
     """Raises UserError for a graph whose input boxes cannot be cut."""
     where = "branch and bound cuts boxes: "
-    if graph.stages is not None:
-        raise UserError(f"{where}pipeline stages are not supported; use tensor parallelism")
-    if graph.rounding is not None:
-        raise UserError(f"{where}outward rounding is not supported; leave it out")
-    if graph.sharded[graph.final_name]:
-        raise UserError(f"{where}the output has to be gathered (gather_output=True)")
+    check_setting(graph, where)
     if len(input_names(graph)) != 1:
         raise UserError(f"{where}outputs have to depend on one input")
 
