@@ -149,8 +149,10 @@ def test_remainders_of_tiny_sets_are_not_those_of_rounding(name, order, radius, 
     from layer to layer as errors do, until nothing is proved of a deep model in float32."""
     view, inputs = segments(name, 1, radius)
     bounded = BoundedModule(view, inputs, {"order": order, "refined_rows": 0})
-    _, forms = forward_forms.forms_of(bounded, inputs)
-    assert max(float(form.box.max()) for form in forms.values()) < most
+    run, forms = forward_forms.forms_of(bounded, inputs)
+    first = run.window.first if run.window else 0  # scores [B, n, Q, S] of earlier queries are hid
+    boxes = [form.box[:, :, first:] if form.box.ndim == 4 else form.box for form in forms.values()]
+    assert max(float(box.max()) for box in boxes if box.numel()) < most
 
 
 def test_a_point_has_its_value_as_bounds():
@@ -268,8 +270,9 @@ def test_a_pass_counts_the_products_with_weights_and_of_attention():
     bounded = BoundedModule(view, inputs)
     run, _ = forward_forms.forms_of(bounded, inputs)
     T, h, f, V = transformers.LENGTH, transformers.HIDDEN, transformers.FFN, transformers.VOCABULARY
-    layer = T * (4 * h * h + 2 * h * f + 2 * T * h)
-    last = T * 2 * h * h + 2 * h * h + 2 * h * f + 2 * T * h  # one query
+    moving = T - 3  # words before the perturbed one stand still
+    layer = moving * (4 * h * h + 2 * h * f + 2 * T * h)
+    last = moving * 2 * h * h + 2 * h * h + 2 * h * f + 2 * T * h  # one query
     assert run.costs.way == layer + last + h * V
 
 

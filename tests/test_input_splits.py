@@ -264,14 +264,14 @@ def test_the_largest_pieces_are_cut_first_and_time_ends_the_search():
 
 
 def language_segment():
-    """(model, ids, next tokens, the ends of a fifth of the way to another sentence)."""
+    """(model, ids, next tokens, the ends of 0.3 of the way to another sentence)."""
     model = transformers.gpt(torch.float64)
     ids = transformers.tokens()[0]
     other = ids.clone()
     other[:, 3] = (ids[:, 3] + 5) % transformers.VOCABULARY
     targets = model(ids, torch.arange(ids.shape[1]).unsqueeze(0), None)[:, -1].argmax(-1)
     ends = [perturb_tokens(model, words, eps=0.0)[0].data for words in (ids, other)]
-    return model, ids, targets, (ends[0], ends[0] + 0.2 * (ends[1] - ends[0]))
+    return model, ids, targets, (ends[0], ends[0] + 0.3 * (ends[1] - ends[0]))
 
 
 def language_case(splits, method, order, least=0.05):

@@ -40,7 +40,10 @@ class Adjoint:
             self.value = self._evaluate(final)
 
     def _evaluate(self, final: auto_lirpa.Bound) -> torch.Tensor:
-        values: dict[str, torch.Tensor] = dict(self.run.centres)
+        values = {
+            name: self.run.window.of(self.run.nodes[name], x) if self.run.window else x
+            for name, x in self.run.centres.items()
+        }
         if self.run.below is not None:
             ((name, centre),) = values.items()
             self.border = torch.zeros_like(centre, requires_grad=True)
@@ -53,7 +56,7 @@ class Adjoint:
                 values[x.name] if x.name in values else self.run.constant_of(x)
                 for x in node.inputs
             ]
-            value = (step.linear or node.forward)(*inputs)
+            value = (step.linear or node.forward)(*self.run.read(node, inputs))
             if step.fresh:
                 self.taps[node.name] = tap = torch.zeros_like(value, requires_grad=True)
                 value = value + tap

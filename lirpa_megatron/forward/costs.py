@@ -7,7 +7,6 @@ for one sample and of all ranks together, so that what is decided from them depe
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +36,15 @@ class Costs:
     way: int = 0
     spent: int = 0
 
-    def add(self, node: Any, inputs: list[Any], ranks: int) -> None:
+    def add(self, node: Any, inputs: list[Any], numbers: int) -> None:
         """The pass has gone through an operator.
 
         Args:
             node: the operator.
             inputs: its inputs, forms or tensors.
-            ranks: how many have some of its features, or of its input's.
+            numbers: of its output for one sample; of all ranks, if these have some of its features
+                or of its input's.
         """
-        numbers = math.prod(node.output_shape[1:]) * ranks
         if isinstance(node, BoundScores):
             self.way += numbers * node.head_dim
         elif isinstance(node, BoundSoftmaxValues) or _is_linear(node):

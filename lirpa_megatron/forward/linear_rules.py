@@ -182,9 +182,8 @@ def product_with_matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
 
 
 @rule_for(
-    "Add", "Sub", "Neg", "Identity", "Conv", BoundCombine, BoundScale, BoundSelectPosition,
-    BoundRotary, BoundRearrange, BoundSum, BoundConcat, BoundScatterToRegion,
-    *COLUMN_OPS.values(),
+    "Add", "Sub", "Neg", "Identity", "Conv", BoundCombine, BoundScale, BoundRotary,
+    BoundRearrange, BoundSum, BoundConcat, BoundScatterToRegion, *COLUMN_OPS.values(),
 )
 @reading_shares
 def affine(run: Any, node: Any, inputs: Inputs) -> Outcome:
@@ -201,7 +200,7 @@ def affine(run: Any, node: Any, inputs: Inputs) -> Outcome:
         (-x.box, x.box) if isinstance(x, Form) else (x, x) for x in inputs
     ))
     box = torch.where(lower.isinf() | upper.isinf(), torch.inf, (upper - lower) / 2)
-    ball, stretch, heads = _moved_ball(run, node, inputs, forms)
+    ball, stretch, heads = _moved_ball(node, inputs, forms, box.shape)
     length = run.length(box, node)
     ball = length if ball is None else torch.minimum(ball, length) if stretch is None else ball
     return Outcome(Form(c, box, ball, stretch, heads, shared=shared))
@@ -247,8 +246,9 @@ def _repeated(source: Any, x: torch.Tensor, batch: int, count: int) -> torch.Ten
     return x
 
 
-def _moved_ball(run: Any, node: Any, inputs: Inputs, forms: list[Form]) -> tuple:
-    """(ball, stretch, heads) where they follow from the inputs' balls; None where they do not."""
+def _moved_ball(node: Any, inputs: Inputs, forms: list[Form], shape: torch.Size) -> tuple:
+    """(ball, stretch, heads) of a node of a shape [B, T..., F] where they follow from the inputs'
+    balls; None where they do not."""
     first = forms[0]
     if isinstance(node, BoundCombine) or type(node).__name__ in ("BoundAdd", "BoundSub"):
         factors = getattr(node, "factors", (1.0, 1.0))
@@ -259,7 +259,7 @@ def _moved_ball(run: Any, node: Any, inputs: Inputs, forms: list[Form]) -> tuple
         if any(part.shape != parts[0].shape for part in parts):
             return None, None, None
         ball = sum(parts[1:], parts[0])
-        return (ball if ball.shape == node.output_shape[:-1] else None), None, None
+        return (ball if ball.shape == shape[:-1] else None), None, None
     if type(node).__name__ in ("BoundNeg", "BoundIdentity"):
         return first.ball, first.stretch, first.heads
     if isinstance(node, BoundScatterToRegion):
@@ -270,10 +270,6 @@ def _moved_ball(run: Any, node: Any, inputs: Inputs, forms: list[Form]) -> tuple
         grows = max(1.0, turn) * (1 + 8 * torch.finfo(cos.dtype).eps)
         heads = None if first.heads is None else first.heads * grows
         return first.plain_ball() * grows, None, heads
-    if isinstance(node, BoundSelectPosition):
-        move = node.forward
-        ball = move(first.ball.unsqueeze(-1)).squeeze(-1)
-        return ball, first.stretch, None if first.heads is None else move(first.heads)
     if getattr(node, "keeps_features", False) and getattr(node, "batched", True):
         single = len(forms) == 1
         values = [
@@ -288,6 +284,25 @@ def _moved_ball(run: Any, node: Any, inputs: Inputs, forms: list[Form]) -> tuple
         ball = (node.forward(*values) - node.forward(*zeros)).squeeze(-1)
         return ball, first.stretch if single else None, None
     return None, None, None
+
+
+@rule_for(BoundSelectPosition)
+@reading_shares
+def selected_position(run: Any, node: Any, inputs: Inputs) -> Outcome:
+    """y = x[:, position], of the positions that move (`windows`)."""
+    (x,) = inputs
+    place = node.position if run.window is None else run.window.place(node)
+
+    def select(value: torch.Tensor) -> torch.Tensor:
+        y = value[:, place]
+        return y.unsqueeze(1) if node.keep else y
+
+    c = x.c[:, :, place]
+    form = Form(
+        (c.unsqueeze(2) if node.keep else c).clone(), select(x.box), select(x.ball), x.stretch,
+        None if x.heads is None else select(x.heads), shared=x.shared,
+    )
+    return Outcome(form, linear=select)
 
 
 @rule_for("Div")

@@ -22,6 +22,7 @@ from lirpa_megatron.forward.rules import reads_shares, rule_of
 from lirpa_megatron.forward.shared_domain import SharedDomain
 from lirpa_megatron.forward.shares import FEWEST, Shares
 from lirpa_megatron.forward.weights import Weights
+from lirpa_megatron.forward.windows import Window, window
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.context import GraphContext
@@ -68,6 +69,7 @@ class Run:
 
     Attributes:
         steps: the visited nodes that depend on the perturbation, in order; without their forms.
+        window: the positions that move, None: all.
         centres: perturbed input -> centre; on a pipeline stage after the first, its input's.
         below: the stage below, or None.
         shares: which symbols are the rank's at replicated nodes; None where all ranks have all.
@@ -87,6 +89,7 @@ class Run:
         self.centres: dict[str, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.shares: Shares | None = None
+        self.window: Window | None = None
         self.costs = Costs()
         self.below = self.context.below
         if self.below is not None and not self.below.is_asked:
@@ -107,6 +110,10 @@ class Run:
         self.tokens = any(len(n.output_shape or ()) > 2 for n in order if n.inputs)
         if self.below is None:
             symbols = self._symbols(leaves)
+            if symbols and not any(self.context.is_sharded(leaf) for leaf in leaves):
+                self.window = window(
+                    order, final, symbols, self.constant_of, self.context.collectives.largest
+                )
             groups = [group for own in symbols.values() for group in own.groups]
             self.symbols_left = self.options.form_symbols if self.order == 1 else 0
         else:
@@ -132,6 +139,7 @@ class Run:
             inputs = [
                 forms[x.name] if x.name in forms else self.constant_of(x) for x in node.inputs
             ]
+            inputs = self.read(node, inputs)
             rule = rule_of(node)
             if not reads_shares(rule):
                 inputs = self.whole(inputs)
@@ -142,7 +150,8 @@ class Run:
             fresh = outcome.fresh if wild is None else [*outcome.fresh, wild]
             if not self.tokens:  # an affine form may leave what intervals do not leave
                 form = replace(form, limits=self._by_intervals(node, inputs))
-            self.costs.add(node, inputs, max(self.ranks(x).size for x in (node, *node.inputs)))
+            ranks = max(self.ranks(x).size for x in (node, *node.inputs))
+            self.costs.add(node, inputs, form.box[0].numel() * ranks)
             self.steps[node.name] = Outcome(None, fresh, outcome.linear)
             forms[node.name] = form = self._refined(node, form)
             self._tell(seen, node, form)
@@ -182,7 +191,8 @@ class Run:
             before = own.centre.new_zeros(begin - first, *own.centre.shape)
             after = own.centre.new_zeros(first + rows - end, *own.centre.shape)
             c = torch.cat((own.centre.unsqueeze(0), before, directions, after))
-            box = torch.zeros_like(own.centre)
+            c = c if self.window is None else c[:, :, self.window.first :].clone()
+            box = torch.zeros_like(c[0])
             forms[leaf.name] = Form(c, box, self.length(box, leaf), shared=shares is not None)
             self.centres[leaf.name] = own.centre
             place += own.count
@@ -228,10 +238,18 @@ class Run:
         ends = [self.range(x) if isinstance(x, Form) else (x, x) for x in inputs]
         return without_nan(*node.interval_propagate(*ends))
 
-    @staticmethod
-    def _tell(seen: Any, node: auto_lirpa.Bound, form: Form) -> None:
-        if seen is not None:
-            seen(node, form)
+    def _tell(self, seen: Any, node: auto_lirpa.Bound, form: Form) -> None:
+        if seen is None:
+            return
+        if self.window is not None and node.name in self.window.cut:
+            form = self.window.whole(node, form, self.constant_of(node))
+        seen(node, form)
+
+    def read(self, node: auto_lirpa.Bound, inputs: list[Any]) -> list[Any]:
+        """The inputs as an operator reads them: see `windows`."""
+        if self.window is None:
+            return inputs
+        return self.window.read(node, inputs, self.constant_of)
 
     def constant_of(self, node: auto_lirpa.Bound) -> torch.Tensor:
         """The value of a node that the perturbation does not reach."""
