@@ -1,9 +1,18 @@
 """A small network and properties that are decided by branch and bound alone."""
 
 import numpy as np
+import torch
 from exact_minima import minimum
+from models import Net, build, region, specification
 from onnx import numpy_helper
 from small_networks import property_text, save, stack
+
+from lirpa_megatron import BoundedModule, parallelize
+from lirpa_megatron.complete import SearchOptions, branch_and_bound
+from lirpa_megatron.parallel.replicas import ALONE, Replicas
+
+NET = Net(inputs=4, hidden=(8, 8), width=6, outputs=3)
+ROWS = 2
 
 LOW, HIGH = [-0.9, -0.8], [0.8, 0.9]
 
@@ -26,3 +35,35 @@ def write_complete(folder):
     (folder / "instances.csv").write_text("".join(f"net.onnx,{n}.vnnlib,60\n" for n in formulas))
     save(stack([2, 8, 3], activation="Tanh"), folder / "tanh.onnx")
     return folder
+
+
+def branched(branching, offset, shared=False, **options):
+    """What branch and bound finds out of a small network in two boxes, with a goal for each row,
+    whose thresholds lie below CROWN's bounds by `offset` of the gap to a sampled minimum.
+
+    Args:
+        branching: what is split.
+        offset: above 1: the goals do not hold.
+        shared: whether all replicas share the work.
+        options: of the search; all have few steps, each of which takes the ranks collectives.
+    """
+    torch.set_default_dtype(torch.float64)
+    where = region(NET, eps=0.9, batch=2)
+    model = parallelize(build(NET).requires_grad_(False).eval())
+    C = specification(2, ROWS, NET.outputs)
+    graph = BoundedModule(model, where.center)
+    lower, _ = graph.compute_bounds(x=(where.bounded(),), C=C, method="CROWN")
+    torch.manual_seed(0)
+    points = where.random(2000)
+    with torch.no_grad():
+        y = model(points.flatten(0, 1)).view(2000, 2, -1)
+    least = torch.einsum("pbo,bso->pbs", y, C).amin(0)
+    few = {
+        "keep_tree": True, "batch": 8, "tried": 4, "iterations": 6, "first_iterations": 10,
+        "refinement_iterations": 4, "refinement_domains": 4, "box_batch": 16,
+    }
+    return branch_and_bound(
+        graph, where.bounded(), C, lower + offset * (least - lower),
+        options=SearchOptions(branching=branching, **few | options),
+        replicas=Replicas.of_megatron() if shared else ALONE,
+    )

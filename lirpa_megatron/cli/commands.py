@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -213,6 +214,7 @@ def _verify(arguments: dict[str, Any]) -> int:
     from lirpa_megatron.verify.properties.options import VerifyOptions
     from lirpa_megatron.verify.properties.output import Output
     from lirpa_megatron.verify.properties.results import summary_table
+    from lirpa_megatron.verify.stop_signal import StopSignal
 
     names = {field.name for field in fields(VerifyOptions)}
     options = replace(VerifyOptions(), **{k: v for k, v in arguments.items() if k in names})
@@ -221,18 +223,26 @@ def _verify(arguments: dict[str, Any]) -> int:
         plan = plan_job(arguments, options) if runtime.is_rank0() else None
         plan = spmd.broadcast_object(plan, group)
 
-    runner = Runner(options, ModelRanks.of_megatron())
+    stop = StopSignal((signal.SIGTERM, signal.SIGINT)) if options.complete else None
+    runner = Runner(
+        options, ModelRanks.of_megatron(), stop, plan.searches, plan.one_property
+    )
     if plan.instances and plan.one_network:  # nothing of the run makes sense without it
         runner.prepare(plan.instances[0], only_network=not plan.one_property)
     with agreed(group, "opening the output"):
         output = Output(plan.output, plan.keep_bytes, runner.ranks, "query" in arguments)
-    with contextlib.closing(output):
+    with contextlib.closing(output), stop.listening() if stop else contextlib.nullcontext():
         results = plan.done + run_shared(runner, plan.instances, output)
     if "query" in arguments:
-        if runner.ranks.is_first:
+        if runner.ranks.is_first and results:
             _answer(runner, results[0])
     elif runner.ranks.is_first:
         print(summary_table(results), file=sys.stdout if plan.output else sys.stderr, flush=True)
+    if runner.ended is not None:
+        if runner.ranks.is_first:
+            how = "; --resume goes on" if plan.output or options.record else ""
+            print(f"ended by {signal.Signals(runner.ended).name}{how}", file=sys.stderr, flush=True)
+        return 128 + runner.ended
     return 1 if any(result.result == "error" for result in results) else 0
 
 

@@ -199,7 +199,11 @@ def _add_sources(add: Any) -> None:
         "--output", metavar="JSONL", type=Path,
         help="file of results, one JSON object per line (default: standard output)",
     )
-    add("--resume", action="store_true", help="continue --output: skip the results that it has")
+    add(
+        "--resume", action="store_true",
+        help="continue --output: skip the results that it has, and go on with a search of "
+        "--complete that was ended",
+    )
     add(
         "--config", metavar="YAML", type=Path,
         help="options by name, paths relative to the file; the command line takes precedence",

@@ -12,7 +12,7 @@ from lirpa_megatron.complete.agreement import from_rank_zero, mean_over_ranks
 from lirpa_megatron.complete.batch import Ascent, Batch
 from lirpa_megatron.complete.domain_pass import DomainPass
 from lirpa_megatron.complete.linear_leaves import proposal
-from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
+from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions, Split
 from lirpa_megatron.complete.roots import Roots
 from lirpa_megatron.complete.split_relu import SplitRelu
 
@@ -79,9 +79,13 @@ class Bounder:
 
     def whole(self, goals: Sequence[int]) -> Batch:
         """The goals' boxes, with CROWN's alpha."""
+        return self.anew([(goal, ()) for goal in goals])
+
+    def anew(self, domains: Sequence[tuple[int, tuple[Split, ...]]]) -> Batch:
+        """Goals' boxes with splits, with CROWN's alpha and without beta."""
         empty = self.problem.C.new_zeros(self.problem.rows, 0)
         alpha = empty.new_zeros(len(empty), self.roots.neurons)
-        batch = self.batch([Domain(g, (), 0.0, alpha, empty, ()) for g in goals])
+        batch = self.batch([Domain(g, splits, 0.0, alpha, empty, ()) for g, splits in domains])
         batch.alpha.copy_(batch.lines.adaptive())
         return batch
 

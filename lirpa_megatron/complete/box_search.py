@@ -7,6 +7,10 @@ network; the best ones are handed on as counterexamples.
 
 Every rank cuts the same parts in the same order: bounds, scores and the clock are rank 0's.
 Replicas have the same parts, and bound shares of each batch (`parallel.replicas`).
+
+A search that goes on from a state (`SearchOptions.start`) cuts the boxes as it was done, and takes
+the parts that were open. When none is left, those that are said to be proved are bounded like any
+others.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from lirpa_megatron.complete.box_bounds import BoundedParts, PartBounder, Parts
 from lirpa_megatron.complete.cut_tree import Growing
 from lirpa_megatron.complete.exploring import Confirm
 from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
+from lirpa_megatron.complete.state import CLOSED, OPEN, Box, SearchState, cut_leaves
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 _RANDOM = 4
@@ -46,6 +51,9 @@ def search_boxes(
     Args:
         graph: a BoundedModule (`strategy.check_boxes`).
         problem, options, confirm, progress, replicas: as for `search.search`.
+
+    Raises:
+        StateError: the state to go on from is not one of these boxes.
     """
     return _Run(graph, problem, options, confirm, progress, replicas).run()
 
@@ -59,17 +67,20 @@ class _Run:
         self.replicas = replicas
         self.begin = time.monotonic()
         self.bounder = PartBounder(graph, problem, options.box_batch, self._is_over)
-        self.waiting = self.bounder.whole()
-        self.small = self.waiting.at(torch.arange(0, device=self.waiting.box.device))
+        whole = self.bounder.whole()
+        self.waiting, self.small = whole, _first_of(whole, 0)
+        # said to be proved
+        self.claimed = self.small
         self.trees = Growing(len(problem.low)) if options.keep_tree else None
         self.proved = [math.inf] * len(problem)
         self.bounded = self.turn = 0
+        if options.start is not None:
+            self._go_on(whole, options.start)
         self.random = torch.Generator().manual_seed(0)
         self.refuted: tuple[int, Any] | None = None
 
     def _is_over(self) -> bool:
-        timeout = self.options.timeout
-        return timeout is not None and self._seconds() > timeout
+        return self.options.is_over(self._seconds())
 
     def _seconds(self) -> float:
         return time.monotonic() - self.begin
@@ -77,7 +88,9 @@ class _Run:
     def run(self) -> Searched:
         """Until nothing is left."""
         most = self.options.most_domains
-        while len(self.waiting):
+        while len(self.waiting) or len(self.claimed):
+            if not len(self.waiting):
+                self.waiting, self.claimed = self.claimed, _first_of(self.claimed, 0)
             if most is not None and self.bounded >= most:
                 return self._result("unknown", "the limit on domains was reached")
             count = self.bounder.most * len(self.replicas.members)
@@ -89,7 +102,7 @@ class _Run:
                 self.progress(
                     self._bound(), len(self.waiting), self.bounded, self._seconds()
                 )
-            if over and len(self.waiting):
+            if over and (len(self.waiting) or len(self.claimed)):
                 return self._result("timeout")
         if len(self.small):
             return self._result("unknown", f"{len(self.small)} parts that are too small to be cut "
@@ -178,16 +191,47 @@ class _Run:
                 return goal, point
         return None
 
+    # ------------------------------------------------------------------------ a state
+
+    def _go_on(self, whole: Parts, start: SearchState) -> None:
+        """Cuts boxes as an earlier search has done; parts of it are bounded in full."""
+        moving, dtype = self.bounder.moving.tolist(), whole.low.dtype
+        parts: dict[int, list[Parts]] = {CLOSED: [], OPEN: []}
+        for box in range(len(whole)):
+            nodes = start.cuts.get(box, (OPEN,))
+            root = (tuple(whole.low[box].tolist()), tuple(whole.high[box].tolist()), box)
+            both = cut_leaves(
+                nodes, root, moving, lambda at: torch.tensor(at, dtype=dtype).item() == at,
+                *([] if self.trees is None else [self.trees.cut]),
+            )
+            for kind, found in zip((CLOSED, OPEN), both, strict=True):
+                parts[kind].append(_parts_of(whole.at(torch.tensor([box])), found))
+        self.claimed, self.waiting = (_joined(parts[kind]) for kind in (CLOSED, OPEN))
+        self.bounded = start.domains
+
+    def _state(self) -> SearchState | None:
+        if self.trees is None:
+            return None
+        left = {*self.waiting.node.tolist(), *self.small.node.tolist()}
+        cuts = {}
+        for box in range(self.trees.boxes):
+            cuts[box] = tuple(
+                self.trees.cut_of(node) or (OPEN if node in left else CLOSED)
+                for node in self.trees.numbers(box)
+            )
+        return SearchState(cuts=cuts, domains=self.bounded)
+
     # ------------------------------------------------------------------------- results
 
     def _bound(self) -> float:
-        known = (parts.margins.min().item() for parts in (self.waiting, self.small) if len(parts))
+        every = self.waiting, self.small, self.claimed
+        known = (parts.margins.min().item() for parts in every if len(parts))
         return min((*known, *self.proved))
 
     def margins(self) -> list[float]:
         """Of each goal the smallest bound that is known."""
         margins = list(self.proved)
-        for parts in (self.waiting, self.small):
+        for parts in (self.waiting, self.small, self.claimed):
             if not len(parts):
                 continue
             for box, count in enumerate(self.bounder.counts):
@@ -206,7 +250,28 @@ class _Run:
         return Searched(
             status, min(margins), margins, self.bounded, len(self.waiting) + len(self.small),
             self._seconds(), why, point, goal, branching="input", cuts=trees,
+            state=self._state() if status in ("unknown", "timeout") else None,
         )
+
+
+def _first_of(parts: Parts, count: int) -> Parts:
+    return parts.at(torch.arange(count, device=parts.box.device))
+
+
+def _parts_of(box: Parts, boxes: list[Box]) -> Parts:
+    """Parts of one box, of which nothing is known."""
+    lows, highs, numbers = zip(*boxes, strict=True) if boxes else ((), (), ())
+    shape = len(boxes), box.low.shape[1]
+    every = box.at(torch.zeros(len(boxes), dtype=torch.int64, device=box.box.device))
+    low, high = (box.low.new_tensor(ends).view(shape) for ends in (lows, highs))
+    return replace(
+        every, low=low, high=high,
+        node=torch.tensor(numbers, dtype=torch.int64, device=box.box.device),
+    )
+
+
+def _joined(some: list[Parts]) -> Parts:
+    return Parts(*(torch.cat([getattr(p, f.name) for p in some]) for f in fields(Parts)))
 
 
 def _left(parts: Parts, found: BoundedParts) -> tuple[Parts, torch.Tensor]:
@@ -222,7 +287,7 @@ def _worst_first(parts: Parts, most: int) -> tuple[Parts, Parts]:
     Of equal ones the first in line, so that every rank takes the same.
     """
     if len(parts) <= most:
-        return parts, parts.at(torch.arange(0, device=parts.box.device))
+        return parts, _first_of(parts, 0)
     worst = parts.worst
     limit = worst.kthvalue(most).values
     chosen = (worst <= limit).nonzero().flatten()[:most]

@@ -115,13 +115,24 @@ class Growing:
         return [CutTree(box, tuple(self._in_order(box))) for box in range(self.boxes)]
 
     def _in_order(self, root: int) -> Iterator[Cut | Piece]:
+        for node in self.numbers(root):
+            proved = tuple(self._proved.get(node, ()))
+            where = self.cut_of(node)
+            if where is not None:
+                yield Cut(*where, proved)
+            else:
+                yield Piece(proved, self._bounds.get(node))
+
+    def numbers(self, root: int) -> Iterator[int]:
+        """Of the parts of a box, each in front of those that it is cut into."""
         waiting = [root]
         while waiting:
             node = waiting.pop()
-            proved = tuple(self._proved.get(node, ()))
             if node in self._cuts:
-                which, at, first = self._cuts[node]
+                first = self._cuts[node][2]
                 waiting += [first + 1, first]
-                yield Cut(which, at, proved)
-            else:
-                yield Piece(proved, self._bounds.get(node))
+            yield node
+
+    def cut_of(self, node: int) -> tuple[int, float] | None:
+        """The input and the value that a part is cut at; None: it is not cut."""
+        return self._cuts[node][:2] if node in self._cuts else None

@@ -55,13 +55,23 @@ class Explorer:
     def whole(self, goals: Sequence[int]) -> Explored:
         """The boxes of goals."""
         bounder, margins = self.bounder, self.bounder.roots.margins.amax(1).tolist()
-        found = bounder.ascend(bounder.whole(goals), 0)
-        bounder.measure(found.seen, found.batch.goal)
+        self.measured(goals)
         domains = [Domain(g, (), margins[g], None, None, ()) for g in goals]
         found = bounder.ascend(bounder.whole(goals), self.options.first_iterations)
         explored = self._sorted(domains, found)
         explored.units = bounder.units[goals]
         return explored
+
+    def measured(self, goals: Sequence[int]) -> torch.Tensor:
+        """What beta is counted in for some goals, [goals, ReLUs]."""
+        found = self.bounder.ascend(self.bounder.whole(goals), 0)
+        self.bounder.measure(found.seen, found.batch.goal)
+        return self.bounder.units[list(goals)]
+
+    def anew(self, domains: Sequence[Domain]) -> Explored:
+        """Domains of which nothing is known but splits; `measured` has seen their goals."""
+        batch = self.bounder.anew([(d.goal, d.splits) for d in domains])
+        return self._sorted(domains, self.bounder.ascend(batch, self.options.first_iterations))
 
     def halves(self, parents: list[Domain]) -> Explored:
         """Splits domains; if time is over, they are left as they were."""

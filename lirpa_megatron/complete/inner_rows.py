@@ -52,9 +52,8 @@ class InnerStart:
     """What passes from there need."""
 
     def has(self, number: int) -> bool:
-        """Whether the ReLU has this neuron on this rank."""
-        place = int(self.roots.place_of[number]) - self.relu.first
-        return 0 <= place < self.relu.size
+        """Whether this neuron is the ReLU's, on whichever rank."""
+        return self.roots.relus[int(self.roots.relu_of[number])].name == self.relu.name
 
     def unstable(self) -> Rows:
         """Both bounds of neurons that are unstable in some box."""

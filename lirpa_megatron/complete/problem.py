@@ -7,13 +7,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lirpa_megatron.complete.cut_tree import CutTree
+
+if TYPE_CHECKING:
+    from lirpa_megatron.complete.state import SearchState
 
 Split = tuple[int, int]
 """A neuron, by its number among all of the network's ReLUs, and the sign of its pre-activation."""
@@ -93,6 +96,14 @@ class SearchOptions:
     most_domains: int | None = None
     # whether the tree is kept
     keep_tree: bool = False
+    # asked beside the clock whether to end, on each rank; rank 0's answer counts
+    stop: Callable[[], bool] = lambda: False
+    # what an earlier search has left
+    start: SearchState | None = None
+
+    def is_over(self, seconds: float) -> bool:
+        """Whether a search of so many seconds is to end, by this rank's clock."""
+        return self.stop() or (self.timeout is not None and seconds > self.timeout)
 
 
 @dataclass
@@ -153,6 +164,7 @@ class Searched:
         claims: bounds of inner neurons that they rest on, if they were kept.
         branching: what was split, "relu" or "input".
         cuts: where boxes were cut, if trees were kept.
+        state: where it was, if trees were kept and something was left.
     """
 
     status: str
@@ -169,3 +181,4 @@ class Searched:
     inner_domains: int = 0
     branching: str = "relu"
     cuts: list[CutTree] = field(default_factory=list)
+    state: SearchState | None = None

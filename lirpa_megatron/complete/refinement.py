@@ -27,7 +27,9 @@ from lirpa_megatron.complete.inner_rows import InnerStart, Rows, inner_starts
 from lirpa_megatron.complete.inner_search import Grown, grow
 from lirpa_megatron.complete.inner_values import least_attained
 from lirpa_megatron.complete.problem import Claim, Problem, SearchOptions
+from lirpa_megatron.complete.replay import ClaimedBound, failed_claims
 from lirpa_megatron.complete.roots import Roots
+from lirpa_megatron.complete.state import SearchState, StateError, split_leaves
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 _CLOSE = 0.05
@@ -58,6 +60,7 @@ class Refinement:
         roots: with the bounds found so far.
         claims: (box, neuron, sign) -> what they rest on, if trees are kept.
         domains: how many were bounded.
+        rounds: that were finished.
         is_done: whether further rounds could change nothing.
         is_over: whether time was, in the last round.
     """
@@ -70,13 +73,77 @@ class Refinement:
         self.replicas = replicas
         self.roots = replace(roots, lower=roots.lower.clone(), upper=roots.upper.clone())
         self.claims: dict[tuple[int, int, int], Claim] = {}
-        self.domains, self.is_over = 0, False
+        self.domains, self.rounds, self.is_over = 0, 0, False
         self.is_done = not options.refinement_iterations
         self._attained: dict[tuple[int, int, int], float] = {}
         # where a value is tried next
         self._points: dict[tuple[int, int, int], torch.Tensor] = {}
-        # domains of each goal in the next round, and steps for each
-        self._most, self._steps = 1, options.inner_iterations
+
+    @property
+    def _most(self) -> int:
+        """Domains of each goal in the next round, at least."""
+        rounds = self.rounds - 1
+        return 1 if rounds < 0 else self.options.refinement_domains * 4**rounds
+
+    @property
+    def _steps(self) -> int:
+        """For each domain."""
+        return self.options.inner_iterations + max(0, self.rounds - 1)
+
+    def suppose(self, state: SearchState) -> None:
+        """Takes over the bounds of a state, and how far it had come; `replay.failed_claims` has to
+        say whether they hold.
+
+        Raises:
+            StateError: they are of other boxes or neurons, not one tree each, or above values that
+                the neurons have.
+        """
+        total = len(self.roots.relu_of) - 1
+        claims = {}
+        for c in state.inner:
+            if not (0 <= c.box < len(self.problem.low) and 0 <= c.number < total):
+                raise StateError(f"neuron {c.number} of box {c.box} does not exist")
+            closed, left = split_leaves(c.tree, total)
+            key = c.box, c.number, c.sign
+            if left or key in claims:
+                raise StateError(f"the bound of neuron {c.number} of box {c.box} is not one tree")
+            claims[key] = Claim(*key, c.bound, tuple(closed))
+        for start in inner_starts(self.graph, self.roots):
+            rows = start.unstable()
+            keys = rows.keys()
+            own = {i: claims[key] for i, key in enumerate(keys) if key in claims}
+            if not own:
+                continue
+            self._aims(start, rows, keys)
+            known, raised = start.known(rows).tolist(), {}
+            for i, claim in own.items():
+                if claim.bound > self._attained[keys[i]]:
+                    raise StateError(f"neuron {claim.number} of box {claim.box} has values below "
+                                     f"its bound {claim.bound:.3g}")
+                if known[i] < claim.bound:
+                    raised[i], self.claims[keys[i]] = claim.bound, claim
+            start.set(rows, raised)
+        self.rounds = state.rounds
+        self.is_done |= state.refined or not self.options.refinement_domains
+        self.domains = state.inner_domains
+
+    def found_again(self, roots: Roots) -> Roots | None:
+        """Bounds that what was supposed is replaced by; None if it does not hold, or time is over.
+
+        Args:
+            roots: bounds before any was raised.
+        """
+
+        def again() -> tuple[torch.Tensor, torch.Tensor] | None:
+            found = replace(roots, lower=roots.lower.clone(), upper=roots.upper.clone())
+            claims = [ClaimedBound.of(claim, roots) for claim in self.claims.values()]
+            wrong = failed_claims(
+                self.graph, self.problem, found, self.options, claims, self._clock
+            )
+            return None if wrong else (found.lower, found.upper)
+
+        both = self.replicas.first("bounds of neurons again", again)
+        return None if both is None else replace(roots, lower=both[0], upper=both[1])
 
     def round(self, progress: Callable[[], None] = lambda: None) -> None:
         """Raises bounds of all layers, of each with more domains than in the last round."""
@@ -86,18 +153,13 @@ class Refinement:
             progress()
             if self.is_over:
                 return
-        first = self.options.refinement_domains
-        if self._most == 1:
-            self._most = first
-        else:
-            self._most *= 4
-            self._steps += 1
-        self.is_done = not (left and first)
+        self.rounds += 1
+        self.is_done = not (left and self.options.refinement_domains)
 
     def _times(self, depth: int) -> int:
         """How many times as many domains a layer's goals have as those of late layers: it is early
         ones that all others gain from, and their passes are short."""
-        return max(1, _EARLY // 4**depth) if self._most > 1 else 1
+        return max(1, _EARLY // 4**depth) if self.rounds else 1
 
     def _raise(self, start: InnerStart, times: int) -> bool:
         """One ReLU's bounds; whether more domains could raise them further."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.inner_rows import inner_starts
-from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
-from lirpa_megatron.complete.roots import bound_roots
-from lirpa_megatron.complete.tree import Node
+from lirpa_megatron.complete.problem import Claim, Domain, Problem, SearchOptions
+from lirpa_megatron.complete.roots import Roots, bound_roots
+from lirpa_megatron.complete.tree import Node, tree_of
 
 _MORE = 10
 """How many times more steps a leaf gets that is not proved at first."""
@@ -32,6 +32,12 @@ class ClaimedBound:
     sign: int
     bound: float
     tree: Node
+
+    @classmethod
+    def of(cls, claim: Claim, roots: Roots) -> ClaimedBound:
+        """Raises ValueError if its leaves are not those of a tree."""
+        tree = tree_of(claim.leaves, len(roots.relu_of) - 1)
+        return cls(claim.box, claim.number, claim.sign, claim.bound, tree)
 
 
 def unproved_leaves(
@@ -62,40 +68,62 @@ def unproved_leaves(
     """
     roots = bound_roots(graph, problem)
     roots = replace(roots, lower=roots.lower.clone(), upper=roots.upper.clone())
+    with passes(graph, roots.active_columns), full_precision(graph.device):
+        wrong = failed_claims(graph, problem, roots, options, claims)
+        if wrong:
+            return wrong
+        # of these alpha-CROWN, which optimizes inner bounds for them, says that they hold
+        margins = roots.margins.amax(1).tolist()
+        proved = {g for g, margin in enumerate(margins) if 0 < margin < math.inf}
+        return [*_Replay(Bounder(graph, problem, roots, options), options).run(trees, proved)]
+
+
+def failed_claims(
+    graph: Any, problem: Problem, roots: Roots, options: SearchOptions,
+    claims: Sequence[ClaimedBound], is_over: Callable[[], bool] = lambda: False,
+) -> list[tuple[ClaimedBound, int, float]]:
+    """Claims that do not hold, each with a leaf and what its bound lacks; call it inside `passes`.
+
+    Args:
+        graph, problem, options, claims: as for `unproved_leaves`, on every rank of the graph's
+            group.
+        roots: whose bounds are replaced by those that hold.
+        is_over: whether time is, on this rank; claims then fail.
+
+    Raises:
+        ValueError: a claim of a neuron of a first layer, where there is nothing to split.
+    """
     names = {start.relu.name for start in inner_starts(graph, roots)}
     for claim in claims:
         if roots.relus[int(roots.relu_of[claim.number])].name not in names:
             raise ValueError(f"neuron {claim.number} is in a first layer: its bounds rest on no "
                              "splits")
-    with passes(graph, roots.active_columns), full_precision(graph.device):
-        for start in inner_starts(graph, roots):
-            own = [c for c in claims if start.has(c.number)]
-            if not own:
-                continue
-            keys = [(c.box, c.number, c.sign) for c in own]
-            rows = start.rows(*torch.tensor(keys, device=roots.lower.device).t())
-            bounds = torch.tensor([c.bound for c in own], dtype=torch.float64)
-            goals = start.problem(problem, rows, bounds)
-            failed = _Replay(graph, goals, start.below, options).run([c.tree for c in own])
-            known, found = start.known(rows).tolist(), [c.bound for c in own]
-            for i, _, margin in failed:
-                found[i] = min(found[i], own[i].bound + margin)
-            allowed = [_SHORT * max(0.0, c.bound - k) for c, k in zip(own, known, strict=True)]
-            wrong = [(own[i], leaf, margin) for i, leaf, margin in failed
-                     if not (known[i] >= own[i].bound  # with NaN everything is wrong
-                             or own[i].bound - found[i] <= allowed[i])]
-            if wrong:
-                return wrong
-            start.set(rows, {i: bound for i, bound in enumerate(found) if known[i] < bound})
-        # of these alpha-CROWN, which optimizes inner bounds for them, says that they hold
-        margins = roots.margins.amax(1).tolist()
-        proved = {g for g, margin in enumerate(margins) if 0 < margin < math.inf}
-        return [*_Replay(graph, problem, roots, options).run(trees, proved)]
+    for start in inner_starts(graph, roots):
+        own = [c for c in claims if start.has(c.number)]
+        if not own:
+            continue
+        keys = [(c.box, c.number, c.sign) for c in own]
+        rows = start.rows(*torch.tensor(keys, device=roots.lower.device).t())
+        bounds = torch.tensor([c.bound for c in own], dtype=torch.float64)
+        goals = start.problem(problem, rows, bounds)
+        bounder = Bounder(graph, goals, start.below, options, is_over)
+        failed = _Replay(bounder, options).run([c.tree for c in own])
+        known, found = start.known(rows).tolist(), [c.bound for c in own]
+        for i, _, margin in failed:
+            found[i] = min(found[i], own[i].bound + margin)
+        allowed = [_SHORT * max(0.0, c.bound - k) for c, k in zip(own, known, strict=True)]
+        wrong = [(own[i], leaf, margin) for i, leaf, margin in failed
+                 if not (known[i] >= own[i].bound  # with NaN everything is wrong
+                         or own[i].bound - found[i] <= allowed[i])]
+        if wrong:
+            return wrong
+        start.set(rows, {i: bound for i, bound in enumerate(found) if known[i] < bound})
+    return []
 
 
 class _Replay:
-    def __init__(self, graph: Any, problem: Problem, roots: Any, options: SearchOptions) -> None:
-        self.bounder, self.options = Bounder(graph, problem, roots, options), options
+    def __init__(self, bounder: Bounder, options: SearchOptions) -> None:
+        self.bounder, self.options = bounder, options
         self.failed: list[tuple[int, int, float]] = []
 
     def run(
@@ -154,7 +182,8 @@ class _Replay:
             batch = self.bounder.batch([domain for domain, _ in late])
             found = self.bounder.ascend(batch, _MORE * iterations)
             margins, left = found.margins, found.open
-            linear = ~found.batch.lines.unstable.any(1)
+            unstable = found.batch.lines.unstable.double().sum(1)
+            linear = self.bounder.tp.reduce_from(unstable) == 0
             if bool(linear.any()):
                 solved = self.bounder.solve(found.batch.at(linear.nonzero().flatten()))
                 margins = margins.scatter(0, left[linear], solved.margins)

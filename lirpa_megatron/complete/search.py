@@ -17,6 +17,11 @@ whole: of a smaller one each step takes nearly as long, so that one replica does
 two. Where one process bounds the worst domains and looks at the queue again, replicas take more at
 once: the number of domains may differ; verdicts do not, unless time or the limit of domains ends
 the search.
+
+A search that goes on from a state (`SearchOptions.start`) takes over its bounds of inner neurons,
+and the domains that were open. When all are proved, nothing is yet: those bounds are found again
+as `check` does it, and all leaves are bounded with what was found, as open domains are. Only that
+is the proof. If a bound does not hold, the search begins anew.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,9 +38,17 @@ from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.exploring import Confirm, Explored, Explorer
-from lirpa_megatron.complete.problem import Domain, Leaf, Problem, Searched, SearchOptions
+from lirpa_megatron.complete.problem import (
+    Domain,
+    Leaf,
+    Problem,
+    Searched,
+    SearchOptions,
+    Split,
+)
 from lirpa_megatron.complete.refinement import Refinement
 from lirpa_megatron.complete.roots import Roots, bound_roots
+from lirpa_megatron.complete.state import SearchState, split_leaves
 from lirpa_megatron.complete.steps import rank
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
@@ -70,8 +83,13 @@ def search(
 
     Raises:
         UserError: the graph is not one of linear operators and ReLUs.
+        StateError: the state to go on from is not one of this problem.
     """
     return _Run(graph, problem, options, confirm, progress, replicas).run(roots)
+
+
+_Leaves = tuple[list[tuple[Split, ...]], list[tuple[Split, ...]]]
+"""Splits of leaves of a goal: that are proved, and that are not."""
 
 
 class _Run:
@@ -88,10 +106,11 @@ class _Run:
         self.left = list(range(len(problem)))
         self.bounded = self.inner = 0
         self.leaves: list[Leaf] = []
+        # whether what was found rests on bounds that a state has claimed
+        self.supposed = False
 
     def is_over(self) -> bool:
-        timeout = self.options.timeout
-        return timeout is not None and time.monotonic() - self.begin > timeout
+        return self.options.is_over(self._seconds())
 
     def run(self, roots: Roots | None) -> Searched:
         if roots is None:
@@ -99,27 +118,76 @@ class _Run:
         known = roots.margins.amax(1).tolist()
         self.margins = [margin if margin < math.inf else -math.inf for margin in known]
         with passes(self.graph, roots.active_columns), full_precision(self.graph.device):
-            inner = Refinement(
-                self.graph, self.problem, roots, self.options, self.is_over, self.replicas
-            )
-            while True:
+            found = None
+            if self.options.start is not None:
+                found = self._go_on(roots, self.options.start)
+            if found is None:
+                found = self._result(*self._loop(self._refinement(roots)))
+            return found
+
+    def _refinement(self, roots: Roots) -> Refinement:
+        return Refinement(
+            self.graph, self.problem, roots, self.options, self.is_over, self.replicas
+        )
+
+    def _loop(
+        self, inner: Refinement, search: _Search | None = None
+    ) -> tuple[str, _Search, Refinement]:
+        """Rounds and searches by turns, perhaps after a first search."""
+        while True:
+            if search is None:
                 if not inner.is_done:
                     inner.round(self._shown)
                     self.inner = inner.domains
-                search = self._search(inner)
-                status = search.run()
-                self._note(search)
-                if status not in ("stuck", "limit") or self._is_last(inner):
-                    return self._result(status, search, inner)
+                search = self._search(inner, inner.roots)
+            status = search.run()
+            self._note(search)
+            if status not in ("stuck", "limit") or self._is_last(inner):
+                return status, search, inner
+            search = None
 
-    def _search(self, inner: Refinement) -> _Search:
-        most = math.inf if inner.is_done else max(_FEW, inner.domains // _CHEAPER)
+    def _go_on(self, roots: Roots, state: SearchState) -> Searched | None:
+        """The search that was ended; None if bounds that the state claims do not hold."""
+        inner, total = self._refinement(roots), len(roots.relu_of) - 1
+        inner.suppose(state)
+        self.bounded, self.inner, self.supposed = state.domains, inner.domains, True
+        given = {goal: split_leaves(tree, total) for goal, tree in state.trees.items()}
+        for goal, (closed, left) in given.items():
+            if not left:
+                self.left.remove(goal)
+                self.leaves += [Leaf(goal, splits, math.inf) for splits in closed]
+        status, search, _ = self._loop(inner, self._search(inner, inner.roots, given))
+        if status != "proved":
+            return self._result(status, search, inner)
+        # so far it is proved if all that was claimed holds
+        held = inner.found_again(roots)
+        if held is None:
+            if self.replicas.first("the clock", search.explorer.bounder.time_is_over):
+                return self._result("timeout", search, inner)
+            self.supposed, self.leaves = False, []
+            self.left = list(range(len(self.problem)))
+            return None
+        given = {goal: ([], []) for goal in range(len(self.problem))}
+        for leaf in self.leaves:
+            given[leaf.goal][1].append(leaf.splits)
+        self.left, self.leaves, self.supposed = list(given), [], False
+        search = self._search(inner, held, given)
+        status = search.run()
+        self._note(search)
+        return self._result(status, search, inner)
+
+    def _search(
+        self, inner: Refinement, roots: Roots, given: Mapping[int, _Leaves] | None = None
+    ) -> _Search:
+        """A search with some bounds of inner neurons; perhaps it goes on from given leaves."""
+        is_last = inner.is_done or (given is not None and not self.supposed)
+        most = math.inf if is_last else max(_FEW, inner.domains // _CHEAPER)
         if self.options.most_domains is not None:
             most = min(most, self.options.most_domains - self.bounded)
-        bounder = Bounder(self.graph, self.problem, inner.roots, self.options, self.is_over)
+        bounder = Bounder(self.graph, self.problem, roots, self.options, self.is_over)
         return _Search(
-            Explorer(bounder, self.options, self.confirm), self.left, most, inner.is_done,
-            self._shown, self.replicas,
+            Explorer(bounder, self.options, self.confirm), self.left, most, is_last,
+            self._shown, self.replicas, given or {},
         )
 
     def _is_last(self, inner: Refinement) -> bool:
@@ -128,7 +196,7 @@ class _Run:
 
     def _note(self, search: _Search) -> None:
         """What a search has found out; proofs of goals that it left open are not kept."""
-        for goal, margin in search.margins().items():
+        for goal, margin in search.margins().items() if not self.supposed else ():
             self.margins[goal] = max(self.margins[goal], margin)
         self.bounded += search.bounded
         still = search.open_goals()
@@ -156,7 +224,23 @@ class _Run:
             "unknown" if why else status, min(self.margins), self.margins, self.bounded,
             search.open(), self._seconds(), why, point, goal, self.leaves if proofs else [],
             list(inner.claims.values()) if proofs else [], self.inner,
+            state=self._state(search, inner) if status in ("timeout", "limit") else None,
         )
+
+    def _state(self, search: _Search, inner: Refinement) -> SearchState | None:
+        """Where the search is; None if trees are not kept, or are too deep."""
+        if not self.options.keep_tree:
+            return None
+        still = search.open_goals()
+        closed = [*self.leaves, *(leaf for leaf in search.leaves if leaf.goal in still)]
+        try:
+            return SearchState.of_splits(
+                len(self.problem), len(inner.roots.relu_of) - 1, closed, search.open_domains(),
+                inner.claims.values(), rounds=inner.rounds, refined=inner.is_done,
+                domains=self.bounded, inner_domains=inner.domains,
+            )
+        except ValueError:
+            return None
 
 
 class _Search:
@@ -169,15 +253,18 @@ class _Search:
         is_last: whether it goes on however little splits gain.
         progress: told of the bound, open domains and bounded domains.
         replicas: that share the work.
+        given: of goals that were searched before, leaves that are proved and those that are not.
     """
 
     def __init__(
         self, explorer: Explorer, goals: Sequence[int], most: float, is_last: bool,
         progress: Callable[[float, int, int], None], replicas: Replicas,
+        given: Mapping[int, _Leaves],
     ) -> None:
         self.explorer, self.options, self.replicas = explorer, explorer.options, replicas
         self.goals, self.most, self.is_last, self.progress = goals, most, is_last, progress
         self.heap: list[tuple[float, int, Domain]] = []
+        self.given, self.unseen = given, []
         self.count = itertools.count()
         self.bounded, self.closed, self.first = 0, 0, -math.inf
         # of these two, what they were when `_is_slow` has looked last
@@ -193,16 +280,19 @@ class _Search:
         """"proved", "refuted", "timeout", "limit" of domains, or "stuck": domains are left that
         cannot be split."""
         over = self._begin()
-        while self.heap and not over and self.refuted is None:
+        while (self.unseen or self.heap) and not over and self.refuted is None:
             if self.bounded >= self.most or self._is_slow():
                 return "limit"
-            batch, count = self.options.batch, len(self.heap)
+            batch, count = self.options.batch, len(self.unseen or self.heap)
             if count >= batch:  # whole batches
                 count = batch * min(count // batch, len(self.replicas.members))
-            taken = [heapq.heappop(self.heap)[2] for _ in range(count)]
+            work = self.explorer.anew if self.unseen else self.explorer.halves
+            if self.unseen:
+                taken, self.unseen = self.unseen[:count], self.unseen[count:]
+            else:
+                taken = [heapq.heappop(self.heap)[2] for _ in range(count)]
             over = self._note(self.replicas.share(
-                "bounds of domains", taken, self.explorer.halves, batch,
-                partial(_names, taken),
+                "bounds of domains", taken, work, batch, partial(_names, taken)
             ))
             self.progress(self._bound(), self.open(), self.bounded)
         if self.refuted is not None:
@@ -226,17 +316,28 @@ class _Search:
         time is over."""
         bounder = self.explorer.bounder
         margins = bounder.roots.margins.amax(1).tolist()
-        left = []
+        left, before = [], []
         for goal in self.goals:
             if 0 < margins[goal] < math.inf:
                 self._close(Leaf(goal, (), margins[goal]))
+            elif goal in self.given:
+                before.append(goal)
+                closed, still = self.given[goal]
+                self.leaves += [Leaf(goal, splits, math.inf) for splits in closed]
+                self.unseen += [
+                    Domain(goal, splits, margins[goal], None, None, ()) for splits in still
+                ]
             else:
                 left.append(goal)
+        if before:
+            bounder.units[before] = self.replicas.first(
+                "units", lambda: self.explorer.measured(before)
+            )
         parts = self.replicas.share("bounds of boxes", left, self.explorer.whole, _GOALS)
         over = self._note(parts)
         for goals, explored in parts:
             bounder.units[goals] = explored.units
-        if left:
+        if left and not before:
             self.first = self._bound()
         return over
 
@@ -262,20 +363,25 @@ class _Search:
 
     def _bound(self) -> float:
         worst = self.heap[0][0] if self.heap else math.inf
-        return min(worst, *(d.margin for d in self.stuck), *self.proved_bounds.values())
+        others = (d.margin for d in (*self.stuck, *self.unseen))
+        return min(worst, *others, *self.proved_bounds.values())
 
     def open(self) -> int:
         """How many domains are left."""
-        return len(self.heap) + len(self.stuck)
+        return len(self.heap) + len(self.stuck) + len(self.unseen)
+
+    def open_domains(self) -> Iterator[Domain]:
+        """Those that are left."""
+        return itertools.chain((d for *_, d in self.heap), self.stuck, self.unseen)
 
     def open_goals(self) -> set[int]:
         """Goals that have some."""
-        return {d.goal for *_, d in self.heap} | {d.goal for d in self.stuck}
+        return {d.goal for d in self.open_domains()}
 
     def margins(self) -> dict[int, float]:
         """Of each goal what is known."""
         margins = dict(self.proved_bounds)
-        for domain in itertools.chain((d for *_, d in self.heap), self.stuck):
+        for domain in self.open_domains():
             margins[domain.goal] = min(margins[domain.goal], domain.margin)
         return margins
 

@@ -18,6 +18,7 @@ from lirpa_megatron.complete.exploring import Confirm
 from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
 from lirpa_megatron.complete.roots import check_graph, check_setting, neuron_count
 from lirpa_megatron.complete.search import Progress, search
+from lirpa_megatron.complete.state import StateError
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
@@ -34,7 +35,11 @@ def decide(
     progress: Progress | None = None, replicas: Replicas = ALONE,
 ) -> Searched:
     """Branch and bound over what is `chosen`; arguments and errors as for `search.search`."""
-    if chosen(graph, problem.low, problem.high, options.branching) == "input":
+    split, start = chosen(graph, problem.low, problem.high, options.branching), options.start
+    if start is not None and (start.trees if split == "input" else start.cuts):
+        other = "relu" if start.trees else "input"
+        raise StateError(f"it has split {other}, and {split} is to be split now")
+    if split == "input":
         return search_boxes(graph, problem, options, confirm, progress, replicas)
     return search(graph, problem, options, confirm, progress, replicas=replicas)
 

@@ -132,6 +132,13 @@ def pp_rank() -> int:
     return parallel_state.get_pipeline_model_parallel_rank()
 
 
+def dp_rank() -> int:
+    """The replica that this process belongs to (0 when nothing is initialised)."""
+    if not parallel_state.model_parallel_is_initialized():
+        return 0
+    return parallel_state.get_data_parallel_rank()
+
+
 def is_rank0() -> bool:
     """Whether this process is the one of all that talks to the user."""
     return not dist.is_initialized() or dist.get_rank() == 0

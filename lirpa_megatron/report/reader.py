@@ -140,6 +140,8 @@ _FIELDS: dict[str, _Field] = {
     "stored_dtype": _TEXT,
     "bound": _NUMBER,
     "branching": _TEXT,
+    "asked_branching": _TEXT,
+    "onnx_output": _TEXT,
     "domains": _WHOLE,
     "open_domains": _WHOLE,
     "inner_domains": _WHOLE,

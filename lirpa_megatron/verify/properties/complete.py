@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from lirpa_megatron.complete import strategy
 from lirpa_megatron.complete.cut_tree import CutTree
 from lirpa_megatron.complete.points import Walks
 from lirpa_megatron.complete.problem import Claim, Leaf, Problem, Searched, SearchOptions
+from lirpa_megatron.complete.state import SearchState
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel.model_ranks import ModelRanks
 from lirpa_megatron.verify.properties.attack import Target
@@ -53,6 +55,8 @@ class Decided:
         inner_domains: how many domains were bounded for these.
         branching: what was split, "relu" or "input".
         cuts: of boxes, if they are kept: `box` as in `leaves`, disjuncts in the place of goals.
+        state: where the last search was, if something was left of it: trees by (region, disjunct),
+            boxes as regions' positions.
     """
 
     result: str
@@ -67,6 +71,7 @@ class Decided:
     inner_domains: int = 0
     branching: str | None = None
     cuts: list[CutTree] = field(default_factory=list)
+    state: SearchState | None = None
 
     def merge(self, other: Decided, regions: Sequence[int]) -> None:
         """With what was found out about other targets, of regions at these positions."""
@@ -83,6 +88,22 @@ class Decided:
         self.claims += [replace(claim, box=regions[claim.box]) for claim in other.claims]
         self.branching = self.branching or other.branching
         self.cuts += [replace(tree, box=regions[tree.box]) for tree in other.cuts]
+        self.state = None if other.state is None else _moved(
+            other.state, {(k, d): (regions[k], d) for k, d in other.state.trees},
+            dict(enumerate(regions)),
+        )
+
+
+def _moved(
+    state: SearchState, trees: Mapping[Any, Any], boxes: Mapping[int, int]
+) -> SearchState:
+    """With other names of goals and boxes; those without a name are left out."""
+    return replace(
+        state,
+        trees={trees[name]: tree for name, tree in state.trees.items() if name in trees},
+        cuts={boxes[box]: nodes for box, nodes in state.cuts.items() if box in boxes},
+        inner=tuple(replace(c, box=boxes[c.box]) for c in state.inner if c.box in boxes),
+    )
 
 
 @dataclass(frozen=True)
@@ -161,6 +182,7 @@ def _crown(bounded: BoundedModule, box: tuple, C: torch.Tensor) -> np.ndarray:
 def decide(
     loaded: Loaded, bounded: BoundedModule, prop: Property, targets: Sequence[Target],
     options: SearchOptions, ranks: ModelRanks, progress: Progress | None = None,
+    regions: Sequence[int] = (), start: SearchState | None = None,
 ) -> Decided:
     """Branch and bound on the open disjuncts of some regions; the same on every rank and replica.
 
@@ -172,8 +194,18 @@ def decide(
         options: of the search.
         ranks: that hold the network, and its replicas, which share the work.
         progress: told of what goes on.
+        regions: with `start`, the targets' positions among the property's.
+        start: what an earlier search has left, as in `Decided.state` after `merge`.
+
+    Raises:
+        StateError: `start` is not of this network or these boxes.
     """
     goals = goals_of(loaded, bounded, prop, targets)
+    if start is not None:
+        names = {(regions[k], d): goal for goal, (k, d) in enumerate(goals.of)}
+        boxes = {region: k for k, region in enumerate(regions)}
+        own = _moved(start, names, boxes)
+        options = replace(options, start=own if own.trees or own.cuts else None)
     hunt = _Hunt(loaded, prop, targets, goals, ranks)
 
     def shown(bound: float, left: int, domains: int, seconds: float) -> None:
@@ -189,6 +221,9 @@ def decide(
         leaves=[(*goals.of[leaf.goal], leaf) for leaf in found.leaves],
         claims=found.claims, inner_domains=found.inner_domains, branching=found.branching,
         cuts=[_of_disjuncts(goals, tree) for tree in found.cuts],
+        state=found.state and _moved(
+            found.state, dict(enumerate(goals.of)), {k: k for k in range(len(targets))}
+        ),
     )
     if decided.result == "unknown" and hunt.near is not None:
         decided = replace(decided, note=f"{decided.note}; {hunt.near}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from lirpa_megatron.bounded_module import BoundedModule
 from lirpa_megatron.compat.auto_lirpa import BoundedTensor, PerturbationLpNorm
+from lirpa_megatron.complete.state import SearchState
 from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
 from lirpa_megatron.verify.properties import complete, splits
 from lirpa_megatron.verify.properties.attack import AttackOptions, Target, find_candidates
@@ -54,19 +55,28 @@ class Outcome:
 
 
 class Deadline:
-    """A time limit that all ranks agree on: rank 0's clock decides."""
+    """A time limit that all ranks agree on: rank 0's clock decides.
+
+    Args:
+        seconds: None: there is no limit.
+        ranks: that agree.
+        stop: asked beside the clock whether time is over; None: nothing is.
+    """
 
     def __init__(
         self, seconds: float | None, ranks: ModelRanks = ALONE,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
-        self._ranks = ranks
+        self._ranks, self.stop = ranks, stop
 
     def is_over(self) -> bool:
         """Collective, unless there is no limit."""
-        if self._end is None:
+        if self._end is None and self.stop is None:
             return False
-        return self._ranks.broadcast_object(time.monotonic() > self._end, "the deadline")
+        over = self._end is not None and time.monotonic() > self._end
+        over = over or (self.stop is not None and self.stop())
+        return self._ranks.broadcast_object(over, "the deadline")
 
     def left(self) -> float | None:
         """Seconds, by this rank's clock; None: there is no limit."""
@@ -80,6 +90,7 @@ def verify_instance(
     deadline: Deadline,
     ranks: ModelRanks = ALONE,
     progress: complete.Progress | None = None,
+    start: SearchState | None = None,
 ) -> Outcome:
     """Decides a property as far as bounds and attack can, and with `options.complete` branch and
     bound after them; the same outcome on every rank. Of several replicas one does what comes before
@@ -92,6 +103,7 @@ def verify_instance(
         deadline: looked at between stages; a stage that has begun is finished.
         ranks: that hold the network, and its replicas.
         progress: told of what branch and bound does.
+        start: what an earlier branch and bound has left, as `complete.Decided.state`.
     """
     if prop.vacuous is not None:
         return Outcome("unsat", reported_bounds(prop, []), note=prop.vacuous)
@@ -103,7 +115,7 @@ def verify_instance(
     still_open = [(prop.regions[place], disjuncts) for place, disjuncts in found.left]
     outcome = _complete(
         loaded, prop, still_open, [place for place, _ in found.left], found.bounds, options,
-        deadline, ranks, found.outcome.note, progress,
+        deadline, ranks, found.outcome.note, progress, start,
     )
     cut = found.outcome
     return replace(outcome, proved_share=cut.proved_share, pieces=cut.pieces)
@@ -198,7 +210,7 @@ def _by_splits(
 def _complete(
     loaded: Loaded, prop: Property, targets: list[Target], places: list[int],
     bounds: list[dict[int, float]], options: VerifyOptions, deadline: Deadline, ranks: ModelRanks,
-    near: str | None, progress: complete.Progress | None,
+    near: str | None, progress: complete.Progress | None, start: SearchState | None,
 ) -> Outcome:
     """Branch and bound on open targets; `places` are those of their regions in `bounds`."""
     total = complete.Decided("unsat", note=near)
@@ -213,11 +225,16 @@ def _complete(
         if why is not None:
             return Outcome("unknown", reported_bounds(prop, bounds), note=why)
         effort = options.search(deadline.left())
-        found = complete.decide(loaded, bounded, prop, some, effort, ranks, progress)
+        if deadline.stop is not None:
+            effort = replace(effort, stop=deadline.stop)
+        regions = [places[i] for i in positions]
+        found = complete.decide(
+            loaded, bounded, prop, some, effort, ranks, progress, regions, start
+        )
         for (k, row), margin in found.bounds.items():
             known = bounds[places[positions[k]]]
             known[row] = max(known[row], margin)
-        total.merge(found, [places[i] for i in positions])
+        total.merge(found, regions)
         if total.result in ("sat", "timeout"):
             break
     return Outcome(

@@ -6,15 +6,16 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lirpa_megatron.complete.state import SearchState, StateError
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel import runtime
+from lirpa_megatron.parallel import runtime, spmd
 from lirpa_megatron.parallel.model_ranks import ALONE, ModelRanks
 from lirpa_megatron.parallel.replicas import ALONE as ALONE_REPLICA
 from lirpa_megatron.verify.agreement import agreed
@@ -28,6 +29,12 @@ from lirpa_megatron.verify.properties.property import Property
 from lirpa_megatron.verify.properties.record_files import write_record
 from lirpa_megatron.verify.properties.records import record_of
 from lirpa_megatron.verify.properties.results import Result
+from lirpa_megatron.verify.properties.search_files import (
+    SearchFileError,
+    is_of,
+    state_of,
+    write_search,
+)
 from lirpa_megatron.verify.properties.sources import (
     Source,
     check_sources,
@@ -37,13 +44,29 @@ from lirpa_megatron.verify.properties.sources import (
 )
 from lirpa_megatron.verify.properties.splits import check_dimensions
 from lirpa_megatron.verify.properties.vnnlib import read_vnnlib
+from lirpa_megatron.verify.stop_signal import StopSignal
 
 
 class Runner:
-    """Verifies instances one after the other; networks are loaded once for consecutive ones."""
+    """Verifies instances one after the other; networks are loaded once for consecutive ones.
 
-    def __init__(self, options: VerifyOptions, ranks: ModelRanks = ALONE) -> None:
-        self.options, self.ranks = options, ranks
+    Args:
+        options: how.
+        ranks: that hold the networks, and their replicas.
+        stop: ends the run; what is left of the search then is written (`VerifyOptions.searches`).
+        searches: files of searches that were ended, as `search_files.read_search` has them.
+        one_property: whether it is the only one: a search that is out of time is written, too, and
+            one that cannot be continued ends the run.
+    """
+
+    def __init__(
+        self, options: VerifyOptions, ranks: ModelRanks = ALONE, stop: StopSignal | None = None,
+        searches: Mapping[Path, dict[str, Any]] | None = None, one_property: bool = False,
+    ) -> None:
+        self.options, self.ranks, self.stop = options, ranks, stop
+        self.searches, self.one_property = dict(searches or {}), one_property
+        # by what signal the run was ended; the same on every rank
+        self.ended: int | None = None
         self.progress: Callable[[str], None] | None = None
         # what of, without their weights, and the network
         self._loaded: tuple[Any, list[Source], Loaded] | None = None
@@ -126,15 +149,21 @@ class Runner:
         for instance in instances:
             begin = time.monotonic()
             error = None
+            is_left = False
             try:
                 with self.ranks.replicas.guard(f"instance {instance.network} {instance.property}"):
                     if instance.error is not None:
                         raise UserError(instance.error)
                     outcome = self._verify(instance)
+                    is_left = self.ended is not None and outcome.result == "timeout"
             except Exception as exception:  # recorded; a run of days must not end for one instance
+                if self.one_property and isinstance(exception, SearchFileError):
+                    raise
                 kind = "" if isinstance(exception, UserError) else f"{type(exception).__name__}: "
                 error = f"{kind}{exception}".replace("\n", " ")
                 outcome = Outcome("error", [])
+            if is_left:  # --resume goes on with it
+                return results
             result = Result(
                 network=instance.network,
                 property=instance.property,
@@ -149,6 +178,8 @@ class Runner:
             )
             write(result)
             results.append(result)
+            if self.ended is not None:
+                break
         return results
 
     def _details(self, instance: Instance, outcome: Outcome) -> dict[str, Any]:
@@ -156,6 +187,10 @@ class Runner:
         details: dict[str, Any] = {
             "network_file": network, "property_file": prop, "note": outcome.note
         }
+        if self.options.branching != "auto":
+            details["asked_branching"] = self.options.branching
+        if self.options.onnx_output is not None:
+            details["onnx_output"] = self.options.onnx_output
         if self.options.no_live_check:
             details["live_check"] = False
         if self.options.outward:
@@ -185,17 +220,62 @@ class Runner:
         return details
 
     def _verify(self, instance: Instance) -> Outcome:
-        deadline = Deadline(instance.timeout, self.ranks)
+        stop = None if self.stop is None else self.stop.is_received
+        deadline = Deadline(instance.timeout, self.ranks, stop)
         loaded, prop = self.prepare(instance)
         with self.ranks.guard(f"instance {instance.network} {instance.property}"):
-            outcome = verify_instance(
-                loaded, prop, self.options, deadline, self.ranks, self.progress
-            )
+            path, start = self._start(instance, loaded, prop)
+            try:
+                outcome = verify_instance(
+                    loaded, prop, self.options, deadline, self.ranks, self.progress, start
+                )
+            except StateError as error:
+                raise SearchFileError(
+                    f"search {path} cannot be continued: {error}; remove it to begin anew"
+                ) from None
+            self.ended = self._stopped()
             if self.options.record is not None and outcome.result == "unsat":
                 record = record_of(loaded, prop, instance, outcome)
                 if self.ranks.is_first:
                     write_record(self.options.record, record)
+            self._keep(instance, loaded, outcome, path)
         return outcome
+
+    def _start(
+        self, instance: Instance, loaded: Loaded, prop: Property
+    ) -> tuple[Path | None, SearchState | None]:
+        """What an earlier search has left of an instance, and in which file."""
+        for path, found in self.searches.items():
+            if is_of(found, instance):
+                return path, state_of(path, found, instance, loaded, prop)
+        return None, None
+
+    def _stopped(self) -> int | None:
+        """The signal that any rank has received; collective."""
+        if self.stop is None:
+            return None
+        own = max(spmd.gather_objects(self.stop.received or 0, self.ranks.group))
+        if self.ranks.pipeline is not None:
+            own = max(self.ranks.pipeline.agree("whether to stop", own))
+        return max(self.ranks.replicas.gather("whether to stop", own).values()) or None
+
+    def _keep(
+        self, instance: Instance, loaded: Loaded, outcome: Outcome, path: Path | None
+    ) -> None:
+        """Writes what is left of a search, or removes the file that it has come from."""
+        own = self.options.searches
+        if own is None:
+            return
+        left = None if outcome.decided is None else outcome.decided.state
+        if outcome.result == "timeout":
+            if left is not None and (self.one_property or self.ended is not None):
+                number = runtime.dp_rank() if self.ranks.replicas is ALONE_REPLICA else 0
+                file = path or (own.with_name(f"{own.name}.{number}") if number else own)
+                write_search(file, left, instance, loaded, self.ranks.is_first)
+        elif self.ranks.is_first:
+            for file in (path, own if self.one_property else None):
+                if file is not None:
+                    file.unlink(missing_ok=True)
 
     def _agreed(self, what: str) -> contextlib.AbstractContextManager[None]:
         return agreed(self.ranks.group, what, self.ranks.pipeline)
@@ -223,18 +303,23 @@ def run_shared(runner: Runner, instances: Sequence[Instance], output: Output) ->
             replicas.working()
 
         runner.ranks = replace(ranks, replicas=ALONE_REPLICA)
-        found = runner.run(with_progress([instances[i] for i in own], runner), write)
+        with contextlib.closing(with_progress([instances[i] for i in own], runner)) as some:
+            found = runner.run(some, write)
         runner.ranks = ranks
         with replicas.guard("the instances"), ranks.guard("the instances"):
-            heard = replicas.gather("results", dict(zip(own, found, strict=True)))
-        for part in heard.values():
+            # a run that was ended has found fewer
+            mine = dict(zip(own, found, strict=False)), runner.ended or 0
+            heard = replicas.gather("results", mine)
+        for part, _ in heard.values():
             results |= part
+        runner.ended = max(ended for _, ended in heard.values()) or None
         output.gather([results[i] for i in sorted(results)])
     left = [i for i in range(len(instances)) if i not in results]
-    if left:
-        found = runner.run(with_progress([instances[i] for i in left], runner), output.write)
-        results |= dict(zip(left, found, strict=True))
-    return [results[i] for i in range(len(instances))]
+    if left and runner.ended is None:
+        with contextlib.closing(with_progress([instances[i] for i in left], runner)) as some:
+            found = runner.run(some, output.write)
+        results |= dict(zip(left, found, strict=False))
+    return [results[i] for i in sorted(results)]
 
 
 def _finite(number: float | None) -> float | None:
@@ -252,6 +337,7 @@ def with_progress(instances: list[Instance], runner: Runner) -> Iterator[Instanc
         instances, desc="verify", unit="instance", file=sys.stderr, disable=not runtime.is_rank0()
     )
     runner.progress = bar.set_postfix_str
-    for instance in bar:
-        yield instance
-        bar.set_postfix_str("", refresh=False)
+    with bar:
+        for instance in bar:
+            yield instance
+            bar.set_postfix_str("", refresh=False)

@@ -21,6 +21,7 @@ from lirpa_megatron.verify.properties.instance_list import (
 from lirpa_megatron.verify.properties.options import VerifyOptions
 from lirpa_megatron.verify.properties.output import merge_parts, parts_of
 from lirpa_megatron.verify.properties.results import Result, read_results
+from lirpa_megatron.verify.properties.search_files import is_of, read_search, search_files
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class JobPlan:
     keep_bytes: int = 0
     # results already there (--resume)
     done: list[Result] = field(default_factory=list)
+    # searches that were ended, by their files (--resume)
+    searches: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
 
 def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
@@ -53,7 +56,7 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
             instance with an error, unless all are.
     """
     instances = _instances(arguments, options)
-    output, keep_bytes, done = arguments.get("output"), 0, []
+    output, keep_bytes, done, searches = arguments.get("output"), 0, [], {}
     if output is not None:
         check_writable(output)
         parts = parts_of(output)
@@ -71,12 +74,18 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
                             "--splits")
         check_writable(options.record)
     if arguments.get("resume"):
-        if output is None:
-            raise UserError("--resume needs --output, the file to continue")
-        merge_parts(output)
-        if output.exists():
+        if output is None and options.record is None:
+            raise UserError("--resume needs --output, the file to continue, or --record")
+        if options.searches is not None:
+            searches = {path: read_search(path) for path in search_files(options.searches)}
+        if output is not None:
+            merge_parts(output)
+        if output is not None and output.exists():
             earlier, keep_bytes = read_results(output)
+            going_on = [i for i in instances if any(is_of(s, i) for s in searches.values())]
             done = [r for r in earlier if any(_is_of(r, i, options) for i in instances)]
+            done = [r for r in done if r.result != "timeout"
+                    or not any(_is_of(r, i, options) for i in going_on)]
     return JobPlan(
         [i for i in instances if not any(_is_of(r, i, options) for r in done)],
         one_network=any(name in arguments for name in ("load", "onnx", "network")),
@@ -84,6 +93,7 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
         output=output,
         keep_bytes=keep_bytes,
         done=done,
+        searches=searches,
     )
 
 
@@ -91,11 +101,22 @@ def _is_of(result: Result, instance: Instance, options: VerifyOptions) -> bool:
     """Whether an earlier result is this instance's; files of one name in two folders are two."""
     if result.key != (instance.network, instance.property, options.result_method):
         return False
-    asked = options.rounding, options.order, options.splits
-    if (result.rounding or "nearest", result.order or 1, result.splits or 0) != asked:
+    asked = (options.rounding, options.order, options.splits, options.branching,
+             options.onnx_output, options.no_live_check)
+    had = (result.rounding or "nearest", result.order or 1, result.splits or 0,
+           result.asked_branching or "auto", result.onnx_output, result.live_check is False)
+    if had != asked or not _is_in(result, options.dtype):
         return False
     known = result.network_file, result.property_file
     return all(a in (None, b) for a, b in zip(known, instance.files, strict=True))
+
+
+def _is_in(result: Result, dtype: str | None) -> bool:
+    """Whether bounds were computed in a dtype, or if none is asked for, in no less than the one
+    that is chosen then."""
+    if result.dtype is None or dtype is not None:
+        return result.dtype in (None, dtype)
+    return (result.stored_dtype, result.dtype) != ("float64", "float32")
 
 
 def _instances(arguments: dict[str, Any], options: VerifyOptions) -> list[Instance]:

@@ -32,6 +32,8 @@ class VerifyOptions(RunOptions):
     branching: str = "auto"
     # file for the record of a proved property
     record: Path | None = None
+    # file of results: what is left of a search that is ended lies beside it or the record
+    output: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,10 +51,18 @@ class VerifyOptions(RunOptions):
         """What results say of how they were found."""
         return BRANCH_AND_BOUND if self.complete else self.method
 
+    @property
+    def searches(self) -> Path | None:
+        """Where what is left of a search is written; None: nowhere."""
+        beside = self.record or self.output
+        if beside is None or not self.complete:
+            return None
+        return beside.with_name(f"{beside.name}.search")
+
     def search(self, seconds: float | None) -> SearchOptions:
         """Options of branch and bound with some time left."""
         return SearchOptions(
-            timeout=seconds, keep_tree=self.record is not None, branching=self.branching
+            timeout=seconds, keep_tree=self.searches is not None, branching=self.branching
         )
 
     def attacks(self, moving: int, targets: int) -> list[AttackOptions]:

@@ -43,6 +43,8 @@ class Result:
     # the files, each with its folder: two of one name are not the same
     network_file: str | None = None
     property_file: str | None = None
+    # which output of an ONNX graph, if it was said
+    onnx_output: str | None = None
     # what the weights are stored in, and what bounds were computed in
     stored_dtype: str | None = None
     dtype: str | None = None
@@ -65,6 +67,8 @@ class Result:
     # split, how many domains were bounded, and how many were left; and what was split: "relu", or
     # "input" for the boxes of inputs
     branching: str | None = None
+    # what was asked for by --branching; left out if nothing was
+    asked_branching: str | None = None
     bound: float | None = None
     domains: int | None = None
     open_domains: int | None = None
@@ -83,9 +87,9 @@ class Result:
 
     def to_line(self) -> str:
         optional = (
-            "error", "note", "rounding", "live_check", "pipeline_parallel", "branching", "bound",
-            "domains", "open_domains", "inner_domains", "order", "splits", "proved_share", "pieces",
-            "sharded_share",
+            "error", "note", "rounding", "live_check", "pipeline_parallel", "branching",
+            "asked_branching", "bound", "domains", "open_domains", "inner_domains", "onnx_output",
+            "order", "splits", "proved_share", "pieces", "sharded_share",
         )
         fields = {k: v for k, v in vars(self).items() if k not in optional or v is not None}
         return json.dumps(fields, allow_nan=False) + "\n"

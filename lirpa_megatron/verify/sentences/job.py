@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -59,6 +58,7 @@ from lirpa_megatron.verify.sentences.tokenizer_files import (
     said_of,
 )
 from lirpa_megatron.verify.sentences.vectors import check_dimensions, read_vectors
+from lirpa_megatron.verify.stop_signal import StopSignal
 
 TERMINATED = 143
 """Exit status of a run that SIGTERM ended between two sentences; --resume goes on."""
@@ -97,7 +97,7 @@ def run(files: Files, options: SentenceOptions) -> int:
         UserError: whatever is wrong with arguments, checkpoint, tokenizer or data, on all ranks.
         SPMDError: a rank failed.
     """
-    stop = _StopSignal()
+    stop = StopSignal()
     world = dist.group.WORLD
     with agreed(world, "checking the arguments"):
         options.check()
@@ -197,7 +197,7 @@ def _replicas() -> tuple[int, int]:
 
 
 def _run_replica(
-    replica: _Replica, options: SentenceOptions, stream: ResultsFile | None, stop: _StopSignal
+    replica: _Replica, options: SentenceOptions, stream: ResultsFile | None, stop: StopSignal
 ) -> tuple[list[dict[str, Any]], bool]:
     """The replica's results, and whether a signal ended the run."""
     results: list[dict[str, Any]] = []
@@ -206,7 +206,7 @@ def _run_replica(
         disable=not runtime.is_rank0(),
     )
     for item in bar:
-        if stop.agreed(replica.verifier):
+        if _stops(stop, replica.verifier):
             bar.close()
             return results, True
         result = _one(replica, item, options)
@@ -215,7 +215,7 @@ def _run_replica(
             stream.write(to_line(result))
         certified = sum(r["result"] == "unsat" for r in results)
         bar.set_postfix_str(f"{certified} certified, {result['seconds']:.1f} s the last")
-    return results, stop.agreed(replica.verifier)
+    return results, _stops(stop, replica.verifier)
 
 
 def _one(replica: _Replica, item: Item, options: SentenceOptions) -> dict[str, Any]:
@@ -298,29 +298,12 @@ def _peak_memory() -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
-class _StopSignal:
-    """SIGTERM, as a scheduler sends it: the run ends after the sentence that is being worked on."""
-
-    def __init__(self) -> None:
-        self._received = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        before = signal.signal(signal.SIGTERM, self._receive)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _receive(self, *_: Any) -> None:
-        self._received = True
-
-    def agreed(self, verifier: SentenceVerifier) -> bool:
-        """Whether any rank of the model has received it; collective."""
-        received = any(spmd.gather_objects(self._received, verifier.group))
-        if verifier.pipeline is None:
-            return received
-        return any(verifier.pipeline.agree("whether to stop", received))
+def _stops(stop: StopSignal, verifier: SentenceVerifier) -> bool:
+    """Whether any rank of the model has received a signal; collective."""
+    received = any(spmd.gather_objects(stop.received is not None, verifier.group))
+    if verifier.pipeline is None:
+        return received
+    return any(verifier.pipeline.agree("whether to stop", received))
 
 
 # -------------------------------------------------------------------- the end
