@@ -85,3 +85,28 @@ def test_bounds_do_not_depend_on_the_batch_that_the_graph_was_built_with(order):
         two = BoundedTensor(x, PerturbationSegments(x, D))
         found = torch.stack(bounded.compute_bounds((two,), method="forward"))
     assert ((found - both).abs() <= ROUNDING * (both[1] - both[0])).all()
+
+
+@pytest.mark.parametrize("norm", [None, 2])
+def test_gradients_are_those_of_all_positions(norm, monkeypatch):
+    """Those of the embeddings, too, which reach words that stand still."""
+    found = []
+    for replaced in (False, True):
+        if replaced:
+            monkeypatch.setattr(propagation, "window", lambda *_: None)
+        model, view, _ = transformer_cases.build_case("llama", torch.float64)
+        view.train()
+        ball = {"eps": 0.02, "positions": [3], "norm": 2} if norm else {"eps": 0.0}
+        (x,) = perturb_tokens(view, transformers.tokens()[0], **ball)
+        if norm is None:
+            x = x.as_subclass(torch.Tensor)
+            D = torch.zeros(len(x), 1, *x.shape[1:])
+            D[:, :, 3] = 0.02
+            x = BoundedTensor(x, PerturbationSegments(x, D))
+        lower, upper = BoundedModule(view, x).compute_bounds(x, method="forward")
+        (lower.tanh() + 0.3 * upper.sin()).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    window, whole = found
+    for name, gradient in whole.items():
+        assert gradient.any()
+        assert (window[name] - gradient).abs().max() <= 1e-11 * gradient.abs().max(), name

@@ -178,7 +178,10 @@ def window(
 
 
 def _still(own: Symbols, clean: torch.Tensor, length: int) -> int:
-    """How many positions of an input do not move."""
+    """How many positions of an input do not move; 0 where gradients flow to the centre but not
+    to the clean input, which stands in for it."""
+    if own.centre.requires_grad and own.centre.grad_fn is not clean.grad_fn:
+        return 0
     moves = (own.centre != clean).any(-1).any(0)
     step = max(1, _ONCE // clean.numel())
     for at in range(0, own.count, step):
