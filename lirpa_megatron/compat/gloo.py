@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -42,3 +43,9 @@ def one_device() -> Iterator[None]:
         yield
     finally:
         Gloo.__init__ = own_init
+
+
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds that a rank of a group of gloo's waits for another one."""
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    return getattr(options, "_timeout", dist.default_pg_timeout).total_seconds()

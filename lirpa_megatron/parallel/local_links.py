@@ -121,7 +121,7 @@ def connect(
         None, on every rank, where two of them cannot be connected: they run on several machines, or
         in containers without a common folder for temporary files.
     """
-    with _listening(size, timeout) as listener:
+    with listening(size, timeout) as listener:
         addresses = all_gather(None if listener is None else listener.getsockname())
         sockets = _reach(rank, addresses, timeout)
         if not all(all_gather(sockets is not None)):
@@ -136,12 +136,20 @@ def connect(
 
 
 @contextlib.contextmanager
-def _listening(size: int, timeout: float) -> Iterator[socket.socket | None]:
-    """A socket that the other ranks can connect to, for a block; None: it cannot be made."""
+def listening(
+    size: int, timeout: float, kind: int = socket.SOCK_SEQPACKET
+) -> Iterator[socket.socket | None]:
+    """A socket that other ranks can connect to, for a block; None: it cannot be made.
+
+    Args:
+        size: how many may do so before they are accepted.
+        timeout: of accepting them, in seconds.
+        kind: of the socket; one of messages keeps their borders.
+    """
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ranks-"))
-            listener = stack.enter_context(_new_socket(timeout))
+            listener = stack.enter_context(_new_socket(timeout, kind))
             listener.bind(str(Path(folder) / "rank"))
             listener.listen(size)
         except OSError:
@@ -172,7 +180,7 @@ def _close(sockets: Mapping[int, socket.socket]) -> None:
         each.close()
 
 
-def _new_socket(timeout: float) -> socket.socket:
-    new = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps the borders of messages
+def _new_socket(timeout: float, kind: int = socket.SOCK_SEQPACKET) -> socket.socket:
+    new = socket.socket(socket.AF_UNIX, kind)
     new.settimeout(timeout)
     return new

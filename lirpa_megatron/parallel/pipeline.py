@@ -14,9 +14,11 @@ takes the next, would wait for each other for ever. What is received is received
 own, as otherwise NCCL would wait for all that the receiver has begun to compute; the rest of the
 computation waits for that stream alone.
 
-Every message is announced by a header (over gloo, also where data runs over NCCL): the name of the
-step, plain data, and the tensors that follow. A receiver that waits for another step raises
-`SPMDError` with what both said. In each direction messages arrive in the order of sending.
+Every message is announced by a header: the name of the step, plain data, and the tensors that
+follow. Headers, and tensors that are not on a GPU, take a socket between the two ranks if they run
+on one machine (`stage_links`), else gloo, also where the tensors run over NCCL. A receiver that
+waits for another step raises `SPMDError` with what both said. In each direction messages arrive in
+the order of sending.
 
 A stage that fails tells both neighbours, in place of the message that they wait for; they fail with
 its message, and tell theirs (`Pipeline.reporting`). As a stage that waits, waits for one that works
@@ -38,9 +40,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lirpa_megatron.compat.gloo import timeout_of
 from lirpa_megatron.compat.group_names import new_group
 from lirpa_megatron.errors import SPMDError, StageError, UserError
-from lirpa_megatron.parallel import spmd
+from lirpa_megatron.parallel import spmd, stage_links
 from lirpa_megatron.parallel.collectives import Traffic
 
 UP, DOWN = 1, -1
@@ -86,6 +89,7 @@ class Pipeline:
         self.group, self.size, self.stage = group, group.size(), group.rank()
         self._ranks = dist.get_process_group_ranks(group)
         self._control, self._data = group, {UP: group, DOWN: group}
+        self._links: dict[int, stage_links.StageLink | None] = {}
         self._arrivals = None
         if dist.get_backend(group) != "gloo":
             self._control = new_group(self._ranks, "gloo")
@@ -185,6 +189,13 @@ class Pipeline:
             self.send(DOWN, what, {"values": values})
         return values
 
+    def finish(self) -> None:
+        """Waits until all that was sent is under way, as this process may end next."""
+        for sent in self._sent.values():
+            for _, works in sent:
+                for work, _ in works:
+                    work.wait()
+
     def _receive(self, way: int) -> Message:
         try:
             first = torch.empty(_HEADER, dtype=torch.uint8)
@@ -219,8 +230,28 @@ class Pipeline:
             for work, _ in sent.popleft()[1]:
                 work.wait()
 
+    def _link(self, way: int) -> stage_links.StageLink | None:
+        """Made with the first message of the two ranks, as that is when both are here."""
+        if way not in self._links:
+            self._links[way] = None  # they find each other over gloo
+
+            def hear() -> bytes:
+                said = torch.empty(_HEADER, dtype=torch.uint8)
+                self._recv(way, said, self._control)
+                return bytes(said.tolist()).rstrip(b"\0")
+
+            self._links[way] = stage_links.connect(
+                way == UP, timeout_of(self._control), hear=hear,
+                tell=lambda said: self._isend(way, _bytes(said.ljust(_HEADER, b"\0")),
+                                              self._control).wait(),
+            )
+        return self._links[way]
+
     def _isend(self, way: int, x: torch.Tensor, group: dist.ProcessGroup) -> Any:
         try:
+            link = self._link(way) if group is self._control else None
+            if link is not None:
+                return link.send(_memory(x))
             return dist.isend(x, self._ranks[self.stage + way], group=group)
         except RuntimeError as error:
             self._heard[way] = True
@@ -230,6 +261,10 @@ class Pipeline:
             ) from error
 
     def _recv(self, way: int, x: torch.Tensor, group: dist.ProcessGroup) -> None:
+        link = self._link(way) if group is self._control else None
+        if link is not None:
+            link.receive(_memory(x))
+            return
         dist.recv(x, self._ranks[self.stage + way], group=group)
 
     @contextlib.contextmanager
@@ -333,6 +368,7 @@ def guard(
         yield
         if pipeline.depth == 1:
             pipeline.agree(f"the end of {what}", None)
+            pipeline.finish()
 
 
 @contextlib.contextmanager
@@ -346,3 +382,8 @@ def telling(
 
 def _bytes(block: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(block), dtype=torch.uint8)
+
+
+def _memory(x: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor of any type, not copied."""
+    return memoryview(x.reshape(-1).view(torch.uint8).numpy())

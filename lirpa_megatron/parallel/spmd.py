@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lirpa_megatron.compat.gloo import timeout_of
 from lirpa_megatron.compat.group_names import new_group
 from lirpa_megatron.errors import (
     RemoteRankError,
@@ -66,8 +67,7 @@ class _Control:
     @functools.cached_property
     def _links(self) -> local_links.Links | None:
         """Made at the first handshake, as that is when all ranks are here."""
-        options = getattr(self._group()._get_backend(torch.device("cpu")), "options", None)
-        timeout = getattr(options, "_timeout", dist.default_pg_timeout).total_seconds()
+        timeout = timeout_of(self._group())
         return _or_gone(
             lambda: local_links.connect(self.rank, self.size, timeout, self._gather_by_gloo)
         )
