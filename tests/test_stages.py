@@ -116,7 +116,8 @@ def test_a_stage_may_begin_with_an_activation_or_end_before_one(activation):
 
 @pytest.mark.parametrize(("tp", "pp", "cuts"), [
     (1, 2, (4,)), (2, 2, (2,)),  # here the first stage has one layer, which is not sharded
-    pytest.param(2, 2, (4,), marks=_SLOW), pytest.param(1, 4, (2, 4, 8), marks=_SLOW),
+    *(pytest.param(*case, marks=_SLOW)
+      for case in [(2, 2, (4,)), (1, 4, (2, 4, 8)), (2, 4, (2, 4, 8))]),
 ])
 @pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=_SLOW)])
 def test_alpha_of_all_stages_is_optimized_together(tp, pp, cuts, activation):
@@ -176,14 +177,22 @@ def test_rows_that_operators_ask_for_are_the_same_on_stages(tp, pp):
         assert error(of_rank, want) <= 1e-10
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt", "bert"])
-def test_alpha_of_transformers_cut_into_stages(kind):
+@functools.lru_cache(maxsize=16)
+def _whole_with_alpha(kind):
+    return pool(1).run(*_optimized(kind))[0]
+
+
+def _optimized(kind):
     methods = ("CROWN-Optimized",)
-    run = (stage_models.transformer_bounds, kind, methods, torch.float64, 0.01, _ALPHA)
-    want = pool(1).run(*run)[0]
-    for of_rank in pool(2, 1, 2).run(*run):
-        assert error(of_rank, want) <= 1e-10
+    return stage_models.transformer_bounds, kind, methods, torch.float64, 0.01, _ALPHA
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2), (1, 4), (2, 4)])
+@pytest.mark.parametrize("kind", ["gpt", "llama", "bert"])
+def test_alpha_of_transformers_cut_into_stages(kind, tp, pp):
+    for of_rank in pool(tp * pp, tp, pp).run(*_optimized(kind)):
+        assert error(of_rank, _whole_with_alpha(kind)) <= 1e-10
 
 
 def _auto():
@@ -268,14 +277,15 @@ def test_gradients_of_a_stage_without_parallel_layers_are_of_all_its_ranks_rows(
                 assert abs(gradient - want[name]).max() <= 1e-10 * abs(want[name]).max(), name
 
 
-def _trained(kind, crown_share):
-    """(loss, margins, gradients by name in the whole model) of a certified loss."""
+def _trained(kind, crown_share, layers=2):
+    """(loss, margins, gradients by name in the whole model) of a certified loss; over stages, of
+    one layer each."""
     from lirpa_megatron import perturb_tokens
     from lirpa_megatron.training import CertifiedLoss
 
     torch.set_default_dtype(torch.float64)
     stage, stages = stage_models.place()
-    model = stage_models.transformer(kind, num_layers=2)
+    model = stage_models.transformer(kind, num_layers=layers)
     model.requires_grad_(True)
     ids, _, padding, types = stage_models.transformers.tokens()
     further = {"attention_mask": padding, "tokentype_ids": types} if kind == "bert" else {}
@@ -295,17 +305,27 @@ def _trained(kind, crown_share):
     return found.loss.detach().numpy(), found.margin.numpy(), gradients
 
 
-@pytest.mark.parametrize(("kind", "share"), [("gpt", 0.5), pytest.param("bert", 1.0, marks=_SLOW)])
-def test_a_certified_loss_trains_all_stages(kind, share):
-    ((loss, margin, want),) = pool(1).run(_trained, kind, share)
-    found = {}
-    for of_loss, of_margin, gradients in pool(2, 1, 2).run(_trained, kind, share):
-        assert abs(of_loss - loss).max() <= 1e-10 * abs(loss).max()
-        assert abs(of_margin - margin).max() <= 1e-10 * abs(margin).max()
-        for name, gradient in gradients.items():
-            if name == "output_layer.weight" and name not in want:  # tied: both stages' share
-                name = "embedding.word_embeddings.weight"
-            found[name] = found.get(name, 0) + gradient
-    assert found.keys() == want.keys()
-    for name, gradient in want.items():
-        assert abs(found[name] - gradient).max() <= 1e-10 * abs(gradient).max(), name
+@pytest.mark.parametrize(("kind", "share", "tp", "pp"), [
+    ("gpt", 0.5, 1, 2),
+    *(pytest.param(*case, marks=_SLOW) for case in [
+        ("bert", 1.0, 1, 2), ("llama", 0.5, 1, 2), ("gpt", 0.5, 2, 2), ("gpt", 0.5, 1, 4),
+        ("gpt", 0.5, 2, 4), ("llama", 1.0, 2, 2), ("bert", 0.5, 2, 2),
+    ]),
+])
+def test_a_certified_loss_trains_all_stages(kind, share, tp, pp):
+    """Tied embeddings are one weight: the gradients of both stages' copies are added. Parameters
+    that are sharded over ranks have the gradients of the same rank without stages."""
+    run = _trained, kind, share, pp
+    ranks = pool(tp * pp, tp, pp).run(*run)
+    for tp_rank, (loss, margin, want) in enumerate(pool(tp).run(*run)):
+        found = {}
+        for of_loss, of_margin, gradients in ranks[tp_rank::tp]:
+            assert abs(of_loss - loss).max() <= 1e-10 * abs(loss).max()
+            assert abs(of_margin - margin).max() <= 1e-10 * abs(margin).max()
+            for name, gradient in gradients.items():
+                if name == "output_layer.weight" and name not in want:  # tied
+                    name = "embedding.word_embeddings.weight"
+                found[name] = found.get(name, 0) + gradient
+        assert found.keys() == want.keys()
+        for name, gradient in want.items():
+            assert abs(found[name] - gradient).max() <= 1e-10 * abs(gradient).max(), name
