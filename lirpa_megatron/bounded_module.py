@@ -285,6 +285,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
                 # where the caller's own intermediate bounds may leave the clean input out.
                 in_training = call.method == "IBP" and self._in_training()
                 cut = any(kwargs.get(name) for name in auto_lirpa.GIVEN_BOUNDS)
+                cut = cut if self.stages is None else self.stages.any_stage("given bounds", cut)
                 C = None if call.final_is_identity else C
                 if self.below is not None and self.live is not None and self.live.due:
                     self.live.inputs = (self.below.value, *x[1:])

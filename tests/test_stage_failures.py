@@ -190,14 +190,18 @@ def _refused(what):
     torch.set_default_dtype(torch.float64)
     x = stage_models.hidden()[:, 0, :5]
     bounded = BoundedModule(stage_models.mlp((4,)), x)
+    border = bounded.final_name if bounded.below is None else bounded.stage_input.name
     given = {"return_A": {"return_A": True, "needed_A_dict": {}},
-             "interm_bounds": {"interm_bounds": {"/1": (x, x)}},
+             "interm_bounds": {"interm_bounds": {border: (x, x)}},
+             "reference_bounds": {"reference_bounds": {border: (x, x)}},
              "final_node_name": {"final_node_name": bounded.final_name}}
     bounded.compute_bounds((BoundedTensor(x, PerturbationLpNorm(eps=0.1)),), method="CROWN",
                            **given[what])
 
 
-@pytest.mark.parametrize("what", ["return_A", "interm_bounds", "final_node_name"])
+@pytest.mark.parametrize("what", [
+    "return_A", "interm_bounds", "reference_bounds", "final_node_name",
+])
 def test_what_is_not_available_over_stages_is_refused_by_name(what):
     for outcome in _ready(1).outcomes(_refused, what, timeout=SOON):
         assert outcome.error in ("NotImplementedError", "StageError")

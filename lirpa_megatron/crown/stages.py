@@ -29,11 +29,8 @@ from lirpa_megatron.operators import is_elementwise
 from lirpa_megatron.parallel.checksums import check_same, checksums
 from lirpa_megatron.parallel.pipeline import DOWN, UP, Pipeline
 
-_UNAVAILABLE = {
-    **{name: name for name in ("return_A", "needed_A_dict", "final_node_name")},
-    **dict(zip(auto_lirpa.GIVEN_BOUNDS, ("interm_bounds", "reference_bounds"), strict=True)),
-}
-"""Arguments of `compute_bounds`: the host's names, and the caller's."""
+_UNAVAILABLE = "return_A", "needed_A_dict", "final_node_name"
+"""Arguments of `compute_bounds`."""
 
 
 class Stages:
@@ -118,18 +115,31 @@ class Stages:
 
     # -------------------------------------------------------------------- a call
 
-    @staticmethod
-    def check_arguments(kwargs: Mapping[str, Any]) -> None:
-        """Refuses arguments of `compute_bounds` that name nodes, which are of one stage each.
+    def check_arguments(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuses arguments of `compute_bounds` that are about more than one stage.
+
+        Bounds that the caller gives are of this stage's nodes. What a stage takes from the one
+        below is no node of either alone: its bounds are not taken.
 
         Args:
             kwargs: under the host's names.
         """
-        for name, callers in _UNAVAILABLE.items():
+        for name in _UNAVAILABLE:
             if kwargs.get(name):
                 raise NotImplementedError(
-                    f"compute_bounds({callers}=...) is not available over pipeline stages: call it "
+                    f"compute_bounds({name}=...) is not available over pipeline stages: call it "
                     "on a module of the whole model"
+                )
+        border = [] if self.below is None else [self.graph.stage_input.name]
+        border += [] if self.pipeline.is_last else [self.graph.final_name]
+        for host_name, name in zip(
+            auto_lirpa.GIVEN_BOUNDS, ("interm_bounds", "reference_bounds"), strict=True
+        ):
+            found = next((node for node in kwargs.get(host_name) or () if node in border), None)
+            if found is not None:
+                raise NotImplementedError(
+                    f"{name} of {found!r}, which passes from one pipeline stage to the next, are "
+                    "not available: leave them out"
                 )
 
     def begin(
