@@ -22,12 +22,17 @@ WORDS = ("unsat", "sat", "unknown", "timeout", "error")
 
 
 def published(path: Path) -> dict[tuple[str, str], str]:
-    """(network, property) -> verdict."""
+    """(network, property) -> verdict; files with the folder that they are in."""
     found = {}
     with path.open(newline="") as rows:
         for _, network, prop, _, verdict, *_ in csv.reader(rows):
-            found[Path(network).stem, Path(prop).stem] = verdict.strip()
+            found[in_folder(network), in_folder(prop)] = verdict.strip()
     return found
+
+
+def in_folder(name: str) -> str:
+    path = Path(name.strip().removesuffix(".gz"))
+    return f"{path.parent.name}/{path.name}"
 
 
 def table(results: list) -> str:
@@ -71,7 +76,7 @@ def main() -> None:
         complete=True, branching=arguments.branching, timeout=arguments.timeout
     )
     known = published(arguments.published) if arguments.published else {}
-    results, wrong = [], []
+    results, wrong, found, theirs_decided = [], [], 0, 0
     with runtime.session():
         plan = plan_job({"instances": arguments.folder / "instances.csv"}, options)
         runner = Runner(options)
@@ -81,14 +86,18 @@ def main() -> None:
             if arguments.output:
                 with arguments.output.open("a") as file:
                     file.write(result.to_line())
-            theirs = known.get((result.network, result.property))
-            if result.result in ("sat", "unsat") and theirs not in (None, result.result):
+            names = result.network_file, result.property_file
+            theirs = known.get(tuple(map(in_folder, names))) if None not in names else None
+            found += theirs is not None
+            theirs_decided += theirs in ("sat", "unsat")
+            if {result.result, theirs} == {"sat", "unsat"}:
                 wrong.append(f"{result.network} {result.property}: {result.result}, published "
                              f"{theirs}")
             print(f"{result.network} {result.property} {result.result} {result.seconds:.2f} s "
                   f"{result.domains or ''} {result.error or ''}".rstrip(), flush=True)
     print(table(results))
     if known:
+        print(f"{found} of {len(results)} are published, {theirs_decided} are decided there")
         print(f"{len(wrong)} verdicts differ from the published ones", *wrong, sep="\n")
 
 

@@ -37,20 +37,21 @@ def write_complete(folder):
     return folder
 
 
-def branched(branching, offset, shared=False, **options):
+def branched(branching, offset, net=NET, shared=False, **options):
     """What branch and bound finds out of a small network in two boxes, with a goal for each row,
     whose thresholds lie below CROWN's bounds by `offset` of the gap to a sampled minimum.
 
     Args:
         branching: what is split.
         offset: above 1: the goals do not hold.
+        net: the network's sizes.
         shared: whether all replicas share the work.
         options: of the search; all have few steps, each of which takes the ranks collectives.
     """
     torch.set_default_dtype(torch.float64)
-    where = region(NET, eps=0.9, batch=2)
-    model = parallelize(build(NET).requires_grad_(False).eval())
-    C = specification(2, ROWS, NET.outputs)
+    where = region(net, eps=0.9, batch=2)
+    model = parallelize(build(net).requires_grad_(False).eval())
+    C = specification(2, ROWS, net.outputs)
     graph = BoundedModule(model, where.center)
     lower, _ = graph.compute_bounds(x=(where.bounded(),), C=C, method="CROWN")
     torch.manual_seed(0)

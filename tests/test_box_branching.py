@@ -10,21 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from commands import read
-from complete_cases import HIGH, write_complete
-from models import Net, build, region, specification
+from complete_cases import HIGH, NET, branched, write_complete
 from ranks import pool
 from small_networks import property_text, save, stack
 from test_complete import boxed, check_two_rows, check_verdict
 from torch import nn
 
-from lirpa_megatron import BoundedModule, parallelize
+from lirpa_megatron import BoundedModule
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.complete import SearchOptions, box_search, branch_and_bound, strategy
 from lirpa_megatron.complete.box_search import search_boxes
 from lirpa_megatron.complete.cut_tree import Cut, CutTree, Piece, claimed
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.errors import UserError
-from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
@@ -128,30 +126,13 @@ def test_boxes_are_cut_where_few_inputs_move_and_neurons_are_many(one_thread):
 
 # ------------------------------------------------------------------------ tensor parallelism
 
-NET = Net(inputs=4, hidden=(8, 8), width=6, outputs=3)
-
 
 def decided(net, offset, shared=False):
     """Of one rank: what is found out of a network whose thresholds lie below CROWN's bounds by
     `offset` of the gap to a sampled minimum; with `shared` by all replicas."""
-    torch.set_default_dtype(torch.float64)
-    where = region(net, eps=0.9, batch=2)
-    model = parallelize(build(net).requires_grad_(False).eval())
-    C = specification(2, 2, net.outputs)
-    graph = BoundedModule(model, where.center)
-    lower, _ = graph.compute_bounds(x=(where.bounded(),), C=C, method="CROWN")
-    torch.manual_seed(0)
-    points = where.random(2000)
-    with torch.no_grad():
-        y = model(points.flatten(0, 1)).view(2000, 2, -1)
-    least = torch.einsum("pbo,bso->pbs", y, C).amin(0)
-    options = SearchOptions(branching="input", keep_tree=True, box_batch=16, most_domains=400)
     share, box_search._SHARE = box_search._SHARE, 4
     try:
-        found = branch_and_bound(
-            graph, where.bounded(), C, lower + offset * (least - lower), options=options,
-            replicas=Replicas.of_megatron() if shared else ALONE,
-        )
+        found = branched("input", offset, net, shared, most_domains=400)
     finally:
         box_search._SHARE = share
     point = None if found.point is None else found.point.tolist()

@@ -9,18 +9,12 @@ import signal
 import pytest
 import torch
 from commands import on_ranks, read
-from complete_cases import write_complete
-from models import Net, build, region, specification
+from complete_cases import ROWS, branched, write_complete
 from ranks import RankPool, pool
 
-from lirpa_megatron import BoundedModule, parallelize
 from lirpa_megatron.cli.commands import main
-from lirpa_megatron.complete import SearchOptions, branch_and_bound, exploring, refinement, search
+from lirpa_megatron.complete import exploring, refinement, search
 from lirpa_megatron.complete.tree import tree_of
-from lirpa_megatron.parallel.replicas import ALONE, Replicas
-
-NET = Net(inputs=4, hidden=(8, 8), width=6, outputs=3)
-ROWS = 2
 
 
 def decided(offset, rounds, shared=True, before=None):
@@ -32,22 +26,8 @@ def decided(offset, rounds, shared=True, before=None):
         shared: whether replicas share the work.
         before: called with the number of batches before each.
     """
-    torch.set_default_dtype(torch.float64)
-    where = region(NET, eps=0.9, batch=2)
-    model = parallelize(build(NET).requires_grad_(False).eval())
-    C = specification(2, ROWS, NET.outputs)
-    graph = BoundedModule(model, where.center)
-    lower, _ = graph.compute_bounds(x=(where.bounded(),), C=C, method="CROWN")
-    torch.manual_seed(0)
-    points = where.random(2000)
-    with torch.no_grad():
-        y = model(points.flatten(0, 1)).view(2000, 2, -1)
-    least = torch.einsum("pbo,bso->pbs", y, C).amin(0)
-    # few steps: each takes the ranks several collectives
-    options = SearchOptions(
-        keep_tree=True, batch=2, tried=4, iterations=6, first_iterations=10,
-        refinement_iterations=4 if rounds else 0, refinement_domains=4,
-    )
+    # batches are small: each step takes the ranks several collectives
+    options = {} if rounds else {"refinement_iterations": 0}
     batches, halves = [], exploring.Explorer.halves
 
     def counted(self, parents):
@@ -61,10 +41,7 @@ def decided(offset, rounds, shared=True, before=None):
     search._GOALS, refinement._ROWS, refinement._DOMAINS, refinement._VALUES = 2, 4, 4, 4
     exploring.Explorer.halves = counted
     try:
-        found = branch_and_bound(
-            graph, where.bounded(), C, lower + offset * (least - lower), options=options,
-            replicas=Replicas.of_megatron() if shared else ALONE,
-        )
+        found = branched("relu", offset, shared=shared, batch=2, **options)
     finally:
         exploring.Explorer.halves = halves
         search._GOALS, refinement._ROWS, refinement._DOMAINS, refinement._VALUES = few

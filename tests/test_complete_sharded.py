@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Net, build, region, specification
+from complete_cases import NET, branched
+from models import build, region, specification
 from ranks import pool
 
 from lirpa_megatron import BoundedModule, parallelize
-from lirpa_megatron.complete import SearchOptions, branch_and_bound
+from lirpa_megatron.complete import SearchOptions
 from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.complete.refinement import Refinement
 from lirpa_megatron.complete.roots import bound_roots
 
-NET = Net(inputs=4, hidden=(8, 8), width=6, outputs=3)
-ROWS = 2
-
 
 def decided(net, offset, most):
     """Of one rank: what is found out of a network whose thresholds lie below CROWN's bounds by
     `offset` of the gap to a sampled minimum."""
-    torch.set_default_dtype(torch.float64)
-    where = region(net, eps=0.9, batch=2)
-    model = parallelize(build(net).requires_grad_(False).eval())
-    C = specification(2, ROWS, net.outputs)
-    graph = BoundedModule(model, where.center)
-    lower, _ = graph.compute_bounds(x=(where.bounded(),), C=C, method="CROWN")
-    torch.manual_seed(0)
-    points = where.random(2000)
-    with torch.no_grad():
-        y = model(points.flatten(0, 1)).view(2000, 2, -1)
-    least = torch.einsum("pbo,bso->pbs", y, C).amin(0)
-    thresholds = lower + offset * (least - lower)
-    # few steps: each takes the ranks several collectives
-    options = SearchOptions(
-        most_domains=most, keep_tree=True, batch=8, tried=4, iterations=6, first_iterations=10,
-        refinement_iterations=4, refinement_domains=4,
-    )
-    found = branch_and_bound(graph, where.bounded(), C, thresholds, options=options)
+    found = branched("relu", offset, net, most_domains=most)
     leaves = [(leaf.goal, leaf.splits, leaf.margin) for leaf in found.leaves]
     point = None if found.point is None else found.point.tolist()
     inner = {(c.box, c.number, c.sign): (c.bound, c.leaves) for c in found.claims}

@@ -18,6 +18,7 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.complete.agreement import from_rank_zero
 from lirpa_megatron.complete.bounding import ROUNDING
+from lirpa_megatron.complete.joint_rows import joint
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.crown.clean_values import value_at
 
@@ -75,7 +76,8 @@ class BoundedParts:
     """What a pass says of D parts."""
 
     margins: torch.Tensor
-    """Of each goal the best row's bound minus its threshold, [D, J] float64."""
+    """Of each goal the best row's bound minus its threshold, or that of all its rows together
+    (`joint_rows`), [D, J] float64."""
     proved: torch.Tensor
     """[D, J] bool"""
     scores: torch.Tensor
@@ -156,6 +158,14 @@ class PartBounder:
         margins = found.double().view(ends.shape) - ends
         rounding = ROUNDING * torch.finfo(found.dtype).eps
         sure = margins - rounding * (size.view(ends.shape) + ends.abs())
+        slopes = slopes.view(D, J, -1, slopes.shape[2])
+        points = points.view(slopes.shape)
+        if ends.shape[2] > 1:
+            all_rows = joint(slopes, constants.view(ends.shape), ends, low, high)
+            sum_sure = all_rows.margins - rounding * all_rows.size
+            margins = torch.cat([margins, all_rows.margins[..., None]], 2)
+            sure = torch.cat([sure, sum_sure[..., None]], 2)
+            points = torch.cat([points, all_rows.points[:, :, None].to(points)], 2)
         both, over = from_rank_zero(self.tp, torch.stack([margins, sure]), self.is_over())
         margins, sure = both[0].nan_to_num(nan=-torch.inf, posinf=-torch.inf), both[1]
         best, row = margins.max(2)
@@ -164,8 +174,7 @@ class PartBounder:
         left = parts.open & ~proved
         worst = torch.where(left, best, torch.inf).argmin(1)
         every = torch.arange(D, device=worst.device)
-        slopes = slopes.view(D, J, -1, slopes.shape[2])
-        points = points.view(slopes.shape)[every, worst, row[every, worst]]
+        points = points[every, worst, row[every, worst]]
         scores = self._scores(slopes[..., self.moving], left, parts.high - parts.low)
         both, _ = from_rank_zero(self.tp, torch.cat([scores, points], 1).double(), False)
         scores, points = both.to(low).split([len(self.moving), low.shape[1]], 1)
