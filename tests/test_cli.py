@@ -1,5 +1,6 @@
 """`lirpa-megatron` end to end, in this process (TP=1) and under torchrun."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -252,6 +253,25 @@ def test_help_shows_an_example(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 0 and "example" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked, answer", [
+    (["--name"], "lirpa_megatron"), (["supports", "--vnnlib-versions"], "1.0\n2.0"),
+    (["supports", "--onnx-element-types"], "real"), (["supports", "--hidden-node-theories"], "NH"),
+    (["supports", "--serialise-assignments"], "false"),
+], ids=str)
+def test_what_the_standard_asks_verifiers_is_answered(asked, answer, capsys):
+    with contextlib.suppress(SystemExit):  # of --name
+        assert main(asked) == 0
+    assert capsys.readouterr().out == f"{answer}\n"
+
+
+def test_supported_operators_are_the_importer_s(capsys):
+    assert main(["supports", "--onnx-operators"]) == 0
+    names = capsys.readouterr().out.split("\n")
+    assert {"Gemm", "Relu", "Softmax"} < set(names) and all(" " not in name for name in names)
+    assert main(["supports"]) == 2 and main(["supports", "--colours"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_version_is_shown(capsys):

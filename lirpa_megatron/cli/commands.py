@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lirpa_megatron.cli.arguments import parse_arguments
+from lirpa_megatron.cli.capabilities import CAPABILITIES
 from lirpa_megatron.cli.terminal import launched_as_rank0, print_error
 from lirpa_megatron.compat import requirements
 from lirpa_megatron.errors import SPMDError, UserError
@@ -38,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv, __version__)
         if arguments["command"] == "report":
             return _report(arguments)
+        if arguments["command"] == "supports":
+            if launched_as_rank0():
+                print("\n".join(CAPABILITIES[arguments["capability"]]()))
+            return 0
         _load_libraries()
     except (ImportError, UserError) as error:
         print_error(str(error))

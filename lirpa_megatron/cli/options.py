@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lirpa_megatron.cli.capabilities import NAME, add_capabilities
 from lirpa_megatron.cli.help import EXAMPLES, RESULTS
 from lirpa_megatron.cli.terminal import launched_as_rank0
 from lirpa_megatron.errors import UserError
@@ -82,12 +83,17 @@ def make_parser(version: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lirpa-megatron {version}")
+    parser.add_argument("--name", action="version", version=NAME, help="show the program's name")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_imports(commands)
     _add_inspect(commands)
     _add_verify(commands)
     _add_check(commands)
     _add_report(commands)
+    add_capabilities(_add_command(
+        commands, "supports", "Say what is supported, as the VNN-LIB standard asks verifiers.",
+        "example:\n  lirpa-megatron supports --onnx-operators",
+    ))
     return parser
 
 
