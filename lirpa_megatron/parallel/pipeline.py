@@ -193,8 +193,8 @@ class Pipeline:
         """Waits until all that was sent is under way, as this process may end next."""
         for sent in self._sent.values():
             for _, works in sent:
-                for work, _ in works:
-                    work.wait()
+                while works:  # gloo's can be waited for only once
+                    works.pop()[0].wait()
 
     def _receive(self, way: int) -> Message:
         try:

@@ -65,13 +65,13 @@ class StageLink:
     """
 
     def __init__(self, link: socket.socket, timeout: float) -> None:
+        self._link, self._last = link, None
+        self._queue: queue.SimpleQueue[Sent | None] | None = None
         link.settimeout(None)  # python's own timeouts would wait in writes that must not
         seconds = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             link.setsockopt(socket.SOL_SOCKET, option, seconds)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self._link, self._last = link, None
-        self._queue: queue.SimpleQueue[Sent | None] | None = None
 
     def send(self, data: memoryview) -> Sent:
         """Begins to send bytes, which must not be changed before they are."""
