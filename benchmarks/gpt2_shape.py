@@ -33,7 +33,7 @@ MOST = {"segment": 8, "words": 3, "ball": 1}
 VOCABULARY, HIDDEN, HEADS = 50304, 768, 12
 
 
-def _model(layers: int, length: int):
+def model_of(layers: int, length: int):
     """The rank's part of the model."""
     import torch
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -71,7 +71,7 @@ def _model(layers: int, length: int):
     return model
 
 
-class _Sets:
+class Sets:
     """The set of radius r, and points of it."""
 
     def __init__(self, kind: str, model, ids) -> None:
@@ -125,7 +125,7 @@ class _Sets:
         return self.x.index_put(place, self.x[0, self.place] + moved)
 
 
-def _attacked(sets: _Sets, logits_of, target: int) -> float:
+def _attacked(sets: Sets, logits_of, target: int) -> float:
     """The smallest radius of a grid at which gradient steps find another next word."""
     import torch
 
@@ -157,11 +157,11 @@ def _one(task: dict) -> dict:
 
     torch.set_num_threads(1)
     with runtime.session(), torch.no_grad():
-        model = _model(task["layers"], task["tokens"])
+        model = model_of(task["layers"], task["tokens"])
         drawn = torch.Generator().manual_seed(3)
         ids = torch.randint(0, VOCABULARY, (1, task["tokens"]), generator=drawn)
         view = at_position(model, -1)
-        sets = _Sets(task["set"], model, ids)
+        sets = Sets(task["set"], model, ids)
         memory = PeakMemory()
         logits = BoundedModule(view, (sets.x,))
         target = logits.forward(sets.x).argmax(-1)

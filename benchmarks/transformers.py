@@ -1,11 +1,12 @@
 """Time and memory of CROWN for transformers: plain auto_LiRPA against this package at TP=1, 2, 4.
 
     python benchmarks/transformers.py [--layers 1 3 6] [--sequence 8 16] [--modes plain tp1 tp2 tp4]
-        [--method CROWN] [--quick] [--profile] [--moves auto] [--limit 600] [--device cpu]
-        [--auto-lirpa FOLDER] [--json FILE]
+        [--method CROWN] [--word N] [--quick] [--profile] [--moves auto] [--limit 600]
+        [--device cpu] [--auto-lirpa FOLDER] [--json FILE]
 
 A GPTModel of megatron-core (hidden 128, FFN 512, 4 heads, tanh GELU, random weights): margins of
-the next token at the last position over eight others, every embedding perturbed by eps in L-inf,
+the next token at the last position over eight others, every embedding (or that of one word)
+perturbed by eps in L-inf,
 all intermediate bounds by CROWN. 'plain' is the same function in torch, unsharded, and bounded by
 auto_LiRPA 0.7.1 with its defaults (0.3 cannot build it).
 
@@ -90,7 +91,12 @@ def _build(task):
         bounded, others = _ours(plain, x, task)
 
     def bound():
-        ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), eps=task["eps"]))
+        given = {"eps": task["eps"]}
+        if task.get("word"):
+            eps = torch.zeros_like(x)
+            eps[:, task["word"] - 1] = task["eps"]
+            given = {"x_L": x - eps, "x_U": x + eps}
+        ball = BoundedTensor(x, PerturbationLpNorm(norm=float("inf"), **given))
         with torch.set_grad_enabled(task["method"] == "CROWN-Optimized"):
             bounds = bounded.compute_bounds(x=(ball, *others), method=task["method"])
         if x.is_cuda:
@@ -185,6 +191,7 @@ def main() -> None:
     parser.add_argument("--sequence", nargs="+", type=int, default=[8, 16])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--eps", type=float, default=1e-3)
+    parser.add_argument("--word", type=int, help="the only embedding that moves, from 1 on")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one mode")
     parser.add_argument("--method", default="CROWN", choices=("CROWN", "CROWN-Optimized"))
     parser.add_argument("--moves", default="auto", choices=("auto", "A", "weights"),
@@ -215,7 +222,7 @@ def main() -> None:
             for mode in modes:
                 task = {"layers": layers, "sequence": sequence, "mode": mode,
                         "moves": arguments.moves, "method": arguments.method,
-                        "device": arguments.device,
+                        "device": arguments.device, "word": arguments.word,
                         "eps": arguments.eps, "profile": arguments.profile and mode != "plain"}
                 found[mode] = launch(
                     __file__, task, MODES[mode], arguments.limit, arguments.auto_lirpa

@@ -135,7 +135,9 @@ class CenteredRows:
         return placed
 
 
-def bound_centered(graph: Passes, node: auto_lirpa.Bound, attend: Operator) -> LinearFormBounds:
+def bound_centered(
+    graph: Passes, node: auto_lirpa.Bound, attend: Operator, first: int = 0
+) -> LinearFormBounds:
     """Bounds scores relative to their weighted mean: t_ij = s_ij - sum_k p_ik s_k; 0 where masked.
 
     Adding a constant to all scores of a query does not change its softmax, and most of the scores'
@@ -145,13 +147,21 @@ def bound_centered(graph: Passes, node: auto_lirpa.Bound, attend: Operator) -> L
         graph: the bound graph.
         node: the scores.
         attend: the operator that reads them.
+        first: how many queries stand still: theirs are the clean scores.
     """
-    p = attend.clean_weights()
-    rows = CenteredRows(p, (~attend.masked()).any(0))
+    p, masked = attend.clean_weights(), attend.masked()
+    keep = (~masked).any(0)
+    keep[:, :first] = False
+    rows = CenteredRows(p, keep)
     ranks = graph.context.collectives.size
     found = graph.schedule.run(node, rows, ranks > 1, form=True)
     lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
     form = None if found.form is None else found.form.view(rows.place)
+    if first:
+        s, own = attend.value_of(0)[..., :first, :], p[..., :first, :]
+        still = (s - (own * s).sum(-1, keepdim=True)).masked_fill(masked[..., :first, :], 0.0)
+        for x in (lower, upper) if form is None else (lower, upper, form.center):
+            x[..., :first, :] = still
     return LinearFormBounds(lower, upper, form, p)
 
 

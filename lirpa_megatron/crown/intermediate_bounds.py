@@ -20,8 +20,10 @@ from lirpa_megatron.crown.relu_sparsity import (
     unstable_rows,
     with_rows,
 )
+from lirpa_megatron.crown.still_rows import StillRows
 from lirpa_megatron.forward.method import forward_range
 from lirpa_megatron.operators import cut_with_range
+from lirpa_megatron.operators.affine.form import AffineForm
 from lirpa_megatron.operators.numerics import without_nan
 from lirpa_megatron.problem.perturbations import is_box
 
@@ -41,6 +43,7 @@ class Intermediate:
         self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
         self.relus = between_linears(graph.named_nodes().values())
         self.with_alpha: dict[str, UnstableRows | None] = {}
+        self.still = StillRows(graph)
         self._without_alpha = 0
 
     @property
@@ -85,7 +88,8 @@ class Intermediate:
             attend, known = None, forward_range(graph, node)
         if attend is not None:
             node.lower, node.upper = self.ibp(node)
-            call.centered[node.name] = bound_centered(graph, node, attend)
+            first = self.still.first(node)
+            call.centered[node.name] = bound_centered(graph, node, attend, first)
             call.to_be_read(node.name, {attend.name})
         elif known is not None:
             node.lower, node.upper = known
@@ -96,12 +100,9 @@ class Intermediate:
                 if use and getattr(reader, "asks_directions", False):
                     found = graph.schedule.directions.along(node, reader.directions())
                     call.directions[reader.name] = found.mapped(reader.of_vectors)
-            others = self.with_alpha.get(node.name) is not None  # rows of alpha, these are all
-            with self.without_alpha() if others else contextlib.nullcontext():
-                bounds = graph.schedule.run(node, None, self.tp.size > 1, form=bool(use))
-            node.lower, node.upper = bounds.shaped(node.output_shape[1:])
-            if bounds.form is not None:
-                call.forms[node.name] = bounds.form
+            form = self._by_rows(node, bool(use))
+            if form is not None:
+                call.forms[node.name] = form
                 call.to_be_read(node.name, use)
         found = without_nan(node.lower, node.upper)
         if use and self._is_activation(node):
@@ -111,6 +112,20 @@ class Intermediate:
         if node.name in graph.reference_bounds:
             found = _tighter(found, graph.reference_bounds[node.name])
         node.lower, node.upper = found
+
+    def _by_rows(self, node: auto_lirpa.Bound, form: bool) -> AffineForm | None:
+        """Bounds by a pass for all rows but those of positions that stand still, and the form."""
+        schedule, first = self.graph.schedule, self.still.first(node)
+        if first:
+            rows = self.still.rows(node, first)
+            bounds = schedule.run(node, None, self.tp.size > 1, form=form, rows=rows)
+            node.lower, node.upper, found = self.still.whole(node, first, bounds)
+            return found
+        others = self.with_alpha.get(node.name) is not None  # rows of alpha, these are all
+        with self.without_alpha() if others else contextlib.nullcontext():
+            bounds = schedule.run(node, None, self.tp.size > 1, form=form)
+        node.lower, node.upper = bounds.shaped(node.output_shape[1:])
+        return bounds.form
 
     def _is_activation(self, node: auto_lirpa.Bound) -> bool:
         """Whether the node reads bounds of its one input; of a stage's input: what it stands for.

@@ -163,7 +163,7 @@ class RowSchedule:
                 forms = order.in_order(self.tp.gather_results(forms))
             elif gather:
                 forms = self._gathered_in_chunks(forms, S, order.limit)
-            shape = start.output_shape[1:] if C is None else (S,)
+            shape = start.output_shape[1:] if C is None and rows is None else (S,)
             bounds.form = task.inputs.form(forms, shape)
         return bounds
 

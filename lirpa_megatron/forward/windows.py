@@ -151,14 +151,14 @@ def _rows_of(x: torch.Tensor, first: int, length: int) -> torch.Tensor:
 
 
 def window(
-    order: Sequence[Any], final: Any, symbols: Mapping[str, Symbols], value_of: Value,
+    order: Sequence[Any], final: Any | None, symbols: Mapping[str, Symbols], value_of: Value,
     largest: Callable[[torch.Tensor], torch.Tensor],
 ) -> Window | None:
     """The window of a pass; None: all positions may move.
 
     Args:
-        order: the nodes that `final` is computed from, each after its inputs.
-        final: the node that is bounded.
+        order: the nodes of the pass, each after its inputs, the last one after all.
+        final: the node that is bounded, which has all positions; None: it may have a window.
         symbols: of the perturbed inputs, by name.
         value_of: a node's value at the clean input.
         largest: of all ranks' numbers.
@@ -170,9 +170,11 @@ def window(
     length = shape[1]
     first = min(_still(own, value_of(leaves[name]), length) for name, own in symbols.items())
     cut = _cut(order, frozenset(leaves), length, first) if 0 < first < length else None
-    if cut is None or final.name in cut or not _blind(order, cut, first, value_of):
+    if cut is None or not _blind(order, cut, first, value_of):
         first = 0
-    own = value_of(final).new_full((), length - first)
+    if final is not None and cut is not None and final.name in cut:
+        first = 0
+    own = value_of(order[-1]).new_full((), length - first)
     first = length - int(largest(own))
     return Window(first, cut) if first else None
 
@@ -185,6 +187,8 @@ def _still(own: Symbols, clean: torch.Tensor, length: int) -> int:
     moves = (own.centre != clean).any(-1).any(0)
     step = max(1, _ONCE // clean.numel())
     for at in range(0, own.count, step):
+        if moves[0]:
+            return 0
         moves = moves | own.directions(at, min(step, own.count - at)).any(-1).any(0).any(0)
     places = moves.nonzero().flatten()
     return int(places[0]) if len(places) else length

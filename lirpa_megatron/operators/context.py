@@ -99,6 +99,8 @@ class CallState:
     """Node name -> bytes of the rank's `sharded_relaxation` of the node."""
     ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
     """Node name -> bounds from a forward pass, once the call has made one."""
+    window: Any = False
+    """The positions that move (`forward.windows`); None: all; False: not looked for yet."""
     _unread: dict[str, set[str]] = field(default_factory=dict)
 
     def to_be_read(self, node: str, operators: set[str]) -> None:
