@@ -259,7 +259,7 @@ def test_intervals_are_cut_where_boxes_cannot_be(one_thread):
 
 # ------------------------------------------------------------------------ tensor parallelism
 
-NET = Net(inputs=4, hidden=(8, 8), width=6, outputs=3, acts=("tanh", "sigmoid"))
+NET = Net(inputs=4, hidden=(4, 4), width=4, outputs=3, acts=("tanh", "sigmoid"))
 
 
 def decided(net, offset, most):
