@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.complete.roots import OperatorPlace, bound_roots
 from lirpa_megatron.complete.split_curve import CurveLines, SplitCurve, refitted
+from lirpa_megatron.complete.state import StateError
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.operators.coefficients import LowerUpper
 from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
@@ -237,6 +239,27 @@ def test_bounds_of_a_domain_hold_in_it_and_do_not_fall_at_a_split(seed, one_thre
                     assert found.margins[d] <= true.amin() + 1e-9  # rounding of sums of size 100
             parents = found.batch
     assert checked >= 6
+
+
+def test_a_search_goes_on_from_where_it_was_ended(one_thread):
+    model, low, high, rows = network_of(5)
+    ends = least(model, low, high, rows)[None] - 0.05
+
+    def search(**options):
+        return branch_and_bound(
+            model, boxed(low[None], high[None]), rows[None], ends,
+            options=SearchOptions(branching="nonlinear", keep_tree=True, **options),
+        )
+
+    ended = search(most_domains=30)
+    nodes = [node for tree in ended.state.trees.values() for node in tree]
+    assert ended.status == "unknown" and any(isinstance(node, tuple) for node in nodes)
+    found = search(start=ended.state)
+    assert found.status == "proved" and found.leaves and found.domains > ended.domains
+    goal = next(iter(ended.state.trees))
+    moved = replace(ended.state, trees={**ended.state.trees, goal: ((0, 0.1), -2, -2)})
+    with pytest.raises(StateError, match="neuron 0 is split at 0.1, which no number of float32"):
+        search(start=moved)
 
 
 # ---------------------------------------------------------------------------- what is chosen

@@ -26,7 +26,6 @@ from lirpa_megatron.operators.elementwise.curves import Curve
 from lirpa_megatron.operators.elementwise.intervals import within
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
-
 _LARGEST = torch.finfo(torch.float32).max
 
 
