@@ -42,8 +42,8 @@ from lirpa_megatron.operators.elementwise.tangent_lines import Relaxation, Tange
 from lirpa_megatron.operators.numerics import least_product, row_sum
 
 _FAR = tuple(i / 8 for i in range(9))
-_NEAR = tuple(sign / 2**i for i in (4, 5, 6, 7) for sign in (1, -1))
-"""Alpha that is tried, and then around the best one."""
+_NEAR = tuple(tuple(i / n for i in range(-4, 5) if i) for n in (64, 512))
+"""Alpha that is tried, and then around the best one, twice."""
 _NOISE = 256
 """Units in the last place by which what is equal may differ between ranks' sums."""
 
@@ -254,8 +254,8 @@ def refitted(
     """
     slope, _ = before.used(A, alpha)
     best = alpha
-    for steps in (_FAR, _NEAR):
-        around = best if steps is _NEAR else torch.zeros_like(best)
+    for steps in (_FAR, *_NEAR):
+        around = torch.zeros_like(best) if steps is _FAR else best
         tried = torch.cat([best, *((around + step).clamp(0, 1) for step in steps)])
         count = len(steps) + 1
         A_all, gamma_all, slopes = (t.repeat(count, 1, 1) for t in (A, gamma, slope))
