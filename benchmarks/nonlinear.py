@@ -18,7 +18,7 @@ import json
 import time
 from pathlib import Path
 
-SEED, SHARES = 0, (0.1, 0.2, 0.3)
+SEED, SHARES = 0, (0.02, 0.05, 0.1)
 KINDS = {"tanh": "Tanh", "sigmoid": "Sigmoid", "gelu": "GELU", "silu": "SiLU"}
 
 

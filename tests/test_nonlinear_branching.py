@@ -88,7 +88,9 @@ def check_verdict(seed):
     return found.domains
 
 
-@pytest.mark.parametrize("first", range(0, 30, 10))
+@pytest.mark.parametrize("first", [
+    0, *(pytest.param(first, marks=pytest.mark.slow) for first in (10, 20))
+])
 def test_verdicts_are_those_of_a_dense_search(first, one_thread):
     assert sum(check_verdict(seed) for seed in range(first, first + 10)) > 40
 
@@ -311,8 +313,9 @@ def decided(net, offset, most):
 
 
 @pytest.mark.parametrize("offset, most, status", [
-    (0.7, None, "proved"), (0.95, 60, "unknown"),
-    pytest.param(1.05, None, "refuted", marks=pytest.mark.slow),
+    (0.7, None, "proved"),
+    *(pytest.param(*case, marks=pytest.mark.slow)
+      for case in ((0.95, 60, "unknown"), (1.05, None, "refuted"))),
 ])
 def test_verdicts_bounds_and_trees_of_two_ranks_are_those_of_one(offset, most, status):
     want = decided(NET, offset, most)
