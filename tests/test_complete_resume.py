@@ -256,10 +256,11 @@ def test_trees_are_written_and_read_as_they_are():
             split_leaves(wrong, 9)
 
 
-def gone_on(branching):
+def gone_on(branching, shared=False):
     """Of one rank: what is found out by a search that goes on where another one had its limit."""
-    first = branched(branching, 0.9 if branching == "relu" else 0.6, most_domains=12)
-    then = branched(branching, 0.9 if branching == "relu" else 0.6, start=first.state)
+    how = {"branching": branching, "offset": 0.9 if branching == "relu" else 0.6, "shared": shared}
+    first = branched(**how, most_domains=12)
+    then = branched(**how, start=first.state)
     return first.status, then.status, then.domains, then.bound, first.state
 
 
@@ -274,6 +275,13 @@ def test_two_ranks_go_on_alike(branching):
         assert got[:3] == want[:3] and got[4].trees == want[4].trees
         # sums over ranks in another order, in float64
         assert got[3] == pytest.approx(want[3], abs=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("branching", STEP)
+def test_two_replicas_go_on_together(branching):
+    for got in pool(2, 1).run(gone_on, branching, True):
+        assert got[:2] == ("unknown", "proved") and got[3] > 0
 
 
 def test_bounds_that_do_not_hold_are_found_out_at_the_end():
