@@ -1,4 +1,4 @@
-"""The sentiment classifier of `sst.py`: its data, its training, its file.
+"""The sentiment classifiers of `sst.py` and `depth.py`: their data, their training, their file.
 
 The plain transformer of `transformer_models` on word embeddings; weights are kept in a file.
 """
@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "sst"
-HIDDEN, FFN, HEADS, LAYERS, LENGTH = 64, 256, 4, 2, 24
+HEADS, LENGTH = 4, 24
+SIZES = {"layers": 2, "hidden": 64, "ffn": 256}
 
 
 def read(split: str) -> list[dict]:
@@ -25,12 +26,30 @@ def words_of(record: dict) -> list[str]:
     return record["sentence"].lower().split()
 
 
-def train(path: Path, epochs: int = 5) -> None:
-    """Trains the classifier and writes what `load` reads."""
+def parts_of(sizes: dict, words: int, parts: tuple[str, ...] = ()):
+    """The classifier: embeddings of words and of places, and the transformer."""
+    from torch import nn
+    from transformer_models import Plain
+
+    return nn.ModuleDict({
+        "words": nn.Embedding(words, sizes["hidden"]),
+        "places": nn.Embedding(LENGTH, sizes["hidden"]),
+        "body": Plain(sizes["layers"], sizes["hidden"], sizes["ffn"], HEADS, 2, parts=parts),
+    })
+
+
+def train(path: Path, epochs: int = 5, sizes: dict = SIZES, warmup: int = 1) -> None:
+    """Trains the classifier and writes what `load` reads: the epoch best on the dev set.
+
+    Args:
+        path: the file to write.
+        epochs: over all of the training set.
+        sizes: as `SIZES`.
+        warmup: batches over which the learning rate grows to its full size.
+    """
     import torch
     import torch.nn.functional as F
     from torch import nn
-    from transformer_models import Plain
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -47,11 +66,11 @@ def train(path: Path, epochs: int = 5) -> None:
         return ids, torch.tensor([record["label"] for record in records[split]])
 
     (ids, labels), (dev_ids, dev_labels) = tensors("train"), tensors("dev")
-    words, places = nn.Embedding(len(vocabulary), HIDDEN), nn.Embedding(LENGTH, HIDDEN)
+    model = parts_of(sizes, len(vocabulary))
+    words, places, body = model["words"], model["places"], model["body"]
     nn.init.normal_(places.weight, std=0.1)
-    body = Plain(LAYERS, HIDDEN, FFN, HEADS, 2)
-    model = nn.ModuleDict({"words": words, "places": places, "body": body})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup))
     best = 0.0
 
     def logits(x):
@@ -66,27 +85,24 @@ def train(path: Path, epochs: int = 5) -> None:
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            schedule.step()
         with torch.no_grad():
             right = (logits(dev_ids).argmax(-1) == dev_labels).float().mean().item()
         print(f"epoch {epoch + 1}: dev accuracy {right:.4f}", file=sys.stderr)
         if right > best:
             best = right
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"vocabulary": vocabulary, "accuracy": best,
+            torch.save({"vocabulary": vocabulary, "accuracy": best, "sizes": sizes,
                         "weights": model.state_dict()}, path)
 
 
 def load(path: Path, parts: tuple[str, ...]):
     """(body, function: words -> ids [1, S], function: ids -> hidden [1, S, h])."""
     import torch
-    from torch import nn
-    from transformer_models import Plain
 
     saved = torch.load(path)
     index = {word: i for i, word in enumerate(saved["vocabulary"])}
-    body = Plain(LAYERS, HIDDEN, FFN, HEADS, 2, parts=parts)
-    model = nn.ModuleDict({"words": nn.Embedding(len(index), HIDDEN),
-                           "places": nn.Embedding(LENGTH, HIDDEN), "body": body})
+    model = parts_of(saved.get("sizes", SIZES), len(index), parts)
     model.load_state_dict(saved["weights"])
     model.eval().requires_grad_(False)
 
@@ -96,4 +112,4 @@ def load(path: Path, parts: tuple[str, ...]):
     def embed(ids):
         return model["words"](ids) + model["places"].weight[: ids.shape[1]]
 
-    return body, encode, embed
+    return model["body"], encode, embed

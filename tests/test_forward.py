@@ -83,6 +83,39 @@ def test_every_node_stays_in_its_affine_form_for_all_sets(name):
     check_balls(name, BALLS)
 
 
+def check_error_symbols(name, balls, kept):
+    bounded = BoundedModule(*inputs_of(name, eps=0.0), bound_opts={"kept_errors": kept})
+    for ball in balls:
+        forms = check_forms(bounded, inputs_of(name, **BALLS[ball])[1])
+        own = len(next(iter(forms.values())).c)
+        assert max(len(form.c) for form in forms.values()) > own
+
+
+@pytest.mark.parametrize("name, ball, kept", [
+    ("gpt", "one word's box", 40), ("llama", "a hull", 1000), ("bert", "a wide box", 100),
+])
+def test_nodes_stay_in_forms_with_symbols_of_errors(name, ball, kept):
+    check_error_symbols(name, [ball], kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [1, 60, 3000])
+@pytest.mark.parametrize("name", [*MODELS[:4], MODELS[5]])
+def test_nodes_stay_in_forms_with_symbols_of_errors_for_all_sets(name, kept):
+    check_error_symbols(name, BALLS, kept)
+
+
+def test_symbols_of_errors_tighten_bounds_of_many_dimensions():
+    view, inputs = inputs_of("gpt", eps=0.03, positions=[3])
+    widths = []
+    for kept in (0, 20, 1000):
+        bounded = BoundedModule(view, inputs, bound_opts={"kept_errors": kept})
+        with torch.no_grad():
+            lower, upper = bounded.compute_bounds(inputs, method="forward")
+        widths.append(float((upper - lower).mean()))
+    assert widths[2] < widths[1] < widths[0]
+
+
 def check_segments(name, cases):
     for count, order, radius in cases:
         view, inputs = segments(name, count, radius)

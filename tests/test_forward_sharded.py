@@ -43,3 +43,15 @@ def test_norms_of_queries_and_keys_count_once_however_many_ranks_compute_them(na
 def test_in_float32_too():
     many = pool(2).run(case_bounds, "gpt", torch.float32, FORWARD, 1e-3)[0]
     check_same(one("gpt", torch.float32), many, torch.float32)
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    ("gpt", 2), *(pytest.param(name, size, marks=_SLOW) for name, size in (
+        ("llama", 2), ("bert", 2), ("gpt", 4), ("bert", 4))),
+])
+def test_errors_that_are_symbols_are_those_of_one_device(name, size):
+    needs_query_groups(GROUPS.get(name, 4), size)
+    options = {"kept_errors": 150}
+    want = pool(1).run(case_bounds, name, torch.float64, FORWARD, 1e-3, options)[0]
+    many = pool(size).run(case_bounds, name, torch.float64, FORWARD, 1e-3, options)[0]
+    check_same(want, many, torch.float64)

@@ -67,6 +67,14 @@ def test_transformers(kind, tp, pp, method):
     check(kind, tp, pp, (), method)
 
 
+@pytest.mark.parametrize(("kind", "tp", "pp"), [
+    ("gpt", 1, 2), pytest.param("llama", 1, 4, marks=_SLOW),
+    pytest.param("bert", 2, 2, marks=_SLOW),
+])
+def test_errors_of_transformers_go_on_as_symbols(kind, tp, pp):
+    check(kind, tp, pp, (), "forward", kept_errors=50)
+
+
 def _gradients():
     from lirpa_megatron import BoundedModule
 

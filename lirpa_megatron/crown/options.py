@@ -79,6 +79,12 @@ class OwnOptions:
     form_symbols: int = 1024
     """Forward methods: how many errors of relaxations keep a symbol of their own (networks without
     tokens); others are bounded by boxes and balls."""
+    kept_errors: int | None = None
+    """Forward methods, networks with tokens, order 1: how many errors of relaxations go on from
+    layer to layer as symbols of their own, besides one for each number of a norm's input. Tighter,
+    and as many more coefficients. 0 in training, with norms of queries and keys, and where ranks
+    share keys. None: 3072 for sets of at least 64 dimensions where norms' inputs have at most 2048
+    numbers [positions x hidden], otherwise 0."""
     adjoint_rows: int = 64
     """Forward methods: for how many rows of the specification, those with the least lower bounds,
     the errors are bounded through the linearised network, one backward pass each."""
@@ -117,9 +123,9 @@ class OwnOptions:
         if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
             raise ValueError(f"pass_memory is {memory!r}: give a number of MiB above 0")
         for name, least in (("order", 1), ("form_symbols", 0), ("adjoint_rows", 0),
-                            ("refined_rows", 0)):
+                            ("kept_errors", 0), ("refined_rows", 0)):
             value = getattr(self, name)
-            if value is None and name == "refined_rows":
+            if value is None and name in ("kept_errors", "refined_rows"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")

@@ -167,6 +167,7 @@ class StageService:
         fields, tensors = FarForm(
             form, run.domain.groups, run.symbols_left, run.tokens,
             [] if run.shares is None else run.shares.blocks, (run.costs.way, run.costs.spent),
+            run.kept, 0 if run.errors is None else len(run.errors.groups),
         ).packed()
         self._answer(message, tensors, form=fields)
 

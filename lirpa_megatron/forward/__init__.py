@@ -11,8 +11,9 @@ pass for each monomial, and there is no row for each neuron, as CROWN has.
     shares        which symbols are whose at replicated nodes
     shared_domain bounds from each rank's own symbols
     inputs        perturbation sets as symbols
+    error_symbols errors of relaxations as symbols of their own
     rules         which rule an operator has: one table
-    *_rules       the rules: linear, elementwise, products, norms, attention
+    *_rules       the rules: linear, elementwise, products, norms, scores, attention
     propagation   runs the rules over a bound graph
     adjoint       the errors of all relaxations, by rows through the linearised network
     method        `compute_bounds(method="forward")` and "forward+backward"
@@ -20,7 +21,8 @@ pass for each monomial, and there is no row for each neuron, as CROWN has.
 Sharded as the forward pass is: at a sharded node each rank has its own features of all monomials,
 at a replicated node all features of its own symbols (`shares`). Polynomials of degree 2 and more,
 and sets of fewer than two symbols for each rank, are whole on all ranks at replicated nodes: there
-they have few monomials, and norms multiply them with one another. So are forms there that come from
+they have few monomials, and norms multiply them with one another. So are forms of networks with
+tokens where errors are symbols (`error_symbols`), and forms there that come from
 operators whose rule is not marked (`rules.reading_shares`), which first get all symbols. Centres,
 boxes and balls are always replicated. Communication is that of the operators' own forward passes,
 `ranks` and `shares`.

@@ -1,19 +1,18 @@
-"""The rules of attention: scores s = scale q k^T, and softmax(s) v.
-
-**Scores.** The product of the polynomials. Beyond degree p: by the norms of the parts; the parts of
-lowest excess degree, and all of a single symbol, by the products themselves (`pair_excess`). For a
-shift of all scores of a query the softmax is the same, so keys are counted from their mean. With
-R_q = a, R_k = b,
-
-    R_s = scale (<a, k0> + <q0, b>) + e,   |e| <= scale (|a| dk + dq |b| + |a| |b|) + excess,
-
-dq and dk the norms of the polynomials' deviations. The reader of the scores is told of these parts
-(`ScoreRemainder`): a ball of all queries' errors does less to a softmax than boxes of all scores.
+"""The rule of softmax(s) v: attention behind its scores (`score_rules`).
 
 **Softmax.** With p0 the softmax of the scores' centres and t = s - sum_k p0_k s_k without its
-centre, p = p0 e^t / sum_k p0_k e^t_k, and the sum is at least 1 (Jensen). e^t and the reciprocal of
-the sum are expanded by Taylor's formula, the product of the two is truncated; D_p bounds what is
-left out, and p <= 1 in any case. R_s moves the weights by J R_s + bent, J the Jacobian at p0:
+centre, p = p0 e^t / Z, Z = sum_k p0_k e^t_k, and Z is at least 1 (Jensen).
+
+Degree 1: p = p0 (1 + t) + d, sum d = 0. With |t| <= S, e^t - 1 - t lies in [0, rho],
+rho = S^2 (1/2 + S e^S / 6), sum p0 t = 0, so Z lies in [1, 1 + zeta], zeta = sum p0 rho, and
+
+    d + kappa p0 = p0 rho / 2 + D_p e,   |e| <= 1,  D_p = p0 (rho / 2 + zeta (S + rho)),
+
+kappa = 1 - 1/Z <= zeta. The left side and d do the same to v', whose mean under p0 is 0; to the
+values' deviations d does at most D_v = p0 (rho + zeta (S + rho) + zeta). What p0 rho / 2 does to
+v0 goes to the centre (`shift`). Higher degrees: e^t and 1/Z are expanded by Taylor's formula, the
+product of the two is truncated; D_p = D_v bound what is left out. In any case |d| <= 1 + |w|, w the
+polynomial. R_s moves the weights by J R_s + bent, J the Jacobian at p0:
 
     J(x) differs from J(p0), measured by |x|_w^2 = sum p0 (x/p0)^2, by at most theta (2 + theta),
     theta = max |p/p0 - 1| over the set.
@@ -21,7 +20,10 @@ left out, and p <= 1 in any case. R_s moves the weights by J R_s + bent, J the J
 **Values.** y = sum_j p_j v_j; with v'_j = v0_j - sum_k p0_k v0_k and sum (p - p0) = 0
 
     R_y = sum p0 R_v + sum (J R_s)_j v'_j            (linear in R)
-        + D + sum D_p v' + ...                       (fresh)
+        + D + sum D_p e v' + ...                     (fresh)
+
+D bounds what the product w v has beyond degree p. The errors e of single weights, each with its
+direction v'_j, are `columns`.
 
 The ball of sum_j p0_j x_j v'_j is at most kV |x|_p0, kV the largest singular value of the rows
 p0_j^(1/2) v'_j, and |R_s|_p0 is at most kK |a| + |q0| (sum p0 |b|^2)^(1/2) + ..., kK that of the
@@ -42,28 +44,17 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.forward.error_symbols import product_range
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, times
 from lirpa_megatron.forward.polynomials import compose, excess, padded
 from lirpa_megatron.forward.rules import by_intervals, rule_for
+from lirpa_megatron.forward.score_rules import head_balls, length, outer, turned
 from lirpa_megatron.operators.affine.products import largest_eigenvalue
-from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.attention.softmax_weights import masked_softmax
 from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 
 _FAR = 80.0
-
-
-def _length(x: torch.Tensor) -> torch.Tensor:
-    return safe_root(x.square().sum(-1))
-
-
-def _outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return times(a.unsqueeze(-1), b.unsqueeze(-2))
-
-
-def _turned(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(-1, -2)
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -77,102 +68,8 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _singular(x: torch.Tensor) -> torch.Tensor:
     """The largest singular value of [..., m, n], rounded up."""
-    gram = x @ _turned(x) if x.shape[-2] <= x.shape[-1] else _turned(x) @ x
+    gram = x @ turned(x) if x.shape[-2] <= x.shape[-1] else turned(x) @ x
     return safe_root(largest_eigenvalue(gram)) * (1 + 10 * ROUNDING[x.dtype])
-
-
-def _head_balls(run: Any, node: Any, x: Form, box: torch.Tensor) -> torch.Tensor:
-    """The ball of each head, [B, n, T].
-
-    Args:
-        run, node: of the operator that reads x.
-        x: [.., T, n d].
-        box: its box by heads, [B, n, T, d].
-    """
-    whole = run.ranks(node).enter(x.plain_ball()).unsqueeze(1)  # [B, 1, T]
-    found = torch.minimum(_length(box), whole.expand(box.shape[:-1]))
-    if x.heads is not None and x.heads.shape[-1] == found.shape[1]:
-        found = torch.minimum(found, _turned(x.heads))
-    return found
-
-
-def pair_excess(
-    run: Any, q: torch.Tensor, k: torch.Tensor, nq: list[torch.Tensor], nk: list[torch.Tensor]
-) -> torch.Tensor:
-    """Bound of what <q_i, k_j> has beyond degree p.
-
-    Args:
-        q, k: [M, B, n, Q or S, d].
-        nq, nk: norms of their parts, [B, n, Q or S].
-
-    Returns:
-        [B, n, Q, S].
-    """
-    p, domain, algebra = run.order, run.domain, run.algebra
-    if domain.is_interval:
-        total: Any = 0
-        for t in range(p + 1, 2 * p + 1):
-            terms = [q[m] @ _turned(k[t - m]) for m in range(t - p, p + 1)]
-            total = total + sum(terms[1:], terms[0]).abs()
-        return total
-    total = 0
-    for m in range(1, p + 1):
-        for n in range(p + 1 - m, p + 1):
-            bound = _outer(nq[m], nk[n])
-            if m + n == p + 1 and p > 1:
-                f, g = algebra.part(q, m), algebra.part(k, n)
-                at_corners = domain.is_simplex
-                if at_corners:
-                    f, g = domain.controls(f, m), domain.controls(g, n)
-                exact = None
-                for each in f:
-                    values = (each @ _turned(g)).abs()
-                    values = values.amax(0) if at_corners else values.sum(0)
-                    if exact is None:
-                        exact = values
-                    else:
-                        exact = torch.maximum(exact, values) if at_corners else exact + values
-                bound = torch.minimum(bound, exact)
-            total = total + bound
-    return total
-
-
-@rule_for(BoundScores)
-def scores(run: Any, node: Any, inputs: Inputs) -> Outcome:
-    """q [.., Q, n d], k [.., S, g d] -> s [.., n, Q, S]. See above."""
-    if not all(isinstance(x, Form) for x in inputs):
-        inputs = [x if isinstance(x, Form) else run.constant(x, y)
-                  for x, y in zip(inputs, node.inputs, strict=True)]
-    xq, xk = inputs
-    groups = xk.shape[-1] // node.head_dim
-
-    def queries(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, node.head_dim)).transpose(-2, -3)
-
-    heads = xq.shape[-1] // node.head_dim
-
-    def keys(x: torch.Tensor) -> torch.Tensor:
-        return queries(x).repeat_interleave(heads // groups, dim=-3)
-
-    cq, ck = padded(xq.c, xk.c)
-    q, k = queries(cq), keys(ck)
-    mean = k[0].mean(-2, keepdim=True)
-    k = torch.cat((k[:1] - mean, k[1:]))
-    a = _head_balls(run, node, xq, queries(xq.box))
-    b = _head_balls(run, node, xk, queries(xk.box)).repeat_interleave(heads // groups, dim=1)
-    scale = abs(node.scale)
-    s = run.algebra.multiply(q, k, lambda f, g: f @ _turned(g)) * node.scale
-    nq, nk = run.domain.norms(q), run.domain.norms(k)
-    e = pair_excess(run, q, k, nq, nk) * scale
-    dq, dk = sum(nq[1:]), sum(nk[1:])
-    e = e + scale * (_outer(a, dk) + _outer(dq, b) + _outer(a, b))
-    box = e + scale * (_outer(a, nk[0]) + _outer(nq[0], b))
-    # The scores themselves: the mean of the keys' centres belongs to them.
-    s = s + (q @ _turned(mean)) * node.scale
-    box = box + scale * _outer(a, _length(mean).expand_as(b))
-    remainder = ScoreRemainder(a, b, k[0], nq[0], e, node.scale)
-    form = Form(s, box, run.length(box, node, features=False), scores=remainder)
-    return Outcome(form, [Fresh(box=e)])
 
 
 @rule_for(BoundSoftmaxValues)
@@ -204,7 +101,7 @@ class _Attention:
         self.rv = self._by_heads(xv.box)
         shared = self.heads // (cv.shape[-1] // node.head_dim)
         own = xv.box.unflatten(-1, (-1, node.head_dim)).transpose(-2, -3)
-        self.bv = _head_balls(run, node, xv, own).repeat_interleave(shared, dim=1)
+        self.bv = head_balls(run, node, xv, own).repeat_interleave(shared, dim=1)
         self._masks(mask)
 
     def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -243,8 +140,8 @@ class _Attention:
         self.a, self.b, self.q_size = remainder.queries, remainder.keys, remainder.q_size
         self.scale = scale
         self.e_s = remainder.fresh.masked_fill(self.still, 0.0)
-        k_size = _length(k0)
-        R = self.e_s + scale * (_outer(self.a, k_size) + _outer(self.q_size, self.b))
+        k_size = length(k0)
+        R = self.e_s + scale * (outer(self.a, k_size) + outer(self.q_size, self.b))
         self.R_s = R.masked_fill(self.still, 0.0)
         root = safe_root(p0).unsqueeze(-1)
         v0 = self.V[0]
@@ -252,7 +149,7 @@ class _Attention:
         values = root * self.centred
         keys = root * (k0.unsqueeze(-3) - (p0 @ k0).unsqueeze(-2)) * scale
         self.kV, self.kK = _singular(values), _singular(keys)
-        self.M = _singular(_turned(values) @ keys)
+        self.M = _singular(turned(values) @ keys)
         none = self.empty  # their weights do not move
         self.kK, self.M = (x.masked_fill(none, 0.0) for x in (self.kK, self.M))
         self.q_size = self.q_size.masked_fill(none, 0.0)
@@ -278,6 +175,58 @@ class _Attention:
         at = domain.sizes(t)
         S = sum(at[1:], torch.zeros_like(at[0]))
         one = torch.ones_like(p0)
+        self.shift = torch.zeros_like(p0)
+        if p == 1:
+            self.w, D, D_v = self._first_order(t, S)
+        else:
+            self.w, D = self._higher_order(t, at)
+            D_v = D
+        self.aw = domain.sizes(self.w)
+        far = (S > _FAR).any(-1, keepdim=True)
+        D, D_v = (torch.where(far, torch.inf, d) for d in (D, D_v))
+        most = sum(self.aw) + one
+        known = (most >= D).all(-1, keepdim=True)
+        self.shift = torch.where(known, self.shift, 0.0).masked_fill(self.still, 0.0)
+        self.D_p = torch.where(known, D, most).masked_fill(self.still, 0.0)
+        self.D_v = torch.minimum(D_v, most).masked_fill(self.still, 0.0)
+        # anywhere between P and P + R
+        reach = S + self.R_s + times(p0, self.R_s).sum(-1, keepdim=True)
+        wide = (reach > _FAR).any(-1, keepdim=True)
+        reach = reach.masked_fill(p0 == 0, 0.0).clamp(max=_FAR)
+        up = reach.exp()
+        fall = 1 - (-reach).exp() / (p0 * up).sum(-1, keepdim=True)
+        self.theta = torch.where(wide, torch.inf, torch.maximum(up - 1, fall)).amax(-1)
+        self.theta = self.theta.masked_fill(self.empty, 0.0)
+        self.top = torch.minimum(torch.where(wide & (p0 > 0), 1.0, p0 * up), one)
+        self.top = torch.where(self.empty.unsqueeze(-1), p0, self.top)
+        self.more = times(self.theta, 2 + self.theta)
+        self.bent = times(self.more, self.Rs_p)
+        mean = times(self.top, self.R_s).sum(-1, keepdim=True)
+        J_p = torch.minimum(times(self.top, self.R_s + mean), one)
+        self.J_p = J_p.masked_fill(self.still, 0.0)
+        self.dp, self.dp_v = self._relative(self.D_p), self._relative(self.D_v)
+
+    def _relative(self, D: torch.Tensor) -> torch.Tensor:
+        """(sum D^2 / p0)^(1/2)."""
+        some, p0 = D > 0, self.p0  # then p0 is not 0
+        root = torch.where(some & (p0 > 0), p0, 1.0).sqrt()
+        found = length(torch.where(some, D / root, 0.0))
+        return torch.where((some & (p0 == 0)).any(-1), torch.inf, found)
+
+    def _first_order(self, t: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(w, D, D_v) of affine t: see above."""
+        p0 = self.p0
+        rho = S.square() * (0.5 + S * S.clamp(max=_FAR).exp() / 6)
+        zeta = times(p0, rho).sum(-1, keepdim=True)
+        third = times(zeta, S + rho)
+        self.shift = times(p0, rho - zeta) / 2
+        w = torch.cat((p0.unsqueeze(0), p0 * t[1:]))
+        return w, times(p0, rho / 2 + third), times(p0, rho + third + zeta)
+
+    def _higher_order(self, t: torch.Tensor, at: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """(w, D) of t of degree 2 and more."""
+        p, p0, domain = self.p, self.p0, self.domain
+        one = torch.ones_like(p0)
         e, rest = compose(
             self.algebra, t, at, [one / math.factorial(j) for j in range(p + 1)],
             lambda S: S.clamp(max=_FAR).exp() / math.factorial(p + 1),
@@ -295,31 +244,8 @@ class _Attention:
         left = torch.where(away >= 0.999, torch.inf, left + Z_rest / least)
         ae = domain.sizes(e)
         ai = [i.unsqueeze(-1) for i in domain.sizes(inverse)]
-        self.w = self.algebra.multiply(inverse, e, lambda f, g: f.unsqueeze(-1) * g)
-        self.aw = domain.sizes(self.w)
-        D_p = excess(ae, ai, p) + times(sum(ae), left.unsqueeze(-1)) + rest
-        far = S > _FAR
-        D_p = torch.where(far.any(-1, keepdim=True), torch.inf, D_p)
-        self.D_p = torch.minimum(D_p, sum(self.aw) + one).masked_fill(self.still, 0.0)
-        # anywhere between P and P + R
-        reach = S + self.R_s + times(p0, self.R_s).sum(-1, keepdim=True)
-        wide = (reach > _FAR).any(-1, keepdim=True)
-        reach = reach.masked_fill(p0 == 0, 0.0).clamp(max=_FAR)
-        up = reach.exp()
-        fall = 1 - (-reach).exp() / (p0 * up).sum(-1, keepdim=True)
-        self.theta = torch.where(wide, torch.inf, torch.maximum(up - 1, fall)).amax(-1)
-        self.theta = self.theta.masked_fill(self.empty, 0.0)
-        self.top = torch.minimum(torch.where(wide & (p0 > 0), 1.0, p0 * up), one)
-        self.top = torch.where(self.empty.unsqueeze(-1), p0, self.top)
-        self.more = times(self.theta, 2 + self.theta)
-        self.bent = times(self.more, self.Rs_p)
-        mean = times(self.top, self.R_s).sum(-1, keepdim=True)
-        J_p = torch.minimum(times(self.top, self.R_s + mean), one)
-        self.R_p = (self.D_p + J_p).masked_fill(self.still, 0.0)
-        some = self.D_p > 0  # then p0 is not 0
-        root = torch.where(some & (p0 > 0), p0, 1.0).sqrt()
-        self.dp = _length(torch.where(some, self.D_p / root, 0.0))
-        self.dp = torch.where((some & (p0 == 0)).any(-1), torch.inf, self.dp)
+        w = self.algebra.multiply(inverse, e, lambda f, g: f.unsqueeze(-1) * g)
+        return w, excess(ae, ai, p) + times(sum(ae), left.unsqueeze(-1)) + rest
 
     # --------------------------------------------------------------------------- values
 
@@ -328,17 +254,27 @@ class _Attention:
         self._weights()
         p, p0, domain = self.p, self.p0, self.domain
         out = self.algebra.multiply(self.w, self.V, torch.matmul)
+        moved_centre = self.shift @ self.V[0]
+        out = torch.cat((out[:1] + moved_centre, out[1:]))
         aV, NV = domain.sizes(self.V), domain.norms(self.V)
         pairs = [(m, j) for m in range(1, p + 1) for j in range(p + 1 - m, p + 1)]
         D_head = sum((self.aw[m] @ NV[j].unsqueeze(-1)).squeeze(-1) for m, j in pairs)
-        D = sum(self.aw[m] @ aV[j] for m, j in pairs)
-        D_head = torch.minimum(D_head, _length(D))
+        if self.run.errors is None:
+            D = sum(self.aw[m] @ aV[j] for m, j in pairs)
+        else:
+            D, more = self._products()
+            moved_centre = moved_centre + more
+            out = torch.cat((out[:1] + more, out[1:]))
+            D_head = length(D)
+        D_head = torch.minimum(D_head, length(D))
         D = torch.minimum(D, D_head.unsqueeze(-1))
         # each coordinate
         dev = sum(aV[1:]) + self.rv
-        box = D + _matmul(self.top, self.rv) + _matmul(self.R_p, dev)
+        box = D + _matmul(self.top, self.rv) + _matmul(self.D_v + self.J_p, dev)
         far = self.centred.abs()
-        box = box + _matmul(self.R_p.unsqueeze(-2), far).squeeze(-2)
+        box = box + _matmul(self.J_p.unsqueeze(-2), far).squeeze(-2)
+        rest = box
+        box = box + _matmul(self.D_p.unsqueeze(-2), far).squeeze(-2)
         # each token's vector, all heads together
         bv, dv = self.bv, sum(NV[1:])
         moved_v = self._mean_square(dv + bv)
@@ -349,7 +285,7 @@ class _Attention:
         turn_v = _matmul(torch.minimum(times(self.theta.unsqueeze(-1), p0), self.top + p0),
                         bv.unsqueeze(-1)).squeeze(-1)
         es = times(1 + self.more, self.es_p)
-        rest_v = times(moved_v, es + self.dp)
+        rest_v = times(moved_v, es + self.dp_v)
         rest_k = times((1 + self.more) * moved_v * self.q_size * self.scale,
                           self._mean_square(self.b))
         mean_v = self._heads(_matmul(p0, bv.unsqueeze(-1)).squeeze(-1))
@@ -357,8 +293,10 @@ class _Attention:
         turned = self._heads(times(self.kV * self.more,
                                       times(self.kK, self.a) + self.q_size * self.scale
                                       * self._mean_square(self.b)))
+        moved_box = _matmul(torch.minimum(times(self.theta.unsqueeze(-1), p0), self.top + p0),
+                            self.rv) + _matmul(self.D_v + self.J_p, sum(aV[1:]))
         direct = torch.minimum(
-            _matmul(self.D_p.unsqueeze(-2), _length(self.centred).unsqueeze(-1)).flatten(-2)
+            _matmul(self.D_p.unsqueeze(-2), length(self.centred).unsqueeze(-1)).flatten(-2)
             .sum(-1), times(self.kV, self.dp),
         ) + times(self.kV, es) + D_head
         ball = moved + turned + self._heads(direct) + mean_v + through_q + through_k
@@ -374,11 +312,50 @@ class _Attention:
         unsure_box = torch.where(unsure.unsqueeze(-1), torch.inf, 0.0).expand_as(D)
         fresh = [
             Fresh(box=self._merge(D + unsure_box)),
-            Fresh(box=None, ball=moved),
+            Fresh(box=self._merge(moved_box), ball=moved),
             Fresh(box=self.D_p, pull=pull),
             Fresh(ball=self.bent, weights=p0, pull=pull),
         ]
-        return Outcome(form, fresh)
+        shift = self._merge(torch.where(unsure.unsqueeze(-1), 0.0, moved_centre)).detach()
+        rest = self._merge(torch.where(unsure.unsqueeze(-1), torch.inf, rest))
+
+        def linear(*values: torch.Tensor) -> torch.Tensor:
+            return self.node.forward(*values) + shift
+
+        rest = torch.where(rest.isnan(), torch.inf, rest)
+        return Outcome(form, fresh, linear, self._columns, rest)
+
+    def _products(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(half, middle) of the products of weights' and values' linear parts, [B, n, Q, d]."""
+        aw, V = self.aw[1], self.V
+        half = V.new_zeros(*aw.shape[:-1], V.shape[-1])
+        middle = torch.zeros_like(half)
+        moving = self.run.ranks(self.node).most((aw != 0).any(0).any(0).to(aw))
+        q, j = moving.nonzero().unbind(1)
+        step = max(1, 2**22 // V[:, :, :, 0].numel())
+        for first in range(0, len(q), step):
+            rows, keys = q[first : first + step], j[first : first + step]
+            found = product_range(
+                self.domain, self.w[1:, :, :, rows, keys].unsqueeze(-1), V[1:, :, :, keys]
+            )
+            half.index_add_(2, rows, found[0])
+            middle.index_add_(2, rows, found[1])
+        return half, middle
+
+    def _columns(self) -> torch.Tensor:
+        """The errors of single weights as directions: [N, B, Q, n d]."""
+        D = torch.where(self.D_p.isfinite(), self.D_p, 0.0)
+        moving = self.run.ranks(self.node).most((D != 0).any(0).any(0).to(D))
+        q, j = moving.nonzero().unbind(1)
+        values = D[:, :, q, j].unsqueeze(-1) * self.centred[:, :, q, j]  # [B, n, P, d]
+        B, n, P, d = values.shape
+        if not P:
+            return values.new_zeros(0, B, D.shape[2], n * d)
+        out = values.new_zeros(n, P, B, n, D.shape[2], d)
+        heads = torch.arange(n, device=D.device)
+        pairs = torch.arange(P, device=D.device)
+        out[heads[:, None], pairs, :, heads[:, None], q] = values.permute(1, 2, 0, 3)
+        return self._merge(out.flatten(0, 2)).unflatten(0, (-1, B))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """Root of the sum of squares over all heads: [B, n, Q] -> [B, Q], replicated."""
@@ -392,5 +369,5 @@ def _pull(
 ) -> torch.Tensor:
     """A row g at the output [B, Q, n d] -> at the weights [B, n, Q, S]; their errors sum to 0, and
     a key without weight has none."""
-    g = node._heads(g) @ _turned(v0)
+    g = node._heads(g) @ turned(v0)
     return torch.where(still, 0.0, g - (p0 * g).sum(-1, keepdim=True))

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.forward import jets
+from lirpa_megatron.forward.error_symbols import as_symbols
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, times
 from lirpa_megatron.forward.polynomials import compose, excess, padded, plus
 from lirpa_megatron.forward.rules import by_intervals, reading_shares, rule_for
@@ -141,7 +142,7 @@ def line(
     """The outcome of y = slope x + ... with a fresh error; symbols for errors, if there are some
     to give."""
     centre, start = c[0].clone(), x.c[0].clone()  # which outlive the other coefficients
-    c, rest = run.as_symbols(node, c, error, x.shared)
+    c, rest = as_symbols(run, node, c, error, x.shared)
     box = times(slope.abs(), x.box) + rest
     steepest = run.ranks(node).most(slope.abs().amax()) if slope.numel() else 0.0
     ball = steepest * x.plain_ball() + run.length(rest, node)

@@ -143,6 +143,10 @@ class Outcome:
     linear: Callable[..., torch.Tensor] | None = None
     """The operator, linearised: maps the inputs' values to the output's; R goes through its
     Jacobian at the centre. None: the operator's own forward."""
+    columns: Callable[[], torch.Tensor] | None = None
+    """() -> directions [N, B, T..., F], for `error_symbols`: R = sum_i columns_i e_i + R' with
+    |e_i| <= 1 and |R'| <= `rest`; at a sharded node of as many errors on each rank."""
+    rest: torch.Tensor | None = None
 
 
 Inputs = list[Any]

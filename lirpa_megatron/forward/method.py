@@ -26,7 +26,8 @@ def forward_run(module: Any, order: int | None = None) -> Run:
         name: node.param for name, node in nodes.items() if isinstance(node, auto_lirpa.BoundParams)
     }, module.context.collectives)
     options = ForwardOptions(
-        own.order if order is None else order, own.form_symbols, own.refined_rows
+        own.order if order is None else order, own.form_symbols, own.kept_errors,
+        own.refined_rows,
     )
     return Run(nodes, module.context, module.get_forward_value, weights, Adjoint, options)
 
@@ -94,10 +95,23 @@ class _Rows:
         """(lower, upper), [B, S]; the errors of up to `most` rows through the adjoint."""
         c, error = self._through()
         low, high = self.run.domain_of(self.form).ends(c)
+        if self.run.errors is not None:
+            return self._better_of_two(c, (low - error, high + error), most)
         if self.run.steps:
-            error = self._by_adjoint(low, error, most)
+            error = self._by_adjoint(low - torch.where(error.isfinite(), error, 0.0), error, most)
         error = torch.where(error.isnan(), torch.inf, error)
         return low - error, high + error
+
+    def _better_of_two(
+        self, c: torch.Tensor, ends: tuple[torch.Tensor, torch.Tensor], most: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where errors are symbols: bounds with these, and with the errors of the adjoint."""
+        found = without_nan(*ends)
+        low, high = self.run.domain_of(self.form).ends(c[: 1 + self.run.errors.own])
+        candidates = torch.where(found[0].isfinite(), found[0], low)
+        error = self._by_adjoint(candidates, torch.full_like(low, torch.inf), most)
+        error = torch.where(error.isnan(), torch.inf, error)
+        return intersect(found, (low - error, high + error))
 
     def _through(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Coefficients [M, B, S] and remainders [B, S] of the rows."""
@@ -113,9 +127,11 @@ class _Rows:
             error = torch.minimum(error, times(size, self.form.ball.unsqueeze(-1)))
         return c, error
 
-    def _by_adjoint(self, low: torch.Tensor, error: torch.Tensor, most: int) -> torch.Tensor:
+    def _by_adjoint(
+        self, candidates: torch.Tensor, error: torch.Tensor, most: int
+    ) -> torch.Tensor:
+        """Errors of the rows with the least `candidates`, at most those given."""
         with torch.no_grad():
-            candidates = low - torch.where(error.isfinite(), error, 0.0)
             if self.spread:
                 candidates = self.run.context.collectives.gather_features(candidates)
             if most < 1:

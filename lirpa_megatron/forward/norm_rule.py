@@ -7,8 +7,10 @@ With z = Z + R, Z the polynomial:
 2. 1/s of the polynomial: for affine forms v^(-1/2) lies within `rest` of the chord's slope times v
    (`_chord`: the function is convex, so the chord is above and the parallel tangent below); else by
    Taylor's formula.
-3. y = (1/s) Z; beyond degree p by the parts' sizes and norms. D bounds all that the polynomial
-   leaves out; |y| <= sqrt(d) whatever happens, so D_ball is at most that of y plus sqrt(d).
+3. y = (1/s) Z; beyond degree p by the parts' sizes and norms, or where errors are symbols by
+   `product_range`, and rest (Z - z0). What `rest` does to z0 has one direction for each token
+   (`columns`). D bounds all that the polynomial leaves out; |y| <= sqrt(d) whatever happens, so
+   D_ball is at most that of y plus sqrt(d).
 4. R through the linearised norm L = i0 I + (slope) z0 z0^T 2/d (at the centre): y(Z + R) - y(Z)
    = J R with J = (I - y y^T / d) / s at some points between, and |J - L| <= turn. With s_min and
    s_max over the whole set, and `moved` bounding the distance of y from its centre,
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.forward.error_symbols import product_range
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, times
 from lirpa_megatron.forward.polynomials import compose, excess, plus
 from lirpa_megatron.forward.rules import by_intervals, reading_shares, rule_for
@@ -110,13 +113,24 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     # ---- 3
     y = algebra.multiply(inverse, z, lambda f, g: f.unsqueeze(-1) * g)
     inverse_sizes = domain.sizes(inverse)
-    D = excess(sizes, [i.unsqueeze(-1) for i in inverse_sizes], p)
-    D = D + times(sum(sizes), left.unsqueeze(-1))
-    y_norms = domain.norms(y)
-    limit = d**0.5
-    D_ball = torch.minimum(excess(norms, inverse_sizes, p) + times(sum(norms), left), _length(D))
-    D_ball = torch.minimum(D_ball, sum(y_norms) + limit)
-    D = torch.minimum(D, D_ball.unsqueeze(-1))
+    if run.errors is None:
+        D2, moved_centre = excess(sizes, [i.unsqueeze(-1) for i in inverse_sizes], p), None
+    else:
+        D2, moved_centre = product_range(domain, inverse[1:].unsqueeze(-1), z[1:])
+        y = plus(y, moved_centre)
+    y_norms, limit = domain.norms(y), d**0.5
+    D2 = D2 + times(sum(sizes[1:]), left.unsqueeze(-1))
+    D2_ball = torch.minimum(
+        excess(norms, inverse_sizes, p) + times(sum(norms[1:]), left), _length(D2)
+    ) if moved_centre is None else _length(D2)
+    # ... and left z0
+    most = sum(y_norms) + limit
+    known = D2_ball + times(left, norms[0]) <= most
+    left = torch.where(known, left, 0.0)
+    D2_ball = torch.where(known, D2_ball, most)
+    D2 = torch.minimum(torch.where(known.unsqueeze(-1), D2, torch.inf), D2_ball.unsqueeze(-1))
+    radial = left.unsqueeze(-1) * z[0].abs()
+    D, D_ball = D2 + radial, D2_ball + left * norms[0]
     # ---- 4
     s_low = (safe_root((d * (smallest - node.eps)).clamp(min=0)) - rho).clamp(min=0)
     s_min = (s_low.square() / d + node.eps).sqrt()
@@ -147,12 +161,13 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
         safe_root(ranks.total(ball.square().sum(-1))), whole,
         None if grouped is None else grouped * gamma.abs().amax(), shared=x.shared,
     )
+    z0, i0, centre = (f[0].clone() for f in (z, inverse, form.c))  # outlive the coefficients
     fresh = [
-        Fresh(box=(D * gamma.abs()).flatten(-2), stretch=whole, **_balls(run, node, D_ball)),
+        Fresh(box=(D2 * gamma.abs()).flatten(-2), stretch=whole, **_balls(run, node, D2_ball)),
+        Fresh(box=left, pull=lambda g: (g.unflatten(-1, (node.groups, d)) * gamma * z0).sum(-1)),
         Fresh(box=(bent_box.unsqueeze(-1) * gamma.abs().expand_as(D)).flatten(-2), stretch=whole,
               **_balls(run, node, bent_box)),
     ]
-    z0, i0, centre = (f[0].clone() for f in (z, inverse, form.c))  # outlive the coefficients
 
     def linear(value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         w = node._project(value.unflatten(-1, (node.groups, d))) - z0
@@ -160,7 +175,18 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
         out = i0.unsqueeze(-1) * w + along.unsqueeze(-1) * z0
         return (out * gamma).flatten(-2) + centre
 
-    return Outcome(form, fresh, linear)
+    rest = ((box - radial).clamp(min=0) * gamma.abs()).flatten(-2)
+
+    def columns() -> torch.Tensor:
+        """One direction, z0, for each moving token."""
+        size = torch.where(left.isfinite(), left, 0.0)
+        moving = ranks.most((size != 0).any(0).to(size)).flatten().nonzero().flatten()
+        direction = (size.unsqueeze(-1) * z0 * gamma).flatten(1, -2)  # [B, T groups, d]
+        out = direction.new_zeros(len(moving), *direction.shape)
+        out[torch.arange(len(moving)), :, moving] = direction[:, moving].movedim(1, 0)
+        return out.reshape(len(moving), *form.shape)
+
+    return Outcome(form, fresh, linear, columns, torch.where(rest.isnan(), torch.inf, rest))
 
 
 def _balls(run: Any, node: Any, balls: torch.Tensor) -> dict[str, Any]:

@@ -8,12 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.forward import attention_rules, elementwise_rules, linear_rules, norm_rule
+from lirpa_megatron.forward import (
+    attention_rules,
+    elementwise_rules,
+    linear_rules,
+    norm_rule,
+    score_rules,
+)
 from lirpa_megatron.forward.costs import Costs
 from lirpa_megatron.forward.domains import Domain
+from lirpa_megatron.forward.error_symbols import ErrorSymbols, errors_kept
 from lirpa_megatron.forward.form import Form, Outcome
 from lirpa_megatron.forward.inputs import Symbols, of_leaves
 from lirpa_megatron.forward.polynomials import Polynomials
@@ -37,7 +43,7 @@ from lirpa_megatron.parallel import spmd
 
 _PASSED_ON = (BoundRotary, BoundSelectPosition, BoundNorm, BoundSelectFromRegion)
 """What may stand between a layer and attention."""
-RULES = (attention_rules, elementwise_rules, linear_rules, norm_rule)
+RULES = (attention_rules, elementwise_rules, linear_rules, norm_rule, score_rules)
 """The modules that enter rules."""
 
 
@@ -50,6 +56,9 @@ class ForwardOptions:
     one."""
     form_symbols: int = 1024
     """How many symbols errors may become, for affine forms of nodes [B, features]."""
+    kept_errors: int | None = None
+    """How many errors are symbols from layer to layer in networks with tokens (`error_symbols`).
+    None: by size."""
     refined_rows: int | None = None
     """Inputs of norms with at most so many numbers have their errors bounded by the adjoint. None:
     while that costs no more than the pass (`costs`)."""
@@ -73,6 +82,9 @@ class Run:
         centres: perturbed input -> centre; on a pipeline stage after the first, its input's.
         below: the stage below, or None.
         shares: which symbols are the rank's at replicated nodes; None where all ranks have all.
+        errors: which errors are symbols in a network with tokens; None: none.
+        kept: how many of them go from layer to layer.
+        behind: on a later pipeline stage, inputs that its input alone reads.
     """
 
     nodes: Mapping[str, auto_lirpa.Bound]
@@ -90,6 +102,9 @@ class Run:
         self.constants: dict[str, torch.Tensor] = {}
         self.shares: Shares | None = None
         self.window: Window | None = None
+        self.errors: ErrorSymbols | None = None
+        self.kept = 0
+        self.behind: set[str] = set()
         self.costs = Costs()
         self.below = self.context.below
         if self.below is not None and not self.below.is_asked:
@@ -109,7 +124,7 @@ class Run:
         forms: dict[str, Form] = {}
         self.tokens = any(len(n.output_shape or ()) > 2 for n in order if n.inputs)
         if self.below is None:
-            symbols = self._symbols(leaves)
+            symbols = self._symbols(leaves, order)
             if symbols and not any(self.context.is_sharded(leaf) for leaf in leaves):
                 self.window = window(
                     order, final, symbols, self.constant_of, self.context.collectives.largest
@@ -118,16 +133,24 @@ class Run:
             self.symbols_left = self.options.form_symbols if self.order == 1 else 0
         else:
             far = self.below.form()
+            self.kept = far.kept
             groups, self.symbols_left = far.groups, far.symbols_left
             self.shares = Shares(self.context.collectives, far.shares) if far.shares else None
             self.costs, self.tokens = Costs(*far.costs), self.tokens or far.tokens
             (stage_input,) = (n for n in order if getattr(n, "is_stage_input", False))
             forms |= {n.name: far.form for n in (*leaves, stage_input)}
             self.centres[stage_input.name] = far.form.c[0].clone()
+            self.behind = {
+                n.name for n in leaves
+                if n is not stage_input and set(n.output_name) <= {stage_input.name}
+            }
             leaves = []
         self.domain = Domain(groups, self.order)
+        if self.kept:
+            own = len(groups) if self.below is None else far.set_groups
+            self.errors = ErrorSymbols(self, self.kept, groups[:own])
         if self.below is not None:
-            forms[stage_input.name] = self._refined(stage_input, far.form)
+            forms[stage_input.name] = self._refined(stage_input, far.form, {})
         forms |= self._leaves(leaves, symbols) if leaves else {}
         readers = Counter(x.name for n in order for x in n.inputs)
         for node in order:
@@ -153,22 +176,28 @@ class Run:
             ranks = max(self.ranks(x).size for x in (node, *node.inputs))
             self.costs.add(node, inputs, form.box[0].numel() * ranks)
             self.steps[node.name] = Outcome(None, fresh, outcome.linear)
-            forms[node.name] = form = self._refined(node, form)
-            self._tell(seen, node, form)
             for x in node.inputs:
                 readers[x.name] -= 1
                 if not readers[x.name] and x.name in forms:
                     forms[x.name] = None
+            if self.errors is not None:
+                form = self.errors.after(node, form, outcome if wild is None else None)
+            forms[node.name] = None
+            forms[node.name] = form = self._refined(node, form, forms)
+            self._tell(seen, node, form)
         if final.name not in forms:
             return self.constant(self.constant_of(final), final)
         return forms[final.name]
 
-    def _symbols(self, leaves: list[auto_lirpa.Bound]) -> dict[str, Symbols]:
+    def _symbols(
+        self, leaves: list[auto_lirpa.Bound], order: list[auto_lirpa.Bound]
+    ) -> dict[str, Symbols]:
         """Of all perturbed inputs; shared out among the ranks if they are many and affine."""
         tp = self.context.collectives
         found = of_leaves(leaves, self.order, lambda x: x)
         count = sum(symbols.count for symbols in found.values())
-        if self.order > 1 or tp.size == 1:
+        self.kept = errors_kept(self, order, leaves, count)
+        if self.order > 1 or tp.size == 1 or self.kept:
             return found
         spmd.handshake(tp.group, f"a set of {count} symbols")
         if count < FEWEST * tp.size or any(self.context.is_sharded(leaf) for leaf in leaves):
@@ -198,8 +227,11 @@ class Run:
             place += own.count
         return forms
 
-    def _refined(self, node: auto_lirpa.Bound, form: Form) -> Form:
-        """The form with errors as the adjoint bounds them, where a norm reads the node.
+    def _refined(
+        self, node: auto_lirpa.Bound, form: Form, forms: Mapping[str, Form | None]
+    ) -> Form:
+        """The form with errors as the adjoint bounds them, where a norm reads the node; or, where
+        errors are symbols, with fewer of these.
 
         A ball grows by the product of all norms on its way, the errors themselves hardly grow. In
         the norm that ball is multiplied by how far the vector turns. Not where gradients flow,
@@ -207,6 +239,11 @@ class Run:
         """
         readers = [self.nodes[name] for name in node.output_name]
         norms = [reader for reader in readers if isinstance(reader, BoundNorm)]
+        if self.errors is not None:
+            others = [
+                x for name, x in forms.items() if x is not None and name not in self.behind
+            ]
+            return self.errors.reduced(node, form, others) if norms else form
         if not norms or form.c.requires_grad or form.box.ndim < 2:
             return form
         features = self._normed(node, norms)
@@ -328,46 +365,6 @@ class Run:
         """Whether the node's features are gathered on every rank."""
         readers = (self.nodes[name] for name in node.output_name)
         return any(isinstance(reader, BoundGatherFromRegion) for reader in readers)
-
-    def as_symbols(
-        self, node: auto_lirpa.Bound, c: torch.Tensor, error: torch.Tensor, shared: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(coefficients, what is left of the error): errors as symbols of their own, where there
-        are enough to give.
-
-        A node's errors become symbols all together or not at all, and only in networks without
-        tokens: with tokens the errors of one operator are more than all symbols.
-        """
-        ranks = self.ranks(node)
-        features = error[0].numel() * ranks.size
-        if self.tokens or error.ndim != 2 or features > self.symbols_left:
-            return c, error
-        first = self.domain.symbols
-        self.domain.extend(features)
-        self.symbols_left -= features
-        finite = torch.where(error.isfinite(), error, 0.0)
-        if self.shares is not None:
-            self.shares.blocks.append(features)
-        if shared:
-            return torch.cat((c, *self._own_errors(c, finite, first))), error - finite
-        own = torch.diag_embed(finite).movedim(1, 0)  # [F, B, F]
-        before = own.new_zeros(ranks.rank * len(own), *own.shape[1:])
-        after = own.new_zeros((ranks.size - 1 - ranks.rank) * len(own), *own.shape[1:])
-        missing = c.new_zeros(1 + first - len(c), *c.shape[1:])
-        return torch.cat((c, missing, before, own, after)), error - finite
-
-    def _own_errors(
-        self, c: torch.Tensor, error: torch.Tensor, first: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(coefficients of the symbols that c has none of, those of errors [B, F] as symbols from
-        `first` on), of the rank's own symbols."""
-        shares, width = self.shares, error.shape[-1]
-        place = shares.own(first, width)
-        features = shares.first(-1) + torch.arange(place.stop - place.start, device=c.device)
-        own = F.one_hot(features, width).to(error).unsqueeze(1) * shares.enter(error)
-        missing = c.new_zeros(1 + place.start - len(c), *c.shape[1:])
-        padding = c.new_zeros(1 + shares.rows - len(c) - len(missing) - len(own), *c.shape[1:])
-        return missing, torch.cat((own, padding))
 
 
 def in_order(final: auto_lirpa.Bound) -> list[auto_lirpa.Bound]:

@@ -34,6 +34,10 @@ class FarForm:
     """Blocks of symbols, where these are shared out among the ranks of a stage (`shares`)."""
     costs: tuple[int, int] = (0, 0)
     """Of the pass so far, and of rows (`costs`)."""
+    kept: int = 0
+    """How many errors go from layer to layer as symbols (`error_symbols`)."""
+    set_groups: int = 0
+    """How many of the groups are the set's."""
 
     def packed(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
         """(plain data, tensors) for a message."""
@@ -47,6 +51,7 @@ class FarForm:
             "groups": [[g.kind, g.size, g.count] for g in self.groups],
             "symbols_left": self.symbols_left, "tokens": self.tokens,
             "shares": self.shares, "shared": form.shared, "costs": list(self.costs),
+            "kept": self.kept, "set_groups": self.set_groups,
         }
         return fields, [value for value in given.values() if value is not None]
 
@@ -60,5 +65,5 @@ class FarForm:
         groups = [Group(*group) for group in fields["groups"]]
         return cls(
             form, groups, fields["symbols_left"], fields["tokens"], list(fields["shares"]),
-            tuple(fields["costs"]),
+            tuple(fields["costs"]), fields["kept"], fields["set_groups"],
         )

@@ -1,0 +1,234 @@
+"""Errors of relaxations as symbols of their own.
+
+**In networks without tokens** the errors of a node become symbols all together (`as_symbols`), as
+long as there are enough to give.
+
+**In networks with tokens** they are symbols from layer to layer (`ErrorSymbols`). After an operator
+that relaxes, the box of its remainder becomes symbols in [-1, 1], one for each number of the box:
+R_i = box_i e_i; some rules know directions of their errors (`form.Outcome.columns`). Behind it the
+errors go through the network as the set's own symbols do, so that they cancel where they meet,
+which boxes and balls do not.
+
+    z = P(s) + E e + R,   |e_i| <= 1
+
+They would be some thousand more after every layer. Where a norm reads a node, which is where layers
+meet, a sample keeps the `most` errors with the largest sum of |coefficients|, the box of the others
+is one more remainder, and that box becomes symbols again, one for each number. Symbols may be left
+out and renumbered there because no other node that is still to be read has coefficients of them.
+
+Errors are symbols for ranges alone: what a row of the specification has of them is also bounded by
+`adjoint`, where none have been left out, and the better of the two bounds counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lirpa_megatron.forward.domains import Domain, Group
+from lirpa_megatron.forward.form import Form, Outcome, times
+from lirpa_megatron.operators.attention.scores import BoundScores
+from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
+from lirpa_megatron.operators.elementwise.activations import BoundCurve
+from lirpa_megatron.operators.linear.borders import BoundSelectFromRegion
+from lirpa_megatron.operators.norm.norm import BoundNorm
+from lirpa_megatron.parallel import spmd
+
+_RELAX = (BoundNorm, BoundScores, BoundSoftmaxValues, BoundCurve)
+"""Operators whose errors become symbols."""
+
+
+_KEPT, _NUMBERS, _MANY = 3072, 2048, 64
+"""How many errors are kept by default, where norms' inputs have at most so many numbers, and the
+set at least so many symbols: of a smaller set the pass itself costs far less."""
+
+
+def errors_kept(run: Any, order: Sequence[Any], leaves: Sequence[Any], symbols: int) -> int:
+    """How many errors a pass keeps: the option, or by default according to the sizes.
+
+    None with gradients, of polynomials of degree 2 and more, in networks without norms of tokens,
+    where nothing would end the growth of the number of symbols, in those with norms of queries and
+    keys, and where ranks share keys.
+
+    Args:
+        run: the pass.
+        order: its nodes.
+        leaves: the perturbed inputs.
+        symbols: of the set.
+    """
+    norms = [
+        n for n in order
+        if isinstance(n, BoundNorm) and len(n.output_shape) > 2 and not run.context.is_sharded(n)
+    ]
+    sharded = any(run.context.is_sharded(leaf) for leaf in leaves)
+    other = any(  # not made for these
+        isinstance(n, BoundSelectFromRegion) or isinstance(n, BoundNorm) and run.head_dim(n)
+        for n in order
+    )
+    if run.order > 1 or not norms or sharded or other or torch.is_grad_enabled():
+        return 0
+    if run.options.kept_errors is not None:
+        return run.options.kept_errors
+    numbers = max(math.prod(n.output_shape[1:]) for n in norms)
+    return _KEPT if numbers <= _NUMBERS and symbols >= _MANY else 0
+
+
+class ErrorSymbols:
+    """The symbols of errors of a run.
+
+    Args:
+        run: the pass.
+        most: how many errors are kept from layer to layer, besides those of the box of the others.
+        groups: the set's, which come first.
+    """
+
+    def __init__(self, run: Any, most: int, groups: list[Group]) -> None:
+        self.run, self.most, self.groups = run, most, list(groups)
+        self.own = sum(group.symbols for group in groups)
+        """How many symbols are the set's."""
+
+    def after(self, node: Any, form: Form, outcome: Outcome | None) -> Form:
+        """The form of an operator's output, with its errors as symbols.
+
+        Args:
+            outcome: of its rule; None where the form's remainder is not that of the rule.
+        """
+        if not isinstance(node, _RELAX):
+            return form
+        if outcome is not None and outcome.columns is not None:
+            form = self._with(node, form, outcome.columns(), outcome.rest)
+        return self._symbolized(node, form)
+
+    def reduced(self, node: Any, form: Form, others: list[Form]) -> Form:
+        """The form of a norm's input, with at most `most` errors and those of one box.
+
+        Args:
+            others: the forms of all other nodes that are still to be read.
+        """
+        run = self.run
+        if any(len(x.c) > 1 + self.own for x in others):
+            return form
+        errors = form.c[1 + self.own:]
+        if len(errors) > self.most:
+            sizes = errors.abs().flatten(2).sum(2)
+            if run.context.collectives.size > 1:  # the first rank's order
+                sizes = spmd.broadcast_tensor(sizes, run.context.collectives.group)
+            order = sizes.sort(dim=0, descending=True, stable=True)[1]
+            index = order.reshape(*order.shape, *[1] * (errors.ndim - 2))
+            errors = errors.take_along_dim(index, 0)
+            box = form.box + errors[self.most:].abs().sum(0)
+            form = replace(form, c=torch.cat((form.c[: 1 + self.own], errors[: self.most])),
+                           box=box, ball=run.length(box, node), stretch=None)
+        domain = run.domain = Domain(self.groups, 1)
+        if len(form.c) - 1 > self.own:
+            domain.extend(len(form.c) - 1 - self.own)
+        return self._symbolized(node, form)
+
+    def _symbolized(self, node: Any, form: Form) -> Form:
+        box = torch.where(form.box.isfinite(), form.box, 0.0)
+        ranks = self.run.ranks(node)
+        moving = ranks.most((box != 0).any(0).to(box)).flatten().nonzero().flatten()
+        if not len(moving):
+            return form
+        flat = box.flatten(1)
+        own = flat.new_zeros(len(moving), *flat.shape)
+        places = torch.arange(len(moving), device=box.device)
+        own[places, :, moving] = flat[:, moving].t()
+        rest = torch.where(form.box.isfinite(), 0.0, torch.inf)
+        return self._with(node, form, own.unflatten(2, box.shape[1:]), rest)
+
+    def _with(self, node: Any, form: Form, own: torch.Tensor, rest: torch.Tensor) -> Form:
+        """A form with further errors in the place of part of its box.
+
+        Args:
+            own: directions of the errors [N, B, T..., F], of a sharded node as many on each rank.
+            rest: the box that is left.
+        """
+        run, ranks, c = self.run, self.run.ranks(node), form.c
+        first, count = run.domain.symbols, len(own)
+        if count:  # a domain takes an empty group for the end of a form
+            run.domain.extend(count * ranks.size)
+        else:
+            first = len(c) - 1
+        missing = c.new_zeros(1 + first - len(c) + ranks.rank * count, *c.shape[1:])
+        after = c.new_zeros((ranks.size - 1 - ranks.rank) * count, *c.shape[1:])
+        return replace(form, c=torch.cat((c, missing, own, after)), box=rest,
+                       ball=run.length(rest, node), stretch=None, heads=None, scores=None,
+                       source=None)
+
+
+def product_range(
+    domain: Any, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(half, middle): |a(s) b(s) - middle| <= half for two linear forms, elementwise.
+
+    With |a| <= A, |b| <= B, u = a/A and v = b/B: 4 u v = (u + v)^2 - (u - v)^2, and both squares
+    are those of linear forms. Forms in many symbols that have nothing to do with one another are in
+    a disc rather than in a square: half of A B is left.
+
+    Args:
+        domain: of the symbols.
+        a, b: [N, B, ...], of shapes that are broadcast to one another.
+    """
+
+    if not len(a):
+        nothing = torch.zeros(torch.broadcast_shapes(a.shape[1:], b.shape[1:]), dtype=a.dtype,
+                              device=a.device)
+        return nothing, nothing
+
+    def size(part: torch.Tensor) -> torch.Tensor:
+        return domain.sizes(torch.cat((torch.zeros_like(part[:1]), part)))[1]
+
+    A, B = size(a), size(b)
+    u = a / torch.where(A > 0, A, 1.0)
+    v = b / torch.where(B > 0, B, 1.0)
+    up, down = size(u + v).square(), size(u - v).square()
+    both = times(A, B)
+    return times(both, up + down) / 8, times(both, up - down) / 8
+
+
+def as_symbols(
+    run: Any, node: Any, c: torch.Tensor, error: torch.Tensor, shared: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(coefficients, what is left of the error): errors as symbols of their own, where there
+    are enough to give.
+
+    A node's errors become symbols all together or not at all, and only in networks without
+    tokens: with tokens the errors of one operator are more than all symbols.
+    """
+    ranks = run.ranks(node)
+    features = error[0].numel() * ranks.size
+    if run.tokens or error.ndim != 2 or features > run.symbols_left:
+        return c, error
+    first = run.domain.symbols
+    run.domain.extend(features)
+    run.symbols_left -= features
+    finite = torch.where(error.isfinite(), error, 0.0)
+    if run.shares is not None:
+        run.shares.blocks.append(features)
+    if shared:
+        return torch.cat((c, *_own_errors(run, c, finite, first))), error - finite
+    own = torch.diag_embed(finite).movedim(1, 0)  # [F, B, F]
+    before = own.new_zeros(ranks.rank * len(own), *own.shape[1:])
+    after = own.new_zeros((ranks.size - 1 - ranks.rank) * len(own), *own.shape[1:])
+    missing = c.new_zeros(1 + first - len(c), *c.shape[1:])
+    return torch.cat((c, missing, before, own, after)), error - finite
+
+
+def _own_errors(
+    run: Any, c: torch.Tensor, error: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(coefficients of the symbols that c has none of, those of errors [B, F] as symbols from
+    `first` on), of the rank's own symbols."""
+    shares, width = run.shares, error.shape[-1]
+    place = shares.own(first, width)
+    features = shares.first(-1) + torch.arange(place.stop - place.start, device=c.device)
+    own = F.one_hot(features, width).to(error).unsqueeze(1) * shares.enter(error)
+    missing = c.new_zeros(1 + place.start - len(c), *c.shape[1:])
+    padding = c.new_zeros(1 + shares.rows - len(c) - len(missing) - len(own), *c.shape[1:])
+    return missing, torch.cat((own, padding))
