@@ -63,7 +63,10 @@ def _batch(task: dict) -> list[float]:
         bounder = Bounder(graph, problem, roots, SearchOptions())
         whole = bounder.whole([0])
         alpha, beta = whole.alpha[:, 0], torch.zeros(1, task["splits"])
-        domains = [Domain(0, tuple(splits), 0.0, alpha, beta, ()) for splits in drawn]
+        domains = [
+            Domain(0, tuple((*split, 0.0) for split in splits), 0.0, alpha, beta, ())
+            for splits in drawn
+        ]
         begin = time.process_time()
         for at in range(0, len(domains), task["batch"]):
             bounder.ascend(bounder.batch(domains[at : at + task["batch"]]), task["steps"])

@@ -1,6 +1,7 @@
 """Records of proved properties: `check` accepts them, and refuses every one that was changed."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def _drop(content):
 
 def _flip(content):
     leaves(content)[0]["splits"][-1][1] *= -1
+
+
+def _other_point(content):
+    leaves(content)[0]["splits"][-1][2] += 0.5
+
+
+def _moved_relu(content):
+    for leaf in leaves(content):
+        leaf["splits"][0][2] = 0.5
+
+
+def _no_point(content):
+    leaves(content)[0]["splits"][-1].pop()
 
 
 def _other_neuron(content):
@@ -151,6 +165,9 @@ def _damaged(content):
     (_drop, "no leaf covers the domain"),
     (_flip, "overlap|no leaf covers"),
     (_other_neuron, "neurons at once"),
+    (_other_point, "split at 2 points of neuron"),
+    (_moved_relu, "is a ReLU's, which is split at 0, not at 0.5"),
+    (_no_point, "is damaged"),
     (_cut_off, "is not proved, its bound is -"),
     (_no_proof, "proves nothing"),
     (_no_tree, "has no tree for box 0, disjunct 0"),
@@ -186,14 +203,22 @@ def test_a_bound_may_have_many_digits(tmp_path, record, capsys):
     assert status == 0 and "holds" in said
 
 
-def test_a_record_from_before_boxes_were_cut_is_read(tmp_path, record, capsys):
+@pytest.mark.parametrize("version", [2, 3])
+def test_records_from_before_boxes_were_cut_and_splits_had_points_are_read(
+    tmp_path, record, capsys, version
+):
     def older(content):
-        content["version"] = 2
-        assert content.pop("cuts") == []
+        content["version"] = version
+        if version == 2:
+            assert content.pop("cuts") == []
+        claims = [leaf for claim in content["inner"] for leaf in claim["leaves"]]
+        for splits in [leaf["splits"] for leaf in leaves(content)] + claims:
+            for split in splits:
+                assert split.pop() == 0.0
 
     assert check(tmp_path, record, older, capsys)[0] == 0
-    status, said = check(tmp_path, record, lambda content: content.update(version=4), capsys)
-    assert status == 2 and "has version 4; this program reads 3" in said
+    status, said = check(tmp_path, record, lambda content: content.update(version=5), capsys)
+    assert status == 2 and "has version 5; this program reads 4" in said
 
 
 def test_a_record_of_another_network_or_property_is_refused(
@@ -219,16 +244,19 @@ def test_a_record_is_of_one_property(folder, capsys, session):
 
 
 def test_leaves_are_a_tree_or_are_refused():
-    tree = tree_of([((3, 1),), ((3, -1), (0, 1)), ((3, -1), (0, -1))], 4)
+    on, off = (3, 1, 0.0), (3, -1, 0.0)
+    tree = tree_of([(on,), (off, (0, 1, 0.0)), (off, (0, -1, 0.0))], 4)
     assert (tree.neuron, tree.on.leaf, tree.off.neuron, tree.off.off.leaf) == (3, 0, 0, 2)
     for leaves_, said in (
-        ([((3, 1),)], "no leaf covers"),
+        ([(on,)], "no leaf covers"),
         ([], "no leaf covers"),
-        ([((4, 1),), ((4, -1),)], "cannot be split at neuron 4"),
-        ([((1, 2),), ((1, -1),)], "neither 1 nor -1"),
-        ([((1, 1), (1, 1)), ((1, 1), (1, -1)), ((1, -1),)], "cannot be split at neuron 1"),
+        ([((4, 1, 0.0),), ((4, -1, 0.0),)], "cannot be split at neuron 4"),
+        ([((1, 2, 0.0),), ((1, -1, 0.0),)], "neither 1 nor -1"),
+        ([(on, on), (on, off), (off,)], "cannot be split at neuron 3"),
+        ([(on,), ((3, -1, 0.5),)], "split at 2 points of neuron 3"),
+        ([((3, 1, math.inf),), ((3, -1, math.inf),)], "cannot be split at the point inf"),
     ):
         with pytest.raises(ValueError, match=said):
             tree_of(leaves_, 4)
     with pytest.raises(ValueError, match="5000 splits of one leaf are more than 400"):
-        tree_of([tuple((i, 1) for i in range(5000))], 5000)
+        tree_of([tuple((i, 1, 0.0) for i in range(5000))], 5000)

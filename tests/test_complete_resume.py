@@ -246,9 +246,10 @@ def test_results_of_another_question_are_not_taken_for_this_one(
 
 
 def test_trees_are_written_and_read_as_they_are():
-    closed, left = [((4, 1),), ((4, -1), (2, -1))], [((4, -1), (2, 1))]
+    on, off = (4, 1, 0.0), (4, -1, 0.0)
+    closed, left = [(on,), (off, (2, -1, 0.5))], [(off, (2, 1, 0.5))]
     nodes = split_tree(closed, left, 9)
-    assert nodes == (4, CLOSED, 2, OPEN, CLOSED)
+    assert nodes == (4, CLOSED, (2, 0.5), OPEN, CLOSED)
     assert split_leaves(nodes, 9) == (closed, left)
     for wrong in ([4, CLOSED], [CLOSED, CLOSED], [4, True, CLOSED], [9, CLOSED, CLOSED], [-3], []):
         with pytest.raises(StateError):

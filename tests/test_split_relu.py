@@ -109,7 +109,7 @@ def test_bounds_of_a_domain_hold_in_it_and_grow_with_each_split(network, one_thr
         for depth in range(3):
             number = numbers[depth].repeat(2)
             signs = torch.tensor([1, -1]) if depth % 2 else torch.tensor([-1, 1])
-            batch = parents.split(roots, number, signs, bounder.units, A)
+            batch = parents.split(roots, number, signs, torch.zeros(2), bounder.units, A)
             # Where the ascent begins: the parent's bound at least; rounding as below.
             begin = bounder.quickly(batch)[0]
             assert depth == 2 or (begin >= before - 1e-9).all()
@@ -134,7 +134,8 @@ def test_beta_proves_what_no_bound_without_it_does(network, one_thread):
     unstable = ((roots.lower < 0) & (roots.upper > 0))[0]
     numbers = roots.number_of[unstable].tolist()
     pairs = [
-        ((a, s), (b, t)) for a in numbers for b in numbers for s in (1, -1) for t in (1, -1)
+        ((a, s, 0.0), (b, t, 0.0))
+        for a in numbers for b in numbers for s in (1, -1) for t in (1, -1)
         if a < b and not ((z[:, a] == (s > 0)) & (z[:, b] == (t > 0))).any()
     ]
     assert pairs

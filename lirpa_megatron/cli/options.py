@@ -283,13 +283,16 @@ def _add_effort(add: Any) -> None:
     )
     add(
         "--complete", action="store_true",
-        help="properties of ReLU networks, or of few inputs: branch and bound on what bounds and "
-        "the attack leave open, until it is decided or --timeout is over",
+        help="properties of networks whose nonlinear operators are functions of one variable, or "
+        "of few inputs: branch and bound on what bounds and the attack leave open, until it is "
+        "decided or --timeout is over",
     )
     add(
-        "--branching", choices=("auto", "relu", "input"),
-        help="what --complete splits: relu (beta-CROWN), input (the box is cut, for few inputs), "
-        "or auto (default): input where at most 8 inputs move and ReLUs are many",
+        "--branching", choices=("auto", "relu", "nonlinear", "input"),
+        help="what --complete splits: relu (beta-CROWN), nonlinear (intervals of all functions of "
+        "one variable: tanh, GELU, ...), input (the box is cut, for few inputs), or auto "
+        "(default): relu, but input where at most 8 inputs move and ReLUs are many; of other "
+        "networks input where at most 16 move, else nonlinear",
     )
     add(
         "--record", metavar="JSON", type=Path,

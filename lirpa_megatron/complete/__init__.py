@@ -1,18 +1,21 @@
-"""Bounds of parts, until all is proved: of ReLU networks by beta-CROWN, of sets of few dimensions.
+"""Bounds of parts, until all is proved: of networks by beta-CROWN, of sets of few dimensions.
 
 Branch and bound, which decides properties on sharded models:
 
-    strategy     what is split: ReLUs or boxes
+    strategy     what is split: ReLUs, intervals of other functions, or boxes
 
-over ReLUs:
+over ReLUs and intervals:
 
     problem      what is to be proved, and what is found out
     roots        alpha-CROWN's bounds of the boxes, and the numbering of neurons
     split_relu   the mathematics of a ReLU with splits
+    split_curve  that of other functions of one variable
+    narrowing    what splits say of other neurons, by interval arithmetic
     domain_pass  a backward pass over a batch of domains
     batch        domains as tensors; alpha, beta and their optimizer
     bounding     bounds of a batch of domains
     branching    which neuron to split
+      curve_cuts    scores of other functions than ReLUs, and where they are cut
     steps        one step of a search: halves of domains, and what bounds say of them
     exploring    what becomes of some domains: proved, to be split further, stuck, or refuted
     refinement   tighter bounds of inner neurons, by branch and bound for each

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions
 from lirpa_megatron.complete.roots import Roots
+from lirpa_megatron.complete.split_curve import CurveLines, cut_lines, ends_of, fitted, lines_of
 from lirpa_megatron.complete.split_relu import Lines
 
 _STEPS = 4096
+_NOISE = 256
+"""Units in the last place."""
+_SLOWER, _FASTER, _SLOWEST = 0.4, 1.5, 0.01
+"""How a domain's `pace` changes for its halves: after steps of which none was better than what they
+began with, and after others; and the least it becomes."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +39,25 @@ class Batch:
     """[D, inputs]"""
     high: torch.Tensor
     lines: Lines
-    """Of [D, N]."""
+    """Of [D, N]; at other functions than ReLUs without meaning, but not unstable."""
+    curves: tuple[CurveLines, ...]
+    """Of these functions."""
+    ends: torch.Tensor
+    """Intervals of pre-activations, where there are such functions: [2, D, N], else [2, D, 0]."""
     places: torch.Tensor
     """Of split neurons among this rank's: [D, k]."""
     signs: torch.Tensor
-    """Of splits: [D, k]; 0 where a domain has fewer."""
+    """Of splits of ReLUs: [D, k]; 0 where a domain has fewer."""
     units: torch.Tensor
     """What beta is counted in: [D, k]."""
     alpha: torch.Tensor
     """[R', D, N]"""
     beta: torch.Tensor
     """[R', D, k]"""
+    gamma: torch.Tensor
+    """Of other functions' neurons: [R', D, N], or [R', D, 0] where ReLUs are all there is."""
+    pace: torch.Tensor
+    """There what steps are multiplied with: [R', D]."""
 
     def __len__(self) -> int:
         return len(self.goal)
@@ -55,19 +70,27 @@ class Batch:
 
         Args:
             problem, roots: that they are of.
-            units: what beta is counted in, by goal and ReLU: [G, ReLUs].
+            units: what beta is counted in, by goal and operator: [G, operators].
             domains: D of them.
         """
         device, like = problem.C.device, problem.C
         goal = torch.tensor([d.goal for d in domains], device=device)
         box = torch.tensor([problem.boxes[d.goal] for d in domains], device=device)
         most = max(len(d.splits) for d in domains)
-        padded = [(*d.splits, *[(-1, 0)] * (most - len(d.splits))) for d in domains]
-        splits = torch.tensor(padded, dtype=torch.int64, device=device).view(len(domains), most, 2)
-        numbers, signs = splits[..., 0], splits[..., 1].to(like)
+        padded = [(*d.splits, *[(-1, 0, 0)] * (most - len(d.splits))) for d in domains]
+        splits = torch.tensor(padded, dtype=torch.float64, device=device)
+        numbers, signs, points = splits.view(len(domains), most, 3).unbind(2)
+        numbers, signs, points = numbers.long(), signs.to(like), points.to(like)
         places = roots.place_of[numbers]  # the last entry, for -1, is N
         own_signs = like.new_zeros(len(domains), roots.neurons + 1).scatter(1, places, signs)
-        lines = Lines.of(roots.lower[box], roots.upper[box], own_signs[:, :-1])
+        ends, own_ends = like.new_zeros(2, len(domains), 0), (roots.lower[box], roots.upper[box])
+        if roots.curves:
+            ends = own_ends = ends_of(roots, box, places, signs, points)
+            for i, d in enumerate(domains):
+                if d.ends is not None:  # cut at the splits, too
+                    ends[:, i] = d.ends
+        lines, curves = _lines(roots, own_ends, own_signs[:, :-1])
+        signs = torch.where(roots.of_curve[numbers], 0.0, signs)
         R = problem.C.shape[1]
         weights = like.new_full((R, len(domains)), 1 / R)
         beta = like.new_zeros(problem.rows, len(domains), most)
@@ -76,10 +99,19 @@ class Batch:
             if d.weights is not None:
                 weights[:, i] = d.weights
         alpha = torch.stack([d.alpha for d in domains], 1).to(like)
-        units = units[goal[:, None], roots.relu_of[numbers]]
+        gamma = like.new_zeros(*alpha.shape[:2], alpha.shape[2] if curves else 0)
+        for i, d in enumerate(domains):
+            if d.gamma is not None:
+                gamma[:, i] = d.gamma
+        pace = like.new_ones(alpha.shape[:2])
+        for i, d in enumerate(domains):
+            if d.pace is not None:
+                pace[:, i] = d.pace
+        units = units[goal[:, None], roots.operator_of[numbers]]
         return cls(
             goal, box, problem.C[goal].transpose(0, 1), problem.thresholds[goal].t(), weights,
-            problem.low[box], problem.high[box], lines, places, signs, units, alpha, beta,
+            problem.low[box], problem.high[box], lines, curves, ends, places, signs, units,
+            alpha, beta, gamma, pace,
         )
 
     def at(self, index: torch.Tensor) -> Batch:
@@ -88,32 +120,37 @@ class Batch:
             "goal", "box", "low", "high", "places", "signs", "units"
         )}
         second = {name: getattr(self, name)[:, index] for name in (
-            "C", "thresholds", "weights", "alpha", "beta"
+            "C", "thresholds", "weights", "ends", "alpha", "beta", "gamma", "pace"
         )}
-        return Batch(**first, **second, lines=self.lines.map(lambda t: t[index]))
+        curves = tuple(lines.at(index) for lines in self.curves)
+        return Batch(
+            **first, **second, lines=self.lines.map(lambda t: t[index]), curves=curves
+        )
 
     def split(
-        self, roots: Roots, numbers: torch.Tensor, signs: torch.Tensor, units: torch.Tensor,
-        A: torch.Tensor | None = None,
+        self, roots: Roots, numbers: torch.Tensor, signs: torch.Tensor, points: torch.Tensor,
+        units: torch.Tensor, A: torch.Tensor | None = None,
     ) -> Batch:
         """With one more split in each domain.
 
-        With A, beta of the new split begins where this neuron's term is at least the parent's: the
-        line alpha z of a neuron with A > 0 becomes z or 0, and beta = A (1 - alpha) or A alpha
-        makes alpha z of it again. Without A it begins at 0.
+        With A, alpha, beta and gamma of the new split begin where this neuron's term is at least
+        the parent's. At a ReLU the line alpha z of a neuron with A > 0 becomes z or 0, and beta = A
+        (1 - alpha) or A alpha makes alpha z of it again; for others see `split_curve.fitted`.
+        Without A beta begins at 0, and the others as they were.
 
         Args:
             roots: the roots.
             numbers: of the neurons, [D].
             signs: [D]
+            points: where, [D].
             units: as for `of`.
             A: at all neurons' outputs, [R', D, N].
         """
         place = roots.place_of[numbers][:, None]
-        sign = signs.to(self.signs)[:, None]
+        sign, point = signs.to(self.signs)[:, None], points.to(self.low)[:, None]
         here = place < roots.neurons
         index = place.clamp(max=roots.neurons - 1)
-        unit = units[self.goal, roots.relu_of[numbers]][:, None]
+        unit = units[self.goal, roots.operator_of[numbers]][:, None]
 
         def put(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             value = torch.where(here, value.to(old.dtype), old.gather(1, index))
@@ -126,18 +163,43 @@ class Batch:
             each = index.expand(len(A), -1, -1)
             alpha = self.alpha.gather(2, each)
             beta = A.gather(2, each).clamp(min=0) * torch.where(sign > 0, 1 - alpha, alpha)
-            beta = torch.where(here, beta / unit, 0.0)
+            # those of no ReLU are not unstable
+            beta = torch.where(here & lines.unstable.gather(1, index), beta / unit, 0.0)
+        curves, ends, alpha, gamma = self.curves, self.ends, self.alpha, self.gamma
+        if curves:
+            curves = cut_lines(curves, place, sign, point)
+            low, high = (end.gather(1, index) for end in ends)
+            low = torch.where(sign > 0, torch.maximum(low, point), low)
+            high = torch.where(sign < 0, torch.minimum(high, point), high)
+            ends = torch.stack([put(ends[0], low), put(ends[1], torch.maximum(low, high))])
+            if A is not None:
+                alpha, gamma = fitted(self.curves, curves, place, A, alpha, gamma)
         return replace(
             self,
             lines=Lines(
                 put(lines.on, on), put(lines.unstable, zero), put(lines.upper_slope, on),
                 put(lines.intercept, zero),
             ),
+            curves=curves, ends=ends,
             places=torch.cat([self.places, place], 1),
-            signs=torch.cat([self.signs, sign], 1),
+            signs=torch.cat([
+                self.signs, torch.where(roots.of_curve[numbers][:, None], 0.0, sign)
+            ], 1),
             units=torch.cat([self.units, unit], 1),
-            beta=torch.cat([self.beta, beta], 2),
+            alpha=alpha, beta=torch.cat([self.beta, beta], 2), gamma=gamma,
         )
+
+    def of_curves(self, i: int) -> Iterator[torch.Tensor | None]:
+        """Gamma, intervals and pace of one domain, to be kept."""
+        for value in (self.gamma, self.ends, self.pace):
+            yield value[:, i].clone() if self.curves else None
+
+    def within(self, roots: Roots, ends: torch.Tensor) -> Batch:
+        """With narrower intervals [2, D, N]."""
+        own_signs = self.low.new_zeros(len(self), roots.neurons + 1)
+        own_signs = own_signs.scatter(1, self.places, self.signs)
+        lines, curves = _lines(roots, ends, own_signs[:, :-1])
+        return replace(self, lines=lines, curves=curves, ends=ends)
 
     @property
     def has_sum(self) -> bool:
@@ -189,37 +251,114 @@ class Batch:
         return -z.gather(2, index) * torch.where(here, self.signs * self.units, 0.0)
 
 
+def _lines(
+    roots: Roots, ends: Any, signs: torch.Tensor
+) -> tuple[Lines, tuple[CurveLines, ...]]:
+    """From intervals [2, D, N] and signs of ReLUs' splits [D, N]."""
+    lines = Lines.of(*ends, signs)
+    curves = lines_of(roots, ends) if roots.curves else ()
+    for curve in curves:
+        lines.unstable[:, curve.place.at] = False
+    return lines, curves
+
+
+def _above(margins: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Whether margins are larger by more than rounding, which differs between ranks' sums."""
+    return margins > others + _NOISE * torch.finfo(dtype).eps * (1 + others.abs())
+
+
 class Ascent:
-    """Adam on alpha, beta and weights, upwards, within alpha in [0, 1], beta >= 0, weights >= 0 of
-    sum 1.
+    """Adam on alpha, beta, gamma and weights, upwards, within alpha in [0, 1], beta >= 0, weights
+    >= 0 of sum 1.
 
     Of each domain on its own: what others do does not change its steps.
+
+    Args:
+        batch: of which.
+        scale: what gamma is counted in, [D, N]; None where ReLUs are all there is.
+        options: step sizes.
     """
 
-    def __init__(self, batch: Batch, options: SearchOptions) -> None:
-        self.rates = options.lr_alpha, options.lr_beta, options.lr_weights
-        self.means = [torch.zeros_like(t) for t in (batch.alpha, batch.beta, batch.weights)]
+    def __init__(
+        self, batch: Batch, scale: torch.Tensor | None, options: SearchOptions
+    ) -> None:
+        self.rates: list[Any] = [options.lr_alpha, options.lr_beta, 0.0, options.lr_weights]
+        self.has_curves = scale is not None
+        if scale is not None:
+            share = torch.ones_like(batch.lines.on[0])
+            for lines in batch.curves:
+                share[lines.place.at] = options.lr_alpha_nonlinear / options.lr_alpha
+            self.rates[0], self.rates[2] = options.lr_alpha * share, options.lr_gamma * scale
+        self.means = [torch.zeros_like(t) for t in self._values(batch)]
         self.squares = [torch.zeros_like(t) for t in self.means]
         self.steps = 0
+        self._best: list[torch.Tensor] = []
+
+    @staticmethod
+    def _values(batch: Batch) -> list[torch.Tensor]:
+        return [batch.alpha, batch.beta, batch.gamma, batch.weights]
+
+    def keep(self, batch: Batch, margins: torch.Tensor) -> None:
+        """In networks with other functions than ReLUs: notes the values of each row's best bound so
+        far, by its margins [R', D].
+
+        (Where ReLUs are all there is the last ones are hardly worse, and copies take time.)
+        """
+        if not self.has_curves:
+            return
+        now = [margins, *self._values(batch)]
+        if not self._best:
+            self._best = [t.clone() for t in now]
+            self._first = margins
+            return
+        better = _above(margins, self._best[0], batch.low.dtype)
+        each = better[..., None]
+        masks = better, each, each, each, better[-1:]
+        for best, new, mask in zip(self._best, now, masks, strict=True):
+            torch.where(mask, new, best, out=best)
+
+    def restore(self, batch: Batch) -> None:
+        """Gives the batch what was noted.
+
+        Where no step was better than the first values, the domain's halves get smaller ones: in
+        narrow domains large multipliers nearly cancel each other, and steps that are right
+        elsewhere throw them out of balance.
+        """
+        if self._best and self.steps:
+            rose = _above(self._best[0], self._first, batch.low.dtype)
+            batch.pace.mul_(torch.where(rose, _FASTER, _SLOWER)).clamp_(_SLOWEST, 1.0)
+        for value, best in zip(self._values(batch), self._best[1:], strict=False):
+            value.copy_(best)
 
     def at(self, index: torch.Tensor) -> None:
         """Some of the domains."""
         self.means = [t[:, index] for t in self.means]
         self.squares = [t[:, index] for t in self.squares]
+        self._best = [t[:, index] for t in self._best]
+        if self._best:
+            self._first = self._first[:, index]
+        if self.has_curves:
+            self.rates[2] = self.rates[2][index]
 
-    def step(self, batch: Batch, gradients: Sequence[torch.Tensor], decay: float) -> None:
-        """Changes `batch.alpha` and `batch.beta` in place, and `batch.weights` where gradients of
-        them are given."""
+    def step(
+        self, batch: Batch, gradients: Sequence[torch.Tensor | None], decay: float
+    ) -> None:
+        """Changes alpha, beta, gamma and weights of the batch in place, those whose gradients are
+        given."""
         self.steps += 1
         first, second = 1 - 0.9**self.steps, 1 - 0.999**self.steps
-        values = batch.alpha, batch.beta, batch.weights
-        for i, (value, g) in enumerate(zip(values, gradients, strict=False)):
+        for i, (value, g) in enumerate(zip(self._values(batch), gradients, strict=True)):
+            if g is None:
+                continue
             self.means[i].lerp_(g, 0.1)
             self.squares[i].mul_(0.999).addcmul_(g, g, value=0.001)
             size = (self.squares[i] / second).sqrt_().add_(1e-8)
-            value.addcdiv_(self.means[i], size, value=self.rates[i] * decay / first)
+            mean, rate = self.means[i], self.rates[i]
+            if self.has_curves and i < 3:
+                mean, rate = mean * (rate * batch.pace[..., None]), 1.0
+            value.addcdiv_(mean, size, value=rate * decay / first)
         batch.alpha.clamp_(0, 1)
         batch.beta.clamp_(min=0)
-        if len(gradients) > 2:
+        if gradients[-1] is not None:
             w = batch.weights.clamp_(min=0)
             w.div_(w.sum(0).clamp(min=torch.finfo(w.dtype).tiny))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,12 @@ from lirpa_megatron.complete.agreement import from_rank_zero, mean_over_ranks
 from lirpa_megatron.complete.batch import Ascent, Batch
 from lirpa_megatron.complete.domain_pass import DomainPass
 from lirpa_megatron.complete.linear_leaves import proposal
+from lirpa_megatron.complete.narrowing import narrowed
 from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions, Split
 from lirpa_megatron.complete.roots import Roots
+from lirpa_megatron.complete.split_curve import Refit, SplitCurve
 from lirpa_megatron.complete.split_relu import SplitRelu
+from lirpa_megatron.operators.numerics import least_product
 
 ROUNDING = 8
 """A bound proves its domain if it exceeds the threshold by more than this many units in the last
@@ -33,7 +36,7 @@ class Bounded:
         proved: [D] bool.
         open: which are not, as indices [O].
         batch: these alone.
-        seen: their A at each ReLU's output at the end, of their best rows: [O, N].
+        seen: their A at each operator's output at the end, of their best rows: [O, N].
         minimiser: where the best row's bound is attained, [O, inputs].
         row: which, [O]; R is the weighted sum.
         is_over: whether time was.
@@ -71,11 +74,11 @@ class Bounder:
     ) -> None:
         self.graph, self.problem, self.roots, self.options = graph, problem, roots, options
         self.tp, self.is_over = graph.context.collectives, is_over
-        self.units = problem.C.new_ones(len(problem), len(roots.relus))
+        self.units = problem.C.new_ones(len(problem), len(roots.operators))
         # of this rank's neurons, those that it counts: a replicated one is rank 0's
         self.counted = torch.ones(roots.neurons + 1, dtype=torch.bool, device=problem.C.device)
-        for r in roots.relus:
-            self.counted[r.first : r.first + r.size] = r.sharded or self.tp.rank == 0
+        for r in roots.operators:
+            self.counted[r.at] = r.sharded or self.tp.rank == 0
 
     def whole(self, goals: Sequence[int]) -> Batch:
         """The goals' boxes, with CROWN's alpha."""
@@ -87,38 +90,89 @@ class Bounder:
         alpha = empty.new_zeros(len(empty), self.roots.neurons)
         batch = self.batch([Domain(g, splits, 0.0, alpha, empty, ()) for g, splits in domains])
         batch.alpha.copy_(batch.lines.adaptive())
-        return batch
+        for lines in batch.curves:
+            batch.alpha[..., lines.place.at] = 0.5
+        return self.narrowed(batch)
 
     def batch(self, domains: Sequence[Domain]) -> Batch:
         """`Batch.of` of this problem."""
         return Batch.of(self.problem, self.roots, self.units, domains)
 
+    def narrowed(self, batch: Batch) -> Batch:
+        """Domains with intervals of `narrowing`, and alpha and gamma that fit; none lower than it
+        was. Domains of ReLUs alone stay as they are."""
+        if not batch.curves:
+            return batch
+        ends = narrowed(self.graph, self.roots, batch.low, batch.high, *batch.ends)
+        after = batch.within(self.roots, torch.stack(ends))
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        visits = {
+            old.place.name: Refit(
+                old, new, *(t[..., old.place.at] for t in (batch.alpha, batch.gamma)), found
+            ) for old, new in zip(batch.curves, after.curves, strict=True)
+        }
+        with torch.no_grad():
+            self.run(after, batch.alpha, batch.pull(), others=visits)
+        alpha, gamma = batch.alpha.clone(), batch.gamma.clone()
+        for old in batch.curves:
+            at = old.place.at
+            alpha[..., at], gamma[..., at] = found[old.place.name]
+        return replace(after, alpha=alpha, gamma=gamma)
+
     def measure(self, seen: torch.Tensor, goals: torch.Tensor) -> None:
-        """Sets what beta is counted in: the mean size of A at each ReLU.
+        """Sets what beta is counted in: the mean size of A at each operator.
 
         Args:
-            seen: A at ReLUs' outputs for the goals' boxes, [G', N].
+            seen: A at operators' outputs for the goals' boxes, [G', N].
             goals: [G'].
         """
-        parts = [seen[:, r.first : r.first + r.size].abs() for r in self.roots.relus]
+        parts = [seen[:, r.at].abs() for r in self.roots.operators]
         sums = torch.stack([p.sum(1) for p in parts], 1)
-        counts = sums.new_tensor([float(r.size) for r in self.roots.relus])
-        sharded = torch.tensor([r.sharded for r in self.roots.relus], device=sums.device)
+        counts = sums.new_tensor([float(r.size) for r in self.roots.operators])
+        sharded = torch.tensor([r.sharded for r in self.roots.operators], device=sums.device)
         means = mean_over_ranks(self.tp, sums, counts, sharded)
         self.units[goals] = torch.where(means > 0, means, 1.0)
 
     def run(
-        self, batch: Batch, alpha: torch.Tensor, pull: torch.Tensor
+        self, batch: Batch, alpha: torch.Tensor, pull: torch.Tensor,
+        gamma: torch.Tensor | None = None, others: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, DomainPass]:
-        """One pass: its lower bounds [R', D], and the pass."""
-        sizes = [r.size for r in self.roots.relus]
+        """One pass: its lower bounds [R', D], and the pass.
+
+        Args:
+            batch: D domains.
+            alpha, pull, gamma: [R', D, N]; without gamma with the batch's.
+            others: operator's name -> what is to be done at visits to it instead.
+        """
+        roots, gamma = self.roots, batch.gamma if gamma is None else gamma
+        sizes = [r.size for r in roots.operators]
         parts = zip(
-            self.roots.relus, batch.lines.split(sizes), alpha.split(sizes, -1),
+            roots.operators, batch.lines.split(sizes), alpha.split(sizes, -1),
             pull.split(sizes, -1), strict=True,
         )
-        relus = {r.name: SplitRelu(*values) for r, *values in parts}
-        run = DomainPass(self.graph, self.roots.plan, relus, batch.low, batch.high)
-        return run.lower(batch.rows()[0]), run
+        splits: dict[str, Any] = {
+            r.name: SplitRelu(*values) for r, *values in parts if r.curve is None
+        }
+        for lines in batch.curves:
+            at = lines.place.at
+            splits[lines.place.name] = SplitCurve(
+                lines, alpha[..., at], pull[..., at], gamma[..., at]
+            )
+        splits |= others or {}
+        run = DomainPass(self.graph, roots.plan, splits, batch.low, batch.high)
+        lower = run.lower(batch.rows()[0])
+        if batch.curves:
+            run.size = run.size + self._size(batch, gamma.detach())
+        return lower, run
+
+    def _size(self, batch: Batch, gamma: torch.Tensor) -> torch.Tensor:
+        """Of the terms that gamma adds to the constant, [R', D]."""
+        parts = gamma.new_zeros(gamma.shape[:2])
+        for lines in batch.curves:
+            at = lines.place.at
+            terms = least_product(gamma[..., at], lines.lower, lines.upper).abs()
+            parts += (terms * self.counted[at]).sum(-1)
+        return self.tp.reduce_from(parts)
 
     def margins(self, batch: Batch, lower: torch.Tensor, run: Any) -> tuple[Any, Any, bool]:
         """Rank 0's margins of rows [R', D] in float64, by how much they exceed rounding, and
@@ -136,15 +190,15 @@ class Bounder:
         return from_rank_zero(self.tp, self.problem.thresholds.new_zeros(1), self.is_over())[1]
 
     def quickly(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """With alpha and beta as they are: margins [D], A at ReLUs' outputs [R', D, N], and whether
-        time is over."""
+        """With all multipliers as they are: margins [D], A at operators' outputs [R', D, N], and
+        whether time is over."""
         with torch.no_grad():
             lower, run = self.run(batch, batch.alpha, batch.pull())
             margins, _, over = self.margins(batch, lower, run)
         return margins.amax(0), self._seen(run), over
 
     def _seen(self, run: DomainPass) -> torch.Tensor:
-        return torch.cat([run.seen[r.name] for r in self.roots.relus], 2)
+        return torch.cat([run.seen[r.name] for r in self.roots.operators], 2)
 
     def ascend(self, batch: Batch, iterations: int, decay: float = _DECAY) -> Bounded:
         """Optimizes alpha, beta and weights; a domain leaves the batch when it is proved.
@@ -158,7 +212,7 @@ class Bounder:
         best = torch.full((D,), -torch.inf, dtype=torch.float64, device=device)
         proved = torch.zeros(D, dtype=torch.bool, device=device)
         alive = torch.arange(D, device=device)
-        ascent = Ascent(batch, self.options)
+        ascent = Ascent(batch, self._scale(batch), self.options)
         over, primal, point = False, None, None
         for i in range(iterations + 1):
             steps = i < iterations
@@ -167,9 +221,12 @@ class Bounder:
                 weighed = replace(batch, weights=batch.weights.detach().clone())
                 if batch.has_sum:
                     leaves.append(weighed.weights.requires_grad_(steps))
-                lower, run = self.run(weighed, *leaves[:2])
+                if batch.curves:
+                    leaves.append(batch.gamma.detach().requires_grad_(steps))
+                lower, run = self.run(weighed, *leaves[:2], *leaves[2 + batch.has_sum :])
             margins, sure, over = self.margins(batch, lower, run)
             best[alive] = torch.maximum(best[alive], margins.amax(0))
+            ascent.keep(batch, margins)
             # NaN and infinity prove nothing.
             done = ((sure > 0) & margins.isfinite()).any(0)
             proved[alive[done]] = True
@@ -177,27 +234,40 @@ class Bounder:
             if not steps or over or bool(done.all()):
                 break
             counts = torch.where(done | ~lower.detach().isfinite(), 0.0, 1.0)
-            to_alpha, to_pull, *to_weights = torch.autograd.grad(
+            to_alpha, to_pull, *rest = torch.autograd.grad(
                 (lower.nan_to_num() * counts).sum(), leaves
             )
-            to_weights = [self._of_margins(batch, g) for g in to_weights]
+            to_weights = self._of_margins(batch, rest[0]) if batch.has_sum else None
+            to_gamma = rest[-1].nan_to_num_() if batch.curves else None
             new = 3 / (i + 3)
             with torch.no_grad():
                 z = to_pull.nan_to_num_().neg_()
                 x = run.minimiser.clone() if point is None else point.lerp(run.minimiser, new)
                 primal, point = z if primal is None else primal.lerp(z, new), x
-                to_all = (to_alpha.nan_to_num_(), batch.to_beta(z), *to_weights)
-                ascent.step(batch, to_all, decay**i)
+                to_beta = batch.to_beta(z)
+                ascent.step(
+                    batch, (to_alpha.nan_to_num_(), to_beta, to_gamma, to_weights), decay**i
+                )
             if done.sum() > _DROP * len(done):
                 left = (~proved[alive]).nonzero().flatten()
                 batch, alive = batch.at(left), alive[left]
                 ascent.at(left)
                 primal, point = primal[:, left], point[:, left]
+        ascent.restore(batch)
         found = self._bounded(best, proved, alive, batch, run, margins, over)
         if primal is not None:
             left = (~proved[alive]).nonzero().flatten()
             found.primal, found.point = primal[found.row, left], point[found.row, left]
         return found
+
+    def _scale(self, batch: Batch) -> torch.Tensor | None:
+        """What gamma is counted in, [D, N]; None without other functions than ReLUs."""
+        if not batch.curves:
+            return None
+        units = self.units[batch.goal]
+        return torch.cat([
+            units[:, i, None].expand(-1, r.size) for i, r in enumerate(self.roots.operators)
+        ], 1)
 
     def solve(self, batch: Batch) -> Bounded:
         """Domains that are linear programs, with beta from `linear_leaves`.

@@ -1,8 +1,8 @@
 """The backward pass over a batch of domains, on the bound graph of a BoundedModule.
 
-The engine's pass (`crown.backward_pass`) with another step at ReLUs (`split_relu`) and boxes of the
-domains' own. It moves and sums A over the ranks as every other pass does; bounds of inner nodes
-are never computed.
+The engine's pass (`crown.backward_pass`) with another step at ReLUs (`split_relu`) and other
+functions of one variable (`split_curve`), and boxes of the domains' own. It moves and sums A over
+the ranks as every other pass does; bounds of inner nodes are never computed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
-from lirpa_megatron.complete.split_relu import LeastOverBox, SplitRelu
+from lirpa_megatron.complete.split_relu import LeastOverBox
 from lirpa_megatron.crown.backward_pass import BackwardPass
 from lirpa_megatron.crown.chunks import in_turns
 from lirpa_megatron.crown.graph import BoundGraph
@@ -28,22 +28,22 @@ class DomainPass(BackwardPass):
 
     Args:
         graph, plan: the bound graph and the course of the pass.
-        relus: ReLU's name -> what it is relaxed with.
+        splits: operator's name -> what it is relaxed with (`SplitRelu`, `SplitCurve`).
         low, high: the domains' boxes, [D, inputs].
 
     After it has run:
-        seen: ReLU's name -> A at its output, [R, D, n], without gradient.
+        seen: operator's name -> A at its output, [R, D, n], without gradient.
         minimiser: where each row's bound is attained, [R, D, inputs].
         size: of the terms that a bound is the sum of, [R, D].
         A, constant: the rows as functions of the input, [R, D, inputs] and [R, D].
     """
 
     def __init__(
-        self, graph: BoundGraph, plan: PassPlan, relus: Mapping[str, SplitRelu],
+        self, graph: BoundGraph, plan: PassPlan, splits: Mapping[str, Any],
         low: torch.Tensor, high: torch.Tensor,
     ) -> None:
         super().__init__(graph, plan, plan.start)
-        self.split_relus, self.low, self.high = relus, low, high
+        self.splits, self.low, self.high = splits, low, high
         self.seen: dict[str, torch.Tensor] = {}
         self.minimiser: torch.Tensor | None = None
         self.size: torch.Tensor | None = None
@@ -58,7 +58,7 @@ class DomainPass(BackwardPass):
     def _through(
         self, node: auto_lirpa.Bound, A: LowerUpper, visit: Visit, alpha: Any, index: Any
     ) -> Propagated:
-        split = self.split_relus.get(node.name)
+        split = self.splits.get(node.name)
         if split is None:
             return super()._through(node, A, visit, alpha, index)
         self.seen[node.name] = A.lower.detach().flatten(2)

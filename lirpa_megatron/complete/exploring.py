@@ -51,6 +51,7 @@ class Explorer:
 
     def __init__(self, bounder: Bounder, options: SearchOptions, confirm: Confirm) -> None:
         self.bounder, self.options, self.confirm = bounder, options, confirm
+        self._tried = options.tried_nonlinear if bounder.roots.curves else options.tried
 
     def whole(self, goals: Sequence[int]) -> Explored:
         """The boxes of goals."""
@@ -85,14 +86,14 @@ class Explorer:
         _close(explored, domains, found)
         rest = still_open(domains, found)
         if rest:
-            explored.open, last = splittable(self.bounder, rest, found, self.options.tried)
+            explored.open, last = splittable(self.bounder, rest, found, self._tried)
             self._try_points(explored, found)
             if last:
                 self._finish(explored, last)
         return explored
 
     def _finish(self, explored: Explored, domains: list[Domain]) -> None:
-        """Domains in which the network is linear."""
+        """Domains in which the network is linear, or nearly."""
 
         def note(some: Sequence[Domain], found: Bounded) -> bool:
             _close(explored, some, found)

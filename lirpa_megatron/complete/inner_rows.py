@@ -10,7 +10,7 @@ import torch
 
 from lirpa_megatron.complete.agreement import unstable_numbers
 from lirpa_megatron.complete.problem import Problem
-from lirpa_megatron.complete.roots import ReluPlace, Roots
+from lirpa_megatron.complete.roots import OperatorPlace, Roots
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class InnerStart:
     graph: Any
     roots: Roots
     """Of the whole network. `set` changes its bounds."""
-    relu: ReluPlace
+    relu: OperatorPlace
     below: Roots
     """What passes from there need."""
 
     def has(self, number: int) -> bool:
         """Whether this neuron is the ReLU's, on whichever rank."""
-        return self.roots.relus[int(self.roots.relu_of[number])].name == self.relu.name
+        return self.roots.operators[int(self.roots.operator_of[number])].name == self.relu.name
 
     def unstable(self) -> Rows:
         """Both bounds of neurons that are unstable in some box."""
@@ -114,9 +114,9 @@ def inner_starts(graph: Any, roots: Roots) -> Iterator[InnerStart]:
     Of the others the bounds of interval arithmetic are exact. Each is made when it is asked for,
     with the bounds that `roots` has by then.
     """
-    for relu in reversed(roots.relus):
+    for relu in reversed(roots.operators):
         node = graph[relu.name].inputs[0]
         plan = graph.schedule.plan(node, spec_sharded=False)
         names = {n.name for n in plan.order}
-        if any(r.name in names for r in roots.relus):
+        if any(r.name in names for r in roots.operators):
             yield InnerStart(graph, roots, relu, roots.under(plan))

@@ -33,10 +33,10 @@ def branch_and_bound(
 ) -> Searched:
     """Decides whether `C y > thresholds` for all inputs of a box.
 
-    What is split are ReLUs, of a network of linear operators and ReLUs, or the box itself, in which
-    few inputs move (`SearchOptions.branching`, `strategy.chosen`). Every rank of the
-    tensor-parallel group calls it alike; bounds and verdicts are those of the unsharded model, up
-    to rounding.
+    What is split are ReLUs and intervals of other functions of one variable, if nothing else in the
+    network is nonlinear, or the box itself, in which few inputs move (`SearchOptions.branching`,
+    `strategy.chosen`). Every rank of the tensor-parallel group calls it alike; bounds and verdicts
+    are those of the unsharded model, up to rounding.
 
     Args:
         model: batch first, perhaps sharded; or its BoundedModule (with `check_live`, so that it

@@ -2,7 +2,8 @@
 
     K boxes    G goals    R rows of a goal    R' with their weighted sum
     D domains that are bounded together
-    N neurons of ReLUs on this rank, one after the other    k splits of a domain
+    N neurons on this rank that can be split, one operator's after the other's
+    k splits of a domain
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from lirpa_megatron.complete.cut_tree import CutTree
 if TYPE_CHECKING:
     from lirpa_megatron.complete.state import SearchState
 
-Split = tuple[int, int]
-"""A neuron, by its number among all of the network's ReLUs, and the sign of its pre-activation."""
+Split = tuple[int, int, float]
+"""(j, s, p): s (z_j - p) >= 0 for the pre-activation z_j of neuron j, by its number among all of
+the network's that can be split (`roots.Roots`). s is 1 or -1. p is 0 at a ReLU; elsewhere a number
+that float32 has, and so every type."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Problem:
 class SearchOptions:
     """How domains are bounded and split."""
 
-    # what is split: "relu", "input" (the boxes are cut) or "auto" (`strategy.chosen`)
+    # what is split: "relu", "nonlinear" (any function of one variable), "input" (the boxes are cut)
+    # or "auto" (`strategy.chosen`)
     branching: str = "auto"
     # most domains that are split at once
     batch: int = 128
@@ -86,10 +90,14 @@ class SearchOptions:
     # step sizes of alpha, and of beta in units of A's mean size
     lr_alpha: float = 0.7
     lr_beta: float = 0.7
+    # the same of other functions than ReLUs: of alpha, and of gamma in the same units
+    lr_alpha_nonlinear: float = 0.1
+    lr_gamma: float = 0.1
     # the same of the weights of a goal's rows
     lr_weights: float = 0.1
-    # neurons that are tried for each split
+    # neurons that are tried for each split; in networks with other functions than ReLUs
     tried: int = 16
+    tried_nonlinear: int = 1
     # seconds; None: no limit
     timeout: float | None = None
     # most domains; None: no limit
@@ -118,10 +126,17 @@ class Domain:
     """[R', N], of this rank's neurons"""
     beta: torch.Tensor
     """[R', k], of all splits; those on other ranks are 0"""
-    candidates: tuple[int, ...]
-    """Neurons that may be split next, the most promising first."""
+    candidates: tuple[tuple[int, float], ...]
+    """Neurons that may be split next, the most promising first, and where."""
     weights: torch.Tensor | None = None
     """[R], of the sum of rows; None: equal ones."""
+    gamma: torch.Tensor | None = None
+    """[R', N], in networks with other functions than ReLUs; None: 0."""
+    ends: torch.Tensor | None = None
+    """Intervals of pre-activations that alpha and gamma are for, [2, N]; None: the box's, cut at
+    the splits."""
+    pace: torch.Tensor | None = None
+    """What steps of alpha, beta and gamma are multiplied with, [R']; None: 1."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +177,7 @@ class Searched:
         goal: which.
         leaves: of the trees, if they were kept.
         claims: bounds of inner neurons that they rest on, if they were kept.
-        branching: what was split, "relu" or "input".
+        branching: what was split, "relu", "nonlinear" or "input".
         cuts: where boxes were cut, if trees were kept.
         state: where it was, if trees were kept and something was left.
     """

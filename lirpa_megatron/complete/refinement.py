@@ -29,7 +29,7 @@ from lirpa_megatron.complete.inner_values import least_attained
 from lirpa_megatron.complete.problem import Claim, Problem, SearchOptions
 from lirpa_megatron.complete.replay import ClaimedBound, failed_claims
 from lirpa_megatron.complete.roots import Roots
-from lirpa_megatron.complete.state import SearchState, StateError, split_leaves
+from lirpa_megatron.complete.state import SearchState, StateError, check_points, split_leaves
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
 _CLOSE = 0.05
@@ -74,7 +74,8 @@ class Refinement:
         self.roots = replace(roots, lower=roots.lower.clone(), upper=roots.upper.clone())
         self.claims: dict[tuple[int, int, int], Claim] = {}
         self.domains, self.rounds, self.is_over = 0, 0, False
-        self.is_done = not options.refinement_iterations
+        # an interval that does not contain 0 is an aim at ReLUs alone
+        self.is_done = not options.refinement_iterations or bool(roots.curves)
         self._attained: dict[tuple[int, int, int], float] = {}
         # where a value is tried next
         self._points: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -98,12 +99,13 @@ class Refinement:
             StateError: they are of other boxes or neurons, not one tree each, or above values that
                 the neurons have.
         """
-        total = len(self.roots.relu_of) - 1
+        total = len(self.roots.operator_of) - 1
         claims = {}
         for c in state.inner:
             if not (0 <= c.box < len(self.problem.low) and 0 <= c.number < total):
                 raise StateError(f"neuron {c.number} of box {c.box} does not exist")
             closed, left = split_leaves(c.tree, total)
+            check_points(closed, self.roots)
             key = c.box, c.number, c.sign
             if left or key in claims:
                 raise StateError(f"the bound of neuron {c.number} of box {c.box} is not one tree")

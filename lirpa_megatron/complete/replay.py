@@ -10,15 +10,19 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat.full_precision import full_precision
-from lirpa_megatron.complete.bounding import Bounder
+from lirpa_megatron.complete import branching
+from lirpa_megatron.complete.bounding import Bounded, Bounder
 from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.inner_rows import inner_starts
 from lirpa_megatron.complete.problem import Claim, Domain, Problem, SearchOptions
 from lirpa_megatron.complete.roots import Roots, bound_roots
+from lirpa_megatron.complete.steps import halves, still_open
 from lirpa_megatron.complete.tree import Node, tree_of
 
 _MORE = 10
 """How many times more steps a leaf gets that is not proved at first."""
+_FURTHER = 6
+"""How many more splits a leaf may get then, where there are other functions than ReLUs."""
 _SHORT = 0.1
 """How much may be missing of a claim, as a share of what it raises a bound by."""
 
@@ -36,7 +40,7 @@ class ClaimedBound:
     @classmethod
     def of(cls, claim: Claim, roots: Roots) -> ClaimedBound:
         """Raises ValueError if its leaves are not those of a tree."""
-        tree = tree_of(claim.leaves, len(roots.relu_of) - 1)
+        tree = tree_of(claim.leaves, len(roots.operator_of) - 1)
         return cls(claim.box, claim.number, claim.sign, claim.bound, tree)
 
 
@@ -95,7 +99,7 @@ def failed_claims(
     """
     names = {start.relu.name for start in inner_starts(graph, roots)}
     for claim in claims:
-        if roots.relus[int(roots.relu_of[claim.number])].name not in names:
+        if roots.operators[int(roots.operator_of[claim.number])].name not in names:
             raise ValueError(f"neuron {claim.number} is in a first layer: its bounds rest on no "
                              "splits")
     for start in inner_starts(graph, roots):
@@ -121,6 +125,16 @@ def failed_claims(
     return []
 
 
+def check_points(tree: Node, roots: Roots) -> None:
+    """Raises ValueError where a tree splits neurons at points that they are not split at."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if node.leaf is None:
+            roots.check_point(node.neuron, node.point)
+            waiting += [node.on, node.off]
+
+
 class _Replay:
     def __init__(self, bounder: Bounder, options: SearchOptions) -> None:
         self.bounder, self.options = bounder, options
@@ -131,6 +145,8 @@ class _Replay:
     ) -> list[tuple[int, int, float]]:
         """Trees of goals; those in `proved` are."""
         bounder, goals = self.bounder, [g for g in range(len(trees)) if g not in proved]
+        for tree in trees:
+            check_points(tree, bounder.roots)
         if not goals:
             return []
         found = bounder.ascend(bounder.whole(goals), 0)
@@ -152,17 +168,22 @@ class _Replay:
     def _split(self, parents: list[tuple[Domain, Node]]) -> list[tuple[Domain, Node]]:
         """Both children of inner nodes; returns those that are inner nodes themselves."""
         bounder = self.bounder
-        batch = bounder.batch([domain for domain, _ in parents])
+        batch, A = bounder.batch([domain for domain, _ in parents]), None
+        if batch.curves:
+            batch = bounder.narrowed(batch)
+            A = bounder.quickly(batch)[1].repeat(1, 2, 1)
         both = torch.arange(len(parents), device=batch.C.device).repeat(2)
         neurons = torch.tensor([node.neuron for _, node in parents], device=both.device).repeat(2)
+        points = torch.tensor([node.point for _, node in parents], dtype=torch.float64)
+        points = points.to(both.device).repeat(2)
         signs = torch.ones_like(both)
         signs[len(parents) :] = -1
         children = [
-            (replace(d, splits=(*d.splits, (node.neuron, sign)), margin=0.0), half)
+            (replace(d, splits=(*d.splits, (node.neuron, sign, node.point)), margin=0.0), half)
             for sign in (1, -1) for d, node in parents
             for half in ((node.on if sign == 1 else node.off),)
         ]
-        batch = batch.at(both).split(bounder.roots, neurons, signs, bounder.units)
+        batch = batch.at(both).split(bounder.roots, neurons, signs, points, bounder.units, A)
         return self._ascended(children, batch, self.options.iterations)
 
     def _ascended(self, nodes: list[tuple[Domain, Node]], batch: Any, iterations: int
@@ -175,20 +196,50 @@ class _Replay:
             own = Domain(
                 domain.goal, domain.splits, float(found.margins[at]),
                 found.batch.alpha[:, i].clone(), found.batch.beta[:, i].clone(), (),
-                found.batch.weights[:, i].clone(),
+                found.batch.weights[:, i].clone(), *found.batch.of_curves(i),
             )
             (inner if node.leaf is None else late).append((own, node))
         if late:
             batch = self.bounder.batch([domain for domain, _ in late])
             found = self.bounder.ascend(batch, _MORE * iterations)
             margins, left = found.margins, found.open
-            unstable = found.batch.lines.unstable.double().sum(1)
-            linear = self.bounder.tp.reduce_from(unstable) == 0
-            if bool(linear.any()):
-                solved = self.bounder.solve(found.batch.at(linear.nonzero().flatten()))
-                margins = margins.scatter(0, left[linear], solved.margins)
-                left = torch.cat([left[~linear], left[linear][solved.open]])
+            if self.bounder.roots.curves:
+                proved = self._split_further([domain for domain, _ in late], found)
+                left = left[~proved]
+            else:
+                unstable = found.batch.lines.unstable.double().sum(1)
+                linear = self.bounder.tp.reduce_from(unstable) == 0
+                if bool(linear.any()):
+                    solved = self.bounder.solve(found.batch.at(linear.nonzero().flatten()))
+                    margins = margins.scatter(0, left[linear], solved.margins)
+                    left = torch.cat([left[~linear], left[linear][solved.open]])
             self.failed += [
                 (late[at][0].goal, late[at][1].leaf, float(margins[at])) for at in left.tolist()
             ]
         return inner
+
+    def _split_further(self, leaves: list[Domain], found: Bounded) -> torch.Tensor:
+        """Whether some splits more prove leaves that are open: [O] bool.
+
+        Where intervals of other functions than ReLUs are cut, bounds end slightly lower or higher
+        in another number type.
+        """
+        bounder, options = self.bounder, self.options
+        proved = torch.ones(len(found.open), dtype=torch.bool, device=found.open.device)
+        waiting, places = still_open(leaves, found), list(range(len(proved)))
+        for level in range(_FURTHER + 1):
+            numbers, points = branching.candidates(bounder, found, 1)
+            for domain, *both in zip(waiting, numbers.tolist(), points.tolist(), strict=True):
+                domain.candidates = tuple(zip(*both, strict=True))
+            stuck = [d.candidates[0][0] < 0 or level == _FURTHER for d in waiting]
+            proved[[p for p, ends in zip(places, stuck, strict=True) if ends]] = False
+            left = [i for i, p in enumerate(places) if proved[p]]
+            if not left:
+                break
+            places = [places[i] for i in left] * 2
+            domains, found = halves(bounder, [waiting[i] for i in left], options.iterations)
+            waiting = still_open(domains, found)
+            places = [places[i] for i in found.open.tolist()]
+            if not waiting:
+                break
+        return proved

@@ -7,6 +7,8 @@ the lower bound becomes 0 or more), as alpha-beta-CROWN does by default.
 from __future__ import annotations
 
 import contextlib
+import functools
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,31 +21,43 @@ from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.crown.placement import PassPlan
 from lirpa_megatron.crown.relu_sparsity import live_columns
 from lirpa_megatron.errors import UserError
+from lirpa_megatron.operators.elementwise.activations import BoundCurve
+from lirpa_megatron.operators.elementwise.curves import Curve
+from lirpa_megatron.operators.elementwise.intervals import within
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
-class ReluPlace:
-    """Where a ReLU's neurons are among those of all ReLUs."""
+class OperatorPlace:
+    """Where the neurons of an operator that is split are among those of all of them."""
 
     name: str
     first: int
     """Of this rank's neurons, the first one; those inactive in all boxes are left out."""
     size: int
     sharded: bool
+    curve: Curve | None = None
+    """Its function; None of a ReLU."""
+
+    @property
+    def at(self) -> slice:
+        """Its neurons, on this rank."""
+        return slice(self.first, self.first + self.size)
 
 
 @dataclass(frozen=True)
 class Roots:
-    """The boxes' bounds at ReLUs, and the numbering of neurons.
+    """The boxes' bounds at operators that are split, and the numbering of neurons.
 
-    A neuron's number counts those of all ReLUs before it, in the order of the pass, on all ranks:
-    it is the same at every tensor-parallel size. `place_of` [numbers + 1] gives its place among
-    this rank's N neurons, or N where another rank has it; `number_of` [N] is the reverse.
+    A neuron's number counts those of all operators before it, in the order of the pass, on all
+    ranks: it is the same at every tensor-parallel size. `place_of` [numbers + 1] gives its place
+    among this rank's N neurons, or N where another rank has it; `number_of` [N] is the reverse.
     """
 
     plan: PassPlan
-    relus: tuple[ReluPlace, ...]
+    operators: tuple[OperatorPlace, ...]
     active_columns: dict[str, torch.Tensor]
     """As in `CallState`."""
     lower: torch.Tensor
@@ -51,36 +65,58 @@ class Roots:
     upper: torch.Tensor
     number_of: torch.Tensor
     place_of: torch.Tensor
-    relu_of: torch.Tensor
-    """Which ReLU a number belongs to, [numbers + 1]."""
+    operator_of: torch.Tensor
+    """Which operator a number belongs to, [numbers + 1]."""
     margins: torch.Tensor
     """[G, R] float64: alpha-CROWN's bounds of the goals, minus thresholds."""
+
+    @functools.cached_property
+    def of_curve(self) -> torch.Tensor:
+        """Whether a number is of a neuron of no ReLU, [numbers + 1]; the last one is none's."""
+        curve = torch.tensor([r.curve is not None for r in self.operators])
+        found = curve.to(self.operator_of.device)[self.operator_of]
+        found[-1] = False
+        return found
 
     @property
     def neurons(self) -> int:
         """N."""
         return self.lower.shape[1]
 
+    @property
+    def curves(self) -> tuple[OperatorPlace, ...]:
+        """The operators that are no ReLUs."""
+        return tuple(r for r in self.operators if r.curve is not None)
+
+    def check_point(self, number: int, point: float) -> None:
+        """Raises ValueError where a ReLU is split elsewhere than at 0, or another function at a
+        number that float32 lacks."""
+        if self.operators[int(self.operator_of[number])].curve is None and point != 0:
+            raise ValueError(f"neuron {number} is a ReLU's, which is split at 0, not at {point}")
+        if not abs(point) < _LARGEST or struct.unpack("f", struct.pack("f", point))[0] != point:
+            raise ValueError(f"neuron {number} is split at {point}, which no number of float32 is")
+
     def under(self, plan: PassPlan) -> Roots:
-        """What passes from another start node need: its ReLUs alone."""
+        """What passes from another start node need: its operators alone."""
         names = {node.name for node in plan.order if node is not plan.start}
-        relus, chosen, first = [], [], 0
-        for r in self.relus:
+        under, chosen, first = [], [], 0
+        for r in self.operators:
             if r.name in names:
-                relus.append(replace(r, first=first))
+                under.append(replace(r, first=first))
                 chosen.append(torch.arange(r.first, r.first + r.size))
                 first += r.size
         index = torch.cat(chosen).to(self.number_of.device)
         number_of = self.number_of[index]
         place_of = torch.full_like(self.place_of, first)
         place_of[number_of] = torch.arange(first, device=index.device)
-        old = [i for i, r in enumerate(self.relus) if r.name in names]
-        relu_of = torch.zeros_like(self.relu_of)
+        old = [i for i, r in enumerate(self.operators) if r.name in names]
+        operator_of = torch.zeros_like(self.operator_of)
         for new, i in enumerate(old):
-            relu_of[self.relu_of == i] = new
+            operator_of[self.operator_of == i] = new
         return replace(
-            self, plan=plan, relus=tuple(relus), lower=self.lower[:, index],
-            upper=self.upper[:, index], number_of=number_of, place_of=place_of, relu_of=relu_of,
+            self, plan=plan, operators=tuple(under), lower=self.lower[:, index],
+            upper=self.upper[:, index], number_of=number_of, place_of=place_of,
+            operator_of=operator_of,
         )
 
 
@@ -91,7 +127,7 @@ def bound_roots(
     """Bounds the boxes with a BoundedModule, by alpha-CROWN.
 
     Args:
-        graph: the BoundedModule, whose graph must be linear but for ReLUs.
+        graph: the BoundedModule, whose graph is linear but for functions of one variable.
         problem: boxes and goals.
         is_over: whether time is, on this rank; what has been found by then is used.
         replicas: of which one does it for all.
@@ -100,7 +136,7 @@ def bound_roots(
         UserError: the graph cannot be split, by name.
     """
     final = graph[graph.final_name]
-    check_graph(graph)
+    check_nonlinear(graph)
     C, rows = _rows_of_boxes(problem)
     box = auto_lirpa.PerturbationLpNorm(norm=float("inf"), x_L=problem.low, x_U=problem.high)
     x = auto_lirpa.BoundedTensor((problem.low + problem.high) / 2, box)
@@ -113,7 +149,7 @@ def bound_roots(
             found, _ = graph.compute_bounds(
                 x=(x,), C=C, method="CROWN-Optimized", bound_upper=False
             )
-        return found.detach().double(), _of_inner_nodes(_plan(graph, final))
+        return found.detach().double(), _of_inner_nodes(graph, _plan(graph, final))
 
     found, inner = replicas.first("bounds of boxes", alpha_crown)
     if not here:  # the graph has to know which inputs are perturbed
@@ -128,14 +164,18 @@ def _plan(graph: Any, final: auto_lirpa.Bound) -> PassPlan:
     return plan
 
 
-def _of_inner_nodes(plan: PassPlan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Bounds of each ReLU's input, this rank's, [K, *node shape], by the ReLU's name."""
+def _of_inner_nodes(
+    graph: Any, plan: PassPlan
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Bounds of each operator's input, this rank's, [K, *node shape], by the operator's name."""
     inner = {}
     for node in plan.order:
-        if type(node) is auto_lirpa.BoundRelu:
+        if _is_split(node):
             x = node.inputs[0]
-            inner[node.name] = (x.lower.detach().nan_to_num(nan=-torch.inf),
-                                x.upper.detach().nan_to_num(nan=torch.inf))
+            lower, upper = x.lower.detach(), x.upper.detach()
+            if is_curve(node) and node.curve.limited:  # as its own relaxation does
+                lower, upper = within(x, lower, upper, gradients=False)
+            inner[node.name] = lower.nan_to_num(nan=-torch.inf), upper.nan_to_num(nan=torch.inf)
     return inner
 
 
@@ -167,14 +207,37 @@ def check_setting(graph: Any, where: str) -> None:
         raise UserError(f"{where}the output has to be gathered (gather_output=True)")
 
 
+def is_curve(node: auto_lirpa.Bound) -> bool:
+    """Whether a node is f(x) of one variable, for each element, whose intervals can be cut."""
+    return isinstance(node, BoundCurve) and len(node.inputs) == 1
+
+
+def _is_split(node: auto_lirpa.Bound) -> bool:
+    return type(node) is auto_lirpa.BoundRelu or is_curve(node)
+
+
 def check_graph(graph: Any) -> None:
-    """Raises UserError unless branch and bound can split all that is not linear."""
+    """Raises UserError unless all that is not linear are ReLUs."""
     where = "branch and bound splits ReLUs: "
     check_setting(graph, where)
     for node in graph.named_nodes().values():
         if type(node) is not auto_lirpa.BoundRelu and auto_lirpa.reads_bounds(node):
-            kind = type(node).__name__.removeprefix("Bound")
-            raise UserError(f"{where}the network has a {kind}, which is neither linear nor a ReLU")
+            raise UserError(f"{where}the network has a {_kind(node)}, which is neither linear nor "
+                            "a ReLU")
+
+
+def check_nonlinear(graph: Any) -> None:
+    """Raises UserError unless all that is not linear are operators of one variable."""
+    where = "branch and bound splits functions of one variable: "
+    check_setting(graph, where)
+    for node in graph.named_nodes().values():
+        if not _is_split(node) and auto_lirpa.reads_bounds(node):
+            raise UserError(f"{where}the network has a {_kind(node)}, which is neither linear nor "
+                            "such a function")
+
+
+def _kind(node: auto_lirpa.Bound) -> str:
+    return type(node).__name__.removeprefix("Bound")
 
 
 def _rows_of_boxes(problem: Problem) -> tuple[torch.Tensor, _Rows]:
@@ -213,13 +276,13 @@ def _numbered(
     graph: Any, plan: PassPlan, margins: torch.Tensor,
     inner: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> Roots:
-    """Collects the ReLUs' bounds; inactive columns are left out as in every pass."""
+    """Collects the operators' bounds; columns inactive at ReLUs are left out as in every pass."""
     tp, between = graph.context.collectives, graph.intermediate.relus
     linear_of = {relu.name: linear for linear, relu in between.items()}
-    relus, active, lowers, uppers, numbers, relu_of = [], {}, [], [], [], []
+    operators, active, lowers, uppers, numbers, operator_of = [], {}, [], [], [], []
     local = total = 0
     for node in plan.order:
-        if type(node) is not auto_lirpa.BoundRelu:
+        if not _is_split(node):
             continue
         sharded = graph.sharded[node.inputs[0].name]
         lower, upper = inner[node.name]
@@ -236,28 +299,29 @@ def _numbered(
                 lower, upper, number = (
                     t.index_select(-1, columns) for t in (lower, upper, number)
                 )
-        relus.append(ReluPlace(node.name, local, number.numel(), sharded))
-        relu_of += [len(relus) - 1] * _count(whole)
+        curve = node.curve if is_curve(node) else None
+        operators.append(OperatorPlace(node.name, local, number.numel(), sharded, curve))
+        operator_of += [len(operators) - 1] * _count(whole)
         lowers.append(lower.flatten(1))
         uppers.append(upper.flatten(1))
         numbers.append(number.flatten())
         local, total = local + number.numel(), total + _count(whole)
-    if not relus:
-        raise UserError("branch and bound splits ReLUs: the network has none")
+    if not operators:
+        raise UserError("branch and bound splits ReLUs and other functions: the network has none")
     number_of = torch.cat(numbers)
     place_of = torch.full((total + 1,), local, device=number_of.device)
     place_of[number_of] = torch.arange(local, device=number_of.device)
     return Roots(
-        plan, tuple(relus), active, torch.cat(lowers, 1), torch.cat(uppers, 1), number_of,
-        place_of, torch.tensor([*relu_of, 0], device=number_of.device), margins,
+        plan, tuple(operators), active, torch.cat(lowers, 1), torch.cat(uppers, 1), number_of,
+        place_of, torch.tensor([*operator_of, 0], device=number_of.device), margins,
     )
 
 
 def neuron_count(graph: Any) -> int:
-    """How many neurons the ReLUs of a graph have, on all ranks."""
+    """How many neurons a graph has that can be split, on all ranks."""
     total = 0
     for node in graph.named_nodes().values():
-        if type(node) is auto_lirpa.BoundRelu:
+        if _is_split(node):
             x = node.inputs[0]
             each = _count(list(x.output_shape[1:]))
             total += each * (graph.context.collectives.size if graph.sharded[x.name] else 1)

@@ -48,7 +48,7 @@ from lirpa_megatron.complete.problem import (
 )
 from lirpa_megatron.complete.refinement import Refinement
 from lirpa_megatron.complete.roots import Roots, bound_roots
-from lirpa_megatron.complete.state import SearchState, split_leaves
+from lirpa_megatron.complete.state import SearchState, check_points, split_leaves
 from lirpa_megatron.complete.steps import rank
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
@@ -82,7 +82,7 @@ def search(
         replicas: that share the work, inside `Replicas.guard`.
 
     Raises:
-        UserError: the graph is not one of linear operators and ReLUs.
+        UserError: the graph is not one of linear operators and functions of one variable.
         StateError: the state to go on from is not one of this problem.
     """
     return _Run(graph, problem, options, confirm, progress, replicas).run(roots)
@@ -148,10 +148,11 @@ class _Run:
 
     def _go_on(self, roots: Roots, state: SearchState) -> Searched | None:
         """The search that was ended; None if bounds that the state claims do not hold."""
-        inner, total = self._refinement(roots), len(roots.relu_of) - 1
+        inner, total = self._refinement(roots), len(roots.operator_of) - 1
         inner.suppose(state)
         self.bounded, self.inner, self.supposed = state.domains, inner.domains, True
         given = {goal: split_leaves(tree, total) for goal, tree in state.trees.items()}
+        check_points([leaf for both in given.values() for some in both for leaf in some], roots)
         for goal, (closed, left) in given.items():
             if not left:
                 self.left.remove(goal)
@@ -214,7 +215,7 @@ class _Run:
     def _result(self, status: str, search: _Search, inner: Refinement) -> Searched:
         why = None
         if status == "stuck":
-            why = (f"{len(search.stuck)} domains without an unstable neuron were left, the closest "
+            why = (f"{len(search.stuck)} domains without a neuron to split were left, the closest "
                    f"with a bound of {max(d.margin for d in search.stuck):.3g}")
         elif status == "limit":
             why = "the limit on domains was reached"
@@ -224,6 +225,7 @@ class _Run:
             "unknown" if why else status, min(self.margins), self.margins, self.bounded,
             search.open(), self._seconds(), why, point, goal, self.leaves if proofs else [],
             list(inner.claims.values()) if proofs else [], self.inner,
+            "nonlinear" if inner.roots.curves else "relu",
             state=self._state(search, inner) if status in ("timeout", "limit") else None,
         )
 
@@ -235,7 +237,7 @@ class _Run:
         closed = [*self.leaves, *(leaf for leaf in search.leaves if leaf.goal in still)]
         try:
             return SearchState.of_splits(
-                len(self.problem), len(inner.roots.relu_of) - 1, closed, search.open_domains(),
+                len(self.problem), len(inner.roots.operator_of) - 1, closed, search.open_domains(),
                 inner.claims.values(), rounds=inner.rounds, refined=inner.is_done,
                 domains=self.bounded, inner_domains=inner.domains,
             )

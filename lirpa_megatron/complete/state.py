@@ -7,19 +7,23 @@ state costs time, and nothing else.
 
 A tree is a list of its nodes, each in front of those that it is split into:
 
-    n             split at neuron n (n >= 0), the half with z >= 0 first
+    n, (n, p)     split at neuron n (n >= 0), at 0 or p, the half with z >= p first
     (input, at)   part of a box cut at a value of an input, the lower half first
     CLOSED, OPEN  a leaf, which was proved or not
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lirpa_megatron.complete.problem import Claim, Domain, Leaf, Split
 from lirpa_megatron.complete.tree import Node, tree_of
+
+if TYPE_CHECKING:
+    from lirpa_megatron.complete.roots import Roots
 
 CLOSED, OPEN = -1, -2
 _DEEPEST = 400
@@ -37,7 +41,7 @@ class InnerBound:
     number: int
     sign: int
     bound: float
-    tree: tuple[int, ...]
+    tree: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class SearchState:
     """What a search knows of how to go on.
 
     Attributes:
-        trees: of goals whose ReLUs were split, by goal (or whatever stands for one).
+        trees: of goals whose neurons were split, by goal (or whatever stands for one).
         cuts: of boxes that were cut, by box.
         inner: bounds of inner neurons.
         rounds: of `Refinement` that were finished.
@@ -53,7 +57,7 @@ class SearchState:
         domains, inner_domains: how many were bounded so far.
     """
 
-    trees: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    trees: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
     cuts: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     inner: tuple[InnerBound, ...] = ()
     rounds: int = 0
@@ -66,7 +70,7 @@ class SearchState:
         cls, goals: int, neurons: int, closed: Iterable[Leaf], left: Iterable[Domain],
         claims: Iterable[Claim], **known: Any,
     ) -> SearchState:
-        """Of a search that splits ReLUs.
+        """Of a search that splits neurons.
 
         Args:
             goals, neurons: how many there are.
@@ -91,7 +95,7 @@ class SearchState:
 
 def split_tree(
     closed: Sequence[Sequence[Split]], left: Sequence[Sequence[Split]], neurons: int
-) -> tuple[int, ...]:
+) -> tuple[Any, ...]:
     """The tree of leaves that were proved and of those that are open.
 
     Args:
@@ -101,12 +105,12 @@ def split_tree(
     Raises:
         ValueError: they are not the leaves of one tree, or it is too deep.
     """
-    nodes: list[int] = []
+    nodes: list[Any] = []
     waiting: list[Node] = [tree_of([*closed, *left], neurons)]
     while waiting:
         node = waiting.pop()
         if node.leaf is None:
-            nodes.append(node.neuron)
+            nodes.append((node.neuron, node.point) if node.point else node.neuron)
             waiting += [node.off, node.on]
         else:
             nodes.append(CLOSED if node.leaf < len(closed) else OPEN)
@@ -114,7 +118,7 @@ def split_tree(
 
 
 def split_leaves(
-    nodes: Sequence[int], neurons: int
+    nodes: Sequence[Any], neurons: int
 ) -> tuple[list[tuple[Split, ...]], list[tuple[Split, ...]]]:
     """The reverse of `split_tree`: leaves that were proved, and open ones.
 
@@ -124,15 +128,26 @@ def split_leaves(
     found: dict[int, list[tuple[Split, ...]]] = {CLOSED: [], OPEN: []}
 
     def below(node: Any, path: tuple[Split, ...]) -> Sequence[tuple[Split, ...]]:
-        if type(node) is not int or not 0 <= node < neurons or len(path) >= _DEEPEST \
-                or node in {n for n, _ in path}:
+        n, p = node if type(node) in (tuple, list) and len(node) == 2 else (node, 0.0)
+        if type(n) is not int or type(p) is not float or not 0 <= n < neurons \
+                or not math.isfinite(p) or len(path) >= _DEEPEST \
+                or (n, p) in {(n, p) for n, _, p in path}:
             raise StateError(f"a domain with the splits {[list(s) for s in path]} cannot be split "
                              f"at {node!r}")
-        return (*path, (node, 1)), (*path, (node, -1))
+        return (*path, (n, 1, p)), (*path, (n, -1, p))
 
     for kind, path in _walked(nodes, (), below):
         found[kind].append(path)
     return found[CLOSED], found[OPEN]
+
+
+def check_points(leaves: Iterable[Sequence[Split]], roots: Roots) -> None:
+    """Raises StateError where neurons are split at points that they are not split at."""
+    try:
+        for number, point in {(n, p) for leaf in leaves for n, _, p in leaf}:
+            roots.check_point(number, point)
+    except ValueError as error:
+        raise StateError(str(error)) from None
 
 
 def _walked(

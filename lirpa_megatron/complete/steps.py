@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -44,13 +45,16 @@ def halves(
         time is over, and then nothing has changed.
     """
     batch = bounder.batch(parents)
-    tried = torch.tensor([d.candidates for d in parents], device=batch.C.device)
-    pair, neurons, over = branching.children(bounder, batch, tried)
+    tried = torch.tensor(
+        [d.candidates for d in parents], dtype=torch.float64, device=batch.C.device
+    )
+    pair, chosen, over = branching.children(bounder, batch, tried[..., 0].long(), tried[..., 1])
     if over:
         return None
-    both = [(d, int(n)) for d, n in zip(parents, neurons.tolist(), strict=True)]
+    both = [(d, d.candidates[i]) for d, i in zip(parents, chosen.tolist(), strict=True)]
     domains = [
-        replace(d, splits=(*d.splits, (n, sign))) for sign in (1, -1) for d, n in both
+        replace(d, splits=(*d.splits, (number, sign, point)))
+        for sign in (1, -1) for d, (number, point) in both
     ]
     found = bounder.ascend(pair, iterations)
     return None if found.is_over else (domains, found)
@@ -64,9 +68,9 @@ def still_open(domains: Sequence[Domain], found: Bounded) -> list[Domain]:
         alpha = batch.alpha[:, i]
         rest.append(Domain(
             domain.goal, domain.splits, max(domain.margin, margins[at]),
-            alpha.half() if alpha.dtype is torch.float32 else alpha.clone(),
+            alpha.half() if alpha.dtype is torch.float32 and not batch.curves else alpha.clone(),
             batch.beta[:, i, : len(domain.splits)].clone(), (),
-            batch.weights[:, i].clone(),
+            batch.weights[:, i].clone(), *batch.of_curves(i),
         ))
     return rest
 
@@ -74,7 +78,7 @@ def still_open(domains: Sequence[Domain], found: Bounded) -> list[Domain]:
 def splittable(
     bounder: Bounder, domains: Sequence[Domain], found: Bounded, count: int
 ) -> tuple[list[Domain], list[Domain]]:
-    """Open domains with the neurons to try for their next split, and those without an unstable one.
+    """Open domains with the neurons to try for their next split, and those that have none.
 
     Args:
         bounder: that found bounds.
@@ -84,30 +88,33 @@ def splittable(
     """
     if not domains:
         return [], []
-    chosen = branching.candidates(bounder, found, count).tolist()
-    for domain, numbers in zip(domains, chosen, strict=True):
-        domain.candidates = tuple(numbers)
-    return ([d for d in domains if d.candidates[0] >= 0],
-            [d for d in domains if d.candidates[0] < 0])
+    numbers, points = branching.candidates(bounder, found, count)
+    for domain, *both in zip(domains, numbers.tolist(), points.tolist(), strict=True):
+        domain.candidates = tuple(zip(*both, strict=True))
+    return ([d for d in domains if d.candidates[0][0] >= 0],
+            [d for d in domains if d.candidates[0][0] < 0])
 
 
 def finish(
     bounder: Bounder, domains: Sequence[Domain], iterations: int,
     note: Callable[[Sequence[Domain], Bounded], bool],
 ) -> Sequence[Domain]:
-    """Domains in which the node is linear in the input: nothing is left but multipliers, which are
-    optimized, and then solved for.
+    """Domains in which the node is linear in the input, or nearly: nothing is left but multipliers,
+    which are optimized, and then solved for, in networks of ReLUs alone.
 
     Args:
         bounder: bounds them.
-        domains: without an unstable neuron.
+        domains: without a neuron to split.
         iterations: steps, before they are solved as linear programs.
         note: told of the domains and what bounds say of them; returns whether to go on.
 
     Returns:
         Those that were not proved, as they are now.
     """
-    for solve in (partial(bounder.ascend, iterations=iterations), bounder.solve):
+    solvers: list[Callable[[Any], Bounded]] = [partial(bounder.ascend, iterations=iterations)]
+    if not bounder.roots.curves:
+        solvers.append(bounder.solve)
+    for solve in solvers:
         found = solve(bounder.batch(domains))
         goes_on = note(domains, found)
         domains = still_open(domains, found)

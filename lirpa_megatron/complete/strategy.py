@@ -1,9 +1,10 @@
-"""What is split to prove a problem: ReLUs, or the boxes of inputs themselves.
+"""What is split to prove a problem: neurons, or the boxes of inputs themselves.
 
 A cut of the box halves the intervals of all neurons that depend on that input, and each part is
 bounded by one pass of CROWN, inner bounds included; but in d dimensions it takes 2^d parts to halve
 a box. A split of a ReLU removes one relaxation, whatever the dimension, and there are at most 2^N
-patterns of N neurons.
+patterns of N neurons. A cut of another function's interval makes one relaxation tighter, and can
+be repeated.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from lirpa_megatron.complete.box_bounds import input_names
 from lirpa_megatron.complete.box_search import search_boxes
 from lirpa_megatron.complete.exploring import Confirm
 from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
-from lirpa_megatron.complete.roots import check_graph, check_setting, neuron_count
+from lirpa_megatron.complete.roots import (
+    check_graph,
+    check_nonlinear,
+    check_setting,
+    neuron_count,
+)
 from lirpa_megatron.complete.search import Progress, search
 from lirpa_megatron.complete.state import StateError
 from lirpa_megatron.errors import UserError
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
-BRANCHING = ("auto", "relu", "input")
+BRANCHING = ("auto", "relu", "nonlinear", "input")
 
 _FEW, _MOST = 8, 16
 """Inputs that move: up to which boxes are cut, and where nothing else can be split."""
@@ -45,11 +51,12 @@ def decide(
 
 
 def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto") -> str:
-    """"relu" or "input".
+    """"relu", "nonlinear" or "input".
 
     `auto` cuts boxes in which at most 8 inputs move, of networks with more than 16 ReLUs for each
     of these inputs; and boxes in which at most 16 do, of networks that ReLUs are not the only
-    nonlinear operators of.
+    nonlinear operators of. In others of these it cuts the intervals of functions of one variable,
+    if nothing else is nonlinear.
 
     Args:
         graph: a BoundedModule.
@@ -64,6 +71,9 @@ def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto
     if asked == "input":
         check_boxes(graph)
         return "input"
+    if asked == "nonlinear":
+        check_nonlinear(graph)
+        return "nonlinear"
     why = _refusal(graph, check_graph)
     if asked == "relu" or why is None and _refusal(graph, check_boxes) is not None:
         check_graph(graph)
@@ -72,6 +82,11 @@ def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto
     if why is None:
         few = 0 < moving <= _FEW and neuron_count(graph) > _NEURONS * moving
         return "input" if few else "relu"
+    if moving <= _MOST and _refusal(graph, check_boxes) is None:
+        return "input"
+    why = _refusal(graph, check_nonlinear)
+    if why is None:
+        return "nonlinear"
     if moving > _MOST:
         raise UserError(f"{why}; and boxes are cut where at most {_MOST} inputs move, here "
                         f"{moving} do")

@@ -1,12 +1,14 @@
 """A proof by branch and bound as a tree, and what makes it one: its leaves cover the whole box.
 
-An inner node splits one neuron, z >= 0 and z <= 0; every point of the box satisfies one of them. So
-leaves cover the box if, from the root on, they are all the same leaf, or all begin with a split of
-the same neuron, of both signs, and those of each sign cover their half.
+An inner node splits one neuron at one point, z >= p and z <= p; every point of the box satisfies
+one of them. So leaves cover the box if, from the root on, they are all the same leaf, or all begin
+with a split of the same neuron at the same point, of both signs, and those of each sign cover their
+half.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ class Node:
     leaf: int | None
     """Its position among the leaves; None: it is split."""
     neuron: int = -1
+    point: float = 0.0
     on: Node | None = None
     off: Node | None = None
 
@@ -58,13 +61,19 @@ def _node(
     if len(found) > 1:
         raise ValueError(f"the domain {where} is split at {len(found)} neurons at once")
     (neuron,) = found
-    if not 0 <= neuron < neurons or neuron in {n for n, _ in path}:
+    points = {leaves[i][depth][2] for i in own}
+    if len(points) > 1:
+        raise ValueError(f"the domain {where} is split at {len(points)} points of neuron {neuron}")
+    (point,) = points
+    if not 0 <= neuron < neurons or (neuron, point) in {(n, p) for n, _, p in path}:
         raise ValueError(f"the domain {where} cannot be split at neuron {neuron}")
+    if not math.isfinite(point):
+        raise ValueError(f"the domain {where} cannot be split at the point {point}")
     if any(leaves[i][depth][1] not in (1, -1) for i in own):
         raise ValueError(f"a split of the domain {where} has a sign that is neither 1 nor -1")
     halves = [
-        _node(leaves, [i for i in own if leaves[i][depth][1] == sign], (*path, (neuron, sign)),
-              neurons)
+        _node(leaves, [i for i in own if leaves[i][depth][1] == sign],
+              (*path, (neuron, sign, point)), neurons)
         for sign in (1, -1)
     ]
-    return Node(None, neuron, *halves)
+    return Node(None, neuron, point, *halves)

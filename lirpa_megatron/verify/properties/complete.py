@@ -53,7 +53,7 @@ class Decided:
             position in place of the target's.
         claims: bounds of inner neurons that they rest on; `box` as in `leaves`.
         inner_domains: how many domains were bounded for these.
-        branching: what was split, "relu" or "input".
+        branching: what was split, "relu", "nonlinear" or "input".
         cuts: of boxes, if they are kept: `box` as in `leaves`, disjuncts in the place of goals.
         state: where the last search was, if something was left of it: trees by (region, disjunct),
             boxes as regions' positions.
@@ -117,14 +117,25 @@ class Goals:
     rows: tuple[tuple[tuple[int, float], ...], ...]
 
 
+def choice(
+    loaded: Loaded, bounded: BoundedModule, targets: Sequence[Target], branching: str = "auto"
+) -> str:
+    """What branch and bound splits of a network in some regions (`strategy.chosen`).
+
+    Raises:
+        UserError: it cannot, by name.
+    """
+    low, high = (torch.cat(side) for side in
+                 zip(*(loaded.box(region) for region, _ in targets), strict=True))
+    return strategy.chosen(bounded, low, high, branching)
+
+
 def why_not(
     loaded: Loaded, bounded: BoundedModule, targets: Sequence[Target], branching: str
 ) -> str | None:
     """Why branch and bound cannot split a network in some regions, in one line; None: it can."""
-    low, high = (torch.cat(side) for side in
-                 zip(*(loaded.box(region) for region, _ in targets), strict=True))
     try:
-        strategy.chosen(bounded, low, high, branching)
+        choice(loaded, bounded, targets, branching)
     except UserError as error:
         return str(error)
     return None

@@ -13,7 +13,7 @@ from typing import Any
 from lirpa_megatron.checkpoint.plain_files import parse_json
 from lirpa_megatron.errors import UserError
 
-FORMAT, VERSION = "lirpa_megatron record", 3
+FORMAT, VERSION = "lirpa_megatron record", 4
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -36,8 +36,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"record {path} is not a JSON file") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not a record of verify --record")
-    if record.get("version") == 2:
-        record = {"cuts": [], **record, "version": VERSION}
+    if record.get("version") in (2, 3):
+        record = _of_this_version(record)
     if record.get("version") != VERSION:
         raise UserError(f"record {path} has version {record.get('version')}; this program reads "
                         f"{VERSION}")
@@ -55,7 +55,7 @@ def read_record(path: Path) -> dict[str, Any]:
                 raise TypeError
             for leaf in tree["leaves"]:
                 bound = leaf["bound"]
-                if not all(len(s) == 2 and _are_whole(s) for s in leaf["splits"]):
+                if not all(map(_is_split, leaf["splits"])):
                     raise TypeError
                 if bound is not None and type(bound) not in (int, float):
                     raise TypeError
@@ -69,12 +69,37 @@ def read_record(path: Path) -> dict[str, Any]:
             splits = [split for leaf in claim["leaves"] for split in leaf]
             if not _are_whole([claim["box"], claim["neuron"], claim["sign"]]) \
                     or claim["sign"] not in (1, -1) or type(claim["bound"]) is not float \
-                    or not all(_are_whole(s) and len(s) == 2 for s in splits):
+                    or not all(map(_is_split, splits)):
                 raise TypeError
     except (KeyError, TypeError, ValueError):
         raise UserError(f"record {path} is damaged: a field is missing or of a wrong kind") \
             from None
     return record
+
+
+def _of_this_version(record: dict[str, Any]) -> Any:
+    """A record of version 2, without cuts, or 3, whose splits have no points: they are 0; None if
+    it is damaged."""
+    def split(old: Any) -> Any:
+        return [*old, 0.0] if isinstance(old, list) and len(old) == 2 else None
+
+    try:
+        trees = [
+            {**tree, "leaves": [{**leaf, "splits": list(map(split, leaf["splits"]))}
+                                for leaf in tree["leaves"]]} for tree in record["trees"]
+        ]
+        inner = [
+            {**claim, "leaves": [list(map(split, leaf)) for leaf in claim["leaves"]]}
+            for claim in record["inner"]
+        ]
+    except (KeyError, TypeError):
+        trees = inner = None
+    return {"cuts": [], **record, "version": VERSION, "trees": trees, "inner": inner}
+
+
+def _is_split(split: Any) -> bool:
+    return isinstance(split, list) and len(split) == 3 and _are_whole(split[:2]) \
+        and type(split[2]) is float
 
 
 def _is_node(node: Any) -> bool:

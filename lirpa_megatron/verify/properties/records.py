@@ -2,24 +2,25 @@
 
 A record is a JSON file:
 
-    format, version     "lirpa_megatron record", 3 (2 had no `cuts`)
+    format, version     "lirpa_megatron record", 4 (3 had no points, 2 no `cuts`)
     network, property   name, file, and a SHA-256: of structure and weights, of the text; of a
                         network also `named`: the files by their names in a query of VNN-LIB 2.0
     tensor_parallel     ranks that found it
-    neurons             how many ReLU neurons there are
+    neurons             how many neurons there are that can be split
     trees               for each box and disjunct of the property: its leaves, each with its splits
-                        [neuron, sign] from the root on, and its bound
+                        [neuron, sign, point] from the root on, and its bound; at ReLUs the point is
+                        0, elsewhere a number that float32 has
     cuts                for boxes that were cut themselves, in the place of their open disjuncts'
                         trees: the parts, each in front of those that it was cut into, the lower one
                         first: [input, where, disjuncts that are refuted in all of it], or, of one
                         that was not cut, [disjuncts, bound]
-                        Of networks whose ReLUs cannot be split also of boxes that were not cut
+                        Of networks whose neurons cannot be split also of boxes that were not cut
     inner               bounds of inner neurons that the trees rest on, `sign * z >= bound` in a
                         box: box, neuron, sign, bound, and the splits of the leaves
 
 Inputs are those behind the normalisation at the network's input. Neurons are numbered from the last
-ReLU to the first, all features of all ranks, so that a record does not depend on how the network
-was sharded.
+operator to the first, all features of all ranks, so that a record does not depend on how the
+network was sharded.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ def record_of(
     for tree in [] if outcome.decided is None else outcome.decided.cuts:
         cuts.append({"box": tree.box, "nodes": [_plain(node) for node in tree.nodes]})
         were_cut |= {(tree.box, d) for node in tree.nodes for d in node.proved}
-    # what was proved without a split is one leaf; of other networks than ReLUs' one part
+    branching = None if outcome.decided is None else outcome.decided.branching
+    # what was proved without a split is one leaf; where neurons cannot be split one part
     for i, region in enumerate(prop.regions):
         left = [d for d in range(len(region.disjuncts)) if (i, d) not in were_cut]
-        alone = prop.vacuous is not None or _has_relus_alone(loaded, prop, region)
-        if left and not alone:
+        has_trees = prop.vacuous is not None or _has_trees(loaded, prop, region, branching)
+        if left and not has_trees:
             _hold_in_all(cuts, i, left)
             continue
         for d in left:
@@ -103,13 +105,20 @@ def record_of(
     }
 
 
-def _has_relus_alone(loaded: Loaded, prop: Property, region: Region) -> bool:
-    """Whether `check` can bound the leaves of a tree of splits, even if it is one leaf."""
+def _has_trees(
+    loaded: Loaded, prop: Property, region: Region, branching: str | None
+) -> bool:
+    """Whether `check` is to bound the leaves of a tree of splits, even if it is one leaf."""
     bounded = loaded.bounded_for([prop.rows[row] for row in region_rows(region)])
     if loaded.ranks.stages > 1:  # which `check` does not need
         return True
-    why = complete.why_not(loaded, bounded, [(region, ())], "relu")
-    return why is None and neuron_count(bounded) > 0
+    if neuron_count(bounded) == 0:
+        return False
+    if complete.why_not(loaded, bounded, [(region, ())], "relu") is None:
+        return True
+    if branching is None and complete.why_not(loaded, bounded, [(region, ())], "auto") is None:
+        branching = complete.choice(loaded, bounded, [(region, ())])
+    return branching == "nonlinear"
 
 
 def _hold_in_all(cuts: list[dict[str, Any]], box: int, disjuncts: list[int]) -> None:
@@ -237,7 +246,7 @@ def _check_group(
     targets: list[Target], boxes: list[int], known: dict[tuple[int, int], Any], with_inner: bool,
 ) -> int:
     """Checks targets of one module, whose boxes have these positions; returns how many leaves."""
-    why = complete.why_not(loaded, bounded, targets, "relu")
+    why = complete.why_not(loaded, bounded, targets, "nonlinear")
     if why is not None:
         raise UserError(f"record {path}: {why}")
     goals = complete.goals_of(loaded, bounded, prop, targets)

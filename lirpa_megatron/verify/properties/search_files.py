@@ -5,7 +5,8 @@ A file is JSON:
     format, version     "lirpa_megatron search", 1
     network, property   name, file, and a SHA-256 as in a record
     dtype               that bounds were computed in
-    trees               of boxes and disjuncts whose ReLUs were split: nodes as in `complete.state`
+    trees               of boxes and disjuncts whose neurons were split: nodes as in
+                        `complete.state`
     cuts                of boxes that were cut: the same
     inner               bounds of inner neurons: box, neuron, sign, bound, nodes
     rounds, refined, domains, inner_domains    how far the search had come
