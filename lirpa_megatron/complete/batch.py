@@ -16,7 +16,7 @@ from lirpa_megatron.complete.split_relu import Lines
 _STEPS = 4096
 _NOISE = 256
 """Units in the last place."""
-_SLOWER, _FASTER, _SLOWEST = 0.4, 1.5, 0.01
+_SLOWER, _FASTER, _SLOWEST = 0.6, 2.0, 0.05
 """How a domain's `pace` changes for its halves: after steps of which none was better than what they
 began with, and after others; and the least it becomes."""
 
