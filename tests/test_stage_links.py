@@ -61,6 +61,18 @@ def test_an_end_that_is_gone_ends_reading_and_writing():
             each.wait()
 
 
+def test_what_follows_a_message_that_was_cut_off_does_not_take_its_place():
+    first, second = _pair(timeout=0.2)
+    cut = first.send(memoryview(bytes(LARGE)))
+    with pytest.raises(RuntimeError, match="unavailable"):
+        cut.wait()
+    after = first.send(memoryview(b"1" * LARGE))
+    with pytest.raises(RuntimeError, match="closed"):
+        _received(second, LARGE)
+    with pytest.raises(RuntimeError, match="Broken pipe"):
+        after.wait()
+
+
 def test_an_end_that_is_silent_is_waited_for_no_longer_than_the_timeout():
     first, second = _pair(timeout=0.2)
     with pytest.raises(RuntimeError, match="unavailable"):

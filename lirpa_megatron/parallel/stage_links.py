@@ -119,6 +119,8 @@ def _write(link: socket.socket, waiting: queue.SimpleQueue[Sent | None]) -> None
         try:
             link.sendall(sent.rest)
         except OSError as error:
+            with contextlib.suppress(OSError):  # part is lost: what follows must not take its place
+                link.shutdown(socket.SHUT_RDWR)
             sent.end(error)
         else:
             sent.end()
