@@ -47,7 +47,7 @@ def test_in_float32_too():
 
 @pytest.mark.parametrize(("name", "size"), [
     ("gpt", 2), *(pytest.param(name, size, marks=_SLOW) for name, size in (
-        ("llama", 2), ("bert", 2), ("gpt", 4), ("bert", 4))),
+        ("llama", 2), ("bert", 2), ("gpt", 4), ("bert", 4), ("llama", 4))),
 ])
 def test_errors_that_are_symbols_are_those_of_one_device(name, size):
     needs_query_groups(GROUPS.get(name, 4), size)

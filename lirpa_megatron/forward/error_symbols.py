@@ -35,7 +35,6 @@ from lirpa_megatron.forward.form import Form, Outcome, times
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
-from lirpa_megatron.operators.linear.borders import BoundSelectFromRegion
 from lirpa_megatron.operators.norm.norm import BoundNorm
 from lirpa_megatron.parallel import spmd
 
@@ -52,8 +51,8 @@ def errors_kept(run: Any, order: Sequence[Any], leaves: Sequence[Any], symbols: 
     """How many errors a pass keeps: the option, or by default according to the sizes.
 
     None with gradients, of polynomials of degree 2 and more, in networks without norms of tokens,
-    where nothing would end the growth of the number of symbols, in those with norms of queries and
-    keys, and where ranks share keys.
+    where nothing would end the growth of the number of symbols, and in those with norms of queries
+    and keys.
 
     Args:
         run: the pass.
@@ -66,10 +65,8 @@ def errors_kept(run: Any, order: Sequence[Any], leaves: Sequence[Any], symbols: 
         if isinstance(n, BoundNorm) and len(n.output_shape) > 2 and not run.context.is_sharded(n)
     ]
     sharded = any(run.context.is_sharded(leaf) for leaf in leaves)
-    other = any(  # not made for these
-        isinstance(n, BoundSelectFromRegion) or isinstance(n, BoundNorm) and run.head_dim(n)
-        for n in order
-    )
+    # with fewer key groups than ranks each rank would have symbols of its own for the same errors
+    other = any(isinstance(n, BoundNorm) and run.head_dim(n) for n in order)
     if run.order > 1 or not norms or sharded or other or torch.is_grad_enabled():
         return 0
     if run.options.kept_errors is not None:
