@@ -21,6 +21,7 @@ from ranks import pool
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.complete import box_search, exploring
 from lirpa_megatron.complete.state import CLOSED, OPEN, StateError, split_leaves, split_tree
+from lirpa_megatron.verify.properties import complete
 
 pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
@@ -196,7 +197,31 @@ def test_other_branching_does_not_go_on_with_it(folder, left, tmp_path, capsys, 
     (tmp_path / "proof.json.search").write_text(left["relu"])
     arguments = arguments_for(folder, "input", "--record", tmp_path / "proof.json", "--resume")
     assert main(arguments) == 2
-    assert "it has split relu, and input is to be split now" in capsys.readouterr().err
+    assert "neurons were split, and boxes are to be cut now" in capsys.readouterr().err
+
+
+def test_a_search_that_cannot_be_gone_on_with_stays(
+    folder, left, tmp_path, monkeypatch, capsys, session
+):
+    """Where nothing can be split, as by another --branching, and of another property."""
+    search = tmp_path / "proof.json.search"
+    search.write_text(left["relu"])
+    arguments = arguments_for(folder, "relu", "--record", tmp_path / "proof.json", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(complete, "why_not", lambda *_: "nothing can be split")
+        assert main(arguments) == 0
+    assert search.read_text() == left["relu"]
+    arguments[arguments.index("--vnnlib") + 1] = str(folder / "fails.vnnlib")
+    assert main(arguments) == 2
+    assert re.search("is of property .*holds.vnnlib of network .*: remove it",
+                     capsys.readouterr().err)
+    assert search.read_text() == left["relu"]
+
+
+def test_where_no_search_can_be_written_the_run_does_not_begin(folder, tmp_path, capsys, session):
+    (tmp_path / "proof.json.search").mkdir()
+    assert main(arguments_for(folder, "relu", "--record", tmp_path / "proof.json")) == 2
+    assert "proof.json.search is a directory" in capsys.readouterr().err
 
 
 def test_cuts_outside_of_a_part_are_refused(folder, left, tmp_path, capsys, session):

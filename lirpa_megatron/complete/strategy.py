@@ -43,8 +43,8 @@ def decide(
     """Branch and bound over what is `chosen`; arguments and errors as for `search.search`."""
     split, start = chosen(graph, problem.low, problem.high, options.branching), options.start
     if start is not None and (start.trees if split == "input" else start.cuts):
-        other = "relu" if start.trees else "input"
-        raise StateError(f"it has split {other}, and {split} is to be split now")
+        raise StateError("neurons were split, and boxes are to be cut now" if start.trees else
+                         "boxes were cut, and neurons are to be split now")
     if split == "input":
         return search_boxes(graph, problem, options, confirm, progress, replicas)
     return search(graph, problem, options, confirm, progress, replicas=replicas)

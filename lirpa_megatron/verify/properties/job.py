@@ -272,7 +272,8 @@ class Runner:
                 number = runtime.dp_rank() if self.ranks.replicas is ALONE_REPLICA else 0
                 file = path or (own.with_name(f"{own.name}.{number}") if number else own)
                 write_search(file, left, instance, loaded, self.ranks.is_first)
-        elif self.ranks.is_first:
+        elif self.ranks.is_first and (outcome.decided is not None or outcome.result != "unknown"):
+            # not where nothing could be split, as by another --branching
             for file in (path, own if self.one_property else None):
                 if file is not None:
                     file.unlink(missing_ok=True)

@@ -73,11 +73,17 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
             raise UserError("--record does not write proofs of pieces of the input: leave out "
                             "--splits")
         check_writable(options.record)
+    if options.searches is not None:
+        check_writable(options.searches)
     if arguments.get("resume"):
         if output is None and options.record is None:
             raise UserError("--resume needs --output, the file to continue, or --record")
         if options.searches is not None:
             searches = {path: read_search(path) for path in search_files(options.searches)}
+        for path, found in searches.items() if "instances" not in arguments else ():
+            if not is_of(found, instances[0]):  # it would be removed in the end
+                raise UserError(f"search {path} is of property {found['property']['file']} of "
+                                f"network {found['network']['file']}: remove it to begin anew")
         if output is not None:
             merge_parts(output)
         if output is not None and output.exists():

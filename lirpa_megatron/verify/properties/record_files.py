@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -23,7 +24,9 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         part.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise UserError(f"record {path} cannot be written: {error.strerror}") from None
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read_record(path: Path) -> dict[str, Any]:
