@@ -8,7 +8,7 @@ import transformer_cases
 import transformers
 from ranks import pool
 
-from lirpa_megatron import BoundedModule, perturb_tokens
+from lirpa_megatron import BoundedModule, at_position, bert_head, perturb_tokens
 from lirpa_megatron.crown import still_rows
 
 PLACE = 5
@@ -63,3 +63,16 @@ def test_bounds_are_those_of_one_device(size):
     for of_rank in pool(size).run(bounds, "gpt", "a box"):
         assert abs(of_rank[0] - lower).max() <= 1e-10 * width
         assert abs(of_rank[1] - upper).max() <= 1e-10 * width
+
+
+def test_queries_that_see_no_key_have_no_rows(session, one_thread, double):
+    """A padded word of a BERT model, as of all samples: its scores have no rows at all."""
+    view = at_position(bert_head(transformers.bert(torch.float64), "lm"), -1).eval()
+    ids, _, padding, types = transformers.tokens(batch=1)
+    inputs = perturb_tokens(view, ids, eps=0.01, attention_mask=padding, tokentype_ids=types)
+    bounded = BoundedModule(view, inputs)
+    with torch.no_grad():
+        lower, upper = bounded.compute_bounds(inputs, method="CROWN")
+        x, *rest = (each.detach().as_subclass(torch.Tensor) for each in inputs)
+        y = bounded(x + 0.01 * torch.randn(x.shape).sign(), *rest)
+    assert ((lower < y) & (y < upper)).all()

@@ -153,10 +153,14 @@ def bound_centered(
     keep = (~masked).any(0)
     keep[:, :first] = False
     rows = CenteredRows(p, keep)
-    ranks = graph.context.collectives.size
-    found = graph.schedule.run(node, rows, ranks > 1, form=True)
-    lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
-    form = None if found.form is None else found.form.view(rows.place)
+    form = None
+    if rows.shape[0]:
+        ranks = graph.context.collectives.size
+        found = graph.schedule.run(node, rows, ranks > 1, form=True)
+        lower, upper = without_nan(rows.place(found.lower.t()), rows.place(found.upper.t()))
+        form = None if found.form is None else found.form.view(rows.place)
+    else:  # of queries that see no key, on every rank
+        lower, upper = torch.zeros_like(p), torch.zeros_like(p)
     if first:
         s, own = attend.value_of(0)[..., :first, :], p[..., :first, :]
         still = (s - (own * s).sum(-1, keepdim=True)).masked_fill(masked[..., :first, :], 0.0)
