@@ -137,8 +137,10 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     s_high = safe_root((d * (largest - node.eps)).clamp(min=0)) + rho
     s_max = (s_high.square() / d + node.eps).sqrt()
     through = torch.minimum(rho / s_min, sum(y_norms) + D_ball + limit)
-    away = sum(y_norms[1:]) + D_ball + through
-    turn = _turn(d, z[0], inverse[0], slope, s_min, s_max, away, y[0])
+    away, y0 = sum(y_norms[1:]) + D_ball + through, inverse[0].unsqueeze(-1) * z[0]
+    if moved_centre is not None:  # away from y0, not from the form's centre
+        away = away + _length(moved_centre)
+    turn = _turn(d, z[0], inverse[0], slope, s_min, s_max, away, y0)
     bent = torch.where(rho > 0, times(turn, rho), 0.0)
     ry = (r if node.rms else r + r.mean(-1, keepdim=True))
     ry = torch.minimum(ry, rho.unsqueeze(-1))
@@ -231,7 +233,7 @@ def _turn(
 ) -> torch.Tensor:
     """Bound of |J - L| over the set.
 
-    J = (I - y y^T / d) / s. With y = Y + m, Y = y0 the centre of the form, |m| <= `moved` and
+    J = (I - y y^T / d) / s. With y = Y + m, Y = y0 = i0 z0, |m| <= `moved` and
     |y|, |Y| <= sqrt(d) (1 + ...):
 
         |J - (I - Y Y^T / d) / s| <= (|y| + |Y|) |m| / (d s) <= (sqrt(d) + |Y|) moved / (d s_min)
