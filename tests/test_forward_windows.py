@@ -87,9 +87,12 @@ def test_bounds_do_not_depend_on_the_batch_that_the_graph_was_built_with(order):
     assert ((found - both).abs() <= ROUNDING * (both[1] - both[0])).all()
 
 
-@pytest.mark.parametrize("norm", [None, 2])
-def test_gradients_are_those_of_all_positions(norm, monkeypatch):
-    """Those of the embeddings, too, which reach words that stand still."""
+@pytest.mark.parametrize("norm, method", [
+    (None, "forward"), (2, "forward"), (2, "forward+backward"),
+])
+def test_gradients_are_those_of_all_positions(norm, method, monkeypatch):
+    """Those of the embeddings, too, which reach words that stand still; and where scores that a
+    mask hides have no bounds."""
     found = []
     for replaced in (False, True):
         if replaced:
@@ -103,7 +106,7 @@ def test_gradients_are_those_of_all_positions(norm, monkeypatch):
             D = torch.zeros(len(x), 1, *x.shape[1:])
             D[:, :, 3] = 0.02
             x = BoundedTensor(x, PerturbationSegments(x, D))
-        lower, upper = BoundedModule(view, x).compute_bounds(x, method="forward")
+        lower, upper = BoundedModule(view, x).compute_bounds(x, method=method)
         (lower.tanh() + 0.3 * upper.sin()).sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     window, whole = found

@@ -174,7 +174,7 @@ class BoundSoftmaxValues(RowRelaxed):
         s, v = inputs[0], inputs[1]
         masked, s0, p0 = self.masked(), self.value_of(0), self.clean_weights()
         empty = masked.all(-1)
-        dl, du = self._deviations(s, s0, p0)
+        dl, du = self._deviations(s, s0, p0, masked)
         dl, du, wild = mask_overflow(dl, du, _FAR)
         loose = (wild & ~masked).any(-1) & ~empty
         if self.fill != float("-inf"):
@@ -224,14 +224,17 @@ class BoundSoftmaxValues(RowRelaxed):
         return self.context.collectives.largest(keys).tolist()
 
     @staticmethod
-    def _deviations(s: InputView, s0: torch.Tensor, p0: torch.Tensor) -> tuple:
-        """Range of delta, [B, n, T, T]."""
+    def _deviations(
+        s: InputView, s0: torch.Tensor, p0: torch.Tensor, masked: torch.Tensor
+    ) -> tuple:
+        """Range of delta, [B, n, T, T]; of no meaning where masked."""
         if s.centered is not None:
             p = s.centered.rows if isinstance(s0, Near) else p0
             t0 = s0 - (p * s0).sum(-1, keepdim=True)
             other = _of_other_rows(s, s0, p0)
             return s.centered.lower - t0 - other, s.centered.upper - t0 + other
-        l, u = s.lower - s0, s.upper - s0
+        # infinite ones would give gradients of 0 times infinity
+        l, u = ((x - s0).masked_fill(masked, 0.0) for x in (s.lower, s.upper))
         pl, pu = (torch.where(maybe_nonzero(p0), p0 * x, 0.0) for x in (l, u))
         rest = 1 - p0
         some = maybe_nonzero(rest)
