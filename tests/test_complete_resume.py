@@ -22,6 +22,7 @@ from lirpa_megatron.cli.commands import main
 from lirpa_megatron.complete import box_search, exploring
 from lirpa_megatron.complete.state import CLOSED, OPEN, StateError, split_leaves, split_tree
 from lirpa_megatron.verify.properties import complete
+from lirpa_megatron.verify.stop_signal import StopSignal
 
 pytestmark = pytest.mark.usefixtures("unchanged_environment")
 
@@ -117,7 +118,17 @@ def test_a_search_out_of_time_goes_on_though_its_result_is_there(
     assert main([*arguments, "--resume"]) == 0 and len(read(output)) == 2
 
 
-def test_an_interrupt_leaves_other_instances_and_the_search(folder, tmp_path, monkeypatch, session):
+@pytest.fixture
+def interrupts():
+    """SIGINT as in a terminal; shells let what they start in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_other_instances_and_the_search(
+    folder, tmp_path, monkeypatch, interrupts, session
+):
     """Of several the one that was searched goes on, those after it begin."""
     output, csv = tmp_path / "r.jsonl", tmp_path / "two.csv"
     csv.write_text("".join(f"{folder}/net.onnx,{folder}/{p}.vnnlib,60\n"
@@ -131,6 +142,13 @@ def test_an_interrupt_leaves_other_instances_and_the_search(folder, tmp_path, mo
     assert main([*arguments, "--resume"]) == 0
     assert [r["result"] for r in read(output)] == ["unsat", "sat"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl", "two.csv"]
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored(interrupts):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignal((signal.SIGTERM, signal.SIGINT)).listening():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def _other_weights(content):

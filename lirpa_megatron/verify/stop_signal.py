@@ -15,7 +15,8 @@ has sent to all processes."""
 
 class StopSignal:
     """Hears signals, such as SIGTERM as a scheduler sends it, which then do nothing else. (A second
-    interrupt from the keyboard ends the process.)
+    interrupt from the keyboard ends the process.) One that the process was started to ignore, as
+    shells start what runs in the background, stays ignored.
 
     Attributes:
         received: the first signal; None: none yet.
@@ -27,7 +28,8 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._receive) for number in self._signals}
+        heard = [n for n in self._signals if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._receive) for number in heard}
         try:
             yield
         finally:
