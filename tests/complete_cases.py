@@ -1,5 +1,8 @@
 """A small network and properties that are decided by branch and bound alone."""
 
+import json
+import re
+
 import numpy as np
 import torch
 from exact_minima import minimum
@@ -8,6 +11,7 @@ from onnx import numpy_helper
 from small_networks import property_text, save, stack
 
 from lirpa_megatron import BoundedModule, parallelize
+from lirpa_megatron.cli.commands import main
 from lirpa_megatron.complete import SearchOptions, branch_and_bound
 from lirpa_megatron.parallel.replicas import ALONE, Replicas
 
@@ -68,3 +72,13 @@ def branched(branching, offset, net=NET, shared=False, **options):
         options=SearchOptions(branching=branching, **few | options),
         replicas=Replicas.of_megatron() if shared else ALONE,
     )
+
+
+def check_refused(folder, record, change, message, capsys):
+    """`check` refuses a record after a change, in one line."""
+    content = json.loads(record.read_text())
+    change(content)
+    (folder / "changed.json").write_text(json.dumps(content))
+    assert main(["check", str(folder / "changed.json")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(message, said) and len(said.splitlines()) == 1, said

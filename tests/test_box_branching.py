@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from commands import read
-from complete_cases import HIGH, NET, branched, write_complete
+from complete_cases import HIGH, NET, branched, check_refused, write_complete
 from ranks import pool
 from small_networks import property_text, save, stack
 from test_complete import boxed, check_two_rows, check_verdict
@@ -326,12 +325,7 @@ def test_a_record_that_is_wrong_at_one_point_says_so(tmp_path, capsys, one_threa
     (_other_input, "cuts input 9 of 2"),
 ])
 def test_a_changed_record_is_refused_in_one_line(tmp_path, record, change, message, capsys):
-    content = json.loads(record.read_text())
-    change(content)
-    (tmp_path / "changed.json").write_text(json.dumps(content))
-    assert main(["check", str(tmp_path / "changed.json")]) == 2
-    said = capsys.readouterr().err.strip()
-    assert re.search(message, said) and len(said.splitlines()) == 1, said
+    check_refused(tmp_path, record, change, message, capsys)
 
 
 def test_what_a_tree_claims_covers_the_box_for_each_goal():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
 import torch
+from complete_cases import check_refused
 from models import Net, build, region, specification
 from ranks import pool
 from small_networks import property_text, save, stack
@@ -396,9 +396,4 @@ def _whole(content):
     (_whole, "is damaged"),
 ])
 def test_a_changed_record_is_refused(tmp_path, record, change, message, capsys):
-    content = json.loads(record.read_text())
-    change(content)
-    (tmp_path / "changed.json").write_text(json.dumps(content))
-    assert main(["check", str(tmp_path / "changed.json")]) == 2
-    said = capsys.readouterr().err.strip()
-    assert re.search(message, said) and len(said.splitlines()) == 1, said
+    check_refused(tmp_path, record, change, message, capsys)
