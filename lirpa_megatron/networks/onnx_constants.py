@@ -22,8 +22,10 @@ MAX_CONSTANT = 2**25
 # Multiplications of a product of constants.
 _MAX_PRODUCTS = 2**32
 
-# Operator sets from which the evaluator has an operator that did the same before.
-_FIRST_EVALUATED = {"DequantizeLinear": 19}
+# Operator sets from which the evaluator has an operator that did the same before: of older sets it
+# has none, or (BatchNormalization) one that mixes the statistics with its input's, as in training.
+_FIRST_EVALUATED = {"BatchNormalization": 14, "DequantizeLinear": 19}
+_OF_ROWS = ("Hardmax", "LogSoftmax", "Softmax")
 
 _ELEMENTWISE = (
     "Abs Acos Acosh Add And Asin Asinh Atan Atanh BatchNormalization BitShift BitwiseAnd "
@@ -102,6 +104,8 @@ def evaluate(
     if size > MAX_CONSTANT:
         raise UserError(f"{where} makes a constant of {size:,} elements, which is too large")
     spend(size, where)
+    if node.op_type in _OF_ROWS and opset < 13:
+        return _of_rows(node, inputs, where)
     opset = max(opset, _FIRST_EVALUATED.get(node.op_type, 0))
     named = {
         name: array for name, array in zip(node.input, inputs, strict=True) if array is not None
@@ -120,6 +124,21 @@ def evaluate(
         raise UserError(f"{where} cannot be evaluated: {reason[:200]}") from None
     by_name = dict(zip([name for name in node.output if name], results, strict=True))
     return [np.asarray(by_name[name]) if name else None for name in node.output]
+
+
+def _of_rows(
+    node: onnx.NodeProto, inputs: Sequence[np.ndarray | None], where: str
+) -> list[np.ndarray]:
+    """Softmax and the like before operator set 13: all dimensions from the axis on, 1 by default,
+    are one. The evaluator takes them for those of set 13."""
+    (x,) = inputs
+    axis = attributes_of(node).get("axis", 1)
+    if not -x.ndim <= axis <= x.ndim:
+        raise UserError(f"{where} has an axis of {axis} for {x.ndim} dimensions")
+    rows = math.prod(x.shape[: axis if axis >= 0 else axis + x.ndim])
+    newer = helper.make_node(node.op_type, node.input, node.output, axis=1)
+    y = x.reshape(rows, x.size // max(1, rows))
+    return [r.reshape(x.shape) for r in evaluate(newer, [y], 13, where, lambda *_: None)]
 
 
 def _declared(name: str, array: np.ndarray) -> onnx.ValueInfoProto:
@@ -141,6 +160,8 @@ def _size(node: onnx.NodeProto, inputs: Sequence[np.ndarray | None]) -> int | No
 
     if op in _ELEMENTWISE:
         return math.prod(np.broadcast_shapes(*shapes))
+    if op == "LpNormalization" and "p" in attributes and attributes["p"].i != 2:
+        return None  # the evaluator sums x where the standard sums |x|
     if op in _OF_FIRST:
         return max(1, math.prod(shapes[0]))
     if op == "Concat":
