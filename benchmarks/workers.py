@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from memory import environment as one_thread
+
+_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of linux/prctl.h"""
 
 
 def start(main: Callable[[], None], worker: Callable[[dict], Any]) -> None:
@@ -57,7 +61,7 @@ def launch(script: str, task: dict, ranks: int, limit: float | None, auto_lirpa:
     command += [script, "--worker", json.dumps(task)]
     process = subprocess.Popen(
         command, env=environment(auto_lirpa), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
+        text=True, start_new_session=True, preexec_fn=_end_with(os.getpid(), ranks > 1),
     )
     try:
         out, err = process.communicate(timeout=limit)
@@ -70,6 +74,21 @@ def launch(script: str, task: dict, ranks: int, limit: float | None, auto_lirpa:
     if process.returncode != 0 or len(results) != ranks:
         raise SystemExit(f"{task} failed:\n{err[-2000:]}")
     return results
+
+
+def _end_with(parent: int, is_launcher: bool) -> Callable[[], None] | None:
+    """For a new process: has it ended when its parent ends, however that happens; a launcher in a
+    way that lets it end its ranks. Only Linux can."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, number = ctypes.CDLL(None), signal.SIGTERM if is_launcher else signal.SIGKILL
+
+    def ask() -> None:
+        libc.prctl(_PARENT_DEATH_SIGNAL, number)
+        if os.getppid() != parent:  # it has ended in between
+            os._exit(1)
+
+    return ask
 
 
 def result(script: str, task: dict, limit: float, auto_lirpa: str | None) -> Any:

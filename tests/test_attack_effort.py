@@ -46,13 +46,15 @@ def test_what_the_usual_attack_misses_is_found_with_more_points(tmp_path, sessio
     assert np.abs(np.array(harder["counterexample"]) - PLACE).sum() <= WIDTH
 
 
-@pytest.mark.parametrize("moving, targets, options, attacks", [
-    (5, 1, {}, [(40, 20), (300, 300)]),
-    (784, 1, {}, [(40, 20)]),
-    (5, 1000, {}, [(40, 20)]),
-    (5, 1, {"attack_steps": 100}, [(100, 20)]),
-    (5, 1, {"attack_steps": 0}, []),
+@pytest.mark.parametrize("moving, targets, weights, options, attacks", [
+    (5, 1, 13_000, {}, [(40, 20), (300, 300)]),
+    (784, 1, 13_000, {}, [(40, 20)]),
+    (5, 1000, 13_000, {}, [(40, 20)]),
+    (5, 8, 13_000, {}, [(40, 20), (300, 300)]),
+    (2, 1, 1_400_000, {}, [(40, 20)]),
+    (5, 1, 13_000, {"attack_steps": 100}, [(100, 20)]),
+    (5, 1, 13_000, {"attack_steps": 0}, []),
 ])
-def test_a_harder_attack_follows_where_it_is_cheap(moving, targets, options, attacks):
-    found = VerifyOptions(**options).attacks(moving, targets)
+def test_a_harder_attack_follows_where_it_is_cheap(moving, targets, weights, options, attacks):
+    found = VerifyOptions(**options).attacks(moving, targets, weights)
     assert [(attack.steps, attack.restarts) for attack in found] == attacks

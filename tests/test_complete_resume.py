@@ -236,6 +236,43 @@ def test_a_search_that_cannot_be_gone_on_with_stays(
     assert search.read_text() == left["relu"]
 
 
+@pytest.mark.parametrize("prop, message", [
+    ("holds", "was ended before it was through: give --resume to go on with it, or remove it"),
+    ("fails", "is of property .*holds.vnnlib of network .*: move it away"),
+])
+def test_without_resume_a_search_is_not_overwritten(
+    folder, left, tmp_path, prop, message, capsys, session
+):
+    search, record = tmp_path / "proof.json.search", tmp_path / "proof.json"
+    search.write_text(left["relu"])
+    arguments = arguments_for(folder, "relu", "--record", record)
+    arguments[arguments.index("--vnnlib") + 1] = str(folder / f"{prop}.vnnlib")
+    assert main(arguments) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+    assert re.search(f"search {search} {message}", line)
+    assert search.read_text() == left["relu"] and not record.exists()
+    search.unlink()
+    assert main(arguments) == 0
+
+
+def test_resume_is_offered_where_there_is_something_to_go_on_with(
+    folder, tmp_path, monkeypatch, capsys, session
+):
+    arguments = arguments_for(folder, "relu", "--record", tmp_path / "proof.json")
+    assert ended(arguments, "relu", monkeypatch) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "ended by SIGTERM; --resume goes on"
+    arguments = arguments_for(folder, "relu", "--output", tmp_path / "r.jsonl")
+
+    def before_the_search(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return can_be_split(*given)
+
+    can_be_split = complete.why_not
+    monkeypatch.setattr(complete, "why_not", before_the_search)
+    assert main(arguments) == 143 and not (tmp_path / "r.jsonl.search").exists()
+    assert capsys.readouterr().err.splitlines()[-1] == "ended by SIGTERM"
+
+
 def test_where_no_search_can_be_written_the_run_does_not_begin(folder, tmp_path, capsys, session):
     (tmp_path / "proof.json.search").mkdir()
     assert main(arguments_for(folder, "relu", "--record", tmp_path / "proof.json")) == 2

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lirpa_megatron.cli.capabilities import check_asked
 from lirpa_megatron.cli.options import add_question, make_parser
 from lirpa_megatron.errors import UserError
 
@@ -40,6 +41,8 @@ def parse_arguments(argv: list[str], version: str) -> dict[str, Any]:
             raise UserError(f"{names[0]} and {names[1]} exclude each other: give one of them")
     if given["command"] == "verify":
         _check_sentences(given)
+    elif given["command"] == "supports":
+        check_asked(given)
     return given
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lirpa_megatron.errors import UserError
 
 NAME = "lirpa_megatron"
 _OPSETS, _VERSIONS = ("7", "24"), ("1.0", "2.0")
@@ -35,7 +38,14 @@ CAPABILITIES: dict[str, Callable[[], Sequence[str]]] = {
 
 
 def add_capabilities(parser: argparse.ArgumentParser) -> None:
-    """One of them has to be asked for."""
-    asked = parser.add_mutually_exclusive_group(required=True)
+    """One of them may be asked for (`check_asked`: has to be)."""
+    asked = parser.add_mutually_exclusive_group()
     for name in CAPABILITIES:
         asked.add_argument(f"--{name}", dest="capability", action="store_const", const=name)
+
+
+def check_asked(given: Mapping[str, Any]) -> None:
+    """Raises UserError unless one is asked for: by then, what does not exist has been named."""
+    if "capability" not in given:
+        names = ", ".join(f"--{name}" for name in CAPABILITIES)
+        raise UserError(f"supports needs what is asked for, one of {names}")

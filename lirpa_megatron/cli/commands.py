@@ -219,6 +219,7 @@ def _verify(arguments: dict[str, Any]) -> int:
     from lirpa_megatron.verify.properties.options import VerifyOptions
     from lirpa_megatron.verify.properties.output import Output
     from lirpa_megatron.verify.properties.results import summary_table
+    from lirpa_megatron.verify.properties.search_files import search_files
     from lirpa_megatron.verify.stop_signal import StopSignal
 
     names = {field.name for field in fields(VerifyOptions)}
@@ -245,7 +246,9 @@ def _verify(arguments: dict[str, Any]) -> int:
         print(summary_table(results), file=sys.stdout if plan.output else sys.stderr, flush=True)
     if runner.ended is not None:
         if runner.ranks.is_first:
-            how = "; --resume goes on" if plan.output or options.record else ""
+            searches = search_files(options.searches) if options.searches is not None else ()
+            is_begun = bool(searches) or (plan.output is not None and bool(results))
+            how = "; --resume goes on" * is_begun
             print(f"ended by {signal.Signals(runner.ended).name}{how}", file=sys.stderr, flush=True)
         return 128 + runner.ended
     return 1 if any(result.result == "error" for result in results) else 0

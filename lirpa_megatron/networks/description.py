@@ -104,6 +104,11 @@ class NetworkDescription:
             for name, shape in layer.tensors().items()
         }
 
+    @property
+    def weights(self) -> int:
+        """How many numbers its parameters have."""
+        return sum(map(math.prod, self.weight_shapes().values()))
+
     def to_plain(self) -> dict[str, Any]:
         """Dictionaries, lists, strings and numbers only: what JSON can hold."""
         plain = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}

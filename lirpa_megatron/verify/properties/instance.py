@@ -158,7 +158,7 @@ def _begin(
         return _Begun(Outcome("unsat", reported, **whole))
     near = None
     moving = max(int((region.lower < region.upper).sum()) for region, _ in still_open)
-    for attack in options.attacks(moving, len(still_open)):
+    for attack in options.attacks(moving, len(still_open), loaded.description.weights):
         each = max(1, _MOST_WALKS // attack.restarts)
         for begin in range(0, len(still_open), each):
             if deadline.is_over():

@@ -75,6 +75,8 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
         check_writable(options.record)
     if options.searches is not None:
         check_writable(options.searches)
+        if not arguments.get("resume"):
+            _check_no_search(options.searches, instances)
     if arguments.get("resume"):
         if output is None and options.record is None:
             raise UserError("--resume needs --output, the file to continue, or --record")
@@ -101,6 +103,17 @@ def plan_job(arguments: dict[str, Any], options: VerifyOptions) -> JobPlan:
         done=done,
         searches=searches,
     )
+
+
+def _check_no_search(path: Path, instances: list[Instance]) -> None:
+    """Raises UserError if the run would overwrite or remove what is left of an earlier search."""
+    for file in search_files(path):
+        found = read_search(file)
+        if any(is_of(found, instance) for instance in instances):
+            raise UserError(f"search {file} was ended before it was through: give --resume to go "
+                            "on with it, or remove it to begin anew")
+        raise UserError(f"search {file} is of property {found['property']['file']} of network "
+                        f"{found['network']['file']}: move it away, or write somewhere else")
 
 
 def _is_of(result: Result, instance: Instance, options: VerifyOptions) -> bool:

@@ -16,6 +16,8 @@ BRANCH_AND_BOUND = "branch-and-bound"
 _FEW_INPUTS, _FEW_BOXES, _HARD = 16, 8, 300
 """Where so few inputs move and so few boxes are left, as many steps from as many points follow an
 attack of the default effort."""
+_HARD_PRODUCTS = 2**34
+"""Products that such an attack may take: a few seconds, after which bounds of parts find more."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,19 @@ class VerifyOptions(RunOptions):
             timeout=seconds, keep_tree=self.searches is not None, branching=self.branching
         )
 
-    def attacks(self, moving: int, targets: int) -> list[AttackOptions]:
+    def attacks(self, moving: int, targets: int, weights: int) -> list[AttackOptions]:
         """Attacks to be tried, one after the other.
 
         Args:
             moving: how many inputs move.
             targets: how many boxes are attacked.
+            weights: how many the whole network has.
         """
         if not self.attack_steps:
             return []
         own = AttackOptions(steps=self.attack_steps, restarts=self.attack_restarts, seed=self.seed)
         as_usual = own == AttackOptions(seed=self.seed)
-        if as_usual and moving <= _FEW_INPUTS and targets <= _FEW_BOXES:
+        cheap = weights * targets * _HARD**2 <= _HARD_PRODUCTS
+        if as_usual and cheap and moving <= _FEW_INPUTS and targets <= _FEW_BOXES:
             return [own, replace(own, steps=_HARD, restarts=_HARD)]
         return [own]

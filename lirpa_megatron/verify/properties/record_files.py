@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,42 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def read_versioned(
+    path: Path, what: str, form: str, versions: Collection[int], other: str
+) -> dict[str, Any]:
+    """What a JSON file of ours says.
+
+    Args:
+        path: of the file.
+        what: it is, in a word.
+        form: its "format".
+        versions: that this program reads, the newest last.
+        other: what is said of a file of another format.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{what} {path} is not a JSON file") from None
+    if not isinstance(found, dict) or found.get("format") != form:
+        raise UserError(f"{path} is not {other}")
+    version = found.get("version")
+    if type(version) is not int or version not in versions:
+        raise UserError(f"{what} {path} has version {version}; this program reads {max(versions)}")
+    return found
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """A record, every field that is used checked."""
-    try:
-        record = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"record {path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"record {path} is not a JSON file") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is not a record of verify --record")
-    if record.get("version") in (2, 3):
+    record = read_versioned(
+        path, "record", FORMAT, (2, 3, VERSION), "a record of verify --record"
+    )
+    if record["version"] != VERSION:
         record = _of_this_version(record)
-    if record.get("version") != VERSION:
-        raise UserError(f"record {path} has version {record.get('version')}; this program reads "
-                        f"{VERSION}")
     try:
         for part in ("network", "property"):
             if not all(isinstance(record[part][k], str) for k in ("name", "file", "sha256")):

@@ -20,7 +20,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lirpa_megatron.checkpoint.plain_files import parse_json
 from lirpa_megatron.complete.roots import neuron_count
 from lirpa_megatron.complete.state import InnerBound, SearchState, StateError, split_leaves
 from lirpa_megatron.errors import UserError
@@ -28,7 +27,11 @@ from lirpa_megatron.verify.properties.hashes import network_hash
 from lirpa_megatron.verify.properties.instance_list import Instance
 from lirpa_megatron.verify.properties.loading import Loaded
 from lirpa_megatron.verify.properties.property import Property
-from lirpa_megatron.verify.properties.record_files import text_hash, write_record
+from lirpa_megatron.verify.properties.record_files import (
+    read_versioned,
+    text_hash,
+    write_record,
+)
 
 _FORMAT, _VERSION = "lirpa_megatron search", 1
 _MOST_ROUNDS = 20
@@ -52,16 +55,12 @@ def read_search(path: Path) -> dict[str, Any]:
         SearchFileError: it is not such a file.
     """
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SearchFileError(f"search {path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise SearchFileError(f"search {path} is not a JSON file") from None
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        raise SearchFileError(f"{path} is not the file of a search that was ended: move it away")
-    if found.get("version") != _VERSION:
-        raise SearchFileError(f"search {path} has version {found.get('version')}; this program "
-                              f"reads {_VERSION}")
+        found = read_versioned(
+            path, "search", _FORMAT, (_VERSION,),
+            "the file of a search that was ended: move it away",
+        )
+    except UserError as error:
+        raise SearchFileError(str(error)) from None
     try:
         for part in ("network", "property"):
             if not all(type(found[part][k]) is str for k in ("name", "file", "sha256")):
