@@ -21,7 +21,7 @@ from ranks import pool
 from lirpa_megatron.cli.commands import main
 from lirpa_megatron.complete import box_search, exploring
 from lirpa_megatron.complete.state import CLOSED, OPEN, StateError, split_leaves, split_tree
-from lirpa_megatron.verify.properties import complete
+from lirpa_megatron.verify.properties import complete, instance
 from lirpa_megatron.verify.stop_signal import StopSignal
 
 pytestmark = pytest.mark.usefixtures("unchanged_environment")
@@ -263,12 +263,13 @@ def test_resume_is_offered_where_there_is_something_to_go_on_with(
     assert capsys.readouterr().err.splitlines()[-1] == "ended by SIGTERM; --resume goes on"
     arguments = arguments_for(folder, "relu", "--output", tmp_path / "r.jsonl")
 
+    batches = instance._batches
+
     def before_the_search(*given):
         os.kill(os.getpid(), signal.SIGTERM)
-        return can_be_split(*given)
+        return batches(*given)
 
-    can_be_split = complete.why_not
-    monkeypatch.setattr(complete, "why_not", before_the_search)
+    monkeypatch.setattr(instance, "_batches", before_the_search)
     assert main(arguments) == 143 and not (tmp_path / "r.jsonl.search").exists()
     assert capsys.readouterr().err.splitlines()[-1] == "ended by SIGTERM"
 

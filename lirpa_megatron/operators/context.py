@@ -97,6 +97,9 @@ class CallState:
     """Node name -> the inputs of its relaxation, and the relaxation."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Node name -> bytes of the rank's `sharded_relaxation` of the node."""
+    sparse_weights: dict[str, Any] = field(default_factory=dict)
+    """Linear layer's name -> its weight as `SparseWeight`, or None if it is dense, once looked at.
+    """
     ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
     """Node name -> bounds from a forward pass, once the call has made one."""
     window: Any = False

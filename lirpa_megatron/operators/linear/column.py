@@ -66,6 +66,9 @@ class BoundColumnParallelLinear(LocalLinear):
         self.check_unperturbed()
         return self.sharded_relaxation(visit.inputs) if visit.gathered is None else visit.gathered
 
+    def _keeps_weight(self, visit: Visit) -> bool:
+        return not self.has_rows and super()._keeps_weight(visit)
+
     def sharded_relaxation(
         self, inputs: OperatorInputs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -7,6 +7,7 @@ features of the local shard. Weight [o, i], bias [o], as in torch.nn.Linear.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, Propagated, dense
 from lirpa_megatron.operators.context import GraphContext, InputView, Visit
+from lirpa_megatron.operators.linear.sparse import SparseWeight
 from lirpa_megatron.operators.operator import Operator
 
 
@@ -31,6 +33,7 @@ class LocalLinear(Operator, auto_lirpa.BoundLinear):
         super().__init__(*args, **kwargs)
         self.transB = 1  # [out, in]: the host does not transpose the weight
         self.context: GraphContext = self.options["context"]
+        self._known_sparse: SparseWeight | None = None
 
     def _refused(self, what: str) -> NotImplementedError:
         return NotImplementedError(
@@ -76,17 +79,63 @@ class LocalLinear(Operator, auto_lirpa.BoundLinear):
             w, b = w.index_select(0, out), None if b is None else b.index_select(0, out)
         return w if into is None else w.index_select(1, into), b
 
+    def product(
+        self, w: torch.Tensor, visit: Visit
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A [R, B, ..., o'] -> A W [R, B, ..., i'] for the columns of A in a visit.
+
+        Args:
+            w: of all columns, [o, i].
+        """
+        sparse = self._sparse(w, visit)
+        if sparse is None:
+            chosen, _ = self.of_columns(w, None, visit)
+            return lambda A: A.matmul(chosen)
+        out, into = (visit.columns.get(name) for name in (self.name, visit.inputs[0].name))
+        return lambda A: sparse.product(A, out, into)
+
+    def _sparse(self, w: torch.Tensor, visit: Visit) -> SparseWeight | None:
+        """The weight, if it is one whose products a call of `compute_bounds` may take as sparse
+        ones. What an earlier call has found is compared with the weight first."""
+        call = visit.call
+        if call.method is None or torch.is_grad_enabled() or not self._keeps_weight(visit):
+            return None
+        if self.name not in call.sparse_weights:
+            known = self._known_sparse
+            if known is None or not known.is_still(w):
+                known = self._known_sparse = SparseWeight.of(w)
+            call.sparse_weights[self.name] = known
+        return call.sparse_weights[self.name]
+
+    def _keeps_weight(self, visit: Visit) -> bool:
+        """Whether every visit of a call multiplies with the same weight."""
+        return visit.gathered is None
+
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """A [R, B, ..., o] W and <A, b> with the local weight and bias; no communication."""
-        w, b = self.of_columns(*self.weight_and_bias(visit), visit)
+        w, b = self.weight_and_bias(visit)
+        bias = self.bias_of(A, b, visit)
+        if isinstance(A.either, IdentityRows):
+            given = A.either
+            A_x = self.rows_of_weight(w, given.own, given, visit)
+            return Propagated((A.map(lambda _: A_x),), bias)
+        return Propagated((A.dense().map(self.product(w, visit)),), bias)
 
-        def product(A: Any) -> torch.Tensor:
-            if isinstance(A, IdentityRows):
-                return rows_of_weight(w, A.own, A)
-            return dense(A).matmul(w)
+    def bias_of(self, A: LowerUpper, b: torch.Tensor | None, visit: Visit) -> LowerUpper:
+        """<A, b> of each row, for the columns of A here; b [o] or None."""
+        out = visit.columns.get(self.name)
+        if b is not None and out is not None:
+            b = b.index_select(0, out)
+        return A.map(lambda A: rows_of_bias(A, b))
 
-        bias = A.map(lambda A: rows_of_bias(A, b))
-        return Propagated((A.map(product),), bias)
+    def rows_of_weight(
+        self, w: torch.Tensor, rows: torch.Tensor, A: IdentityRows, visit: Visit
+    ) -> torch.Tensor:
+        """`rows_of_weight` of the columns of A at the input."""
+        out, into = (visit.columns.get(name) for name in (self.name, visit.inputs[0].name))
+        if out is not None:
+            w = w.index_select(0, out)
+        return rows_of_weight(w, rows, A, into)
 
 
 def _constant(x: InputView) -> torch.Tensor:
@@ -105,22 +154,27 @@ class BoundReplicatedLinear(LocalLinear):
     exact_by_intervals = True
 
 
-def rows_of_weight(w: torch.Tensor, rows: torch.Tensor, A: IdentityRows) -> torch.Tensor:
+def rows_of_weight(
+    w: torch.Tensor, rows: torch.Tensor, A: IdentityRows, into: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rows of the identity at a linear layer's output times its weight, without a product.
 
     Args:
         w: [o, i].
         rows: indices into the flattened output [*tokens, o], [R].
         A: the identity rows; their shape gives the number of tokens.
+        into: input features that are wanted, [i']; None: all.
 
     Returns:
-        [R, B, *tokens, i]: row (t, f) has w[f] at token t and zero elsewhere.
+        [R, B, *tokens, i']: row (t, f) has w[f] at token t and zero elsewhere.
     """
     _, batch, *tokens, width = A.shape
     chosen = w.index_select(0, rows % width)
+    if into is not None:
+        chosen = chosen.index_select(1, into)
     if tokens:
         places = torch.arange(len(rows), device=rows.device), rows // width
-        zeros = w.new_zeros(len(rows), math.prod(tokens), w.shape[1])
+        zeros = w.new_zeros(len(rows), math.prod(tokens), chosen.shape[1])
         chosen = zeros.index_put(places, chosen).unflatten(1, tuple(tokens))
     return chosen.unsqueeze(1).expand(-1, batch, *chosen.shape[1:])
 

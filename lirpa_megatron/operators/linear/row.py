@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, Propagated
 from lirpa_megatron.operators.context import OperatorInputs, Visit
-from lirpa_megatron.operators.linear.local import LocalLinear, rows_of_bias, rows_of_weight
+from lirpa_megatron.operators.linear.local import LocalLinear
 from lirpa_megatron.operators.operator import Sharding
 
 
@@ -81,14 +81,14 @@ class BoundRowParallelLinear(LocalLinear):
         w, b = self.weight_and_bias(visit)
         if visit.gathered is not None:
             w, = visit.gathered
-        w, b = self.of_columns(w, b, visit)
-        bias = A.map(lambda A: rows_of_bias(A, b))
+        bias = self.bias_of(A, b, visit)
         given = A.either
         if isinstance(given, IdentityRows):
             start = given.own if given.all is None or visit.gathered is not None else given.all
-            A_x = rows_of_weight(w, start, given)
+            A_x = self.rows_of_weight(w, start, given, visit)
             return Propagated((A.map(lambda _: A_x),), bias)
+        product = self.product(w, visit)
         if visit.entered is None:
-            return Propagated((A.dense().map(lambda A: A.matmul(w)),), bias)
+            return Propagated((A.dense().map(product),), bias)
         gathered, unstack = visit.entered
-        return Propagated((LowerUpper(*unstack(gathered.matmul(w))),), bias)
+        return Propagated((LowerUpper(*unstack(product(gathered))),), bias)
