@@ -24,6 +24,9 @@ from lirpa_megatron.crown.clean_values import value_at
 
 _NUMBERS = 2**20
 """Numbers that A may have at a node for all parts that are bounded at once."""
+_FEW = 4
+"""Parts that are bounded at once however wide a node is: rows of A go in chunks, and what a call
+does beside them is done once."""
 _LEAST_SLOPE = 0.3
 """Slopes count as this share of the mean one at least: CROWN's are not those of the network."""
 
@@ -120,7 +123,7 @@ class PartBounder:
             if node.from_input and node.output_shape is not None
         )
         rows = max(widest, self.C.shape[1])
-        self.most = max(1, min(most, _NUMBERS // (rows * widest)))
+        self.most = max(1, min(most, max(_FEW, _NUMBERS // (rows * widest))))
 
     def whole(self) -> Parts:
         """The boxes; goals that a box lacks are proved."""
