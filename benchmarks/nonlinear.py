@@ -2,12 +2,16 @@
 
     python benchmarks/nonlinear.py [--kinds tanh sigmoid gelu] [--widths 784 100 100 10]
         [--count 6] [--seconds 60] [--json FILE]
+    python benchmarks/nonlinear.py --kinds transformer --widths 64 16 10
 
 A classifier of clusters in [0, 1]^784, trained for some steps, and boxes around samples. Each task
 is one row, the logit of the right class minus another one's, at a radius at which CROWN-Optimized
 with 20 iterations leaves the row open and signed gradient steps find no counterexample: a share of
 the way from the largest radius that the first proves to the smallest at which the second finds one.
 Each runs in a process of its own, one thread, float32; seconds are the processor's.
+
+Of a transformer `widths` are inputs, which are four tokens, hidden size, and classes: one block of
+two heads with LayerNorms and GELU, as torch exports it.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ import time
 from pathlib import Path
 
 SEED, SHARES = 0, (0.02, 0.05, 0.1)
-KINDS = {"tanh": "Tanh", "sigmoid": "Sigmoid", "gelu": "GELU", "silu": "SiLU"}
+KINDS = {"tanh": "Tanh", "sigmoid": "Sigmoid", "gelu": "GELU", "silu": "SiLU", "transformer": ""}
+TOKENS, HEADS = 4, 2
 
 
 def _trained(kind, widths):
@@ -28,10 +33,13 @@ def _trained(kind, widths):
     from torch import nn
 
     torch.manual_seed(SEED)
-    layers = []
-    for n, m in itertools.pairwise(widths):
-        layers += [nn.Linear(n, m), getattr(nn, KINDS[kind])()]
-    net = nn.Sequential(*layers[:-1])
+    if kind == "transformer":
+        net = _transformer(*widths)
+    else:
+        layers = []
+        for n, m in itertools.pairwise(widths):
+            layers += [nn.Linear(n, m), getattr(nn, KINDS[kind])()]
+        net = nn.Sequential(*layers[:-1])
     centers = torch.rand(widths[-1], widths[0])
 
     def drawn(count):
@@ -45,7 +53,49 @@ def _trained(kind, widths):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x), labels).backward()
         optimizer.step()
-    return (net.requires_grad_(False), *drawn(200))
+    net = net.requires_grad_(False).eval()
+    return (_exported(net, widths[0]) if kind == "transformer" else net, *drawn(200))
+
+
+def _transformer(inputs, h, classes):
+    from torch import nn
+
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(inputs // TOKENS, h)
+            self.block = nn.TransformerEncoderLayer(
+                h, HEADS, 2 * h, dropout=0.0, activation="gelu", batch_first=True,
+                norm_first=True,
+            )
+            self.head = nn.Linear(h, classes)
+
+        def forward(self, x):
+            x = self.embed(x.view(len(x), TOKENS, inputs // TOKENS))
+            return self.head(self.block(x).mean(1))
+
+    return Patches()
+
+
+def _exported(net, inputs):
+    """The network that is read from the file which torch exports."""
+    import tempfile
+    import warnings
+
+    import torch
+
+    from lirpa_megatron import parallelize
+    from lirpa_megatron.networks.network import Network
+    from lirpa_megatron.networks.onnx_import import read_onnx
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, of its age
+        path = f"{folder}/net.onnx"
+        torch.onnx.export(net, (torch.zeros(1, inputs),), path, dynamo=False,
+                          input_names=["x"], opset_version=17)
+        found = read_onnx(path)
+    made = Network.from_weights(found.description, found.weights, torch.float32)
+    return parallelize(made.requires_grad_(False).eval())
 
 
 def _attacked(net, x, c, eps) -> float:

@@ -128,8 +128,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
                     facade if context.below is None else LaterStage(facade), global_input,
                     bound_opts=opts,
                     device=device_of(model, global_input) if device == "auto" else device,
-                    verbose=verbose,
-                    custom_ops=operators,
+                    verbose=verbose, custom_ops=operators,
                 )
             self._adopt_parameters(trainable)
             context.sharded.update(
@@ -302,8 +301,7 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
         """A call's state, made anew: what an earlier call found may not hold for these inputs."""
         optimized = kwargs["method"] == "CROWN-Optimized"
         call = CallState(
-            method=kwargs["method"],
-            final_is_identity=final_is_identity,
+            method=kwargs["method"], final_is_identity=final_is_identity,
             form_limit=self.own_options.form_limit,
             form_room=self.schedule.limits.form_memory(),
             # What errors are is found from forms, too, after a relaxation was made.
@@ -319,6 +317,8 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
         finally:
             for node in self.optimizable_activations:
                 node.opt_end()  # an error may have left alpha in use
+            for told in self.context.ended:
+                told(call)
             object.__setattr__(self, "call", CallState(final_is_identity=final_is_identity))
 
     def _identity(self, x: Any, final: auto_lirpa.Bound) -> torch.Tensor | None:

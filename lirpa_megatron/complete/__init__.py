@@ -7,9 +7,11 @@ Branch and bound, which decides properties on sharded models:
 over ReLUs and intervals:
 
     problem      what is to be proved, and what is found out
+    inputs       the graph's one input
     roots        alpha-CROWN's bounds of the boxes, and the numbering of neurons
     split_relu   the mathematics of a ReLU with splits
     split_curve  that of other functions of one variable
+    planes       attention, norms and products, which are not split
     narrowing    what splits say of other neurons, by interval arithmetic
     domain_pass  a backward pass over a batch of domains
     batch        domains as tensors; alpha, beta and their optimizer

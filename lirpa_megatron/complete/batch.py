@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from lirpa_megatron.complete.split_relu import Lines
 _STEPS = 4096
 _NOISE = 256
 """Units in the last place."""
+_VALUES = "alpha", "beta", "gamma", "free", "weights"
+"""What is optimized."""
 _SLOWER, _FASTER, _SLOWEST = 0.6, 2.0, 0.05
 """How a domain's `pace` changes for its halves: after steps of which none was better than what they
 began with, and after others; and the least it becomes."""
@@ -57,7 +59,9 @@ class Batch:
     gamma: torch.Tensor
     """Of other functions' neurons: [R', D, N], or [R', D, 0] where ReLUs are all there is."""
     pace: torch.Tensor
-    """There what steps are multiplied with: [R', D]."""
+    """Where ReLUs are not all that is not linear what steps are multiplied with: [R', D]."""
+    free: torch.Tensor
+    """Alpha of operators that are not split, [R', D, M]."""
 
     def __len__(self) -> int:
         return len(self.goal)
@@ -107,11 +111,15 @@ class Batch:
         for i, d in enumerate(domains):
             if d.pace is not None:
                 pace[:, i] = d.pace
+        free = like.new_full((*alpha.shape[:2], roots.free), 0.5)
+        for i, d in enumerate(domains):
+            if d.free is not None:
+                free[:, i] = d.free
         units = units[goal[:, None], roots.operator_of[numbers]]
         return cls(
             goal, box, problem.C[goal].transpose(0, 1), problem.thresholds[goal].t(), weights,
             problem.low[box], problem.high[box], lines, curves, ends, places, signs, units,
-            alpha, beta, gamma, pace,
+            alpha, beta, gamma, pace, free,
         )
 
     def at(self, index: torch.Tensor) -> Batch:
@@ -120,7 +128,7 @@ class Batch:
             "goal", "box", "low", "high", "places", "signs", "units"
         )}
         second = {name: getattr(self, name)[:, index] for name in (
-            "C", "thresholds", "weights", "ends", "alpha", "beta", "gamma", "pace"
+            "C", "thresholds", "weights", "ends", "alpha", "beta", "gamma", "pace", "free"
         )}
         curves = tuple(lines.at(index) for lines in self.curves)
         return Batch(
@@ -189,10 +197,17 @@ class Batch:
             alpha=alpha, beta=torch.cat([self.beta, beta], 2), gamma=gamma,
         )
 
-    def of_curves(self, i: int) -> Iterator[torch.Tensor | None]:
-        """Gamma, intervals and pace of one domain, to be kept."""
-        for value in (self.gamma, self.ends, self.pace):
+    @property
+    def only_relus(self) -> bool:
+        """Whether ReLUs are all that is not linear."""
+        return not (self.curves or self.free.shape[2])
+
+    def to_keep(self, i: int) -> Iterator[torch.Tensor | None]:
+        """Gamma, intervals, pace and free alpha of one domain."""
+        for value in (self.gamma, self.ends):
             yield value[:, i].clone() if self.curves else None
+        for value in (self.pace, self.free):
+            yield None if self.only_relus else value[:, i].clone()
 
     def within(self, roots: Roots, ends: torch.Tensor) -> Batch:
         """With narrower intervals [2, D, N]."""
@@ -268,8 +283,8 @@ def _above(margins: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> t
 
 
 class Ascent:
-    """Adam on alpha, beta, gamma and weights, upwards, within alpha in [0, 1], beta >= 0, weights
-    >= 0 of sum 1.
+    """Adam on alpha, beta, gamma, free alpha and weights, upwards, within alpha in [0, 1], beta >=
+    0, weights >= 0 of sum 1.
 
     Of each domain on its own: what others do does not change its steps.
 
@@ -282,8 +297,10 @@ class Ascent:
     def __init__(
         self, batch: Batch, scale: torch.Tensor | None, options: SearchOptions
     ) -> None:
-        self.rates: list[Any] = [options.lr_alpha, options.lr_beta, 0.0, options.lr_weights]
-        self.has_curves = scale is not None
+        self.rates: list[Any] = [
+            options.lr_alpha, options.lr_beta, 0.0, options.lr_planes, options.lr_weights
+        ]
+        self.only_relus, self.has_curves = batch.only_relus, scale is not None
         if scale is not None:
             share = torch.ones_like(batch.lines.on[0])
             for lines in batch.curves:
@@ -296,15 +313,15 @@ class Ascent:
 
     @staticmethod
     def _values(batch: Batch) -> list[torch.Tensor]:
-        return [batch.alpha, batch.beta, batch.gamma, batch.weights]
+        return [getattr(batch, name) for name in _VALUES]
 
     def keep(self, batch: Batch, margins: torch.Tensor) -> None:
-        """In networks with other functions than ReLUs: notes the values of each row's best bound so
-        far, by its margins [R', D].
+        """In networks that are not linear but for ReLUs: notes the values of each row's best bound
+        so far, by its margins [R', D].
 
         (Where ReLUs are all there is the last ones are hardly worse, and copies take time.)
         """
-        if not self.has_curves:
+        if self.only_relus:
             return
         now = [margins, *self._values(batch)]
         if not self._best:
@@ -313,7 +330,7 @@ class Ascent:
             return
         better = _above(margins, self._best[0], batch.low.dtype)
         each = better[..., None]
-        masks = better, each, each, each, better[-1:]
+        masks = better, each, each, each, each, better[-1:]
         for best, new, mask in zip(self._best, now, masks, strict=True):
             torch.where(mask, new, best, out=best)
 
@@ -341,24 +358,25 @@ class Ascent:
             self.rates[2] = self.rates[2][index]
 
     def step(
-        self, batch: Batch, gradients: Sequence[torch.Tensor | None], decay: float
+        self, batch: Batch, gradients: Mapping[str, torch.Tensor], decay: float
     ) -> None:
-        """Changes alpha, beta, gamma and weights of the batch in place, those whose gradients are
-        given."""
+        """Changes the batch's values in place, those whose gradients are given."""
         self.steps += 1
         first, second = 1 - 0.9**self.steps, 1 - 0.999**self.steps
-        for i, (value, g) in enumerate(zip(self._values(batch), gradients, strict=True)):
+        for i, name in enumerate(_VALUES):
+            value, g = getattr(batch, name), gradients.get(name)
             if g is None:
                 continue
             self.means[i].lerp_(g, 0.1)
             self.squares[i].mul_(0.999).addcmul_(g, g, value=0.001)
             size = (self.squares[i] / second).sqrt_().add_(1e-8)
             mean, rate = self.means[i], self.rates[i]
-            if self.has_curves and i < 3:
+            if not self.only_relus and i < 4:
                 mean, rate = mean * (rate * batch.pace[..., None]), 1.0
             value.addcdiv_(mean, size, value=rate * decay / first)
         batch.alpha.clamp_(0, 1)
+        batch.free.clamp_(0, 1)
         batch.beta.clamp_(min=0)
-        if gradients[-1] is not None:
+        if "weights" in gradients:
             w = batch.weights.clamp_(min=0)
             w.div_(w.sum(0).clamp(min=torch.finfo(w.dtype).tiny))

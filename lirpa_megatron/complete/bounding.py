@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.complete import planes
 from lirpa_megatron.complete.agreement import from_rank_zero, mean_over_ranks
 from lirpa_megatron.complete.batch import Ascent, Batch
 from lirpa_megatron.complete.domain_pass import DomainPass
@@ -103,7 +104,9 @@ class Bounder:
         was. Domains of ReLUs alone stay as they are."""
         if not batch.curves:
             return batch
-        ends = narrowed(self.graph, self.roots, batch.low, batch.high, *batch.ends)
+        ends = narrowed(
+            self.graph, self.roots, batch.box, batch.low, batch.high, *batch.ends
+        )
         after = batch.within(self.roots, torch.stack(ends))
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         visits = {
@@ -136,6 +139,7 @@ class Bounder:
     def run(
         self, batch: Batch, alpha: torch.Tensor, pull: torch.Tensor,
         gamma: torch.Tensor | None = None, others: Mapping[str, Any] | None = None,
+        free: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, DomainPass]:
         """One pass: its lower bounds [R', D], and the pass.
 
@@ -143,6 +147,7 @@ class Bounder:
             batch: D domains.
             alpha, pull, gamma: [R', D, N]; without gamma with the batch's.
             others: operator's name -> what is to be done at visits to it instead.
+            free: [R', D, M]; None: the batch's.
         """
         roots, gamma = self.roots, batch.gamma if gamma is None else gamma
         sizes = [r.size for r in roots.operators]
@@ -158,7 +163,8 @@ class Bounder:
             splits[lines.place.name] = SplitCurve(
                 lines, alpha[..., at], pull[..., at], gamma[..., at]
             )
-        splits |= others or {}
+        free = batch.free if free is None else free
+        splits |= {**planes.visits(roots.planes, free, batch.box), **(others or {})}
         run = DomainPass(self.graph, roots.plan, splits, batch.low, batch.high)
         lower = run.lower(batch.rows()[0])
         if batch.curves:
@@ -201,10 +207,10 @@ class Bounder:
         return torch.cat([run.seen[r.name] for r in self.roots.operators], 2)
 
     def ascend(self, batch: Batch, iterations: int, decay: float = _DECAY) -> Bounded:
-        """Optimizes alpha, beta and weights; a domain leaves the batch when it is proved.
+        """Optimizes all multipliers and weights; a domain leaves the batch when it is proved.
 
         Args:
-            batch: D domains; its alpha, beta and weights are changed.
+            batch: D domains; its multipliers and weights are changed.
             iterations: steps; one more pass is made.
             decay: of the step size, in each.
         """
@@ -217,13 +223,16 @@ class Bounder:
         for i in range(iterations + 1):
             steps = i < iterations
             with torch.set_grad_enabled(steps):
-                leaves = [t.detach().requires_grad_(steps) for t in (batch.alpha, batch.pull())]
-                weighed = replace(batch, weights=batch.weights.detach().clone())
-                if batch.has_sum:
-                    leaves.append(weighed.weights.requires_grad_(steps))
+                leaves = {"alpha": batch.alpha, "pull": batch.pull()}
                 if batch.curves:
-                    leaves.append(batch.gamma.detach().requires_grad_(steps))
-                lower, run = self.run(weighed, *leaves[:2], *leaves[2 + batch.has_sum :])
+                    leaves["gamma"] = batch.gamma
+                if batch.free.shape[2]:
+                    leaves["free"] = batch.free
+                leaves = {k: t.detach().requires_grad_(steps) for k, t in leaves.items()}
+                weights = batch.weights.detach().clone().requires_grad_(steps and batch.has_sum)
+                lower, run = self.run(replace(batch, weights=weights), **leaves)
+                if batch.has_sum:
+                    leaves["weights"] = weights
             margins, sure, over = self.margins(batch, lower, run)
             best[alive] = torch.maximum(best[alive], margins.amax(0))
             ascent.keep(batch, margins)
@@ -234,20 +243,19 @@ class Bounder:
             if not steps or over or bool(done.all()):
                 break
             counts = torch.where(done | ~lower.detach().isfinite(), 0.0, 1.0)
-            to_alpha, to_pull, *rest = torch.autograd.grad(
-                (lower.nan_to_num() * counts).sum(), leaves
+            found = torch.autograd.grad(
+                (lower.nan_to_num() * counts).sum(), list(leaves.values())
             )
-            to_weights = self._of_margins(batch, rest[0]) if batch.has_sum else None
-            to_gamma = rest[-1].nan_to_num_() if batch.curves else None
+            to = {k: g.nan_to_num_() for k, g in zip(leaves, found, strict=True)}
+            if batch.has_sum:
+                to["weights"] = self._of_margins(batch, to["weights"])
             new = 3 / (i + 3)
             with torch.no_grad():
-                z = to_pull.nan_to_num_().neg_()
+                z = to["pull"].neg_()
                 x = run.minimiser.clone() if point is None else point.lerp(run.minimiser, new)
                 primal, point = z if primal is None else primal.lerp(z, new), x
-                to_beta = batch.to_beta(z)
-                ascent.step(
-                    batch, (to_alpha.nan_to_num_(), to_beta, to_gamma, to_weights), decay**i
-                )
+                to["beta"] = batch.to_beta(z)
+                ascent.step(batch, to, decay**i)
             if done.sum() > _DROP * len(done):
                 left = (~proved[alive]).nonzero().flatten()
                 batch, alive = batch.at(left), alive[left]

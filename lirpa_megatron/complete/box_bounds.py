@@ -18,6 +18,7 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.complete.agreement import from_rank_zero
 from lirpa_megatron.complete.bounding import ROUNDING
+from lirpa_megatron.complete.inputs import box_of, input_names, shaped
 from lirpa_megatron.complete.joint_rows import joint
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.crown.clean_values import value_at
@@ -29,11 +30,6 @@ _FEW = 4
 does beside them is done once."""
 _LEAST_SLOPE = 0.3
 """Slopes count as this share of the mean one at least: CROWN's are not those of the network."""
-
-
-def input_names(graph: Any) -> list[str]:
-    """Of the inputs of a graph, which a set may be given for."""
-    return [node.name for node in auto_lirpa.roots(graph) if type(node) is auto_lirpa.BoundInput]
 
 
 @dataclass(frozen=True)
@@ -145,8 +141,7 @@ class PartBounder:
         """Bounds of at most `most` parts."""
         D, J = parts.margins.shape
         low, high = self.placed(parts, parts.low), self.placed(parts, parts.high)
-        box = auto_lirpa.PerturbationLpNorm(norm=float("inf"), x_L=low, x_U=high)
-        x = auto_lirpa.BoundedTensor(low / 2 + high / 2, box)
+        x = box_of(self.graph, low, high)
         final = self.graph.final_name
         with torch.no_grad():
             found, _, A = self.graph.compute_bounds(
@@ -200,6 +195,7 @@ class PartBounder:
 
     def values(self, parts: Parts, points: torch.Tensor) -> torch.Tensor:
         """Margins of the graph's own outputs at points [P, inputs] of parts [P]: [P, J] float64."""
+        points = shaped(self.graph, points)
         with auto_lirpa.running((points,)), full_precision(self.graph.device):
             y = value_at(self.graph, (points,)).detach().as_subclass(torch.Tensor)
         rows = torch.einsum("pso,po->ps", self.C[parts.box].double(), y.flatten(1).double())

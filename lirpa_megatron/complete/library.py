@@ -33,15 +33,16 @@ def branch_and_bound(
 ) -> Searched:
     """Decides whether `C y > thresholds` for all inputs of a box.
 
-    What is split are ReLUs and intervals of other functions of one variable, if nothing else in the
-    network is nonlinear, or the box itself, in which few inputs move (`SearchOptions.branching`,
-    `strategy.chosen`). Every rank of the tensor-parallel group calls it alike; bounds and verdicts
-    are those of the unsharded model, up to rounding.
+    What is split are ReLUs and intervals of other functions of one variable, or the box itself, in
+    which few inputs move (`SearchOptions.branching`, `strategy.chosen`); attention, norms and
+    products of two nodes keep planes that hold in the whole box. Every rank of the tensor-parallel
+    group calls it alike; bounds and verdicts are those of the unsharded model, up to rounding.
 
     Args:
         model: batch first, perhaps sharded; or its BoundedModule (with `check_live`, so that it
             has the model itself for counterexamples).
-        x: BoundedTensor [B, inputs] with a box (PerturbationLpNorm, infinity norm), replicated.
+        x: BoundedTensor [B, *input shape] with a box (PerturbationLpNorm, infinity norm),
+            replicated.
         C: [B, S, outputs], replicated.
         thresholds: a number, or [B, S].
         timeout: seconds; None: until it is decided.
@@ -52,9 +53,9 @@ def branch_and_bound(
             ones); each gets what all have found out.
 
     Returns:
-        `Searched`: "proved"; "refuted" with a point [inputs] where the model's own output is not
-        above a threshold (`goal` counts rows: sample b's row s is b S + s); "timeout"; or "unknown"
-        and why. `bound` is the least of `C y - thresholds` that is known.
+        `Searched`: "proved"; "refuted" with a point [*input shape] where the model's own output is
+        not above a threshold (`goal` counts rows: sample b's row s is b S + s); "timeout"; or
+        "unknown" and why. `bound` is the least of `C y - thresholds` that is known.
 
     Raises:
         UserError: the network or the set of inputs is not supported, by name.
@@ -70,9 +71,9 @@ def branch_and_bound(
     if ptb is None or not is_box(ptb):
         raise UserError("branch and bound needs a box of inputs: a BoundedTensor with a "
                         "PerturbationLpNorm of the infinity norm")
-    if x.ndim != 2 or C.ndim != 3 or len(C) != len(x):
-        raise ValueError(f"x [B, inputs] and C [B, S, outputs] are wanted, not {tuple(x.shape)} "
-                         f"and {tuple(C.shape)}")
+    if x.ndim < 2 or C.ndim != 3 or len(C) != len(x):
+        raise ValueError(f"x [B, *input shape] and C [B, S, outputs] are wanted, not "
+                         f"{tuple(x.shape)} and {tuple(C.shape)}")
     graph = model if isinstance(model, BoundedModule) else BoundedModule(model, x.detach())
     if model is graph and graph.live is None:
         raise UserError("branch and bound runs the model itself on counterexamples: give it the "
@@ -83,20 +84,21 @@ def branch_and_bound(
     B, S, _ = C.shape
     ends = torch.as_tensor(thresholds, dtype=torch.float64, device=C.device).expand(B, S)
     problem = Problem(
-        low.expand_as(center).contiguous(), high.expand_as(center).contiguous(),
+        low.expand_as(center).flatten(1).contiguous(),
+        high.expand_as(center).flatten(1).contiguous(),
         tuple(b for b in range(B) for _ in range(S)),
         C.detach().reshape(B * S, 1, -1).to(center), ends.reshape(B * S, 1),
     )
     # A forward pass of the graph itself would clear what passes read there.
     own = graph.live.model if model is graph else model
-    walks = Walks(own, graph.context.collectives)
+    walks = Walks(lambda points: own(points.view(-1, *x.shape[1:])), graph.context.collectives)
 
     def confirm(goal: int, points: torch.Tensor) -> torch.Tensor | None:
         box = problem.boxes[goal]
         near, margins = walks.closest(
             problem.C[goal], problem.thresholds[goal], problem.low[box], problem.high[box], points
         )
-        return near[0] if bool(margins[0] <= 0) else None
+        return near[0].view(x.shape[1:]) if bool(margins[0] <= 0) else None
 
     group = graph.context.collectives.group
     with replicas.guard("branch and bound"), spmd.guard(group, "branch and bound"):

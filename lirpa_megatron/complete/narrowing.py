@@ -22,15 +22,16 @@ Interval = tuple[torch.Tensor, torch.Tensor]
 
 
 def narrowed(
-    graph: Any, roots: Roots, low: torch.Tensor, high: torch.Tensor, lower: torch.Tensor,
-    upper: torch.Tensor,
+    graph: Any, roots: Roots, box: torch.Tensor, low: torch.Tensor, high: torch.Tensor,
+    lower: torch.Tensor, upper: torch.Tensor,
 ) -> Interval:
     """Intervals of all neurons of this rank in domains, [D, N] each.
 
     Args:
         graph: a BoundedModule.
         roots: the numbering.
-        low, high: the domains' boxes, [D, inputs].
+        box: which the domains are of, [D].
+        low, high: these boxes, [D, inputs].
         lower, upper: what is known, [D, N], cut at the domains' splits.
 
     Returns:
@@ -42,6 +43,8 @@ def narrowed(
     (leaf,) = roots.plan.leaves
     shape = (len(low), *leaf.output_shape[1:])
     known: dict[str, Interval] = {leaf.name: (low.view(shape), high.view(shape))}
+    whole_box = {x.name: (x.lower, x.upper) for p in roots.planes for x in p.inputs.views
+                 if x.perturbed}
 
     def of(node: Any) -> Interval:
         if node.name not in known:
@@ -55,7 +58,10 @@ def narrowed(
                 continue
             place = places.get(node.name)
             if place is None:
-                known[node.name] = tuple(node.interval_propagate(*map(of, node.inputs)))
+                own = tuple(node.interval_propagate(*map(of, node.inputs)))
+                if node.name in whole_box:
+                    own = _both(own, *(end[box] for end in whole_box[node.name]))
+                known[node.name] = own
                 continue
             x = node.inputs[0]
             columns = roots.active_columns.get(x.name)
@@ -69,6 +75,14 @@ def narrowed(
                 ends.append(_put(at, columns, whole[:, place.at]))
             known[node.name] = tuple(node.interval_propagate(tuple(ends)))
     return lower, upper
+
+
+def _both(own: Interval, lower: torch.Tensor, upper: torch.Tensor) -> Interval:
+    """What two intervals have in common; the second one where that is nothing."""
+    least = torch.maximum(lower, own[0].nan_to_num(nan=-math.inf))
+    most = torch.minimum(upper, own[1].nan_to_num(nan=math.inf))
+    crossed = least > most
+    return torch.where(crossed, lower, least), torch.where(crossed, upper, most)
 
 
 def _chosen(ends: Interval, columns: torch.Tensor | None) -> Interval:

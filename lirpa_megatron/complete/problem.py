@@ -93,6 +93,8 @@ class SearchOptions:
     # the same of other functions than ReLUs: of alpha, and of gamma in the same units
     lr_alpha_nonlinear: float = 0.1
     lr_gamma: float = 0.1
+    # the same of alpha of operators that are not split
+    lr_planes: float = 0.1
     # the same of the weights of a goal's rows
     lr_weights: float = 0.1
     # neurons that are tried for each split; in networks with other functions than ReLUs
@@ -137,6 +139,8 @@ class Domain:
     the splits."""
     pace: torch.Tensor | None = None
     """What steps of alpha, beta and gamma are multiplied with, [R']; None: 1."""
+    free: torch.Tensor | None = None
+    """Alpha of operators that are not split, [R', M]; None: 1/2."""
 
 
 @dataclass(frozen=True)

@@ -196,14 +196,14 @@ class _Replay:
             own = Domain(
                 domain.goal, domain.splits, float(found.margins[at]),
                 found.batch.alpha[:, i].clone(), found.batch.beta[:, i].clone(), (),
-                found.batch.weights[:, i].clone(), *found.batch.of_curves(i),
+                found.batch.weights[:, i].clone(), *found.batch.to_keep(i),
             )
             (inner if node.leaf is None else late).append((own, node))
         if late:
             batch = self.bounder.batch([domain for domain, _ in late])
             found = self.bounder.ascend(batch, _MORE * iterations)
             margins, left = found.margins, found.open
-            if self.bounder.roots.curves:
+            if not self.bounder.roots.only_relus:
                 proved = self._split_further([domain for domain, _ in late], found)
                 left = left[~proved]
             else:

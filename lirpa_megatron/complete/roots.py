@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from lirpa_megatron.compat import auto_lirpa
+from lirpa_megatron.complete import planes
 from lirpa_megatron.complete.agreement import from_rank_zero
+from lirpa_megatron.complete.inputs import box_of, check_inputs
 from lirpa_megatron.complete.problem import Problem
 from lirpa_megatron.crown.placement import PassPlan
 from lirpa_megatron.crown.relu_sparsity import live_columns
@@ -69,6 +71,8 @@ class Roots:
     """Which operator a number belongs to, [numbers + 1]."""
     margins: torch.Tensor
     """[G, R] float64: alpha-CROWN's bounds of the goals, minus thresholds."""
+    planes: tuple[planes.Planes, ...] = ()
+    """Operators that are not linear and not split."""
 
     @functools.cached_property
     def of_curve(self) -> torch.Tensor:
@@ -85,8 +89,18 @@ class Roots:
 
     @property
     def curves(self) -> tuple[OperatorPlace, ...]:
-        """The operators that are no ReLUs."""
+        """The operators that are split and no ReLUs."""
         return tuple(r for r in self.operators if r.curve is not None)
+
+    @property
+    def only_relus(self) -> bool:
+        """Whether ReLUs are all that is not linear."""
+        return not (self.curves or self.planes)
+
+    @property
+    def free(self) -> int:
+        """M, numbers of alpha of operators that are not split, on this rank."""
+        return sum(p.size for p in self.planes)
 
     def check_point(self, number: int, point: float) -> None:
         """Raises ValueError where a ReLU is split elsewhere than at 0, or another function at a
@@ -116,7 +130,7 @@ class Roots:
         return replace(
             self, plan=plan, operators=tuple(under), lower=self.lower[:, index],
             upper=self.upper[:, index], number_of=number_of, place_of=place_of,
-            operator_of=operator_of,
+            operator_of=operator_of, planes=planes.under(self.planes, names),
         )
 
 
@@ -127,7 +141,7 @@ def bound_roots(
     """Bounds the boxes with a BoundedModule, by alpha-CROWN.
 
     Args:
-        graph: the BoundedModule, whose graph is linear but for functions of one variable.
+        graph: the BoundedModule.
         problem: boxes and goals.
         is_over: whether time is, on this rank; what has been found by then is used.
         replicas: of which one does it for all.
@@ -138,30 +152,32 @@ def bound_roots(
     final = graph[graph.final_name]
     check_nonlinear(graph)
     C, rows = _rows_of_boxes(problem)
-    box = auto_lirpa.PerturbationLpNorm(norm=float("inf"), x_L=problem.low, x_U=problem.high)
-    x = auto_lirpa.BoundedTensor((problem.low + problem.high) / 2, box)
+    check_inputs(graph, "branch and bound: ")
+    x = box_of(graph, problem.low, problem.high)
+    others = [node for node in graph.named_nodes().values() if _keeps_planes(node)]
     here = False
 
-    def alpha_crown() -> tuple[torch.Tensor, dict[str, Any]]:
+    def alpha_crown() -> tuple[torch.Tensor, dict[str, Any], planes.Facts]:
         nonlocal here
         here = True
-        with _until(graph, is_over):
+        with _until(graph, is_over), planes.noting(graph, others) as facts:
             found, _ = graph.compute_bounds(
                 x=(x,), C=C, method="CROWN-Optimized", bound_upper=False
             )
-        return found.detach().double(), _of_inner_nodes(graph, _plan(graph, final))
+        return found.detach().double(), _of_inner_nodes(graph, _plan(graph, final)), facts
 
-    found, inner = replicas.first("bounds of boxes", alpha_crown)
+    found, inner, facts = replicas.first("bounds of boxes", alpha_crown)
     if not here:  # the graph has to know which inputs are perturbed
         graph.compute_bounds(x=(x,), C=C, method="IBP", bound_upper=False)
-    return _numbered(graph, _plan(graph, final), rows.of(found) - problem.thresholds, inner)
+    plan = _plan(graph, final)
+    names = {node.name for node in plan.order}
+    others = [node for node in others if node.name in names and node.perturbed]
+    own = planes.planes_of(graph, others, facts, len(problem.low))
+    return _numbered(graph, plan, rows.of(found) - problem.thresholds, inner, own)
 
 
 def _plan(graph: Any, final: auto_lirpa.Bound) -> PassPlan:
-    plan = graph.schedule.plan(final, spec_sharded=False)
-    if len(plan.leaves) != 1:
-        raise UserError("branch and bound needs a network in which outputs depend on one input")
-    return plan
+    return graph.schedule.plan(final, spec_sharded=False)
 
 
 def _of_inner_nodes(
@@ -227,13 +243,22 @@ def check_graph(graph: Any) -> None:
 
 
 def check_nonlinear(graph: Any) -> None:
-    """Raises UserError unless all that is not linear are operators of one variable."""
+    """Raises UserError unless something can be split, and all else that is not linear has planes.
+    """
     where = "branch and bound splits functions of one variable: "
     check_setting(graph, where)
-    for node in graph.named_nodes().values():
-        if not _is_split(node) and auto_lirpa.reads_bounds(node):
+    nodes = [n for n in graph.named_nodes().values() if auto_lirpa.reads_bounds(n)]
+    for node in nodes:
+        if not _is_split(node) and not planes.has_planes(node):
             raise UserError(f"{where}the network has a {_kind(node)}, which is neither linear nor "
-                            "such a function")
+                            "such a function, and of which no planes are known")
+    if nodes and not any(map(_is_split, nodes)):
+        raise UserError(f"{where}the network has no such function, but a {_kind(nodes[0])}")
+
+
+def _keeps_planes(node: auto_lirpa.Bound) -> bool:
+    """Whether a node that is not linear is not split."""
+    return auto_lirpa.reads_bounds(node) and not _is_split(node)
 
 
 def _kind(node: auto_lirpa.Bound) -> str:
@@ -274,7 +299,7 @@ class _Rows:
 
 def _numbered(
     graph: Any, plan: PassPlan, margins: torch.Tensor,
-    inner: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    inner: Mapping[str, tuple[torch.Tensor, torch.Tensor]], own: tuple[planes.Planes, ...],
 ) -> Roots:
     """Collects the operators' bounds; columns inactive at ReLUs are left out as in every pass."""
     tp, between = graph.context.collectives, graph.intermediate.relus
@@ -313,7 +338,7 @@ def _numbered(
     place_of[number_of] = torch.arange(local, device=number_of.device)
     return Roots(
         plan, tuple(operators), active, torch.cat(lowers, 1), torch.cat(uppers, 1), number_of,
-        place_of, torch.tensor([*operator_of, 0], device=number_of.device), margins,
+        place_of, torch.tensor([*operator_of, 0], device=number_of.device), margins, own,
     )
 
 

@@ -31,6 +31,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.complete.bounding import Bounder
 from lirpa_megatron.complete.domain_pass import passes
 from lirpa_megatron.complete.exploring import Confirm, Explored, Explorer
+from lirpa_megatron.complete.planes import most_domains
 from lirpa_megatron.complete.problem import (
     Domain,
     Leaf,
@@ -115,6 +117,11 @@ class _Run:
     def run(self, roots: Roots | None) -> Searched:
         if roots is None:
             roots = bound_roots(self.graph, self.problem, self.is_over, self.replicas)
+        most = most_domains(roots.planes)
+        self.options = replace(
+            self.options, batch=min(self.options.batch, most),
+            inner_batch=min(self.options.inner_batch, most),
+        )
         known = roots.margins.amax(1).tolist()
         self.margins = [margin if margin < math.inf else -math.inf for margin in known]
         with passes(self.graph, roots.active_columns), full_precision(self.graph.device):
@@ -225,7 +232,7 @@ class _Run:
             "unknown" if why else status, min(self.margins), self.margins, self.bounded,
             search.open(), self._seconds(), why, point, goal, self.leaves if proofs else [],
             list(inner.claims.values()) if proofs else [], self.inner,
-            "nonlinear" if inner.roots.curves else "relu",
+            "relu" if inner.roots.only_relus else "nonlinear",
             state=self._state(search, inner) if status in ("timeout", "limit") else None,
         )
 

@@ -68,9 +68,9 @@ def still_open(domains: Sequence[Domain], found: Bounded) -> list[Domain]:
         alpha = batch.alpha[:, i]
         rest.append(Domain(
             domain.goal, domain.splits, max(domain.margin, margins[at]),
-            alpha.half() if alpha.dtype is torch.float32 and not batch.curves else alpha.clone(),
+            alpha.half() if alpha.dtype is torch.float32 and batch.only_relus else alpha.clone(),
             batch.beta[:, i, : len(domain.splits)].clone(), (),
-            batch.weights[:, i].clone(), *batch.of_curves(i),
+            batch.weights[:, i].clone(), *batch.to_keep(i),
         ))
     return rest
 
@@ -112,7 +112,7 @@ def finish(
         Those that were not proved, as they are now.
     """
     solvers: list[Callable[[Any], Bounded]] = [partial(bounder.ascend, iterations=iterations)]
-    if not bounder.roots.curves:
+    if bounder.roots.only_relus:
         solvers.append(bounder.solve)
     for solve in solvers:
         found = solve(bounder.batch(domains))

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.complete.box_bounds import input_names
 from lirpa_megatron.complete.box_search import search_boxes
 from lirpa_megatron.complete.exploring import Confirm
+from lirpa_megatron.complete.inputs import check_inputs
 from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
 from lirpa_megatron.complete.roots import (
     check_graph,
@@ -98,8 +98,7 @@ def check_boxes(graph: Any) -> None:
     """Raises UserError for a graph whose input boxes cannot be cut."""
     where = "branch and bound cuts boxes: "
     check_setting(graph, where)
-    if len(input_names(graph)) != 1:
-        raise UserError(f"{where}outputs have to depend on one input")
+    check_inputs(graph, where)
 
 
 def _refusal(graph: Any, check: Any) -> str | None:

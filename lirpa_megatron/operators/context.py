@@ -52,6 +52,8 @@ class GraphContext:
     """Functions of constants that the model calls; nodes of the graph refer to them by index."""
     below: StageBelow | None = None
     """The pipeline stage whose output is the graph's input."""
+    ended: list[Callable[[CallState], None]] = field(default_factory=list)
+    """Told of the state of each call of `compute_bounds` when it ends."""
 
     def is_sharded(self, node: Any) -> bool:
         """Whether a node's value is feature-sharded; False while the graph is being built."""
