@@ -55,8 +55,8 @@ def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto
 
     `auto` cuts boxes in which at most 8 inputs move, of networks with more than 16 ReLUs for each
     of these inputs; and boxes in which at most 16 do, of networks that ReLUs are not the only
-    nonlinear operators of. In others of these it cuts the intervals of functions of one variable,
-    if nothing else is nonlinear.
+    nonlinear operators of. In others of these it splits ReLUs and cuts the intervals of
+    functions of one variable, whatever else is there.
 
     Args:
         graph: a BoundedModule.
