@@ -9,7 +9,7 @@ import transformers
 from ranks import pool
 
 from lirpa_megatron import BoundedModule, at_position, bert_head, perturb_tokens
-from lirpa_megatron.crown import still_rows
+from lirpa_megatron.forward import windows
 
 PLACE = 5
 BALLS = {"a box": {"eps": 0.01}, "an L2 ball": {"eps": 0.02, "norm": 2},
@@ -23,14 +23,14 @@ def bounds(name, ball, leaves_out=True):
     _, view, further = transformer_cases.build_case(name, torch.float64)
     given = BALLS[ball] if "substitutes" in BALLS[ball] else BALLS[ball] | {"positions": [PLACE]}
     inputs = perturb_tokens(view.eval(), transformers.tokens()[0], **given, **further)
-    kept = still_rows.window
-    still_rows.window = kept if leaves_out else lambda *_: None
+    kept = windows.window
+    windows.window = kept if leaves_out else lambda *_: None
     try:
         bounded = BoundedModule(view, inputs)
         with torch.no_grad():
             lower, upper = bounded.compute_bounds(inputs, method="CROWN")
     finally:
-        still_rows.window = kept
+        windows.window = kept
     return lower.numpy(), upper.numpy(), dict(bounded.schedule._rows_run)
 
 

@@ -9,7 +9,6 @@ Shapes: S rows, n = ceil(S/p) of them per rank, B batch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,8 @@ from lirpa_megatron.crown.communication import features_of
 from lirpa_megatron.crown.conjugates import conjugates_of_set, inputs_in_pass
 from lirpa_megatron.crown.graph import Passes
 from lirpa_megatron.crown.host_visit import visit_host
+from lirpa_megatron.crown.pass_alpha import alpha_at, keep_clipped
+from lirpa_megatron.crown.pass_window import PassWindow
 from lirpa_megatron.crown.placement import PassPlan, RowPlacement
 from lirpa_megatron.crown.relu_sparsity import live_columns
 from lirpa_megatron.crown.stage_below import Course
@@ -56,6 +57,7 @@ class BackwardPass:
         answer: bounds rows that an operator wants to know of (`Operator.wanted_rows`); None where
             none are bounded on the way.
         course: what the stages below have to know of the pass; None where there are none.
+        window: the positions that A has; None: all.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class BackwardPass:
         alpha_rows: tuple[torch.Tensor, int] | None = None,
         answer: Callable[[auto_lirpa.Bound, torch.Tensor], LinearFormBounds | None] | None = None,
         course: Course | None = None,
+        window: PassWindow | None = None,
     ) -> None:
         self.plan, self.start, self.alpha_rows, self.answer = plan, start, alpha_rows, answer
         self.context, self.call, self.relus = graph.context, graph.call, graph.intermediate.relus
         self.tp, self.sharded = self.context.collectives, self.context.sharded
-        self.course, self.below = course, graph.below
+        self.course, self.below, self.window = course, graph.below, window
         self._A: dict[str, LowerUpper] = {}
         self._partial_A: dict[str, LowerUpper] = {}
         self._bias, self._partial_bias = LowerUpper(), LowerUpper()
@@ -133,21 +136,24 @@ class BackwardPass:
             self._gathered.update(brought)
             self._leave_out_columns(brought)
             self._bring_next()
-        alpha, index = self._alpha_at(node)
+        alpha, index = alpha_at(self, node)
         visit = Visit(
             inputs=self._inputs_of(node),
             spec_sharded=self.plan.spec_sharded,
-            rows=self._rows_at(node),
+            rows=self.rows_at(node),
             alpha=alpha,
             gathered=self._gathered.get(node.name), columns=self._columns, entered=entered,
+            positions=None if self.window is None else self.window.of(node),
         )
         found = self._through(node, A, visit, alpha, index)
         self._charges.visited(node, tuple(A), found)
         self._add_bias(node, found.bias)
         del A, entered, visit
-        for x, A_x in itertools.zip_longest(node.inputs, found.A, fillvalue=LowerUpper()):
+        for i, x in enumerate(node.inputs):
+            A_x = found.A[i] if i < len(found.A) else LowerUpper()
             if x.perturbed:
-                self._send(node, x, A_x)
+                A_x = self._zeros_for_none(node, x, A_x)
+                self._send(node, x, self._in_window(node, i, A_x))
             elif A_x.either is not None:
                 # auto_LiRPA would concretize constants at the end, where a rank's part of the
                 # sum over features is no longer known as such.
@@ -155,14 +161,27 @@ class BackwardPass:
                 self._add_bias(node, A_x.map(lambda A, v=value, x=x: _constant_term(A, v, x)))
         self._gathered.pop(node.name, None)
 
+    def _in_window(self, node: auto_lirpa.Bound, index: int, A: LowerUpper) -> LowerUpper:
+        """A at an input, in the positions that it has there; of constants into the bias."""
+        if self.window is None:
+            return A
+        A, still = self.window.leaving(node, index, A)
+        if still is not None:
+            x = node.inputs[index]
+            value = self.context.value_of(x)[:, : self.window.first]
+            self._add_bias(node, still.map(lambda A: _constant_term(A, value, x)))
+        return A
+
     def _through(
         self, node: auto_lirpa.Bound, A: LowerUpper, visit: Visit, alpha: Any, index: Any
     ) -> Propagated:
-        """What the operator passes on; `alpha` and `index` as `_alpha_at` gives them."""
+        """What the operator passes on; `alpha` and `index` as `alpha_at` gives them."""
+        if self.window is not None and self.window.is_sum(node):
+            return Propagated((A, A))
         if isinstance(node, Operator):
             return node.bound_backward(A, self._answered(node, A, visit))
         found = visit_host(node, A, self._with_shown_bounds(node, visit), self.start)
-        self._keep_clipped(node, alpha, index)
+        keep_clipped(self, node, alpha, index)
         return found
 
     def _inputs_of(self, node: auto_lirpa.Bound) -> OperatorInputs:
@@ -243,14 +262,15 @@ class BackwardPass:
         return total.map(lambda A: self._for_operator(node, A))
 
     def _for_operator(self, node: auto_lirpa.Bound, A: Any) -> Any:
-        """Identity rows in a form that the operator knows."""
-        if not isinstance(A, IdentityRows) or getattr(node, "takes_identity", False):
-            return A
+        """Identity rows in a form that the operator knows, in the positions that it takes."""
+        sums = self.window is not None and self.window.is_sum(node)
+        if not isinstance(A, IdentityRows) or sums or getattr(node, "takes_identity", False):
+            return A if self.window is None else self.window.entering(node, A)
         if type(node) is auto_lirpa.BoundLinear and len(A.shape) == 3:
             return auto_lirpa.OneHotC(A.shape, A.device, A.own, None)
-        return dense(A)
+        return dense(A) if self.window is None else self.window.entering(node, dense(A))
 
-    def _rows_at(self, node: auto_lirpa.Bound) -> int:
+    def rows_at(self, node: auto_lirpa.Bound) -> int:
         gathered = self.plan.rows[node.name] is RowPlacement.GATHERED
         return self.rows * self.tp.size if gathered else self.rows
 
@@ -261,7 +281,6 @@ class BackwardPass:
 
     def _send(self, node: auto_lirpa.Bound, x: auto_lirpa.Bound, A: LowerUpper) -> None:
         """Adds the node's A to that of its input, in the input's placement."""
-        A = self._zeros_for_none(node, x, A)
         if self.is_partial(node) and not self.sharded[x.name]:
             self._add(x, self._partial_A.setdefault(x.name, LowerUpper()), A, partial=True)
             return
@@ -284,7 +303,7 @@ class BackwardPass:
         """Some operators drop an A that is all zero, which other ranks may not find to be so."""
         if tuple(side is not None for side in A) == self.sides:
             return A
-        shape = (self._rows_at(node), self.batch, *self._shape_of(x))
+        shape = (self.rows_at(node), self.batch, *self._shape_of(x))
         zeros = torch.zeros(shape, dtype=self.like.dtype, device=self.like.device)
         return LowerUpper(*(
             zeros if wanted and side is None else side
@@ -324,40 +343,6 @@ class BackwardPass:
         received = self.tp.begin_reduce_to_rows(stacked)
         yield
         return LowerUpper(*unstack(received()))
-
-    # --------------------------------------------------------------------- alpha
-
-    def _alpha_at(self, node: auto_lirpa.Bound) -> tuple[Any, torch.Tensor | None]:
-        """The rows of alpha that this pass carries at the node, and which they are of the rank's
-        (None: all, or one that they share).
-
-        Alpha shared by all rows is a replicated value used on each rank's own rows.
-        """
-        if not auto_lirpa.is_optimized(node, self.start):
-            return None, None
-        alpha, dim = node.alpha[self.start.name], auto_lirpa.alpha_spec_dim(node)
-        index = None
-        if alpha.shape[dim] == 1 and self._rows_at(node) != 1:
-            if self.plan.spec_sharded and not self.sharded[node.name]:
-                alpha = self.tp.copy_to(alpha)
-        elif self.alpha_rows is not None:
-            index = self._alpha_index(node)
-            alpha = alpha.index_select(dim, index)
-        if node.name in self._columns:
-            alpha, index = alpha.index_select(-1, self._columns[node.name]), None
-        return alpha, index
-
-    def _keep_clipped(self, node: auto_lirpa.Bound, alpha: Any, index: Any) -> None:
-        """The host's S-shaped activations clip the alpha that they are shown: a copy of rows."""
-        if index is not None:
-            own, dim = node.alpha[self.start.name], auto_lirpa.alpha_spec_dim(node)
-            own.data.index_copy_(dim, index, alpha.data)
-
-    def _alpha_index(self, node: auto_lirpa.Bound) -> torch.Tensor:
-        rows, in_all = self.alpha_rows
-        if self.plan.rows[node.name] is not RowPlacement.GATHERED:
-            return rows
-        return torch.cat([rows + rank * in_all for rank in range(self.tp.size)])
 
     # ------------------------------------------------------------------- the end
 

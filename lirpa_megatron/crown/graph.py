@@ -34,6 +34,8 @@ class IntermediateBounds(Protocol):
 
     relus: Mapping[str, auto_lirpa.Bound]
     has_alpha: bool
+    still: Any
+    """`still_rows.StillRows`."""
 
     def without_alpha(self) -> AbstractContextManager[None]: ...
 

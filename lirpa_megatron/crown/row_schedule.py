@@ -20,6 +20,7 @@ from lirpa_megatron.crown.backward_pass import BackwardPass
 from lirpa_megatron.crown.chunks import concatenate, in_turns
 from lirpa_megatron.crown.communication import CommunicationPlan
 from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.crown.pass_window import PassWindow, PassWindows
 from lirpa_megatron.crown.placement import PassPlan, Region, RowPlacement, StartRows, plan_pass
 from lirpa_megatron.crown.row_limits import RowLimits, rows_of
 from lirpa_megatron.crown.row_order import RowOrder
@@ -81,7 +82,7 @@ class RowSchedule:
     def __init__(self, graph: BoundGraph) -> None:
         self.graph, self.tp, self.sharded = graph, graph.context.collectives, graph.context.sharded
         self.communication, self.directions = CommunicationPlan(graph), Directions(graph)
-        self.limits = RowLimits(graph)
+        self.limits, self.windows = RowLimits(graph), PassWindows(graph)
         self._rows_run: dict[str, int] = {}
 
     @property
@@ -238,17 +239,33 @@ class RowSchedule:
         answer = None
         if task.asks is not None:
             answer = self.directions.answer(task.asks, task.plan.spec_sharded)
-        run = BackwardPass(self.graph, task.plan, task.start, alpha_rows, answer, course)
         own, rows = local if every is None else every[self.tp.rank], task.rows
         if rows is not None:
             own, every = rows[own], None if every is None else rows[every]
         A = self._start_rows(task.plan.start, task.C, own, every)
+        window = self._window(task, own if every is None else every)
+        if window is not None and task.plan.start.name in window.cut:
+            A = window.rows(A)
+        run = BackwardPass(self.graph, task.plan, task.start, alpha_rows, answer, course, window)
         sides = LowerUpper(*(A if side else None for side in wanted))
         found = yield from self.bounded(run, sides, task.keep_A, task.inputs)
         if found.form is not None:
             form_rows.add(found.form)
             found.form = None
         return found
+
+    def _window(self, task: _Task, rows: torch.Tensor) -> PassWindow | None:
+        """The positions that a chunk of `rows` needs, the same on every rank."""
+        identity, start = task.C is None, task.plan.start
+        if task.keep_A or task.asks is not None:
+            return None
+        still = None if task.plan.moved else self.graph.intermediate.still.window()
+        first = 0 if still is None else still.first
+        ends = torch.stack((rows.max(), -rows.min()))
+        own = identity and task.rows is not None and not task.on_ranks.split
+        if own and self.tp.size > 1:  # each rank may have others of its neurons
+            ends = self.tp.largest(ends)
+        return self.windows.of_start(start, ends if identity else None, first)
 
     def bounded(
         self, run: BackwardPass, A: LowerUpper, keep_A: bool, inputs: InputSet | None,

@@ -17,7 +17,8 @@ import torch
 from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.forward.inputs import of_leaf
 from lirpa_megatron.forward.propagation import in_order
-from lirpa_megatron.forward.windows import Window, window
+from lirpa_megatron.forward import windows
+from lirpa_megatron.forward.windows import Window
 from lirpa_megatron.operators.affine.form import AffineForm
 
 
@@ -27,7 +28,8 @@ class StillRows:
     def __init__(self, graph: BoundGraph) -> None:
         self.graph, self.tp = graph, graph.context.collectives
 
-    def _window(self) -> Window | None:
+    def window(self) -> Window | None:
+        """The positions that move, found once a call; None: all."""
         graph, call = self.graph, self.graph.call
         if call.window is False:
             call.window = None
@@ -36,7 +38,7 @@ class StillRows:
                 leaves = [n for n in order if getattr(n, "perturbation", None) is not None]
                 if leaves and not any(graph.context.sharded[leaf.name] for leaf in leaves):
                     symbols = {leaf.name: of_leaf(leaf, lambda x: x) for leaf in leaves}
-                    call.window = window(
+                    call.window = windows.window(
                         order, None, symbols, graph.get_forward_value, self.tp.largest
                     )
         return call.window
@@ -53,7 +55,7 @@ class StillRows:
             return 0
         if torch.is_grad_enabled() and graph.get_forward_value(node).requires_grad:
             return 0
-        found = self._window()
+        found = self.window()
         return found.first if found is not None and node.name in found.cut else 0
 
     def rows(self, node: Any, first: int) -> torch.Tensor:

@@ -169,7 +169,7 @@ def window(
         return None
     length = shape[1]
     first = min(_still(own, value_of(leaves[name]), length) for name, own in symbols.items())
-    cut = _cut(order, frozenset(leaves), length, first) if 0 < first < length else None
+    cut = cut_nodes(order, frozenset(leaves), length, first) if 0 < first < length else None
     if cut is None or not _blind(order, cut, first, value_of):
         first = 0
     if final is not None and cut is not None and final.name in cut:
@@ -194,7 +194,7 @@ def _still(own: Symbols, clean: torch.Tensor, length: int) -> int:
     return int(places[0]) if len(places) else length
 
 
-def _cut(
+def cut_nodes(
     order: Sequence[Any], leaves: frozenset[str], length: int, first: int
 ) -> frozenset[str] | None:
     """The nodes that have a window; None if some operator is not made for one."""

@@ -106,6 +106,9 @@ class CallState:
     """Node name -> bounds from a forward pass, once the call has made one."""
     window: Any = False
     """The positions that move (`forward.windows`); None: all; False: not looked for yet."""
+    causal: Any = False
+    """The nodes at which no position depends on later ones, and how many positions there are
+    (`crown.pass_window`); None: not so; False: not looked for yet."""
     _unread: dict[str, set[str]] = field(default_factory=dict)
 
     def to_be_read(self, node: str, operators: set[str]) -> None:
@@ -205,6 +208,8 @@ class Visit:
     entered: tuple[torch.Tensor, Callable[[torch.Tensor], Any]] | None = None
     """If the pass enters a sharded region here: A of both sides [R, sides, ...], laid out like the
     rows of the sharded input, and a function that splits it."""
+    positions: tuple[int, int] | None = None
+    """(first, end) of the positions that A has here; None: all (`crown.pass_window`)."""
     answers: tuple[LinearFormBounds | None, ...] = ()
     """Bounds of the rows that the operator requested (`Operator.wanted_rows`)."""
 

@@ -78,6 +78,10 @@ class Operator:
     """Whether identity rows here are identity rows of the input, where the pass then begins."""
     leaves_out_columns = False
     """Whether `bound_backward` accepts A without the columns of inactive features (see `Visit`)."""
+    takes_positions = False
+    """Whether `bound_backward` accepts A of some positions alone (`Visit.positions`)."""
+    reads_all_positions: frozenset[int] = frozenset()
+    """Inputs whose A is then that of positions from 0 on (keys and values)."""
     exact_by_intervals = False
     """Whether interval arithmetic from a perturbed input is as tight as a backward pass."""
     merges_own_specification = False

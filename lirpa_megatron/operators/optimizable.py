@@ -79,7 +79,14 @@ class OptimizableOperator(Operator, auto_lirpa.BoundOptimizableActivation):
 
     def relaxation_at(self, visit: Visit) -> Any:
         """What all rows share in a visit; for the features of all ranks if weights move."""
-        return self.shared_relaxation(visit.inputs) if visit.gathered is None else visit.gathered
+        shared = visit.gathered
+        if shared is None:
+            shared = self.shared_relaxation(visit.inputs)
+        return shared if visit.positions is None else self.at_positions(shared, *visit.positions)
+
+    def at_positions(self, shared: Any, first: int, end: int) -> Any:
+        """The part of a relaxation that rows of some positions need (`takes_positions`)."""
+        raise NotImplementedError
 
     def shared_relaxation(self, inputs: OperatorInputs) -> Any:
         """`relaxation(inputs)`, computed once for the same inputs.

@@ -210,6 +210,20 @@ class Pairs:
         Q, cross, slack, size = (list(row) for row in zip(*rows, strict=True))
         return cls(Q, cross, slack, torch.cat(size, 2))
 
+    def at(self, first: int, end: int, keys: int) -> Pairs:
+        """Of the queries from `first` to `end`, and of the first keys."""
+        found, place = ([], [], []), 0
+        for group in zip(self.Q, self.cross, self.slack, strict=True):
+            low, high = (min(max(x - place, 0), group[0].shape[2]) for x in (first, end))
+            place += group[0].shape[2]
+            if low == high:
+                continue
+            K = min(keys, group[1].shape[-1])
+            for known, x in zip(found, group, strict=True):
+                width = x.shape[-1] // group[1].shape[-1] * K
+                known.append(x[:, :, low:high, :, :width])
+        return Pairs(*found, self.size[:, :, first:end, :keys])
+
     def reaches(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Bounds for rows a [R, B, n, T, d], each [R, B, n, T, U]; 0 for pairs that do not matter.
 

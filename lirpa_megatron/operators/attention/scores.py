@@ -69,6 +69,8 @@ class BoundScores(RowRelaxed):
     """
 
     reads_form = frozenset({0, 1})
+    takes_positions = True
+    reads_all_positions = frozenset({1})
     feature_dim = 1
     sharded_dim = 1
 
@@ -120,6 +122,11 @@ class BoundScores(RowRelaxed):
 
     def sharded_relaxation(self, inputs: OperatorInputs) -> _Products:
         return replace(self.shared_relaxation(inputs), rq=None, rk=None, box=None)
+
+    def at_positions(self, shared: _Products, first: int, end: int) -> _Products:
+        low, high = (x[..., first:end, :end] for x in (shared.low, shared.high))
+        q0, k0 = shared.q0[..., first:end, :], shared.k0[..., :end, :]
+        return _Products(q0, k0, None, None, low, high, None)
 
     def alpha_shape(self) -> tuple[int, ...]:
         return self.inputs[0].lower.shape[0], *self.output_shape[1:]

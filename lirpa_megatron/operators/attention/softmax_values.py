@@ -58,6 +58,8 @@ class _Rows:
     """The form's slack plus the distance of its center from t0."""
     shared: int
     """Number of query heads that share a key/value group."""
+    seen: list[int]
+    """For each query, how many of the first keys it may see."""
 
 
 class BoundSoftmaxValues(RowRelaxed):
@@ -124,6 +126,8 @@ class BoundSoftmaxValues(RowRelaxed):
 
     reads_form = frozenset({1})
     reads_centered = 0
+    takes_positions = True
+    reads_all_positions = frozenset({1})
     feature_dim = 1
 
     def __init__(self, attr: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -210,7 +214,26 @@ class BoundSoftmaxValues(RowRelaxed):
             s0.masked_fill(masked, 0), p0, dl, du, p0 - least, highest - p0, loose,
             empty, empty & (self.fill == float("-inf")),
             *(self._values(x, heads) for x in (v0, dv, wild.to(v0.dtype))),
-            pairs, reach, rest, shared,
+            pairs, reach, rest, shared, self._keys_of_interest(~masked | maybe_nonzero(p0)),
+        )
+
+    def at_positions(self, shared: _Rows, first: int, end: int) -> _Rows:
+        """Of these queries, and of the keys that they may see."""
+        keys = max(shared.seen[first:end])
+
+        def both(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x[..., first:end, :keys]
+
+        def queries(x: torch.Tensor) -> torch.Tensor:
+            return x[..., first:end]
+
+        x, pairs = shared, shared.pairs
+        return _Rows(
+            both(x.s0), both(x.p0), both(x.dl), both(x.du), both(x.down), both(x.up),
+            queries(x.loose), queries(x.fixed), queries(x.undefined),
+            *(y[..., :keys, :] for y in (x.v0, x.dv, x.wild)),
+            None if pairs is None else pairs.at(first, end, keys),
+            both(x.score_reach), both(x.score_rest), x.shared, x.seen[first:end],
         )
 
     def _keys_of_interest(self, pairs: torch.Tensor) -> list[int]:

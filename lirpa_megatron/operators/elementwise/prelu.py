@@ -35,6 +35,7 @@ class BoundPRelu(BoundCurve):
     """
 
     function = Function("PRelu", lambda: bent(0.0, 1.0, F.relu))
+    takes_positions = False  # dimension 1 has the channels
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -27,6 +27,7 @@ class LocalLinear(Operator, auto_lirpa.BoundLinear):
     """
 
     takes_identity = True
+    takes_positions = True
     leaves_out_columns = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,7 @@ class BoundNorm(NormPlanes, RowRelaxed):
     """
 
     reads_form = frozenset({0})
+    takes_positions = True
     asks_directions = True
     asks_rows = True
 
@@ -211,11 +212,16 @@ class BoundNorm(NormPlanes, RowRelaxed):
 
     def bound_backward(self, A: LowerUpper, visit: Visit) -> Propagated:
         """See `RowRelaxed`. Gathers the coefficients of the positions that the rows of A reach."""
-        shared = self.relaxation_at(visit)
+        if visit.gathered is None:
+            shared = self.shared_relaxation(visit.inputs)
+        else:
+            shared = visit.gathered
         parts, dealt = shared.parts, shared.dealt
         if dealt is None:
             return super().bound_backward(A, visit)
         A = A.dense()
+        if visit.positions is not None:
+            return self._at_all_positions(A, visit, len(parts))
         reached = torch.stack([
             (side != 0).movedim(2, 0).flatten(1).any(1) for side in A if side is not None
         ]).any(0)
@@ -228,6 +234,22 @@ class BoundNorm(NormPlanes, RowRelaxed):
         finally:
             for part in parts:
                 part.dx.form.A = None
+
+    def _at_all_positions(self, A: LowerUpper, visit: Visit, length: int) -> Propagated:
+        """`bound_backward` with zeros at the positions that A does not have."""
+        first, end = visit.positions
+        around = (0, 0, first, length - end)
+        A = A.map(lambda A: torch.nn.functional.pad(A, around))
+        found = self.bound_backward(A, replace(visit, positions=None))
+        return replace(found, A=tuple(
+            A.map(lambda A: A.narrow(2, first, end - first)) for A in found.A
+        ))
+
+    def at_positions(self, shared: _Normalized, first: int, end: int) -> _Normalized:
+        parts = shared.parts
+        if len(parts) > 1:
+            return replace(shared, parts=parts[first:end])
+        return replace(shared, parts=[part.at(first, end) for part in parts])
 
     def lower_plane(
         self, A: torch.Tensor, shared: _Normalized, move: torch.Tensor | None = None,

@@ -6,7 +6,8 @@ The derivation and its notation are in the docstring of `norm.BoundNorm`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -46,6 +47,26 @@ class Vectors:
     """Where a bound is so large that the values above are invalid."""
     t_line: Line | None = None
     """t as a function of the model's input, [1, *lead]."""
+
+    def at(self, first: int, end: int) -> Vectors:
+        """Of some positions, the second dimension of *lead."""
+        form, line = self.dx.form, self.t_line
+
+        def some(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(some(y) for y in x)
+            return x[:, first:end] if isinstance(x, torch.Tensor) else x
+
+        found = Vectors(*(some(getattr(self, f.name)) for f in fields(self)))
+        off = None if self.dx.off is None else some(self.dx.off)
+        form = None if form is None else form.mapped(some)
+        found.dx = Deviations(some(self.dx.middle), some(self.dx.half), form, off)
+        if line is not None:
+            found.t_line = Line(  # with or without a dimension before *lead
+                line.through[..., first:end, :, :], line.center[..., first:end, :],
+                line.slack[..., first:end, :], line.norm,
+            )
+        return found
 
 
 class NormPlanes:
