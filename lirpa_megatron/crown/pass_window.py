@@ -32,7 +32,7 @@ from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.forward.propagation import in_order
 from lirpa_megatron.forward.windows import cut_nodes
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
-from lirpa_megatron.operators.coefficients import IdentityRows, LowerUpper, dense
+from lirpa_megatron.operators.coefficients import LowerUpper, dense
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from lirpa_megatron.crown.graph import BoundGraph
+from lirpa_megatron.forward import windows
 from lirpa_megatron.forward.inputs import of_leaf
 from lirpa_megatron.forward.propagation import in_order
-from lirpa_megatron.forward import windows
 from lirpa_megatron.forward.windows import Window
 from lirpa_megatron.operators.affine.form import AffineForm
 
