@@ -1,8 +1,8 @@
 """Forward methods at GPT-2 small's shape: seconds, memory and radii of next-token margins.
 
     python benchmarks/gpt2_shape.py [--sets segment words ball] [--orders 1 3 8] [--modes tp1 tp2]
-        [--layers 12] [--tokens 16] [--rows 1] [--refined 0] [--steps 12] [--no-attack]
-        [--limit 1800] [--json FILE]
+        [--layers 12] [--tokens 16] [--rows 1] [--refined 0] [--kept N] [--steps 12]
+        [--no-attack] [--limit 1800] [--json FILE]
 
 12 layers, hidden 768, 12 heads, 50304 words (GPT-2's 50257, padded to share out), learned
 positions, tied embeddings, tanh GELU; weights drawn as GPT-2's are at initialisation; float32. The
@@ -166,7 +166,7 @@ def _one(task: dict) -> dict:
         logits = BoundedModule(view, (sets.x,))
         target = logits.forward(sets.x).argmax(-1)
         options = {"order": task["order"], "adjoint_rows": task["rows"],
-                   "refined_rows": task["refined"]}
+                   "refined_rows": task["refined"], "kept_errors": task["kept"]}
         bounded = BoundedModule(next_token_margins(model), (sets.x, target), options)
         seconds = []
 
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rows", type=int, default=1, help="margins with errors by the adjoint")
     parser.add_argument("--refined", type=int, default=0, help="the option `refined_rows`")
+    parser.add_argument("--kept", type=int, help="the option `kept_errors`, of order 1")
     parser.add_argument("--steps", type=int, default=12, help="of bisection")
     parser.add_argument("--no-attack", action="store_true")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one mode")
@@ -225,7 +226,8 @@ def main() -> None:
             for mode in options.modes:
                 task = {"set": kind, "order": order, "layers": options.layers,
                         "tokens": options.tokens, "steps": options.steps, "rows": options.rows,
-                        "refined": options.refined, "attack": not options.no_attack}
+                        "refined": options.refined, "kept": options.kept,
+                        "attack": not options.no_attack}
                 ranks = launch(__file__, task, RANKS[mode], options.limit, None)
                 if ranks is None:
                     print(f"| {kind} | {order} | {mode} | more than {options.limit:g} s |")
