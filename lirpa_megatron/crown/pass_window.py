@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from lirpa_megatron.crown.graph import BoundGraph
 from lirpa_megatron.forward.propagation import in_order
 from lirpa_megatron.forward.windows import cut_nodes
-from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.coefficients import LowerUpper, dense
 
 
@@ -162,7 +161,7 @@ class PassWindows:
         if cut is None:
             return None
         for node in order:
-            if isinstance(node, BoundSoftmaxValues) and node.name in cut:
+            if getattr(node, "reads_centered", None) is not None and node.name in cut:
                 masked = node.masked() if len(node.inputs) > 2 else None
                 if masked is None or masked.shape[-2:] != (shape[1], shape[1]):
                     return None
