@@ -16,6 +16,8 @@ over ReLUs and intervals:
     domain_pass  a backward pass over a batch of domains
     batch        domains as tensors; alpha, beta and their optimizer
     bounding     bounds of a batch of domains
+      tightening    smaller domains after that
+      violations    where a goal may fail: the mathematics of it
     branching    which neuron to split
       curve_cuts    scores of other functions than ReLUs, and where they are cut
     steps        one step of a search: halves of domains, and what bounds say of them

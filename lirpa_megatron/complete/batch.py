@@ -45,7 +45,7 @@ class Batch:
     curves: tuple[CurveLines, ...]
     """Of these functions."""
     ends: torch.Tensor
-    """Intervals of pre-activations, where there are such functions: [2, D, N], else [2, D, 0]."""
+    """Intervals of pre-activations, where domains keep their own: [2, D, N], else [2, D, 0]."""
     places: torch.Tensor
     """Of split neurons among this rank's: [D, k]."""
     signs: torch.Tensor
@@ -62,13 +62,16 @@ class Batch:
     """Where ReLUs are not all that is not linear what steps are multiplied with: [R', D]."""
     free: torch.Tensor
     """Alpha of operators that are not split, [R', D, M]."""
+    own_boxes: bool
+    """Whether domains keep boxes of their own."""
 
     def __len__(self) -> int:
         return len(self.goal)
 
     @classmethod
     def of(
-        cls, problem: Problem, roots: Roots, units: torch.Tensor, domains: Sequence[Domain]
+        cls, problem: Problem, roots: Roots, units: torch.Tensor, domains: Sequence[Domain],
+        own_ends: bool = False, own_boxes: bool = False,
     ) -> Batch:
         """The tensors of some domains.
 
@@ -76,6 +79,7 @@ class Batch:
             problem, roots: that they are of.
             units: what beta is counted in, by goal and operator: [G, operators].
             domains: D of them.
+            own_ends, own_boxes: whether each keeps its own intervals and box.
         """
         device, like = problem.C.device, problem.C
         goal = torch.tensor([d.goal for d in domains], device=device)
@@ -87,13 +91,17 @@ class Batch:
         numbers, signs, points = numbers.long(), signs.to(like), points.to(like)
         places = roots.place_of[numbers]  # the last entry, for -1, is N
         own_signs = like.new_zeros(len(domains), roots.neurons + 1).scatter(1, places, signs)
-        ends, own_ends = like.new_zeros(2, len(domains), 0), (roots.lower[box], roots.upper[box])
-        if roots.curves:
-            ends = own_ends = ends_of(roots, box, places, signs, points)
+        ends, given = like.new_zeros(2, len(domains), 0), (roots.lower[box], roots.upper[box])
+        if roots.curves or own_ends:
+            ends = given = ends_of(roots, box, places, signs, points)
             for i, d in enumerate(domains):
                 if d.ends is not None:  # cut at the splits, too
                     ends[:, i] = d.ends
-        lines, curves = _lines(roots, own_ends, own_signs[:, :-1])
+        low, high = problem.low[box], problem.high[box]
+        for i, d in enumerate(domains):
+            if d.box is not None:
+                low[i], high[i] = d.box
+        lines, curves = _lines(roots, given, own_signs[:, :-1])
         signs = torch.where(roots.of_curve[numbers], 0.0, signs)
         R = problem.C.shape[1]
         weights = like.new_full((R, len(domains)), 1 / R)
@@ -118,8 +126,8 @@ class Batch:
         units = units[goal[:, None], roots.operator_of[numbers]]
         return cls(
             goal, box, problem.C[goal].transpose(0, 1), problem.thresholds[goal].t(), weights,
-            problem.low[box], problem.high[box], lines, curves, ends, places, signs, units,
-            alpha, beta, gamma, pace, free,
+            low, high, lines, curves, ends, places, signs, units, alpha, beta, gamma, pace,
+            free, own_boxes,
         )
 
     def at(self, index: torch.Tensor) -> Batch:
@@ -132,7 +140,8 @@ class Batch:
         )}
         curves = tuple(lines.at(index) for lines in self.curves)
         return Batch(
-            **first, **second, lines=self.lines.map(lambda t: t[index]), curves=curves
+            **first, **second, lines=self.lines.map(lambda t: t[index]), curves=curves,
+            own_boxes=self.own_boxes,
         )
 
     def split(
@@ -174,12 +183,13 @@ class Batch:
             # those of no ReLU are not unstable
             beta = torch.where(here & lines.unstable.gather(1, index), beta / unit, 0.0)
         curves, ends, alpha, gamma = self.curves, self.ends, self.alpha, self.gamma
-        if curves:
-            curves = cut_lines(curves, place, sign, point)
+        if ends.shape[2]:
             low, high = (end.gather(1, index) for end in ends)
             low = torch.where(sign > 0, torch.maximum(low, point), low)
             high = torch.where(sign < 0, torch.minimum(high, point), high)
             ends = torch.stack([put(ends[0], low), put(ends[1], torch.maximum(low, high))])
+        if curves:
+            curves = cut_lines(curves, place, sign, point)
             if A is not None:
                 alpha, gamma = fitted(self.curves, curves, place, A, alpha, gamma)
         return replace(
@@ -203,11 +213,12 @@ class Batch:
         return not (self.curves or self.free.shape[2])
 
     def to_keep(self, i: int) -> Iterator[torch.Tensor | None]:
-        """Gamma, intervals, pace and free alpha of one domain."""
-        for value in (self.gamma, self.ends):
-            yield value[:, i].clone() if self.curves else None
+        """Gamma, intervals, pace, free alpha and box of one domain, where it has its own."""
+        yield self.gamma[:, i].clone() if self.curves else None
+        yield self.ends[:, i].clone() if self.ends.shape[2] else None
         for value in (self.pace, self.free):
             yield None if self.only_relus else value[:, i].clone()
+        yield torch.stack([self.low[i], self.high[i]]) if self.own_boxes else None
 
     def within(self, roots: Roots, ends: torch.Tensor) -> Batch:
         """With narrower intervals [2, D, N]."""

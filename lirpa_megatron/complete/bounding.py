@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lirpa_megatron.complete.problem import Domain, Problem, SearchOptions, Spli
 from lirpa_megatron.complete.roots import Roots
 from lirpa_megatron.complete.split_curve import Refit, SplitCurve
 from lirpa_megatron.complete.split_relu import SplitRelu
+from lirpa_megatron.complete.tightening import Tightening
 from lirpa_megatron.operators.numerics import least_product
 
 ROUNDING = 8
@@ -45,6 +46,8 @@ class Bounded:
             averaged over the steps, [O, N]; None without steps. They are the gradients of beta, and
             their average goes to a solution of the linear program that the ascent solves.
         point: the minimisers, averaged alike, [O, inputs].
+        slack: what the goals' margins are above outside of the boxes and intervals of `batch`, [O]
+            float64.
     """
 
     margins: torch.Tensor
@@ -57,6 +60,7 @@ class Bounded:
     is_over: bool
     primal: torch.Tensor | None = None
     point: torch.Tensor | None = None
+    slack: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 class Bounder:
@@ -67,11 +71,12 @@ class Bounder:
         problem, roots: what the domains are of.
         options: step sizes.
         is_over: whether time is over, on this rank.
+        tightens: whether domains become smaller (`tightening`), where that pays.
     """
 
     def __init__(
         self, graph: Any, problem: Problem, roots: Roots, options: SearchOptions,
-        is_over: Callable[[], bool] = lambda: False,
+        is_over: Callable[[], bool] = lambda: False, tightens: bool = True,
     ) -> None:
         self.graph, self.problem, self.roots, self.options = graph, problem, roots, options
         self.tp, self.is_over = graph.context.collectives, is_over
@@ -80,6 +85,8 @@ class Bounder:
         self.counted = torch.ones(roots.neurons + 1, dtype=torch.bool, device=problem.C.device)
         for r in roots.operators:
             self.counted[r.at] = r.sharded or self.tp.rank == 0
+        self.rounding = ROUNDING * torch.finfo(problem.C.dtype).eps
+        self.tightening = Tightening(self, tightens)
 
     def whole(self, goals: Sequence[int]) -> Batch:
         """The goals' boxes, with CROWN's alpha."""
@@ -97,7 +104,8 @@ class Bounder:
 
     def batch(self, domains: Sequence[Domain]) -> Batch:
         """`Batch.of` of this problem."""
-        return Batch.of(self.problem, self.roots, self.units, domains)
+        own = self.tightening.ends, self.tightening.boxes
+        return Batch.of(self.problem, self.roots, self.units, domains, *own)
 
     def narrowed(self, batch: Batch) -> Batch:
         """Domains with intervals of `narrowing`, and alpha and gamma that fit; none lower than it
@@ -185,8 +193,7 @@ class Bounder:
         whether time is over."""
         _, thresholds = batch.rows()
         margins = lower.detach().double() - thresholds
-        rounding = ROUNDING * torch.finfo(lower.dtype).eps
-        sure = margins - rounding * (run.size.double() + thresholds.abs())
+        sure = margins - self.rounding * (run.size.double() + thresholds.abs())
         both = torch.stack([batch.of_best(margins), sure])
         both, over = from_rank_zero(self.tp, both, self.is_over())
         return both[0].nan_to_num(nan=-torch.inf), both[1], over
@@ -211,7 +218,8 @@ class Bounder:
 
         Args:
             batch: D domains; its multipliers and weights are changed.
-            iterations: steps; one more pass is made.
+            iterations: steps; one more pass is made. Domains that stay open become smaller
+                (`tightening`), if there are some.
             decay: of the step size, in each.
         """
         D, device = len(batch), batch.C.device
@@ -261,10 +269,15 @@ class Bounder:
                 batch, alive = batch.at(left), alive[left]
                 ascent.at(left)
                 primal, point = primal[:, left], point[:, left]
+        left = (~proved[alive]).nonzero().flatten()
+        failing = None
+        if self.tightening.boxes and iterations and len(left) and not over:
+            failing = self.tightening.failing(batch, run, sure, self._seen(run)).at(left)
         ascent.restore(batch)
         found = self._bounded(best, proved, alive, batch, run, margins, over)
+        if failing is not None:
+            found = self.tightening(found, failing)
         if primal is not None:
-            left = (~proved[alive]).nonzero().flatten()
             found.primal, found.point = primal[found.row, left], point[found.row, left]
         return found
 
@@ -338,5 +351,5 @@ class Bounder:
         row = margins.argmax(0)[left]
         return Bounded(
             best, proved, alive[left], batch.at(left), self._seen(run)[row, left],
-            run.minimiser[row, left], row, over,
+            run.minimiser[row, left], row, over, slack=best.new_full((len(left),), torch.inf),
         )

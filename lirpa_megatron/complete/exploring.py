@@ -130,4 +130,5 @@ class Explorer:
 def _close(explored: Explored, domains: Sequence[Domain], found: Bounded) -> None:
     margins = found.margins.tolist()
     for i in found.proved.nonzero().flatten().tolist():
-        explored.closed.append(Leaf(domains[i].goal, domains[i].splits, margins[i]))
+        margin = min(margins[i], domains[i].least)
+        explored.closed.append(Leaf(domains[i].goal, domains[i].splits, margin))

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -141,6 +142,10 @@ class Domain:
     """What steps of alpha, beta and gamma are multiplied with, [R']; None: 1."""
     free: torch.Tensor | None = None
     """Alpha of operators that are not split, [R', M]; None: 1/2."""
+    box: torch.Tensor | None = None
+    """The part of the box in which the goal may fail, [2, inputs]; None: all of it."""
+    least: float = math.inf
+    """What the goal's margin is above in the rest of the box, and outside of `ends`."""
 
 
 @dataclass(frozen=True)

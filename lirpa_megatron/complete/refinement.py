@@ -173,7 +173,9 @@ class Refinement:
         if not goals:
             return False
         problem = start.problem(self.problem, rows, aims + _SLACK * widths)
-        bounder = Bounder(self.graph, problem, start.below, self.options, self._clock)
+        bounder = Bounder(
+            self.graph, problem, start.below, self.options, self._clock, tightens=False
+        )
         options = replace(self.options, inner_iterations=self._steps)
         most = self._most * times
 

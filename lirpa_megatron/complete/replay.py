@@ -110,7 +110,7 @@ def failed_claims(
         rows = start.rows(*torch.tensor(keys, device=roots.lower.device).t())
         bounds = torch.tensor([c.bound for c in own], dtype=torch.float64)
         goals = start.problem(problem, rows, bounds)
-        bounder = Bounder(graph, goals, start.below, options, is_over)
+        bounder = Bounder(graph, goals, start.below, options, is_over, tightens=False)
         failed = _Replay(bounder, options).run([c.tree for c in own])
         known, found = start.known(rows).tolist(), [c.bound for c in own]
         for i, _, margin in failed:

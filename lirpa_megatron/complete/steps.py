@@ -63,14 +63,15 @@ def halves(
 def still_open(domains: Sequence[Domain], found: Bounded) -> list[Domain]:
     """Those that were not proved, as they are now; without candidates."""
     margins, batch, rest = found.margins.tolist(), found.batch, []
+    slack = found.slack.tolist()
     for i, at in enumerate(found.open.tolist()):
         domain = domains[at]
         alpha = batch.alpha[:, i]
         rest.append(Domain(
-            domain.goal, domain.splits, max(domain.margin, margins[at]),
+            domain.goal, domain.splits, max(domain.margin, min(margins[at], domain.least)),
             alpha.half() if alpha.dtype is torch.float32 and batch.only_relus else alpha.clone(),
             batch.beta[:, i, : len(domain.splits)].clone(), (),
-            batch.weights[:, i].clone(), *batch.to_keep(i),
+            batch.weights[:, i].clone(), *batch.to_keep(i), min(domain.least, slack[i]),
         ))
     return rest
 

@@ -9,10 +9,13 @@ be repeated.
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from lirpa_megatron.complete.agreement import from_rank_zero
 from lirpa_megatron.complete.box_search import search_boxes
 from lirpa_megatron.complete.exploring import Confirm
 from lirpa_megatron.complete.inputs import check_inputs
@@ -34,20 +37,60 @@ _FEW, _MOST = 8, 16
 """Inputs that move: up to which boxes are cut, and where nothing else can be split."""
 _NEURONS = 16
 """ReLUs for each of these inputs that are too many to be split."""
+_TRIAL, _PARTS = 0.4, 2**15
+"""Where 9 to 16 inputs move: the share of the time, and the parts, in which cuts of boxes have to
+prove what is to be proved; after that ReLUs are split."""
 
 
 def decide(
     graph: Any, problem: Problem, options: SearchOptions, confirm: Confirm,
     progress: Progress | None = None, replicas: Replicas = ALONE,
 ) -> Searched:
-    """Branch and bound over what is `chosen`; arguments and errors as for `search.search`."""
+    """Branch and bound over what is `chosen`; arguments and errors as for `search.search`.
+
+    With `auto`, where 9 to 16 inputs move in a network of ReLUs alone, boxes are cut first, for a
+    while.
+    """
     split, start = chosen(graph, problem.low, problem.high, options.branching), options.start
-    if start is not None and (start.trees if split == "input" else start.cuts):
+    tries = options.branching == "auto" and split == "relu" and _may_cut(graph, problem)
+    cuts = split == "input" or tries
+    if start is not None and (start.cuts and not cuts or start.trees and split == "input"):
         raise StateError("neurons were split, and boxes are to be cut now" if start.trees else
                          "boxes were cut, and neurons are to be split now")
     if split == "input":
         return search_boxes(graph, problem, options, confirm, progress, replicas)
-    return search(graph, problem, options, confirm, progress, replicas=replicas)
+    if not tries or start is not None and start.trees:
+        return search(graph, problem, options, confirm, progress, replicas=replicas)
+    begin = time.monotonic()
+    found = search_boxes(graph, problem, _for_a_while(options), confirm, progress, replicas)
+
+    def is_over() -> bool:
+        nothing = problem.thresholds.new_zeros(1)
+        mine = options.is_over(time.monotonic() - begin)
+        return from_rank_zero(graph.context.collectives, nothing, mine)[1]
+
+    most = None if options.most_domains is None else options.most_domains - found.domains
+    if found.status in ("proved", "refuted") or most is not None and most <= 0 \
+            or replicas.first("the clock", is_over):
+        return found
+    timeout = None
+    if options.timeout is not None:
+        timeout = max(0.0, options.timeout - (time.monotonic() - begin))
+    rest = replace(options, timeout=timeout, most_domains=most, start=None)
+    return search(graph, problem, rest, confirm, progress, replicas=replicas)
+
+
+def _may_cut(graph: Any, problem: Problem) -> bool:
+    """Whether cuts of boxes may prove what splits of ReLUs do not, though they may not either."""
+    moving = int((problem.low < problem.high).any(0).sum())
+    return _FEW < moving <= _MOST and _refusal(graph, check_boxes) is None
+
+
+def _for_a_while(options: SearchOptions) -> SearchOptions:
+    """Of a search that is a trial."""
+    timeout = None if options.timeout is None else _TRIAL * options.timeout
+    most = _PARTS if options.most_domains is None else min(_PARTS, options.most_domains)
+    return replace(options, timeout=timeout, most_domains=most)
 
 
 def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto") -> str:
