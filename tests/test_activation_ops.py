@@ -173,6 +173,20 @@ def test_an_infinite_intercept_adds_nothing_where_A_is_zero():
     assert gradient.isfinite().all()
 
 
+def test_limits_of_tangents_have_the_derivative_of_the_implicit_function():
+    """f(t) + f'(t) (u - t) = f(u), so dt/du = (f'(u) - f'(t)) / (f''(t) (u - t)): to more digits
+    than a secant across the last bracket of the bisection has."""
+    f = FUNCTIONS["Tanh"].curve()
+    lower = torch.linspace(-2.0, -1.2, 9, dtype=torch.float64)
+    upper = torch.linspace(0.5, 1.1, 9, dtype=torch.float64).requires_grad_()
+    side = Relaxation(f, lower, upper).lower
+    t = side.touch + side.right
+    (gradient,) = torch.autograd.grad(t.sum(), upper)
+    t, u = t.detach(), upper.detach()
+    expected = (f.slope(u) - f.slope(t)) / (f.bend(t) * (u - t))
+    assert ((gradient / expected - 1).abs() < 1e-11).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_derivatives_of_lines_are_those_of_differences(kind):
     """Except at the corners, which few intervals meet: the lines are piecewise smooth."""

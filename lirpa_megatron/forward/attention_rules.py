@@ -45,8 +45,8 @@ from typing import Any
 import torch
 
 from lirpa_megatron.forward.error_symbols import product_range
-from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, times
-from lirpa_megatron.forward.polynomials import compose, excess, padded
+from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, squared, times
+from lirpa_megatron.forward.polynomials import compose, excess, padded, plus
 from lirpa_megatron.forward.rules import by_intervals, rule_for
 from lirpa_megatron.forward.score_rules import head_balls, length, outer, turned
 from lirpa_megatron.operators.affine.products import largest_eigenvalue
@@ -154,16 +154,16 @@ class _Attention:
         self.kK, self.M = (x.masked_fill(none, 0.0) for x in (self.kK, self.M))
         self.q_size = self.q_size.masked_fill(none, 0.0)
         self.es_p = self._weighted(self.e_s)
-        keyed = self.q_size * scale * self._mean_square(self.b)
+        keyed = times(self.q_size * scale, self._mean_square(self.b))
         self.Rs_p = times(self.kK, self.a) + keyed + self.es_p
 
     def _weighted(self, x: torch.Tensor) -> torch.Tensor:
         """(sum p0 x^2)^(1/2)."""
-        return safe_root(times(self.p0, x.square()).sum(-1))
+        return safe_root(times(self.p0, squared(x)).sum(-1))
 
     def _mean_square(self, ball: torch.Tensor) -> torch.Tensor:
         """(sum_j p0_ij ball_j^2)^(1/2) of keys' balls [B, n, S]: [B, n, Q]."""
-        return safe_root(_matmul(self.p0, ball.square().unsqueeze(-1)).squeeze(-1))
+        return safe_root(_matmul(self.p0, squared(ball).unsqueeze(-1)).squeeze(-1))
 
     # -------------------------------------------------------------------------- weights
 
@@ -210,8 +210,11 @@ class _Attention:
         """(sum D^2 / p0)^(1/2)."""
         some, p0 = D > 0, self.p0  # then p0 is not 0
         root = torch.where(some & (p0 > 0), p0, 1.0).sqrt()
-        found = length(torch.where(some, D / root, 0.0))
-        return torch.where((some & (p0 == 0)).any(-1), torch.inf, found)
+        size = torch.where(some, D / root, 0.0).detach()
+        kept = size.isfinite() & (size / root).isfinite()  # else 0 times infinity in gradients
+        found = torch.where(kept, torch.where(some & kept, D, 0.0) / torch.where(kept, root, 1.0),
+                            size)
+        return torch.where((some & (p0 == 0)).any(-1), torch.inf, length(found))
 
     def _first_order(self, t: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(w, D, D_v) of affine t: see above."""
@@ -255,7 +258,7 @@ class _Attention:
         p, p0, domain = self.p, self.p0, self.domain
         out = self.algebra.multiply(self.w, self.V, torch.matmul)
         moved_centre = self.shift @ self.V[0]
-        out = torch.cat((out[:1] + moved_centre, out[1:]))
+        out = plus(out, moved_centre)
         aV, NV = domain.sizes(self.V), domain.norms(self.V)
         pairs = [(m, j) for m in range(1, p + 1) for j in range(p + 1 - m, p + 1)]
         D_head = sum((self.aw[m] @ NV[j].unsqueeze(-1)).squeeze(-1) for m, j in pairs)
@@ -264,7 +267,7 @@ class _Attention:
         else:
             D, more = self._products()
             moved_centre = moved_centre + more
-            out = torch.cat((out[:1] + more, out[1:]))
+            out = plus(out, more)
             D_head = length(D)
         D_head = torch.minimum(D_head, length(D))
         D = torch.minimum(D, D_head.unsqueeze(-1))
@@ -278,7 +281,8 @@ class _Attention:
         # each token's vector, all heads together
         bv, dv = self.bv, sum(NV[1:])
         moved_v = self._mean_square(dv + bv)
-        own = self._heads(times((1 + self.more) * moved_v, self.kK) * self.a)
+        grown = times(1 + self.more, moved_v)
+        own = self._heads(times(times(grown, self.kK), self.a))
         through_q = self._heads(times(self.M, self.a))
         through_k = self._heads(times(self.kV * self.q_size * self.scale,
                                          self._mean_square(self.b)))
@@ -286,13 +290,11 @@ class _Attention:
                         bv.unsqueeze(-1)).squeeze(-1)
         es = times(1 + self.more, self.es_p)
         rest_v = times(moved_v, es + self.dp_v)
-        rest_k = times((1 + self.more) * moved_v * self.q_size * self.scale,
-                          self._mean_square(self.b))
+        keyed = times(self.q_size * self.scale, self._mean_square(self.b))
+        rest_k = times(grown, keyed)
         mean_v = self._heads(_matmul(p0, bv.unsqueeze(-1)).squeeze(-1))
         moved = self._heads(turn_v) + own + self._heads(rest_v + rest_k)
-        turned = self._heads(times(self.kV * self.more,
-                                      times(self.kK, self.a) + self.q_size * self.scale
-                                      * self._mean_square(self.b)))
+        turned = self._heads(times(times(self.kV, self.more), times(self.kK, self.a) + keyed))
         moved_box = _matmul(torch.minimum(times(self.theta.unsqueeze(-1), p0), self.top + p0),
                             self.rv) + _matmul(self.D_v + self.J_p, sum(aV[1:]))
         direct = torch.minimum(
@@ -333,11 +335,16 @@ class _Attention:
         moving = self.run.ranks(self.node).most((aw != 0).any(0).any(0).to(aw))
         q, j = moving.nonzero().unbind(1)
         step = max(1, 2**22 // V[:, :, :, 0].numel())
-        for first in range(0, len(q), step):
-            rows, keys = q[first : first + step], j[first : first + step]
-            found = product_range(
-                self.domain, self.w[1:, :, :, rows, keys].unsqueeze(-1), V[1:, :, :, keys]
-            )
+        step = max(1, len(q)) if self.domain.is_box else step
+        for rows, keys in zip(q.split(step), j.split(step), strict=True):
+
+            def weight(w: torch.Tensor, rows: Any = rows, keys: Any = keys) -> torch.Tensor:
+                return w[:, :, :, rows, keys].unsqueeze(-1)
+
+            def value(v: torch.Tensor, keys: Any = keys) -> torch.Tensor:
+                return v[:, :, :, keys]
+
+            found = product_range(self.domain, self.w[1:], V[1:], weight, value)
             half.index_add_(2, rows, found[0])
             middle.index_add_(2, rows, found[1])
         return half, middle
@@ -359,7 +366,7 @@ class _Attention:
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """Root of the sum of squares over all heads: [B, n, Q] -> [B, Q], replicated."""
-        return safe_root(self.run.ranks(self.node).total(x.square().sum(1)))
+        return safe_root(self.run.ranks(self.node).total(squared(x).sum(1)))
 
     def _merge(self, x: torch.Tensor) -> torch.Tensor:
         return self.node._merge(x)

@@ -144,8 +144,8 @@ def line(
     centre, start = c[0].clone(), x.c[0].clone()  # which outlive the other coefficients
     c, rest = as_symbols(run, node, c, error, x.shared)
     box = times(slope.abs(), x.box) + rest
-    steepest = run.ranks(node).most(slope.abs().amax()) if slope.numel() else 0.0
-    ball = steepest * x.plain_ball() + run.length(rest, node)
+    steepest = run.ranks(node).most(slope.abs().amax()) if slope.numel() else slope.new_zeros(())
+    ball = times(steepest, x.plain_ball()) + run.length(rest, node)
     form = Form(c, box, torch.minimum(ball, run.length(box, node)), shared=x.shared)
 
     def linear(value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:

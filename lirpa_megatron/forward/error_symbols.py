@@ -23,14 +23,14 @@ Errors are symbols for ranges alone: what a row of the specification has of them
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.forward.domains import Domain, Group
+from lirpa_megatron.forward.domains import Domain, Group, in_cache
 from lirpa_megatron.forward.form import Form, Outcome, times
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
@@ -97,9 +97,10 @@ class ErrorSymbols:
         """
         if not isinstance(node, _RELAX):
             return form
+        columns = None
         if outcome is not None and outcome.columns is not None:
-            form = self._with(node, form, outcome.columns(), outcome.rest)
-        return self._symbolized(node, form)
+            columns, form = outcome.columns(), replace(form, box=outcome.rest)
+        return self._symbolized(node, form, columns)
 
     def reduced(self, node: Any, form: Form, others: list[Form]) -> Form:
         """The form of a norm's input, with at most `most` errors and those of one box.
@@ -112,55 +113,79 @@ class ErrorSymbols:
             return form
         errors = form.c[1 + self.own:]
         if len(errors) > self.most:
-            sizes = errors.abs().flatten(2).sum(2)
+            first = torch.arange(1 + self.own, device=errors.device)
+            sizes = torch.cat([
+                some.abs().flatten(2).sum(2) for some in errors.split(in_cache(errors))
+            ])
             if run.context.collectives.size > 1:  # the first rank's order
                 sizes = spmd.broadcast_tensor(sizes, run.context.collectives.group)
             order = sizes.sort(dim=0, descending=True, stable=True)[1]
-            index = order.reshape(*order.shape, *[1] * (errors.ndim - 2))
-            errors = errors.take_along_dim(index, 0)
-            box = form.box + errors[self.most:].abs().sum(0)
-            form = replace(form, c=torch.cat((form.c[: 1 + self.own], errors[: self.most])),
-                           box=box, ball=run.length(box, node), stretch=None)
+            kept = order[: self.most]
+            left = torch.ones_like(sizes).scatter(0, kept, 0.0)
+            box = form.box + weighted_sum(errors, left)
+            own = [
+                each.index_select(0, torch.cat((first, 1 + self.own + places)))
+                for each, places in zip(form.c.unbind(1), kept.unbind(1), strict=True)
+            ]
+            c = own[0].unsqueeze(1) if len(own) == 1 else torch.stack(own, 1)
+            form = replace(form, c=c, box=box, ball=run.length(box, node),
+                           stretch=None)
         domain = run.domain = Domain(self.groups, 1)
         if len(form.c) - 1 > self.own:
             domain.extend(len(form.c) - 1 - self.own)
         return self._symbolized(node, form)
 
-    def _symbolized(self, node: Any, form: Form) -> Form:
-        box = torch.where(form.box.isfinite(), form.box, 0.0)
-        ranks = self.run.ranks(node)
-        moving = ranks.most((box != 0).any(0).to(box)).flatten().nonzero().flatten()
-        if not len(moving):
-            return form
-        flat = box.flatten(1)
-        own = flat.new_zeros(len(moving), *flat.shape)
-        places = torch.arange(len(moving), device=box.device)
-        own[places, :, moving] = flat[:, moving].t()
-        rest = torch.where(form.box.isfinite(), 0.0, torch.inf)
-        return self._with(node, form, own.unflatten(2, box.shape[1:]), rest)
-
-    def _with(self, node: Any, form: Form, own: torch.Tensor, rest: torch.Tensor) -> Form:
-        """A form with further errors in the place of part of its box.
+    def _symbolized(
+        self, node: Any, form: Form, columns: torch.Tensor | None = None
+    ) -> Form:
+        """A form with the numbers of its box as symbols, after errors of given directions.
 
         Args:
-            own: directions of the errors [N, B, T..., F], of a sharded node as many on each rank.
-            rest: the box that is left.
+            columns: of these, [N, B, T..., F], of a sharded node as many on each rank.
         """
         run, ranks, c = self.run, self.run.ranks(node), form.c
-        first, count = run.domain.symbols, len(own)
-        if count:  # a domain takes an empty group for the end of a form
-            run.domain.extend(count * ranks.size)
-        else:
-            first = len(c) - 1
-        missing = c.new_zeros(1 + first - len(c) + ranks.rank * count, *c.shape[1:])
-        after = c.new_zeros((ranks.size - 1 - ranks.rank) * count, *c.shape[1:])
-        return replace(form, c=torch.cat((c, missing, own, after)), box=rest,
-                       ball=run.length(rest, node), stretch=None, heads=None, scores=None,
-                       source=None)
+        box = torch.where(form.box.isfinite(), form.box, 0.0)
+        moving = ranks.most((box != 0).any(0).to(box)).flatten().nonzero().flatten()
+        if columns is None:
+            if not len(moving):
+                return form
+            columns = c.new_zeros(0, *box.shape)
+        start, place = 1 + run.domain.symbols, 1 + run.domain.symbols
+        starts = []
+        for count in (len(columns), len(moving)):
+            starts.append(place + ranks.rank * count)
+            place += count * ranks.size
+            if count:  # a domain takes an empty group for the end of a form
+                run.domain.extend(count * ranks.size)
+        if place > start:
+            out = c.new_empty(place, *c.shape[1:])
+            out[: len(c)] = c
+            out[len(c):] = 0.0
+            out[starts[0]: starts[0] + len(columns)] = columns
+            own = out[starts[1]: starts[1] + len(moving)].flatten(2)
+            places = torch.arange(len(moving), device=box.device)
+            own[places, :, moving] = box.flatten(1)[:, moving].t()
+            c = out
+        rest = torch.where(form.box.isfinite(), 0.0, torch.inf)
+        return replace(form, c=c, box=rest, ball=run.length(rest, node), stretch=None, heads=None,
+                       scores=None, source=None)
+
+
+def weighted_sum(part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """sum_n weights_n |part_n|, of [N, B, ...] and [N, B]: [B, ...]."""
+    weights = weights.reshape(*weights.shape, *[1] * (part.ndim - 2))
+    step, total = in_cache(part), part.new_zeros(part.shape[1:])
+    for some, by in zip(part.split(step), weights.split(step), strict=True):
+        total = total + (some.abs() * by).sum(0)
+    return total
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def product_range(
-    domain: Any, a: torch.Tensor, b: torch.Tensor
+    domain: Any, a: torch.Tensor, b: torch.Tensor, of_a: Callable = _same, of_b: Callable = _same
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(half, middle): |a(s) b(s) - middle| <= half for two linear forms, elementwise.
 
@@ -171,21 +196,22 @@ def product_range(
     Args:
         domain: of the symbols.
         a, b: [N, B, ...], of shapes that are broadcast to one another.
+        of_a, of_b: select numbers of a and of b, [N, B, ...], that are multiplied; linear.
     """
-
+    A, B = domain.size(a, 1), domain.size(b, 1)
+    ra, rb = (torch.where(x > 0, 1 / torch.where(x > 0, x, 1.0), 0.0) for x in (A, B))
+    A, B, ra, rb = (
+        of(x.unsqueeze(0)) for of, x in zip((of_a, of_b) * 2, (A, B, ra, rb), strict=True)
+    )
+    both = times(A, B)[0]
     if not len(a):
-        nothing = torch.zeros(torch.broadcast_shapes(a.shape[1:], b.shape[1:]), dtype=a.dtype,
-                              device=a.device)
-        return nothing, nothing
-
-    def size(part: torch.Tensor) -> torch.Tensor:
-        return domain.sizes(torch.cat((torch.zeros_like(part[:1]), part)))[1]
-
-    A, B = size(a), size(b)
-    u = a / torch.where(A > 0, A, 1.0)
-    v = b / torch.where(B > 0, B, 1.0)
-    up, down = size(u + v).square(), size(u - v).square()
-    both = times(A, B)
+        return torch.zeros_like(both), torch.zeros_like(both)
+    up, down, step = 0.0, 0.0, in_cache(both.unsqueeze(0)) if domain.is_box else len(a)
+    for own_a, own_b in zip(a.split(step), b.split(step), strict=True):
+        u, v = of_a(own_a) * ra, of_b(own_b) * rb
+        up = up + domain.size(u + v, 1)
+        down = down + domain.size(u - v, 1)
+    up, down = up.square(), down.square()
     return times(both, up + down) / 8, times(both, up - down) / 8
 
 

@@ -102,9 +102,22 @@ class Form:
         return found, Fresh(box=wild)
 
 
+def squared(x: torch.Tensor) -> torch.Tensor:
+    """x^2, without a gradient where it is not finite, which would be 0 times infinity."""
+    if not x.requires_grad:
+        return x.square()
+    finite = x.isfinite()
+    return torch.where(finite, torch.where(finite, x, 0.0).square(), x.detach().square())
+
+
 def times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b, where 0 times infinity is 0."""
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+    """a b, where 0 times infinity is 0; without a gradient where one is 0 or infinite."""
+    zero = (a == 0) | (b == 0)
+    if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return torch.where(zero, 0.0, a * b)
+    wild = ~(a.isfinite() & b.isfinite())  # their gradients would be 0 times infinity
+    product = torch.where(zero | wild, 0.0, a) * torch.where(zero | wild, 0.0, b)
+    return torch.where(wild & ~zero, (a * b).detach(), product)
 
 
 def _no_nan(x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from lirpa_megatron.forward.ranks import Ranks, sum_twice_differentiable
 from lirpa_megatron.forward.rules import by_intervals, reading_shares, rule_for
 from lirpa_megatron.forward.shares import ROOM
 from lirpa_megatron.forward.weights import lost_length
+from lirpa_megatron.operators.functional import margins
 from lirpa_megatron.operators.linear.borders import (
     BoundGatherFromRegion,
     BoundScatterToRegion,
@@ -61,7 +62,7 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     ranks = run.ranks(node) if splits else run.ranks(node.inputs[0])
     box, ball = x.box, x.ball
     ball_in = ball
-    box = F.linear(ranks.enter(box) if splits else box, w.abs())
+    box = _boxed(ranks.enter(box) if splits else box, w.abs())
     c, box = _coefficients(run, x, w, box, splits, joins, ranks)
     if b is not None:
         c = plus(c, b)
@@ -72,7 +73,7 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
     rows = scaled.square().sum(-1)
     rows = safe_root(ranks.total(rows) if joins else rows)
     rows = rows + lost_length(w.dtype, w.shape[1])
-    grown = run.weights.largest_singular(node, scaled, splits, joins, ranks) * ball
+    grown = times(run.weights.largest_singular(node, scaled, splits, joins, ranks), ball)
     own = ranks.enter(ball) if splits else ball
     box = torch.minimum(box, times(own.unsqueeze(-1), rows))
     heads = _heads(run, node, scaled, own, box)
@@ -82,6 +83,15 @@ def matrix(run: Any, node: Any, inputs: Inputs) -> Outcome:
         Form(c, box, ball, heads=heads, source=source, shared=_stays_shared(run, x, splits, joins)),
         linear=_row(run, w, b) if joins else None,
     )
+
+
+def _boxed(box: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """box w^T of numbers >= 0, without a gradient where it is not finite."""
+    found = F.linear(box, w)
+    if not found.requires_grad or bool(found.isfinite().all()):
+        return found
+    inner = F.linear(torch.where(box.isfinite(), box, 0.0), w)
+    return torch.where(found.isfinite(), inner, found.detach())
 
 
 def _stays_shared(run: Any, x: Form, splits: bool, joins: bool) -> bool:
@@ -316,23 +326,27 @@ def quotient(run: Any, node: Any, inputs: Inputs) -> Outcome:
 
 @rule_for(Margins)
 def margins_of_tokens(run: Any, node: Any, inputs: Inputs) -> Outcome:
-    """y = (w_t - w_j) x + b_t - b_j, coefficient by coefficient: the targets are of the samples."""
+    """y = (w_t - w_j) x + b_t - b_j, some coefficients at a time."""
     x, *tables = inputs
-    zero = node.forward(torch.zeros_like(x.c[0]), *tables)
     first = node.forward(x.c[0], *tables)
+    (wt, w), _ = node._tables(*tables)
+    many = node._enter(x.c)[1:]
+
+    def product(some: torch.Tensor) -> torch.Tensor:
+        return margins(some, wt, None, F.linear(some, w), node.shared)
+
     if torch.is_grad_enabled():
-        rest = [node.forward(each, *tables) - zero for each in x.c[1:]]
-        c = torch.stack([first, *rest])
+        c = torch.cat((first.unsqueeze(0), product(many)))
     else:  # without a second copy of all
         c = first.new_empty(len(x.c), *first.shape)
         c[0] = first
-        for row, each in zip(c[1:], x.c[1:], strict=True):
-            row.copy_(node.forward(each, *tables) - zero)
+        some = max(1, ROOM // max(1, first.numel()))
+        for out, own in zip(c[1:].split(some), many.split(some), strict=True):
+            out.copy_(product(own))
     lower, upper = node.interval_propagate(
         (-x.box, x.box), *((table, table) for table in tables)
     )
     box = (upper - lower) / 2
-    (wt, w), _ = node._tables(*tables)
     ball = node._enter(x.ball)
     stretch = 1.0 if x.stretch is None else node._enter(x.stretch)
     rows = []

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.forward.error_symbols import product_range
-from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, times
+from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, squared, times
 from lirpa_megatron.forward.polynomials import compose, excess, plus
 from lirpa_megatron.forward.rules import by_intervals, reading_shares, rule_for
 from lirpa_megatron.operators.norm.norm import BoundNorm
@@ -36,7 +36,7 @@ from lirpa_megatron.operators.numerics import safe_root
 
 
 def _length(x: torch.Tensor) -> torch.Tensor:
-    return safe_root(x.square().sum(-1))
+    return safe_root(squared(x).sum(-1))
 
 
 def _chord(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -72,6 +72,12 @@ class Polynomials:
             f, g: coefficients [M, B, ...].
             product: any bilinear function of two tensors [..., B, ...].
         """
+        if self.order == 1 and self._enter is _same and not torch.is_grad_enabled():
+            if len(f) < len(g):  # the longer one is written over
+                f, g, product = g, f, partial(_swapped, product)
+            out = product(f, g[:1])
+            out[1 : len(g)] += product(f[:1], g[1:])
+            return out
         constant = product(f[:1], g[:1])
         if self.order == 1:
             enter = self._enter
@@ -82,6 +88,10 @@ class Polynomials:
             to = torch.tensor(self._into[a], device=f.device)
             out = out.index_add(0, to, product(f[a : a + 1], g[: len(to)]))
         return out
+
+
+def _swapped(product: Callable, g: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    return product(f, g)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

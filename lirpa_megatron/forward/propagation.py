@@ -20,7 +20,7 @@ from lirpa_megatron.forward import (
 from lirpa_megatron.forward.costs import Costs
 from lirpa_megatron.forward.domains import Domain
 from lirpa_megatron.forward.error_symbols import ErrorSymbols, errors_kept
-from lirpa_megatron.forward.form import Form, Outcome
+from lirpa_megatron.forward.form import Form, Outcome, squared
 from lirpa_megatron.forward.inputs import Symbols, of_leaves
 from lirpa_megatron.forward.polynomials import Polynomials
 from lirpa_megatron.forward.ranks import Ranks
@@ -346,7 +346,7 @@ class Run:
         features (`features`; otherwise of the rank's own)."""
         if box.ndim < 2:
             return box
-        squares = box.square().sum(-1)
+        squares = squared(box).sum(-1)
         return safe_root(self.ranks(node).total(squares) if features else squares)
 
     def head_dim(self, node: auto_lirpa.Bound) -> int:

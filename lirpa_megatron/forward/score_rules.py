@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, times
+from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, squared, times
 from lirpa_megatron.forward.polynomials import padded
 from lirpa_megatron.forward.rules import rule_for
 from lirpa_megatron.operators.attention.scores import BoundScores
@@ -25,7 +25,7 @@ from lirpa_megatron.operators.numerics import safe_root
 
 
 def length(x: torch.Tensor) -> torch.Tensor:
-    return safe_root(x.square().sum(-1))
+    return safe_root(squared(x).sum(-1))
 
 
 def outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -107,24 +107,22 @@ def scores(run: Any, node: Any, inputs: Inputs) -> Outcome:
     heads = xq.shape[-1] // node.head_dim
 
     def keys(x: torch.Tensor) -> torch.Tensor:
-        return queries(x).repeat_interleave(heads // groups, dim=-3)
+        own = queries(x)
+        return own if heads == groups else own.repeat_interleave(heads // groups, dim=-3)
 
     cq, ck = padded(xq.c, xk.c)
     q, k = queries(cq), keys(ck)
-    mean = k[0].mean(-2, keepdim=True)
-    k = torch.cat((k[:1] - mean, k[1:]))
+    k0 = k[0] - k[0].mean(-2, keepdim=True)
     a = head_balls(run, node, xq, queries(xq.box))
     b = head_balls(run, node, xk, queries(xk.box)).repeat_interleave(heads // groups, dim=1)
     scale = abs(node.scale)
     s = run.algebra.multiply(q, k, lambda f, g: f @ turned(g)) * node.scale
     nq, nk = run.domain.norms(q), run.domain.norms(k)
+    far, nk[0] = nk[0], length(k0)
     e = pair_excess(run, q, k, nq, nk) * scale
     dq, dk = sum(nq[1:]), sum(nk[1:])
     e = e + scale * (outer(a, dk) + outer(dq, b) + outer(a, b))
-    box = e + scale * (outer(a, nk[0]) + outer(nq[0], b))
-    # The scores themselves: the mean of the keys' centres belongs to them.
-    s = s + (q @ turned(mean)) * node.scale
-    box = box + scale * outer(a, length(mean).expand_as(b))
-    remainder = ScoreRemainder(a, b, k[0], nq[0], e, node.scale)
+    box = e + scale * (outer(a, far) + outer(nq[0], b))
+    remainder = ScoreRemainder(a, b, k0, nq[0], e, node.scale)
     form = Form(s, box, run.length(box, node, features=False), scores=remainder)
     return Outcome(form, [Fresh(box=e)])

@@ -34,16 +34,16 @@ def margins(
     """Logits of the targets minus `logits`.
 
     Args:
-        x: [B, h].
+        x: [..., B, h].
         wt, bt: rows [B or T, h] of the targets, and their biases [B or T] or None.
-        logits: [B, m].
+        logits: [..., B, m].
         shared: whether all samples have the same targets.
 
     Returns:
-        [B, m], or [B, T, m] for shared targets.
+        [..., B, m], or [..., B, T, m] for shared targets.
     """
     if shared:
-        return F.linear(x, wt, bt).unsqueeze(-1) - logits.unsqueeze(1)
+        return F.linear(x, wt, bt).unsqueeze(-1) - logits.unsqueeze(-2)
     target = (x * wt).sum(-1)
     return (target if bt is None else target + bt).unsqueeze(-1) - logits
 

@@ -144,7 +144,8 @@ class BoundSoftmaxValues(RowRelaxed):
     def _values(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         """[..., T, g d] -> [..., n, T, d], each group repeated for the queries that share it."""
         x = self._heads(x)
-        return x.repeat_interleave(heads // x.shape[-3], dim=-3)
+        groups = x.shape[-3]
+        return x if groups == heads else x.repeat_interleave(heads // groups, dim=-3)
 
     @staticmethod
     def _merge(x: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,15 @@ class Curve:
         """(f(x), f'(x))."""
         return (self.value(x), self.slope(x)) if self.together is None else self.together(x)
 
+    def bend(self, x: torch.Tensor) -> torch.Tensor:
+        """f''(x), without a gradient."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            slope = self.both(x)[1]
+            if not slope.requires_grad:  # of straight pieces
+                return torch.zeros_like(slope)
+            return torch.autograd.grad(slope.sum(), x)[0]
+
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """f as the model computes it."""
         return (self.forward or self.value)(x)

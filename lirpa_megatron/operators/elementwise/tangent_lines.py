@@ -286,30 +286,30 @@ class Relaxation:
             return sign * (value + slope * (anchor - t) - at_anchor)
 
         with torch.no_grad():
-            # A tangent at the anchor passes through it, whatever the rounded excess is: f in one
-            # vector of numbers and in another may differ by a unit in the last place.
+            # A tangent at the anchor passes through it, whatever the rounded excess is: f in
+            # different vectors may differ by a unit in the last place.
             at_once = (excess(near) <= 0) | (near == anchor)
             passed = at_once | (excess(away) <= 0) | (away == anchor)
             if at_once.all():
                 return near, passed
             bad, good = near, away
             for _ in range(_HALVINGS):
-                t = (bad + good) / 2
-                passes = excess(t) <= 0
+                passes = excess(t := (bad + good) / 2) <= 0
                 bad, good = torch.where(passes, bad, t), torch.where(passes, t, good)
-            at_good, at_bad = excess(good), excess(bad)
-            drop = at_bad - at_good
+            at_good, drop = excess(good), excess(bad) - excess(good)
             usable = (drop > 0) & passed & ~at_once
-            rate = torch.where(usable, (good - bad) / torch.where(usable, drop, 1.0), 0.0)
-            rate = torch.where(rate.isfinite(), rate, 0.0)
-        found = good + excess(good) * rate
+            rate = torch.where(usable, (good - bad) / drop, 0.0).nan_to_num(0.0, 0.0, 0.0)
+            found = good + at_good * rate
+        if torch.is_grad_enabled() and anchor.requires_grad:
+            exact = -sign / (curve.bend(found) * (anchor.detach() - found))
+            rate = torch.where(usable & exact.isfinite(), exact, rate)
+            found = found + (excess(found) - excess(found).detach()) * rate
         return torch.where(at_once, near, torch.where(passed, found, away)), passed
 
     def _about(
         self, corner: Corner, sign: int, side: TangentFamily, height: torch.Tensor
     ) -> tuple[TangentFamily, torch.Tensor]:
-        """The side with lines about a corner where they are higher at the middle, and the
-        height."""
+        """The side with lines about a corner where they are higher at the middle; the height."""
         curve, y, c = self.curve, corner.value(sign), corner.x
         inside = (self.lo < c) & (self.hi > c) & ~self._tiny
 
