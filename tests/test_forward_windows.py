@@ -113,3 +113,22 @@ def test_gradients_are_those_of_all_positions(norm, method, monkeypatch):
     for name, gradient in whole.items():
         assert gradient.any()
         assert (window[name] - gradient).abs().max() <= 1e-11 * gradient.abs().max(), name
+
+
+def test_gradients_are_finite_where_errors_on_the_way_are_not():
+    """Weights four times as large, and queries that see later keys alone: what attention leaves out
+    is unbounded, and the norm behind it bounds it again."""
+    model, view, _ = transformer_cases.build_case("llama", torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4.0)
+    view = at_position(model, 0).train()
+    ids = transformers.tokens()[0]
+    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril(-1)
+    mask = mask.expand(len(ids), 1, -1, -1)
+    x = perturb_tokens(view, ids, eps=0.02, positions=[3], norm=2, attention_mask=mask)
+    lower, upper = BoundedModule(view, x).compute_bounds(x, method="forward")
+    (lower.tanh() + 0.3 * upper.sin()).sum().backward()
+    assert lower.isfinite().all() and upper.isfinite().all()
+    for name, p in model.named_parameters():
+        assert p.grad.isfinite().all(), name
