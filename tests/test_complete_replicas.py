@@ -52,7 +52,7 @@ def decided(offset, rounds, shared=True, before=None):
     return found.status, found.domains, sum(batches), widest, found.leaves, found.point
 
 
-CASES = {"proved": (0.9, True), "unaided": (0.9, False), "refuted": (1.05, True)}
+CASES = {"proved": (0.94, True), "unaided": (0.94, False), "refuted": (1.05, True)}
 
 
 @pytest.mark.parametrize("tp, case", [
