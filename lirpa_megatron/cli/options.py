@@ -283,16 +283,17 @@ def _add_effort(add: Any) -> None:
     )
     add(
         "--complete", action="store_true",
-        help="properties of networks whose nonlinear operators are functions of one variable, or "
-        "of few inputs: branch and bound on what bounds and the attack leave open, until it is "
-        "decided or --timeout is over",
+        help="properties: branch and bound on what bounds and the attack leave open, until it is "
+        "decided or --timeout is over; ReLUs, other functions of one variable or the box of few "
+        "inputs are split",
     )
     add(
         "--branching", choices=("auto", "relu", "nonlinear", "input"),
         help="what --complete splits: relu (beta-CROWN), nonlinear (intervals of all functions of "
         "one variable: tanh, GELU, ...), input (the box is cut, for few inputs), or auto "
-        "(default): relu, but input where at most 8 inputs move and ReLUs are many; of other "
-        "networks input where at most 16 move, else nonlinear",
+        "(default): relu, but input where at most 8 inputs move and ReLUs are many, and for a "
+        "while where at most 16 move; of other networks input where at most 16 move, else "
+        "nonlinear",
     )
     add(
         "--record", metavar="JSON", type=Path,
