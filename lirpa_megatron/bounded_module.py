@@ -314,11 +314,11 @@ class BoundedModule(GraphOfStage, auto_lirpa.HostBoundedModule):
         try:
             with alpha.stopping(self, kwargs.get("decision_thresh")):
                 yield call
+            for told in self.context.ended:
+                told(call)
         finally:
             for node in self.optimizable_activations:
                 node.opt_end()  # an error may have left alpha in use
-            for told in self.context.ended:
-                told(call)
             object.__setattr__(self, "call", CallState(final_is_identity=final_is_identity))
 
     def _identity(self, x: Any, final: auto_lirpa.Bound) -> torch.Tensor | None:

@@ -262,7 +262,6 @@ def test_resume_is_offered_where_there_is_something_to_go_on_with(
     assert ended(arguments, "relu", monkeypatch) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "ended by SIGTERM; --resume goes on"
     arguments = arguments_for(folder, "relu", "--output", tmp_path / "r.jsonl")
-
     batches = instance._batches
 
     def before_the_search(*given):

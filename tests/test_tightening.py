@@ -137,3 +137,4 @@ def test_boxes_of_a_dozen_inputs_are_tried_first(monkeypatch, one_thread):
     torch.set_default_dtype(torch.float32)
     assert easy.status == "proved" and easy.branching == "input" and easy.cuts
     assert hard.status == "proved" and hard.branching == "relu" and hard.leaves
+    assert hard.domains >= 40 + len(hard.leaves)  # those of the trial count, too

@@ -248,7 +248,7 @@ def _verify(arguments: dict[str, Any]) -> int:
         if runner.ranks.is_first:
             searches = search_files(options.searches) if options.searches is not None else ()
             is_begun = bool(searches) or (plan.output is not None and bool(results))
-            how = "; --resume goes on" * is_begun
+            how = "; --resume goes on" if is_begun else ""
             print(f"ended by {signal.Signals(runner.ended).name}{how}", file=sys.stderr, flush=True)
         return 128 + runner.ended
     return 1 if any(result.result == "error" for result in results) else 0

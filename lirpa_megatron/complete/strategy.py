@@ -77,7 +77,10 @@ def decide(
     if options.timeout is not None:
         timeout = max(0.0, options.timeout - (time.monotonic() - begin))
     rest = replace(options, timeout=timeout, most_domains=most, start=None)
-    return search(graph, problem, rest, confirm, progress, replicas=replicas)
+    later = search(graph, problem, rest, confirm, progress, replicas=replicas)
+    return replace(
+        later, domains=found.domains + later.domains, seconds=time.monotonic() - begin
+    )
 
 
 def _may_cut(graph: Any, problem: Problem) -> bool:
