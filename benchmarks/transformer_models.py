@@ -206,7 +206,6 @@ def profiled():
     wrapped = [
         (auto_lirpa, "bound_backward", of_class),
         (backward_pass.BackwardPass, "_concretize", lambda args: "concretization"),
-        (backward_pass.BackwardPass, "_reduce", lambda args: "sums over ranks"),
         (affine_forms.InputSet, "rows", lambda args: "affine forms"),
         (intermediate_bounds.Intermediate, "ibp", lambda args: "IBP of a node"),
     ]

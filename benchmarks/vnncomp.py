@@ -24,6 +24,8 @@ WORDS = ("unsat", "sat", "unknown", "timeout", "error")
 def published(path: Path) -> dict[tuple[str, str], str]:
     """(network, property) -> verdict; files with the folder that they are in."""
     found = {}
+    if not path.is_file():
+        raise SystemExit(f"{path} does not exist: --published is a tool's results.csv")
     with path.open(newline="") as rows:
         for _, network, prop, _, verdict, *_ in csv.reader(rows):
             found[in_folder(network), in_folder(prop)] = verdict.strip()

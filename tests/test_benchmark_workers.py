@@ -51,3 +51,23 @@ def test_a_worker_ends_with_its_benchmark(tmp_path, number):
         benchmark.send_signal(number)
         benchmark.wait()
     assert waited_for(lambda: not is_running(file.read_text()))
+
+
+@pytest.fixture
+def of_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_what_a_profile_times_exists(of_benchmarks):
+    from transformer_models import profiled
+
+    with profiled() as spent:
+        pass
+    assert not spent
+
+
+def test_published_results_that_do_not_exist_are_named(of_benchmarks, tmp_path):
+    from vnncomp import published
+
+    with pytest.raises(SystemExit, match=r"none\.csv does not exist"):
+        published(tmp_path / "none.csv")
