@@ -182,7 +182,6 @@ def bound_plainly(model: nn.Module, x: torch.Tensor):
 @contextlib.contextmanager
 def profiled():
     """Yields a dictionary name -> [seconds, calls], filled while the block runs."""
-    from lirpa_megatron.compat import auto_lirpa
     from lirpa_megatron.crown import affine_forms, backward_pass, intermediate_bounds
 
     spent: dict[str, list] = collections.defaultdict(lambda: [0.0, 0])
@@ -200,11 +199,9 @@ def profiled():
 
         return wrapper
 
-    def of_class(args):
-        return f"backward {type(args[0]).__name__}"
-
     wrapped = [
-        (auto_lirpa, "bound_backward", of_class),
+        (backward_pass.BackwardPass, "_through",
+         lambda args: f"backward {type(args[1]).__name__}"),
         (backward_pass.BackwardPass, "_concretize", lambda args: "concretization"),
         (affine_forms.InputSet, "rows", lambda args: "affine forms"),
         (intermediate_bounds.Intermediate, "ibp", lambda args: "IBP of a node"),
