@@ -81,8 +81,8 @@ class OwnOptions:
     tokens); others are bounded by boxes and balls."""
     kept_errors: int | None = None
     """Forward methods, networks with tokens, order 1: how many errors of relaxations go on from
-    layer to layer as symbols of their own, besides one for each number of a norm's input. Tighter,
-    and as many more coefficients. 0 in training and with norms of queries and keys. None: 3072 for
+    layer to layer as symbols of their own, besides one ball of all others. Tighter,
+    and as many more coefficients. 0 in training and with norms of queries and keys. None: 1024 for
     sets of at least 64 dimensions where norms' inputs have at most 2048 numbers [positions x
     hidden], otherwise 0."""
     adjoint_rows: int = 64

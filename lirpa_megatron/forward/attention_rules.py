@@ -335,7 +335,7 @@ class _Attention:
         moving = self.run.ranks(self.node).most((aw != 0).any(0).any(0).to(aw))
         q, j = moving.nonzero().unbind(1)
         step = max(1, 2**22 // V[:, :, :, 0].numel())
-        step = max(1, len(q)) if self.domain.is_box else step
+        step = max(1, len(q)) if self.domain.is_sum else step
         for rows, keys in zip(q.split(step), j.split(step), strict=True):
 
             def weight(w: torch.Tensor, rows: Any = rows, keys: Any = keys) -> torch.Tensor:

@@ -30,6 +30,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.linalg import vector_norm
@@ -106,30 +107,34 @@ def _absolute_sum(part: torch.Tensor) -> torch.Tensor:
     return sum((rows.abs().sum(0) for rows in part.split(in_cache(part))), none)
 
 
-def _in_ellipsoid(part: torch.Tensor, columns: torch.Tensor, majorant: torch.Tensor):
-    """What the ellipsoid around a box leaves of |A u|_2 (see `Domain._linear_norm`): the Gram
+def _in_ellipsoid(
+    part: torch.Tensor, weights: torch.Tensor, total: torch.Tensor, majorant: torch.Tensor
+):
+    """What the ellipsoid around the set leaves of |A u|_2 (see `Domain._linear_norm`): the Gram
     matrix is summed up symbol by symbol, of the tokens that move.
 
     Args:
         part: A, [N, B, ..., n].
-        columns: their norms, [N, B, ...].
-        majorant: sum |A_n|, [B, ..., n].
+        weights: D, [N, B, ...].
+        total: the sum of D, of an L2 ball's symbols once, [B, ...].
+        majorant: the support of each number, [B, ..., n].
 
     Returns:
         [B, ...].
     """
     n = part.shape[-1]
     moving = (majorant != 0).flatten(0, -2).any(-1).nonzero().flatten()
-    D = columns.flatten(1).clamp(min=torch.finfo(part.dtype).tiny ** 0.25)
-    rows, found = part.flatten(1, -2), part.new_zeros(D.shape[1])
+    D = weights.flatten(1).clamp(min=torch.finfo(part.dtype).tiny ** 0.25)
+    rows, found, total = part.flatten(1, -2), part.new_zeros(D.shape[1]), total.flatten()
     if len(moving) < len(found):
-        rows, D = rows[:, moving], D[:, moving]
+        rows, D, total = rows[:, moving], D[:, moving], total[moving]
     gram = part.new_zeros(len(moving), n, n)
     step = in_cache(rows)
     for own, d in zip(rows.split(step), D.split(step), strict=True):
         own = (own * d.rsqrt().unsqueeze(-1)).transpose(0, 1)
         gram = torch.baddbmm(gram, own.transpose(1, 2), own)
-    size = D.sum(0).sqrt() * _root_of_largest(gram)
+    size = total.clamp(min=len(D) * torch.finfo(part.dtype).tiny ** 0.25).sqrt()
+    size = size * _root_of_largest(gram)
     return found.index_put((moving,), size).reshape(majorant.shape[:-1])
 
 
@@ -197,9 +202,9 @@ class Domain:
     def symbols(self) -> int:
         return sum(group.symbols for group in self.groups)
 
-    def extend(self, symbols: int) -> None:
-        """Further symbols in [-1, 1], for affine forms."""
-        self.groups.append(Group("box", 1, symbols))
+    def extend(self, symbols: int, kind: str = "box") -> None:
+        """Further symbols, for affine forms: in [-1, 1], or in one L2 ball."""
+        self.groups.append(Group("box", 1, symbols) if kind == "box" else Group(kind, symbols))
         self.algebra = Polynomials(self.symbols, self.order)
 
     # ------------------------------------------------------------------ linear parts
@@ -218,6 +223,8 @@ class Domain:
         """max of a linear part over the set, elementwise: [N, B, ...] -> [B, ...]."""
         if self.is_box:
             return _absolute_sum(part)
+        if self.is_sum and len(part):
+            return self.supports(lambda i, j: (part[i:j],), len(part), in_cache(part))[0]
         total = part.new_zeros(part.shape[1:])
         for group, own in self._by_group(part):
             if group.kind == "box":
@@ -231,6 +238,40 @@ class Domain:
                 found = own.amax(1).clamp(min=0) - own.sum(1) / (group.size + 1)
             total = total + found.sum(0)
         return total
+
+    def supports(
+        self, rows: Callable[[int, int], tuple[torch.Tensor, ...]], count: int, step: int
+    ) -> list[torch.Tensor]:
+        """`_support` of several linear parts in a domain that `is_sum`, some symbols at a time.
+
+        Args:
+            rows: (i, j) -> of each part the coefficients [j - i, B, ...] of these symbols.
+            count: of symbols, not 0.
+            step: how many to look at at a time.
+
+        Returns:
+            [B, ...] of each part.
+        """
+        total: list[Any] = []
+        first = 0
+        for group in self.groups:
+            box = group.kind == "box"
+            width = group.symbols if box else group.size
+            for begin in range(first, min(first + group.symbols, count), max(1, width)):
+                found: list[Any] = []
+                for i in range(begin, begin + width, step):
+                    parts = rows(i, min(i + step, begin + width))
+                    sums = [(x.abs() if box else x.square()).sum(0) for x in parts]
+                    found = [a + b for a, b in zip(found, sums, strict=True)] if found else sums
+                found = found if box else [safe_root(x) for x in found]
+                total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+            first += group.symbols
+        return total
+
+    @property
+    def is_sum(self) -> bool:
+        """All symbols lie in boxes and L2 balls, whose supports are sums."""
+        return all(group.kind in ("box", "l2") for group in self.groups)
 
     @property
     def is_box(self) -> bool:
@@ -247,11 +288,14 @@ class Domain:
         Boxes, which are one: the least of the norm of the majorant, the sum of the columns' norms,
         and what the ellipsoid {sum D_n u_n^2 <= sum D} around the box gives, (sum D)^(1/2) times
         the largest singular value of A D^(-1/2), D the columns' norms; with few symbols at the
-        corners, by the Gram matrix, exactly. An L2 ball: the largest singular value. L1 ball and
-        simplex: at the corners, exactly.
+        corners, by the Gram matrix, exactly. An L2 ball: the largest singular value. Boxes and L2
+        balls: the same with one ellipsoid around all of them, all symbols of a ball with one D, its
+        Frobenius norm, which counts once in sum D. L1 ball and simplex: at the corners, exactly.
         """
         if self.is_box:
             return self._box_norm(part)
+        if self.is_sum and len({group.kind for group in self.groups}) == 2 and len(part):
+            return self._mixed_norm(part)
         boxes, others = [], part.new_zeros(part.shape[1:-1])
         for group, own in self._by_group(part):
             if group.kind == "box":
@@ -285,7 +329,25 @@ class Domain:
             D = columns.clamp(min=torch.finfo(part.dtype).tiny ** 0.25)
             size = _singular(part / D.sqrt().unsqueeze(-1))
             return torch.minimum(found, D.sum(0).sqrt() * size)
-        return torch.minimum(found, _in_ellipsoid(part, columns, majorant))
+        return torch.minimum(found, _in_ellipsoid(part, columns, columns.sum(0), majorant))
+
+    def _mixed_norm(self, part: torch.Tensor) -> torch.Tensor:
+        """`_linear_norm` of boxes and L2 balls, by one ellipsoid around all of them."""
+        columns = torch.cat([safe_root(x.square().sum(-1)) for x in part.split(in_cache(part))])
+        total, weights, first = part.new_zeros(columns.shape[1:]), [], 0
+        for group in self.groups:
+            own = columns[first : first + group.symbols]
+            first += group.symbols
+            if not len(own):
+                break
+            if group.kind == "l2":
+                own = safe_root(own.unflatten(0, (-1, group.size)).square().sum(1))
+            weights.append(own.repeat_interleave(group.symbols // len(own), dim=0))
+            total = total + own.sum(0)
+        columns = torch.cat(weights)
+        majorant = self._support(part)
+        found = torch.minimum(total, safe_root(majorant.square().sum(-1)))
+        return torch.minimum(found, _in_ellipsoid(part, columns, total, majorant))
 
     @staticmethod
     def _at_corners(part: torch.Tensor) -> torch.Tensor:

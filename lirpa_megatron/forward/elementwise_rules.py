@@ -16,7 +16,8 @@ P's deviation, and R within [-r, r],
     |B| <= min(sup |f''| (S + r), sup |f'| + |f'(c)|) r.
 
 **Gates** y = a b: the product of the polynomials; what it has beyond degree p is bounded by the
-parts' sizes, or for affine forms by the range of the quadratic form (`elementwise_range`), and
+parts' sizes, or for affine forms by the range of the quadratic form (`elementwise_range`, or
+`product_range` where errors are symbols), and
 R_y = a0 R_b + b0 R_a + e with |e| <= da r_b + db r_a + r_a r_b, da and db the deviations of P.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from lirpa_megatron.forward import jets
-from lirpa_megatron.forward.error_symbols import as_symbols
+from lirpa_megatron.forward.error_symbols import as_symbols, product_range
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, times
 from lirpa_megatron.forward.polynomials import compose, excess, padded, plus
 from lirpa_megatron.forward.rules import by_intervals, reading_shares, rule_for
@@ -250,6 +251,9 @@ def product(run: Any, node: Any, inputs: Inputs) -> Outcome:
         low, high = torch.maximum(low, -beyond), torch.minimum(high, beyond)
         c = torch.cat((c[:1] + (low + high) / 2, c[1:]))
         beyond = (high - low) / 2
+    elif run.errors is not None and len(ca) > 1:
+        half, middle = product_range(run.domain, ca[1:], cb[1:])
+        c, beyond = torch.cat((c[:1] + middle, c[1:])), half
     da, db = sum(na[1:]), sum(nb[1:])
     bent = times(da, b.box) + times(db, a.box) + times(a.box, b.box)
     box = beyond + bent + times(na[0], b.box) + times(nb[0], a.box)

@@ -12,9 +12,10 @@ which boxes and balls do not.
     z = P(s) + E e + R,   |e_i| <= 1
 
 They would be some thousand more after every layer. Where a norm reads a node, which is where layers
-meet, a sample keeps the `most` errors with the largest sum of |coefficients|, the box of the others
-is one more remainder, and that box becomes symbols again, one for each number. Symbols may be left
-out and renumbered there because no other node that is still to be read has coefficients of them.
+meet, a sample keeps the `most` errors with the largest sum of |coefficients|; an ellipsoid around
+all others takes their place (`ellipsoids`), whose symbols, one for each number that moves, lie in
+one L2 ball. Symbols may be left out and renumbered there because no other node that is still to be
+read has coefficients of them. After the set's own come the ball's symbols, then the kept errors.
 
 Errors are symbols for ranges alone: what a row of the specification has of them is also bounded by
 `adjoint`, where none have been left out, and the better of the two bounds counts.
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from lirpa_megatron.forward.domains import Domain, Group, in_cache
+from lirpa_megatron.forward.ellipsoids import ellipsoid
 from lirpa_megatron.forward.form import Form, Outcome, times
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
@@ -42,7 +44,7 @@ _RELAX = (BoundNorm, BoundScores, BoundSoftmaxValues, BoundCurve)
 """Operators whose errors become symbols."""
 
 
-_KEPT, _NUMBERS, _MANY = 3072, 2048, 64
+_KEPT, _NUMBERS, _MANY = 1024, 2048, 64
 """How many errors are kept by default, where norms' inputs have at most so many numbers, and the
 set at least so many symbols: of a smaller set the pass itself costs far less."""
 
@@ -80,7 +82,7 @@ class ErrorSymbols:
 
     Args:
         run: the pass.
-        most: how many errors are kept from layer to layer, besides those of the box of the others.
+        most: how many errors are kept from layer to layer, besides the ball of the others.
         groups: the set's, which come first.
     """
 
@@ -103,7 +105,7 @@ class ErrorSymbols:
         return self._symbolized(node, form, columns)
 
     def reduced(self, node: Any, form: Form, others: list[Form]) -> Form:
-        """The form of a norm's input, with at most `most` errors and those of one box.
+        """The form of a norm's input, with at most `most` errors and one ball.
 
         Args:
             others: the forms of all other nodes that are still to be read.
@@ -111,29 +113,42 @@ class ErrorSymbols:
         run = self.run
         if any(len(x.c) > 1 + self.own for x in others):
             return form
-        errors = form.c[1 + self.own:]
-        if len(errors) > self.most:
-            first = torch.arange(1 + self.own, device=errors.device)
-            sizes = torch.cat([
-                some.abs().flatten(2).sum(2) for some in errors.split(in_cache(errors))
-            ])
-            if run.context.collectives.size > 1:  # the first rank's order
-                sizes = spmd.broadcast_tensor(sizes, run.context.collectives.group)
-            order = sizes.sort(dim=0, descending=True, stable=True)[1]
-            kept = order[: self.most]
-            left = torch.ones_like(sizes).scatter(0, kept, 0.0)
-            box = form.box + weighted_sum(errors, left)
-            own = [
-                each.index_select(0, torch.cat((first, 1 + self.own + places)))
-                for each, places in zip(form.c.unbind(1), kept.unbind(1), strict=True)
-            ]
-            c = own[0].unsqueeze(1) if len(own) == 1 else torch.stack(own, 1)
-            form = replace(form, c=c, box=box, ball=run.length(box, node),
-                           stretch=None)
+        errors, own = form.c[1 + self.own:], 1 + self.own
+        if len(errors) <= self.most:
+            return form
+        groups = run.domain.groups[len(self.groups):]
+        balls = sum(g.symbols for g in groups if g.kind == "l2")  # they come first
+        ball, boxes = errors[:balls], errors[balls:]
+        kept, left = self._largest(boxes)
+        symbols = ellipsoid(left, ball, run.context.collectives)
+        lost = ~symbols.isfinite().all(0)
+        symbols = torch.where(lost, 0.0, symbols)
+        form = replace(form, box=torch.where(lost, torch.inf, form.box))
+        c = torch.cat((form.c[:own], symbols, kept))
         domain = run.domain = Domain(self.groups, 1)
-        if len(form.c) - 1 > self.own:
-            domain.extend(len(form.c) - 1 - self.own)
-        return self._symbolized(node, form)
+        if len(symbols):
+            domain.extend(len(symbols), "l2")
+        if len(kept):
+            domain.extend(len(kept))
+        return self._symbolized(node, replace(form, c=c))
+
+    def _largest(self, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the `most` largest errors of each sample, the others), of [N, B, ...]."""
+        group = self.run.context.collectives
+        sizes = torch.cat([
+            some.abs().flatten(2).sum(2) for some in boxes.split(in_cache(boxes))
+        ])
+        if group.size > 1:  # the first rank's order
+            sizes = spmd.broadcast_tensor(sizes, group.group)
+        order = sizes.sort(dim=0, descending=True, stable=True)[1]
+        parts = [
+            [each.index_select(0, p) for p in (places[: self.most], places[self.most:])]
+            for each, places in zip(boxes.unbind(1), order.unbind(1), strict=True)
+        ]
+        return tuple(
+            own[0].unsqueeze(1) if len(own) == 1 else torch.stack(own, 1)
+            for own in zip(*parts, strict=True)
+        )
 
     def _symbolized(
         self, node: Any, form: Form, columns: torch.Tensor | None = None
@@ -206,11 +221,15 @@ def product_range(
     both = times(A, B)[0]
     if not len(a):
         return torch.zeros_like(both), torch.zeros_like(both)
-    up, down, step = 0.0, 0.0, in_cache(both.unsqueeze(0)) if domain.is_box else len(a)
-    for own_a, own_b in zip(a.split(step), b.split(step), strict=True):
-        u, v = of_a(own_a) * ra, of_b(own_b) * rb
-        up = up + domain.size(u + v, 1)
-        down = down + domain.size(u - v, 1)
+
+    def rows(i: int, j: int) -> tuple[torch.Tensor, torch.Tensor]:
+        u, v = of_a(a[i:j]) * ra, of_b(b[i:j]) * rb
+        return u + v, u - v
+
+    if domain.is_sum:
+        up, down = domain.supports(rows, len(a), in_cache(both.unsqueeze(0)))
+    else:
+        up, down = (domain.size(x, 1) for x in rows(0, len(a)))
     up, down = up.square(), down.square()
     return times(both, up + down) / 8, times(both, up - down) / 8
 

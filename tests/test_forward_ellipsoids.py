@@ -1,0 +1,88 @@
+"""Ellipsoids around many errors contain them, also where numbers are tiny, huge, still or equal."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lirpa_megatron.forward.domains import Domain, Group
+from lirpa_megatron.forward.ellipsoids import ellipsoid
+from lirpa_megatron.forward.error_symbols import product_range
+
+ALONE = SimpleNamespace(size=1)
+ERRORS = {
+    "many errors": (lambda: torch.randn(300, 2, 4, 5), lambda: torch.randn(20, 2, 4, 5)),
+    "no ball": (lambda: torch.randn(30, 2, 4, 5), lambda: torch.randn(0, 2, 4, 5)),
+    "a ball alone": (lambda: torch.randn(0, 2, 4, 5), lambda: torch.randn(20, 2, 4, 5)),
+    "one direction, without a factor": (
+        lambda: torch.ones(9, 1, 1, 1) * torch.randn(1, 1, 4, 5), lambda: torch.zeros(2, 1, 4, 5)
+    ),
+    "huge and tiny numbers": (
+        lambda: torch.randn(60, 2, 4, 5) * torch.logspace(-30, 15, 20).reshape(4, 5),
+        lambda: torch.randn(20, 2, 4, 5) * 1e-20,
+    ),
+    "numbers of one sample alone": (
+        lambda: torch.randn(30, 2, 4, 5) * torch.tensor([[[[1.0]]], [[[0.0]]]]).movedim(0, 1)[0],
+        lambda: torch.zeros(0, 2, 4, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ERRORS)
+def test_every_row_s_reach_is_within_the_ellipsoid_s(name, dtype):
+    torch.manual_seed(0)
+    g, G = (make().to(dtype) for make in ERRORS[name])
+    L = ellipsoid(g, G, ALONE)
+    assert L.isfinite().all()
+    reach = (g.double().abs().sum(0) + G.double().square().sum(0).sqrt()).flatten(1)
+    assert ((L == 0).all(0).flatten(1) == (reach == 0)).all()
+    unit = torch.where(reach > 0, 1 / reach.clamp(min=1e-300), 0.0)
+    g, G, L = (x.double().flatten(2) * unit for x in (g, G, L))
+    rows = torch.randn(500, 1, 1, g.shape[2], dtype=torch.float64)
+    rows = torch.cat((rows, torch.eye(g.shape[2], dtype=torch.float64)[:, None, None]))
+    inside = (rows * g).sum(-1).abs().sum(1) + (rows * G).sum(-1).square().sum(1).sqrt()
+    around = (rows * L).sum(-1).square().sum(1).sqrt()
+    assert (inside <= around * (1 + 1e-6)).all()
+    if name == "many errors":  # and not much wider than they are
+        assert (around[:500].mean(0) < 1.5 * inside[:500].mean(0)).all()
+
+
+def _drawn(domain: Domain, count: int) -> torch.Tensor:
+    """Points of a domain of boxes and L2 balls, most of them at its border: [count, symbols]."""
+    parts = []
+    for group in domain.groups:
+        for _ in range(group.count):
+            x = torch.randn(count, group.size)
+            parts.append(x.sign() if group.kind == "box" else x / x.norm(dim=1, keepdim=True))
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("groups", [
+    [Group("box", 1, 6), Group("l2", 7), Group("box", 1, 20)],
+    [Group("l2", 3, 2), Group("box", 1, 2)],
+])
+@pytest.mark.usefixtures("double")
+def test_boxes_beside_balls_bound_numbers_vectors_and_products(groups):
+    torch.manual_seed(1)
+    domain = Domain(groups, 1)
+    a, b = torch.randn(2, domain.symbols, 2, 3, 4)
+    points = _drawn(domain, 20000)
+    x, y = (torch.tensordot(points, part, 1) for part in (a, b))
+    size = domain.size(a, 1)
+    assert (x.abs().amax(0) <= size).all()
+    best = torch.zeros_like(size)
+    first = 0
+    for group in groups:  # exact, by the formula of `domains`
+        own = a[first: first + group.symbols].unflatten(0, (group.count, group.size))
+        first += group.symbols
+        best += (own.abs() if group.kind == "box" else own.norm(dim=1, keepdim=True)).sum((0, 1))
+    assert torch.allclose(size, best)
+    norm = domain.norm(a, 1)
+    assert (x.norm(dim=-1).amax(0) <= norm).all()
+    assert (norm <= size.norm(dim=-1) * (1 + 1e-12)).all()
+    half, middle = product_range(domain, a, b)
+    assert ((x * y - middle).abs() <= half).all()
+    assert (half <= domain.size(a, 1) * domain.size(b, 1)).all()
