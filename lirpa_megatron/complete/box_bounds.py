@@ -18,16 +18,20 @@ from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.compat.full_precision import full_precision
 from lirpa_megatron.complete.agreement import from_rank_zero
 from lirpa_megatron.complete.bounding import ROUNDING
-from lirpa_megatron.complete.inputs import box_of, input_names, shaped
+from lirpa_megatron.complete.inputs import box_of, input_names, shaped, that_move
 from lirpa_megatron.complete.joint_rows import joint
 from lirpa_megatron.complete.problem import Problem
+from lirpa_megatron.complete.roots import only_of_one_variable
 from lirpa_megatron.crown.clean_values import value_at
+from lirpa_megatron.crown.folded_inputs import FoldedInputs, can_fold, folding
 
-_NUMBERS = 2**20
+_NUMBERS = 2**23
 """Numbers that A may have at a node for all parts that are bounded at once."""
 _FEW = 4
 """Parts that are bounded at once however wide a node is: rows of A go in chunks, and what a call
 does beside them is done once."""
+_SHARE = 2
+"""Inputs that move are at most one in so many where the others are folded into a bias."""
 _LEAST_SLOPE = 0.3
 """Slopes count as this share of the mean one at least: CROWN's are not those of the network."""
 
@@ -101,7 +105,7 @@ class PartBounder:
     ) -> None:
         self.graph, self.problem, self.is_over = graph, problem, is_over
         self.tp = graph.context.collectives
-        self.moving = (problem.low < problem.high).any(0).nonzero().flatten()
+        self.moving = that_move(problem.low, problem.high).nonzero().flatten()
         of_box: list[list[int]] = [[] for _ in problem.low]
         for goal, box in enumerate(problem.boxes):
             of_box[box].append(goal)
@@ -113,13 +117,29 @@ class PartBounder:
         self.C = problem.C[self.goals].flatten(1, 2)
         self.thresholds = problem.thresholds[self.goals]
         (self.input,) = input_names(graph)
-        widest = max(
-            math.prod(node.output_shape[1:]) * (self.tp.size if graph.sharded[node.name] else 1)
-            for node in graph.named_nodes().values()
-            if node.from_input and node.output_shape is not None
-        )
-        rows = max(widest, self.C.shape[1])
-        self.most = max(1, min(most, max(_FEW, _NUMBERS // (rows * widest))))
+        few = 0 < _SHARE * len(self.moving) <= problem.low.shape[1]
+        self.folds = few and can_fold(graph, self.input) and only_of_one_variable(graph)
+        self.most = max(1, min(most, max(_FEW, _NUMBERS // self._numbers())))
+
+    def _numbers(self) -> int:
+        """That A has for one part, in the largest of all passes, on all ranks."""
+        graph, last = self.graph, self.graph[self.graph.final_name]
+
+        def width(node: Any) -> int:
+            each = math.prod(node.output_shape[1:])
+            return each * (self.tp.size if graph.sharded[node.name] else 1)
+
+        starts = {last.name: (last, self.C.shape[1])}
+        for node in graph.named_nodes().values():
+            if auto_lirpa.reads_bounds(node):
+                starts |= {x.name: (x, width(x)) for x in node.inputs if x.from_input}
+        largest = 1
+        for start, rows in starts.values():
+            order = graph.schedule.plan(start, spec_sharded=False).order
+            known = start is not last and len(order) == 1  # interval arithmetic is exact
+            widths = [width(n) for n in order if n is not start]
+            largest = max(largest, 0 if known else rows * max(widths, default=1))
+        return largest
 
     def whole(self) -> Parts:
         """The boxes; goals that a box lacks are proved."""
@@ -133,17 +153,26 @@ class PartBounder:
 
     def placed(self, parts: Parts, values: torch.Tensor) -> torch.Tensor:
         """Values of the moving inputs [D, m] -> points [D, inputs]."""
-        points = self.problem.low[parts.box].clone()
+        return self._with_others(self.problem.low, parts, values)
+
+    def _with_others(
+        self, ends: torch.Tensor, parts: Parts, values: torch.Tensor
+    ) -> torch.Tensor:
+        points = ends[parts.box].clone()
         points[:, self.moving] = values
         return points
 
     def bound(self, parts: Parts) -> BoundedParts:
         """Bounds of at most `most` parts."""
         D, J = parts.margins.shape
-        low, high = self.placed(parts, parts.low), self.placed(parts, parts.high)
-        x = box_of(self.graph, low, high)
+        low = self._with_others(self.problem.low, parts, parts.low)
+        high = self._with_others(self.problem.high, parts, parts.high)
+        x, folded = box_of(self.graph, low, high), None
+        if self.folds:  # slopes, and with them points, are those of the inputs that move
+            folded = FoldedInputs.of(self.input, self.moving, low, high)
+            low, high = folded.low, folded.high
         final = self.graph.final_name
-        with torch.no_grad():
+        with torch.no_grad(), folding(self.graph, folded):
             found, _, A = self.graph.compute_bounds(
                 x=(x,), C=self.C[parts.box], method="CROWN", bound_upper=False, return_A=True,
                 needed_A_dict={final: {self.input}},
@@ -173,9 +202,13 @@ class PartBounder:
         worst = torch.where(left, best, torch.inf).argmin(1)
         every = torch.arange(D, device=worst.device)
         points = points[every, worst, row[every, worst]]
-        scores = self._scores(slopes[..., self.moving], left, parts.high - parts.low)
+        if self.folds:
+            points = self.placed(parts, points)
+        else:
+            slopes = slopes[..., self.moving]
+        scores = self._scores(slopes, left, parts.high - parts.low)
         both, _ = from_rank_zero(self.tp, torch.cat([scores, points], 1).double(), False)
-        scores, points = both.to(low).split([len(self.moving), low.shape[1]], 1)
+        scores, points = both.to(low).split([len(self.moving), points.shape[1]], 1)
         return BoundedParts(best, proved, scores, points, over)
 
     def _scores(

@@ -9,10 +9,23 @@ import torch
 from lirpa_megatron.compat import auto_lirpa
 from lirpa_megatron.errors import UserError
 
+_UNITS = 4
+"""In the last place, that an interval between neighbours has at most."""
+
 
 def input_names(graph: Any) -> list[str]:
     """Of the inputs of a graph, which a set may be given for."""
     return [node.name for node in auto_lirpa.roots(graph) if type(node) is auto_lirpa.BoundInput]
+
+
+def that_move(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Which inputs of boxes [K, inputs] move in some box, [inputs] bool.
+
+    Not those that only enclose a number that the dtype lacks, unless others do not move either.
+    """
+    few = _UNITS * torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
+    found = (high - low > few).any(0)
+    return torch.where(found.any(), found, (low < high).any(0))
 
 
 def check_inputs(graph: Any, where: str) -> None:

@@ -232,6 +232,12 @@ def _is_split(node: auto_lirpa.Bound) -> bool:
     return type(node) is auto_lirpa.BoundRelu or is_curve(node)
 
 
+def only_of_one_variable(graph: Any) -> bool:
+    """Whether all that is not linear can be split."""
+    nodes = graph.named_nodes().values()
+    return all(map(_is_split, filter(auto_lirpa.reads_bounds, nodes)))
+
+
 def check_graph(graph: Any) -> None:
     """Raises UserError unless all that is not linear are ReLUs."""
     where = "branch and bound splits ReLUs: "

@@ -18,7 +18,7 @@ import torch
 from lirpa_megatron.complete.agreement import from_rank_zero
 from lirpa_megatron.complete.box_search import search_boxes
 from lirpa_megatron.complete.exploring import Confirm
-from lirpa_megatron.complete.inputs import check_inputs
+from lirpa_megatron.complete.inputs import check_inputs, that_move
 from lirpa_megatron.complete.problem import Problem, Searched, SearchOptions
 from lirpa_megatron.complete.roots import (
     check_graph,
@@ -85,7 +85,7 @@ def decide(
 
 def _may_cut(graph: Any, problem: Problem) -> bool:
     """Whether cuts of boxes may prove what splits of ReLUs do not, though they may not either."""
-    moving = int((problem.low < problem.high).any(0).sum())
+    moving = int(that_move(problem.low, problem.high).sum())
     return _FEW < moving <= _MOST and _refusal(graph, check_boxes) is None
 
 
@@ -124,7 +124,8 @@ def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto
     if asked == "relu" or why is None and _refusal(graph, check_boxes) is not None:
         check_graph(graph)
         return "relu"
-    moving = int((low < high).sum(1).max())
+    boxes = zip(low[:, None], high[:, None], strict=True)
+    moving = max(int(that_move(*ends).sum()) for ends in boxes)
     if why is None:
         few = 0 < moving <= _FEW and neuron_count(graph) > _NEURONS * moving
         return "input" if few else "relu"

@@ -24,6 +24,7 @@ from lirpa_megatron.complete.agreement import from_rank_zero, unstable_numbers
 from lirpa_megatron.complete.batch import Batch
 from lirpa_megatron.complete.domain_pass import DomainPass
 from lirpa_megatron.complete.inner_rows import InnerStart
+from lirpa_megatron.complete.inputs import that_move
 from lirpa_megatron.complete.roots import OperatorPlace
 from lirpa_megatron.complete.split_relu import SplitRelu
 from lirpa_megatron.complete.violations import Halfspaces, least, shrunk
@@ -71,7 +72,7 @@ class Tightening:
 
     def __init__(self, bounder: Bounder, wanted: bool) -> None:
         self.bounder, roots, problem = bounder, bounder.roots, bounder.problem
-        moving = int((problem.low < problem.high).any(0).sum())
+        moving = int(that_move(problem.low, problem.high).sum())
         self.boxes = wanted and 0 < moving <= _INPUTS
         few = len(roots.operator_of) - 1 <= _NEURONS
         self.ends = self.boxes and few and roots.only_relus

@@ -78,6 +78,9 @@ class BackwardPass:
         self._partial_A: dict[str, LowerUpper] = {}
         self._bias, self._partial_bias = LowerUpper(), LowerUpper()
         self._columns: dict[str, torch.Tensor] = {}
+        self._folded = graph.folded
+        if self._folded is not None:
+            self._columns[self._folded.leaf] = self._folded.columns
         self._moved = {node.name for nodes in plan.moved for node in nodes}
         self._regions = iter(plan.moved)
         self._brought: Callable[[], dict[str, Any]] = dict
@@ -148,6 +151,8 @@ class BackwardPass:
         found = self._through(node, A, visit, alpha, index)
         self._charges.visited(node, tuple(A), found)
         self._add_bias(node, found.bias)
+        if self._folded is not None and self._folded.leaf in (x.name for x in node.inputs):
+            self._add_bias(node, self._folded.bias(node, A, visit))
         del A, entered, visit
         for i, x in enumerate(node.inputs):
             A_x = found.A[i] if i < len(found.A) else LowerUpper()
@@ -374,6 +379,8 @@ class BackwardPass:
 
     def _extreme(self, leaf: auto_lirpa.Bound, A: torch.Tensor, sign: int) -> torch.Tensor:
         """min (sign -1) or max (+1) of <A, x> over the perturbation set: [rows, B]."""
+        if self._folded is not None and self._folded.leaf == leaf.name:
+            return self._folded.extreme(A, sign)
         A = dense(A).reshape(self.rows, self.batch, -1).transpose(0, 1)
         bound = leaf.perturbation.concretize(leaf.center, A, sign=sign, aux=leaf.aux)
         return bound.reshape(self.batch, self.rows).transpose(0, 1)

@@ -89,6 +89,8 @@ class Passes(StagedCall, Protocol):
     intermediate: IntermediateBounds
     rounding: Any
     """`rounding.outward.Outward`, or None."""
+    folded: Any
+    """`folded_inputs.FoldedInputs` of the call, or None."""
     backward_from: Mapping[str, list]
     """Node name -> the start nodes whose passes have gone through it."""
 

@@ -259,10 +259,12 @@ class GraphOfStage:
     Attributes:
         pipeline: this rank's; None where there is one stage.
         stages: this stage; None where there is one.
+        folded: `folded_inputs.FoldedInputs` of the call of `compute_bounds`, or None.
     """
 
     pipeline: Pipeline | None
     stages: Stages | None
+    folded: Any = None
 
     @property
     def has_output(self) -> bool:
