@@ -129,7 +129,7 @@ def _study(task: dict) -> dict:
             made = rule(run, node, inputs)
             box, ball = torch.zeros_like(made.form.box), torch.zeros_like(made.form.ball)
             form = replace(made.form, box=box, ball=ball, heads=None, scores=None)
-            return replace(made, form=form, fresh=[], columns=None)
+            return replace(made, form=form, fresh=[], columns=None, balls=None, rest=None)
 
         return exact
 

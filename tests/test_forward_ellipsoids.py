@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lirpa_megatron.forward import jets, squares
 from lirpa_megatron.forward.domains import Domain, Group
 from lirpa_megatron.forward.ellipsoids import ellipsoid
 from lirpa_megatron.forward.error_symbols import product_range
+from lirpa_megatron.forward.form import Form
+from lirpa_megatron.operators.elementwise.functions import FUNCTIONS
 
 ALONE = SimpleNamespace(size=1)
 ERRORS = {
@@ -35,7 +38,7 @@ ERRORS = {
 def test_every_row_s_reach_is_within_the_ellipsoid_s(name, dtype):
     torch.manual_seed(0)
     g, G = (make().to(dtype) for make in ERRORS[name])
-    L = ellipsoid(g, G, ALONE)
+    L = ellipsoid(g, [G], ALONE)
     assert L.isfinite().all()
     reach = (g.double().abs().sum(0) + G.double().square().sum(0).sqrt()).flatten(1)
     assert ((L == 0).all(0).flatten(1) == (reach == 0)).all()
@@ -86,3 +89,70 @@ def test_boxes_beside_balls_bound_numbers_vectors_and_products(groups):
     half, middle = product_range(domain, a, b)
     assert ((x * y - middle).abs() <= half).all()
     assert (half <= domain.size(a, 1) * domain.size(b, 1)).all()
+
+
+class _Run:
+    """What `squares` asks of a run, on one device."""
+
+    def __init__(self, domain):
+        self.domain, self.context = domain, SimpleNamespace(collectives=ALONE)
+
+    def ranks(self, node):
+        return SimpleNamespace(size=1, rank=0, most=lambda x: x)
+
+
+def _farthest(found, errors, box):
+    """Errors [points, B, T..., F] lie in the balls that take the place of the box: the largest |u|
+    of all points, e = L u."""
+    where, balls = found
+    lengths = []
+    for place in where.squeeze(-1).nonzero():
+        own = balls[(slice(None), slice(None), *place)]
+        (p,) = own.flatten(1).any(1).nonzero().flatten()
+        u = torch.linalg.solve_triangular(
+            own[p].T, errors[(slice(None), *place)].T, upper=False
+        )
+        lengths.append(u.square().sum(0).sqrt().max())
+        rows = torch.randn(300, own.shape[-1])
+        width = (rows.abs() * box[tuple(place)]).sum(1).mean()
+        assert (rows @ own[p].T).norm(dim=1).mean() < width
+    return torch.stack(lengths).max()
+
+
+@pytest.mark.usefixtures("double")
+def test_errors_of_many_squares_are_in_one_ball():
+    torch.manual_seed(2)
+    domain = Domain([Group("box", 1, 8), Group("l2", 5)], 1)
+    run, points = _Run(domain), _drawn(domain, 4000)
+    c = torch.randn(1 + domain.symbols, 2, 3, 120)
+    c[1:] *= 0.004
+    c[1:, :, 0] = 0.0  # a position that stands still
+    x = Form(c, torch.zeros(2, 3, 120), torch.zeros(2, 3))
+    taylor = jets.of(FUNCTIONS["GeluTanh"].curve())
+    reach = domain.size(c[1:], 1)
+    box = taylor.largest(2, c[0], reach) * reach.square() / 2
+    found = squares.of_curve(run, None, x, taylor, reach, box)
+    d = torch.tensordot(points, c[1:], 1)
+    value, slope = taylor.jet(c[0], 1)
+    errors = taylor.jet(c[0] + d, 0)[0] - value - slope * d
+    assert not found[0][:, 0].any()
+    assert 0.8 < _farthest(found, errors, box) <= 1
+
+
+@pytest.mark.usefixtures("double")
+def test_errors_of_products_are_in_balls():
+    torch.manual_seed(3)
+    domain = Domain([Group("box", 1, 8), Group("l2", 5), Group("box", 1, 4)], 1)
+    run, points = _Run(domain), _drawn(domain, 4000)
+    w, v = torch.randn(domain.symbols, 2, 2, 3, 4), torch.randn(domain.symbols, 2, 2, 4, 30)
+    w[:, :, :, :, 0], v[:, :, :, 0] = 0.0, 0.0
+    at_w, at_v = (torch.tensordot(points, x, 1) for x in (w, v))
+    half, middle = product_range(domain, w.unsqueeze(-1), v.unsqueeze(3))
+    box = half.sum(-2)
+    found = squares.of_products(run, None, w, v, box)
+    assert 0.3 < _farthest(found, at_w @ at_v, box) <= 1
+    i, z = 3 * torch.randn(domain.symbols, 2, 5), torch.randn(domain.symbols, 2, 5, 30)
+    at_i, at_z = (torch.tensordot(points, x, 1) for x in (i, z))
+    box = product_range(domain, i.unsqueeze(-1), z)[0]
+    found = squares.of_norm(run, i, z, 0.01 * box, box)
+    assert 0.3 < _farthest(found, at_i.unsqueeze(-1) * at_z, box) <= 1

@@ -22,7 +22,8 @@ polynomial. R_s moves the weights by J R_s + bent, J the Jacobian at p0:
     R_y = sum p0 R_v + sum (J R_s)_j v'_j            (linear in R)
         + D + sum D_p e v' + ...                     (fresh)
 
-D bounds what the product w v has beyond degree p. The errors e of single weights, each with its
+D bounds what the product w v has beyond degree p; where errors are symbols, those of a head's query
+may be in one ball instead (`squares`). The errors e of single weights, each with its
 direction v'_j, are `columns`.
 
 The ball of sum_j p0_j x_j v'_j is at most kV |x|_p0, kV the largest singular value of the rows
@@ -44,6 +45,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.forward import squares
 from lirpa_megatron.forward.error_symbols import product_range
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, squared, times
 from lirpa_megatron.forward.polynomials import compose, excess, padded, plus
@@ -103,6 +105,7 @@ class _Attention:
         own = xv.box.unflatten(-1, (-1, node.head_dim)).transpose(-2, -3)
         self.bv = head_balls(run, node, xv, own).repeat_interleave(shared, dim=1)
         self._masks(mask)
+        self.balls: torch.Tensor | None = None
 
     def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
         return self.node._values(x, self.heads)
@@ -262,10 +265,11 @@ class _Attention:
         aV, NV = domain.sizes(self.V), domain.norms(self.V)
         pairs = [(m, j) for m in range(1, p + 1) for j in range(p + 1 - m, p + 1)]
         D_head = sum((self.aw[m] @ NV[j].unsqueeze(-1)).squeeze(-1) for m, j in pairs)
+        inside = None
         if self.run.errors is None:
             D = sum(self.aw[m] @ aV[j] for m, j in pairs)
         else:
-            D, more = self._products()
+            D, more, inside = self._products()
             moved_centre = moved_centre + more
             out = plus(out, more)
             D_head = length(D)
@@ -273,11 +277,11 @@ class _Attention:
         D = torch.minimum(D, D_head.unsqueeze(-1))
         # each coordinate
         dev = sum(aV[1:]) + self.rv
-        box = D + _matmul(self.top, self.rv) + _matmul(self.D_v + self.J_p, dev)
+        box = _matmul(self.top, self.rv) + _matmul(self.D_v + self.J_p, dev)
         far = self.centred.abs()
         box = box + _matmul(self.J_p.unsqueeze(-2), far).squeeze(-2)
-        rest = box
-        box = box + _matmul(self.D_p.unsqueeze(-2), far).squeeze(-2)
+        rest = box + (D if inside is None else D.masked_fill(inside, 0.0))
+        box = D + box + _matmul(self.D_p.unsqueeze(-2), far).squeeze(-2)
         # each token's vector, all heads together
         bv, dv = self.bv, sum(NV[1:])
         moved_v = self._mean_square(dv + bv)
@@ -325,10 +329,11 @@ class _Attention:
             return self.node.forward(*values) + shift
 
         rest = torch.where(rest.isnan(), torch.inf, rest)
-        return Outcome(form, fresh, linear, self._columns, rest)
+        return Outcome(form, fresh, linear, self._columns, self.balls, rest)
 
-    def _products(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(half, middle) of the products of weights' and values' linear parts, [B, n, Q, d]."""
+    def _products(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(half, middle, inside) of the products of weights' and values' linear parts, [B, n, Q,
+        d]: they are within `half` of `middle`, and those `inside` also in `balls`."""
         aw, V = self.aw[1], self.V
         half = V.new_zeros(*aw.shape[:-1], V.shape[-1])
         middle = torch.zeros_like(half)
@@ -347,7 +352,13 @@ class _Attention:
             found = product_range(self.domain, self.w[1:], V[1:], weight, value)
             half.index_add_(2, rows, found[0])
             middle.index_add_(2, rows, found[1])
-        return half, middle
+        found = squares.of_products(self.run, self.node, self.w[1:], V[1:], half)
+        if found is None:
+            return half, middle, torch.zeros_like(half, dtype=torch.bool)
+        inside, balls = found[0].expand(half.shape), found[1]
+        self.balls = self._merge(balls.flatten(0, 2)).unflatten(0, balls.shape[:3])
+        half = torch.where(inside, half + middle.abs(), half)
+        return half, middle.masked_fill(inside, 0.0), inside
 
     def _columns(self) -> torch.Tensor:
         """The errors of single weights as directions: [N, B, Q, n d]."""

@@ -36,18 +36,9 @@ import torch
 from torch.linalg import vector_norm
 
 from lirpa_megatron.forward.polynomials import Polynomials
-from lirpa_megatron.operators.affine.products import (
-    above_largest_eigenvalue,
-    largest_eigenvalue,
-)
-from lirpa_megatron.operators.numerics import ROUNDING, safe_root
+from lirpa_megatron.forward.sums import absolute_sum, in_cache, in_ellipsoid, singular
+from lirpa_megatron.operators.numerics import safe_root
 
-_EXACT = 160
-"""Larger matrices have their largest singular value bounded by powers, which cost less."""
-_AT_ONCE = 2**21
-"""Numbers of the matrices that are looked at at a time."""
-_IN_CACHE = 2**18
-"""Numbers of coefficients that are looked at at a time."""
 _CORNERS = 8
 """Boxes of at most so many symbols have the norm of a linear part bounded at all corners."""
 
@@ -63,79 +54,6 @@ class Group:
     @property
     def symbols(self) -> int:
         return self.size * self.count
-
-
-def _singular(part: torch.Tensor) -> torch.Tensor:
-    """The largest singular value of the matrices [N, ..., n], at most some percent more: [...].
-
-    Matrices of zeros (tokens that stand still) cost nothing; of the others some are looked at at a
-    time.
-    """
-    rows = part.movedim(0, -2)  # [..., N, n]
-    flat = rows.reshape(-1, *rows.shape[-2:])
-    moving = flat.any(-1).any(-1).nonzero().flatten()
-    found = flat.new_zeros(len(flat))
-    for some in moving.split(max(1, _AT_ONCE // max(1, flat[0].numel()))) if len(moving) else ():
-        own = flat[some]
-        turned = own.transpose(-1, -2)
-        gram = own @ turned if own.shape[1] <= own.shape[2] else turned @ own
-        found = found.index_put((some,), _root_of_largest(gram))
-    return found.reshape(rows.shape[:-2])
-
-
-def _root_of_largest(gram: torch.Tensor) -> torch.Tensor:
-    """The root of the largest eigenvalue of Gram matrices [..., n, n], at most some percent
-    more."""
-    if gram.shape[-1] > _EXACT:
-        finite = gram.isfinite().flatten(-2).all(-1)
-        gram = torch.where(finite[..., None, None], gram, 0.0)
-        largest = above_largest_eigenvalue(gram, 3)
-        largest = torch.where(finite, largest, torch.inf)
-    else:
-        largest = largest_eigenvalue(gram)
-    return safe_root(largest) * (1 + 10 * ROUNDING[gram.dtype])
-
-
-def in_cache(part: torch.Tensor) -> int:
-    """How many of [N, ...] to look at at a time."""
-    return max(1, _IN_CACHE // max(1, part[:1].numel()))
-
-
-def _absolute_sum(part: torch.Tensor) -> torch.Tensor:
-    """sum_n |part_n|, some at a time: a sixth of `vector_norm`'s time, without a second copy."""
-    none = part.new_zeros(part.shape[1:])
-    return sum((rows.abs().sum(0) for rows in part.split(in_cache(part))), none)
-
-
-def _in_ellipsoid(
-    part: torch.Tensor, weights: torch.Tensor, total: torch.Tensor, majorant: torch.Tensor
-):
-    """What the ellipsoid around the set leaves of |A u|_2 (see `Domain._linear_norm`): the Gram
-    matrix is summed up symbol by symbol, of the tokens that move.
-
-    Args:
-        part: A, [N, B, ..., n].
-        weights: D, [N, B, ...].
-        total: the sum of D, of an L2 ball's symbols once, [B, ...].
-        majorant: the support of each number, [B, ..., n].
-
-    Returns:
-        [B, ...].
-    """
-    n = part.shape[-1]
-    moving = (majorant != 0).flatten(0, -2).any(-1).nonzero().flatten()
-    D = weights.flatten(1).clamp(min=torch.finfo(part.dtype).tiny ** 0.25)
-    rows, found, total = part.flatten(1, -2), part.new_zeros(D.shape[1]), total.flatten()
-    if len(moving) < len(found):
-        rows, D, total = rows[:, moving], D[:, moving], total[moving]
-    gram = part.new_zeros(len(moving), n, n)
-    step = in_cache(rows)
-    for own, d in zip(rows.split(step), D.split(step), strict=True):
-        own = (own * d.rsqrt().unsqueeze(-1)).transpose(0, 1)
-        gram = torch.baddbmm(gram, own.transpose(1, 2), own)
-    size = total.clamp(min=len(D) * torch.finfo(part.dtype).tiny ** 0.25).sqrt()
-    size = size * _root_of_largest(gram)
-    return found.index_put((moving,), size).reshape(majorant.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -202,9 +120,10 @@ class Domain:
     def symbols(self) -> int:
         return sum(group.symbols for group in self.groups)
 
-    def extend(self, symbols: int, kind: str = "box") -> None:
-        """Further symbols, for affine forms: in [-1, 1], or in one L2 ball."""
-        self.groups.append(Group("box", 1, symbols) if kind == "box" else Group(kind, symbols))
+    def extend(self, symbols: int, balls: int = 0) -> None:
+        """Further symbols, for affine forms: in [-1, 1], or in so many L2 balls."""
+        group = Group("l2", symbols // balls, balls) if balls else Group("box", 1, symbols)
+        self.groups.append(group)
         self.algebra = Polynomials(self.symbols, self.order)
 
     # ------------------------------------------------------------------ linear parts
@@ -222,13 +141,13 @@ class Domain:
     def _support(self, part: torch.Tensor) -> torch.Tensor:
         """max of a linear part over the set, elementwise: [N, B, ...] -> [B, ...]."""
         if self.is_box:
-            return _absolute_sum(part)
+            return absolute_sum(part)
         if self.is_sum and len(part):
             return self.supports(lambda i, j: (part[i:j],), len(part), in_cache(part))[0]
         total = part.new_zeros(part.shape[1:])
         for group, own in self._by_group(part):
             if group.kind == "box":
-                total = total + _absolute_sum(own.flatten(0, 1))
+                total = total + absolute_sum(own.flatten(0, 1))
                 continue
             if group.kind == "l2":
                 found = vector_norm(own, 2, 1)
@@ -305,7 +224,7 @@ class Domain:
             if group.kind == "l2":
                 found = safe_root(columns.square().sum(1))
                 if group.size > 1:
-                    each = [_singular(copy) for copy in own]
+                    each = [singular(copy) for copy in own]
                     found = torch.minimum(found, torch.stack(each))
             elif group.kind == "l1":
                 found = columns.amax(1)
@@ -321,22 +240,22 @@ class Domain:
         if not len(part):
             return part.new_zeros(part.shape[1:-1])
         columns = torch.cat([safe_root(x.square().sum(-1)) for x in part.split(in_cache(part))])
-        majorant = _absolute_sum(part)
+        majorant = absolute_sum(part)
         found = torch.minimum(columns.sum(0), safe_root(majorant.square().sum(-1)))
         if len(part) <= _CORNERS and len(self.groups) == 1:
             return torch.minimum(found, self._at_corners(part))
         if len(part) <= part.shape[-1]:
             D = columns.clamp(min=torch.finfo(part.dtype).tiny ** 0.25)
-            size = _singular(part / D.sqrt().unsqueeze(-1))
+            size = singular(part / D.sqrt().unsqueeze(-1))
             return torch.minimum(found, D.sum(0).sqrt() * size)
-        return torch.minimum(found, _in_ellipsoid(part, columns, columns.sum(0), majorant))
+        return torch.minimum(found, in_ellipsoid(part, columns, columns.sum(0), majorant))
 
-    def _mixed_norm(self, part: torch.Tensor) -> torch.Tensor:
-        """`_linear_norm` of boxes and L2 balls, by one ellipsoid around all of them."""
-        columns = torch.cat([safe_root(x.square().sum(-1)) for x in part.split(in_cache(part))])
-        total, weights, first = part.new_zeros(columns.shape[1:]), [], 0
+    def shares_of(self, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights D of an ellipsoid around boxes and L2 balls, in proportion to the sizes of the
+        symbols [N, ...], all symbols of a ball alike: (D [N, ...], its sum, balls once [...])."""
+        total, weights, first = sizes.new_zeros(sizes.shape[1:]), [], 0
         for group in self.groups:
-            own = columns[first : first + group.symbols]
+            own = sizes[first : first + group.symbols]
             first += group.symbols
             if not len(own):
                 break
@@ -344,10 +263,15 @@ class Domain:
                 own = safe_root(own.unflatten(0, (-1, group.size)).square().sum(1))
             weights.append(own.repeat_interleave(group.symbols // len(own), dim=0))
             total = total + own.sum(0)
-        columns = torch.cat(weights)
+        return torch.cat(weights), total
+
+    def _mixed_norm(self, part: torch.Tensor) -> torch.Tensor:
+        """`_linear_norm` of boxes and L2 balls, by one ellipsoid around all of them."""
+        columns = torch.cat([safe_root(x.square().sum(-1)) for x in part.split(in_cache(part))])
+        columns, total = self.shares_of(columns)
         majorant = self._support(part)
         found = torch.minimum(total, safe_root(majorant.square().sum(-1)))
-        return torch.minimum(found, _in_ellipsoid(part, columns, total, majorant))
+        return torch.minimum(found, in_ellipsoid(part, columns, total, majorant))
 
     @staticmethod
     def _at_corners(part: torch.Tensor) -> torch.Tensor:

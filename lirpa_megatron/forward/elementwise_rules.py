@@ -9,6 +9,9 @@ so y = k P + middle + (k R + e) with |e| at most half of that range. Of k = kl, 
 f' at the centre the one with the shortest range is taken (by a tenth), neuron by neuron. This holds
 for all of P + R, so R passes through k alone. Where [l, u] is a point the value is exact.
 
+Where errors are symbols, a position may have the tangents at the centre instead, with all its
+errors in one ball (`squares`).
+
 Higher degrees have Taylor's polynomial as well (`jets`), where that is better: with S the bound of
 P's deviation, and R within [-r, r],
 
@@ -23,11 +26,12 @@ R_y = a0 R_b + b0 R_a + e with |e| <= da r_b + db r_a + r_a r_b, da and db the d
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lirpa_megatron.forward import jets
+from lirpa_megatron.forward import jets, squares
 from lirpa_megatron.forward.error_symbols import as_symbols, product_range
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, times
 from lirpa_megatron.forward.polynomials import compose, excess, padded, plus
@@ -116,8 +120,22 @@ def through(run: Any, node: Any, function: Curve, x: Form) -> Outcome:
     middle = torch.where(point, function.run(x.c[0]) - slope * x.c[0], middle)
     error = torch.where(point, 0.0, error)
     if taylor is None or run.order == 1:
+        found = None
+        if taylor is not None and run.errors is not None and len(x.c) > 1:
+            reach = torch.maximum(upper - x.c[0], x.c[0] - lower)
+            found = squares.of_curve(run, node, x, taylor, reach, error)
+        if found is None:
+            c = plus(run.domain_of(x).algebra.scaled(x.c, slope), middle)
+            return line(run, node, x, slope, c, error)
+        value, tangent = taylor.jet(x.c[0], 1)
+        most = taylor.largest(2, x.c[0], reach) * reach.square()
+        left = torch.where(found[0], 0.0, error)
+        there = found[0] & ~point
+        slope, error = torch.where(there, tangent, slope), torch.where(there, most, error)
+        middle = torch.where(there, value - tangent * x.c[0], middle)
         c = plus(run.domain_of(x).algebra.scaled(x.c, slope), middle)
-        return line(run, node, x, slope, c, error)
+        rest = times(slope.abs(), x.box) + left
+        return replace(line(run, node, x, slope, c, error), balls=found[1], rest=rest)
     return _taylor(run, node, x, taylor, (slope, slope * x.c[0] + middle, error, point))
 
 

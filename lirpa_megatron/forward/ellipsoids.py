@@ -1,9 +1,9 @@
 """One ellipsoid around many errors, which takes the place of all but the largest of them.
 
-The set {sum_n g_n e_n + G v : |e_n| <= 1, |v|_2 <= 1} lies, for weights D_n, D > 0 of sum 1, in the
-ellipsoid {L u : |u|_2 <= 1} with
+The set {sum_n g_n e_n + G v + ... : |e_n| <= 1, |v|_2 <= 1} lies, for weights D_n, D > 0 of sum 1,
+in the ellipsoid {L u : |u|_2 <= 1} with
 
-    L L^T = C = sum_n g_n g_n^T / D_n + G G^T / D:
+    L L^T = C = sum_n g_n g_n^T / D_n + G G^T / D + ...:
 
 the largest <w, .> over the set is sum_n |<w, g_n>| + |G^T w|, and by Cauchy-Schwarz its square is
 at most (sum_n D_n + D) (sum_n <w, g_n>^2 / D_n + |G^T w|^2 / D) = <w, C w>. The trace of C is least
@@ -16,7 +16,7 @@ L is Cholesky's factor of C with each diagonal element larger by `_JITTER`, whic
 rounding takes away. Where there is no factor, L = F^(1/2) diag(C)^(1/2) for the F numbers:
 <w, C w> <= (sum_f |w_f| C_ff^(1/2))^2 <= F sum_f w_f^2 C_ff. Numbers without errors have none.
 Each number is measured by its own reach, the sum of its |coefficients|, so that squares do not
-overflow; errors that are nothing beside the largest have a least weight (`_LEAST`), which is as
+overflow; errors that are nothing beside the largest have a least weight (`LEAST`), which is as
 sound as any.
 """
 
@@ -26,49 +26,50 @@ from typing import Any
 
 import torch
 
-from lirpa_megatron.forward.domains import in_cache
+from lirpa_megatron.forward.sums import in_cache
 from lirpa_megatron.operators.numerics import safe_root
 from lirpa_megatron.parallel import spmd
 
-_AT_ONCE = 256
+AT_ONCE = 256
 """Rows whose products are added to a matrix at a time, at least."""
-_LEAST = 1e-12
+LEAST = 1e-12
 """The least weight of an error, beside those of the largest."""
-_JITTER = {torch.float32: 1e-4, torch.float64: 1e-11}
+_JITTER = {torch.float32: 3e-4, torch.float64: 1e-11}
 
 
-def ellipsoid(boxes: torch.Tensor, ball: torch.Tensor, collectives: Any) -> torch.Tensor:
-    """Symbols u in one L2 ball, such that {sum_n g_n e_n + G v} lies in {L u}.
+def ellipsoid(boxes: torch.Tensor, balls: list[torch.Tensor], collectives: Any) -> torch.Tensor:
+    """Symbols u in one L2 ball, such that {sum_n g_n e_n + sum G v} lies in {L u}.
 
     Args:
         boxes: g, [N, B, ...], for e in [-1, 1].
-        ball: G, [R, B, ...], for v in an L2 ball.
+        balls: each G, [R, B, ...], for v in an L2 ball.
         collectives: of the ranks, which all have these numbers and get the first one's L.
 
     Returns:
         L, [F, B, ...], F the numbers that move; NaN or infinite where sums overflow.
     """
     shape = boxes.shape[1:]
-    boxes, ball = boxes.flatten(2), ball.flatten(2)
-    reach = total_size(boxes, 1) + safe_root(total_size(ball, 2))
+    boxes, balls = boxes.flatten(2), [x.flatten(2) for x in balls]
+    reach = total_size(boxes, 1) + sum(safe_root(total_size(x, 2)) for x in balls)
     moving = (reach != 0).any(0).nonzero().flatten()
     F = len(moving)
     if not F:
         return boxes.new_zeros(0, *shape)
     reach = reach[:, moving]
     inverse = torch.where(reach > 0, 1 / torch.where(reach > 0, reach, 1.0), 0.0)
-    boxes, ball = (x if F == x.shape[2] else x[..., moving] for x in (boxes, ball))
+    boxes, *balls = (x if F == x.shape[2] else x[..., moving] for x in (boxes, *balls))
     sizes = torch.cat([_size(x, reach, -1) for x in boxes.split(in_cache(boxes))])
-    size = _size(ball, reach, (0, 2))
-    total = sizes.sum(0) + size
+    lengths = [_size(x, reach, (0, 2)) for x in balls]
+    total = sizes.sum(0) + sum(lengths)
     C = inverse.new_zeros(len(inverse), F, F)
-    for rows, of in ((boxes, sizes), (ball, size.expand(len(ball), -1))):
+    pairs = [(x, y.expand(len(x), -1)) for x, y in zip(balls, lengths, strict=True)]
+    for rows, of in [(boxes, sizes), *pairs]:
         by = (total / of).sqrt()
-        step = max(_AT_ONCE, in_cache(rows))
+        step = max(AT_ONCE, in_cache(rows))
         for own, k in zip(rows.split(step), by.split(step), strict=True):
             own = (own * inverse * k.unsqueeze(-1)).transpose(0, 1)
             C = torch.baddbmm(C, own.transpose(1, 2), own)
-    L = _root(C) * reach.unsqueeze(-1)
+    L = root(C) * reach.unsqueeze(-1)
     if collectives.size > 1:
         L = spmd.broadcast_tensor(L.contiguous(), collectives.group)
     out = boxes.new_zeros(F, len(L), shape[1:].numel())
@@ -88,10 +89,10 @@ def _size(rows: torch.Tensor, reach: torch.Tensor, over: int | tuple[int, ...]) 
     """Lengths in units of the largest reach, which are not lost to underflow."""
     unit = reach.amax(-1, keepdim=True)
     rows = rows / torch.where(unit > 0, unit, 1.0)
-    return safe_root(rows.square().sum(over)).clamp(min=_LEAST)
+    return safe_root(rows.square().sum(over)).clamp(min=LEAST)
 
 
-def _root(C: torch.Tensor) -> torch.Tensor:
+def root(C: torch.Tensor) -> torch.Tensor:
     """L with L L^T >= C for positive semidefinite [B, F, F]; zero rows stay zero."""
     diagonal = C.diagonal(dim1=-2, dim2=-1)
     some = diagonal > 0

@@ -5,9 +5,10 @@ long as there are enough to give.
 
 **In networks with tokens** they are symbols from layer to layer (`ErrorSymbols`). After an operator
 that relaxes, the box of its remainder becomes symbols in [-1, 1], one for each number of the box:
-R_i = box_i e_i; some rules know directions of their errors (`form.Outcome.columns`). Behind it the
-errors go through the network as the set's own symbols do, so that they cancel where they meet,
-which boxes and balls do not.
+R_i = box_i e_i; some rules know directions of their errors (`form.Outcome.columns`), or that many
+errors together reach less than their ranges (`squares`). Behind it the errors go through the
+network as the set's own symbols do, so that they cancel where they meet, which boxes and balls do
+not.
 
     z = P(s) + E e + R,   |e_i| <= 1
 
@@ -31,9 +32,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lirpa_megatron.forward.domains import Domain, Group, in_cache
+from lirpa_megatron.forward.domains import Domain, Group
 from lirpa_megatron.forward.ellipsoids import ellipsoid
 from lirpa_megatron.forward.form import Form, Outcome, times
+from lirpa_megatron.forward.sums import in_cache
 from lirpa_megatron.operators.attention.scores import BoundScores
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.elementwise.activations import BoundCurve
@@ -100,9 +102,19 @@ class ErrorSymbols:
         if not isinstance(node, _RELAX):
             return form
         columns = None
-        if outcome is not None and outcome.columns is not None:
-            columns, form = outcome.columns(), replace(form, box=outcome.rest)
+        if outcome is not None and outcome.rest is not None:
+            columns = None if outcome.columns is None else outcome.columns()
+            form = replace(form, box=outcome.rest)
+            if outcome.balls is not None:
+                form = replace(form, c=self._with_balls(form.c, outcome.balls))
         return self._symbolized(node, form, columns)
+
+    def _with_balls(self, c: torch.Tensor, balls: torch.Tensor) -> torch.Tensor:
+        """Coefficients, with those of errors in balls behind all symbols so far."""
+        domain = self.run.domain
+        missing = c.new_zeros(1 + domain.symbols - len(c), *c.shape[1:])
+        domain.extend(len(balls) * balls.shape[1], len(balls))
+        return torch.cat((c, missing, balls.flatten(0, 1)))
 
     def reduced(self, node: Any, form: Form, others: list[Form]) -> Form:
         """The form of a norm's input, with at most `most` errors and one ball.
@@ -116,18 +128,24 @@ class ErrorSymbols:
         errors, own = form.c[1 + self.own:], 1 + self.own
         if len(errors) <= self.most:
             return form
-        groups = run.domain.groups[len(self.groups):]
-        balls = sum(g.symbols for g in groups if g.kind == "l2")  # they come first
-        ball, boxes = errors[:balls], errors[balls:]
+        balls, boxes, first = [], [errors[:0]], 0
+        for group in run.domain.groups[len(self.groups):]:
+            found = errors[first: first + group.symbols]
+            first += group.symbols
+            if group.kind == "box":
+                boxes.append(found)
+            else:
+                balls += found.split(group.size) if len(found) else []
+        boxes = torch.cat(boxes)
         kept, left = self._largest(boxes)
-        symbols = ellipsoid(left, ball, run.context.collectives)
+        symbols = ellipsoid(left, balls, run.context.collectives)
         lost = ~symbols.isfinite().all(0)
         symbols = torch.where(lost, 0.0, symbols)
         form = replace(form, box=torch.where(lost, torch.inf, form.box))
         c = torch.cat((form.c[:own], symbols, kept))
         domain = run.domain = Domain(self.groups, 1)
         if len(symbols):
-            domain.extend(len(symbols), "l2")
+            domain.extend(len(symbols), 1)
         if len(kept):
             domain.extend(len(kept))
         return self._symbolized(node, replace(form, c=c))

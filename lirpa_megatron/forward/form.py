@@ -159,7 +159,11 @@ class Outcome:
     columns: Callable[[], torch.Tensor] | None = None
     """() -> directions [N, B, T..., F], for `error_symbols`: R = sum_i columns_i e_i + R' with
     |e_i| <= 1 and |R'| <= `rest`; at a sharded node of as many errors on each rank."""
+    balls: torch.Tensor | None = None
+    """Directions of further errors in L2 balls, for `error_symbols`, [P, n, B, T..., F]: in R
+    sum_i balls_pi u_pi for each p of P, |u_p|_2 <= 1; the same errors on all ranks."""
     rest: torch.Tensor | None = None
+    """None: the form's box."""
 
 
 Inputs = list[Any]

@@ -8,9 +8,9 @@ With z = Z + R, Z the polynomial:
    (`_chord`: the function is convex, so the chord is above and the parallel tangent below); else by
    Taylor's formula.
 3. y = (1/s) Z; beyond degree p by the parts' sizes and norms, or where errors are symbols by
-   `product_range`, and rest (Z - z0). What `rest` does to z0 has one direction for each token
-   (`columns`). D bounds all that the polynomial leaves out; |y| <= sqrt(d) whatever happens, so
-   D_ball is at most that of y plus sqrt(d).
+   `product_range` or as one ball (`squares`), and rest (Z - z0). What `rest` does to z0 has one
+   direction for each token (`columns`). D bounds all that the polynomial leaves out;
+   |y| <= sqrt(d) whatever happens, so D_ball is at most that of y plus sqrt(d).
 4. R through the linearised norm L = i0 I + (slope) z0 z0^T 2/d (at the centre): y(Z + R) - y(Z)
    = J R with J = (I - y y^T / d) / s at some points between, and |J - L| <= turn. With s_min and
    s_max over the whole set, and `moved` bounding the distance of y from its centre,
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from lirpa_megatron.forward import squares
 from lirpa_megatron.forward.error_symbols import product_range
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, squared, times
 from lirpa_megatron.forward.polynomials import compose, excess, plus
@@ -113,10 +114,16 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     # ---- 3
     y = algebra.multiply(inverse, z, lambda f, g: f.unsqueeze(-1) * g)
     inverse_sizes = domain.sizes(inverse)
+    balls = None
     if run.errors is None:
         D2, moved_centre = excess(sizes, [i.unsqueeze(-1) for i in inverse_sizes], p), None
     else:
         D2, moved_centre = product_range(domain, inverse[1:].unsqueeze(-1), z[1:])
+        further = times(sum(sizes[1:]), left.unsqueeze(-1))
+        balls = squares.of_norm(run, inverse[1:], z[1:], further, D2 + further)
+        if balls is not None:
+            D2 = torch.where(balls[0], D2 + moved_centre.abs(), D2)
+            moved_centre = moved_centre.masked_fill(balls[0], 0.0)
         y = plus(y, moved_centre)
     y_norms, limit = domain.norms(y), d**0.5
     D2 = D2 + times(sum(sizes[1:]), left.unsqueeze(-1))
@@ -146,7 +153,8 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
     ry = torch.minimum(ry, rho.unsqueeze(-1))
     Y = (sum(domain.sizes(y)) + D + through.unsqueeze(-1)).clamp(max=limit)
     moved = (ry + Y * (rho / limit).unsqueeze(-1)) / s_min.unsqueeze(-1)
-    box = D + torch.minimum(moved, through.unsqueeze(-1))
+    moved = torch.minimum(moved, through.unsqueeze(-1))
+    box = D + moved
     along = inverse[0] + (2 / d * slope) * z[0].square().sum(-1)
     linear_size = torch.maximum(inverse[0].abs(), along.abs())
     ball = torch.minimum(torch.minimum(times(linear_size, rho) + bent, through) + D_ball,
@@ -177,7 +185,11 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
         out = i0.unsqueeze(-1) * w + along.unsqueeze(-1) * z0
         return (out * gamma).flatten(-2) + centre
 
-    rest = ((box - radial).clamp(min=0) * gamma.abs()).flatten(-2)
+    if balls is not None:  # where D2 is bounded at all
+        inside = balls[0] & known.unsqueeze(-1)
+        balls = (balls[1] * inside * gamma).flatten(-2)
+        D2 = D2.masked_fill(inside, 0.0)
+    rest = ((D2 + moved) * gamma.abs()).flatten(-2)
 
     def columns() -> torch.Tensor:
         """One direction, z0, for each moving token."""
@@ -188,7 +200,8 @@ def norm(run: Any, node: Any, inputs: Inputs) -> Outcome:
         out[torch.arange(len(moving)), :, moving] = direction[:, moving].movedim(1, 0)
         return out.reshape(len(moving), *form.shape)
 
-    return Outcome(form, fresh, linear, columns, torch.where(rest.isnan(), torch.inf, rest))
+    rest = torch.where(rest.isnan(), torch.inf, rest)
+    return Outcome(form, fresh, linear, columns, balls, rest)
 
 
 def _balls(run: Any, node: Any, balls: torch.Tensor) -> dict[str, Any]:

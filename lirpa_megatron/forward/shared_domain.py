@@ -28,7 +28,7 @@ class SharedDomain(Domain):
         self.groups, self.order, self._shares = domain.groups, domain.order, shares
         self.algebra = Polynomials(domain.symbols, domain.order, shares.enter)
 
-    def extend(self, symbols: int, kind: str = "box") -> None:
+    def extend(self, symbols: int, balls: int = 0) -> None:
         raise AssertionError("errors become symbols of the whole domain")
 
     def _support(self, part: torch.Tensor) -> torch.Tensor:
