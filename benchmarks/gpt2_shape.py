@@ -2,7 +2,7 @@
 
     python benchmarks/gpt2_shape.py [--sets segment words ball] [--orders 1 3 8] [--modes tp1 tp2]
         [--layers 12] [--tokens 16] [--rows 1] [--refined 0] [--kept N] [--steps 12]
-        [--no-attack] [--limit 1800] [--json FILE]
+        [--between 1e-7 4] [--no-attack] [--limit 1800] [--json FILE]
 
 12 layers, hidden 768, 12 heads, 50304 words (GPT-2's 50257, padded to share out), learned
 positions, tied embeddings, tanh GELU; weights drawn as GPT-2's are at initialisation; float32. The
@@ -14,7 +14,7 @@ words     its embedding moved towards those of 7 random words, by the share r of
 ball      an L2 ball of the radius r |embedding| around its embedding
 
 Every mode runs in processes of its own, one thread each, and bisects the logarithm of the radius
-from 1e-7 to 4 (0: 1e-7 is not proved);
+from 1e-7 to 4, or `--between` others (0: the first is not proved);
 'attacked' is the smallest radius, of a grid, at which a point found by gradient steps has another
 next word. Seconds are the processor's. Memory is the peak above what the model takes.
 """
@@ -178,7 +178,7 @@ def _one(task: dict) -> dict:
             seconds.append(time.process_time() - begin)
             return least > 0
 
-        low, high, found = math.log(1e-7), math.log(4.0), 0.0
+        (low, high), found = map(math.log, task["between"]), 0.0
         proves(1e-3)  # what the first call prepares (singular values) is left out
         first, = seconds
         seconds.clear()
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--refined", type=int, default=0, help="the option `refined_rows`")
     parser.add_argument("--kept", type=int, help="the option `kept_errors`, of order 1")
     parser.add_argument("--steps", type=int, default=12, help="of bisection")
+    parser.add_argument("--between", nargs=2, type=float, default=[1e-7, 4.0])
     parser.add_argument("--no-attack", action="store_true")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one mode")
     parser.add_argument("--json", type=Path)
@@ -227,7 +228,7 @@ def main() -> None:
                 task = {"set": kind, "order": order, "layers": options.layers,
                         "tokens": options.tokens, "steps": options.steps, "rows": options.rows,
                         "refined": options.refined, "kept": options.kept,
-                        "attack": not options.no_attack}
+                        "attack": not options.no_attack, "between": options.between}
                 ranks = launch(__file__, task, RANKS[mode], options.limit, None)
                 if ranks is None:
                     print(f"| {kind} | {order} | {mode} | more than {options.limit:g} s |")

@@ -8,7 +8,7 @@ import transformer_cases
 import transformers
 
 from lirpa_megatron import BoundedModule, BoundedTensor, at_position, perturb_tokens
-from lirpa_megatron.forward import propagation
+from lirpa_megatron.forward import error_symbols, propagation
 from lirpa_megatron.forward.method import forward_run
 from lirpa_megatron.problem.perturbations import PerturbationSegments
 
@@ -53,6 +53,28 @@ def test_bounds_are_those_of_all_positions(name, order, refined, monkeypatch):
     assert first_of(view, inputs) == 3
     monkeypatch.setattr(propagation, "window", lambda *_: None)
     whole = bounds(view, inputs, **options)
+    assert ((found - whole).abs() <= ROUNDING * (whole[1] - whole[0])).all()
+
+
+@pytest.mark.parametrize("place, kept", [(5, True), (3, False)])
+def test_errors_are_kept_by_default_where_few_positions_move(place, kept, monkeypatch):
+    view, inputs = moving("gpt", place)
+    hidden = inputs[0].shape[-1]
+    monkeypatch.setattr(error_symbols, "_MANY", 1)
+    monkeypatch.setattr(error_symbols, "_NUMBERS", 3 * hidden)
+    bounded = BoundedModule(view, inputs)
+    with torch.no_grad():
+        bounded.compute_bounds(inputs, method="forward")
+        run = forward_run(bounded)
+        run.to(bounded[bounded.final_name])
+    assert (run.kept > 0) == kept
+
+
+def test_bounds_with_kept_errors_are_those_of_all_positions(monkeypatch):
+    view, inputs = moving("gpt", 3)
+    found = bounds(view, inputs, kept_errors=5)
+    monkeypatch.setattr(propagation, "window", lambda *_: None)
+    whole = bounds(view, inputs, kept_errors=5)
     assert ((found - whole).abs() <= ROUNDING * (whole[1] - whole[0])).all()
 
 

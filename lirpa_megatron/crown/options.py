@@ -82,9 +82,9 @@ class OwnOptions:
     kept_errors: int | None = None
     """Forward methods, networks with tokens, order 1: how many errors of relaxations go on from
     layer to layer as symbols of their own, besides one ball of all others. Tighter,
-    and as many more coefficients. 0 in training and with norms of queries and keys. None: 1024 for
-    sets of at least 64 dimensions where norms' inputs have at most 2048 numbers [positions x
-    hidden], otherwise 0."""
+    and as many more coefficients. 0 in training and with norms of queries and keys. None: 256 for
+    sets of at least 64 dimensions where at most 2048 numbers [positions x hidden] of a norm's input
+    move, otherwise 0."""
     adjoint_rows: int = 64
     """Forward methods: for how many rows of the specification, those with the least lower bounds,
     the errors are bounded through the linearised network, one backward pass each."""

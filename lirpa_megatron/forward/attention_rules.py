@@ -44,6 +44,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lirpa_megatron.forward import squares
 from lirpa_megatron.forward.error_symbols import product_range
@@ -85,21 +86,30 @@ def softmax_values(run: Any, node: Any, inputs: Inputs) -> Outcome:
     if not isinstance(xv, Form):
         xv = run.constant(xv, node.inputs[1])
     s, cv = padded(xs.c, xv.c)
-    return _Attention(run, node, xs, xv, s, cv, mask[0] if mask else None).outcome()
+    first = 0
+    if run.window is not None and node.inputs[1].name in run.window.cut:
+        first = run.window.first if run.order == 1 and not torch.is_grad_enabled() else 0
+    return _Attention(run, node, xs, xv, s, cv, mask[0] if mask else None, first).outcome()
 
 
 class _Attention:
-    """The rule of softmax(s) v, in steps. Shapes: [B, n, Q, S] for pairs, [B, n, Q] for queries."""
+    """The rule of softmax(s) v, in steps. Shapes: [B, n, Q, S] for pairs, [B, n, Q] for queries.
+
+    Args:
+        first: of the keys whose values move (`windows`).
+    """
 
     def __init__(
         self, run: Any, node: Any, xs: Form, xv: Form, s: torch.Tensor, cv: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | None, first: int,
     ) -> None:
+        self.first = first
         self.run, self.node, self.xs, self.xv = run, node, xs, xv
         self.algebra, self.domain, self.p = run.algebra, run.domain, run.order
         self.heads = s.shape[2]
         self.s = s
-        self.V = self._by_heads(cv)  # [M, B, n, S, d]
+        self.v0 = self._by_heads(cv[0])  # [B, n, S, d]
+        self.V = self._by_heads(cv[:, :, first:])  # [M, B, n, S - first, d]
         self.rv = self._by_heads(xv.box)
         shared = self.heads // (cv.shape[-1] // node.head_dim)
         own = xv.box.unflatten(-1, (-1, node.head_dim)).transpose(-2, -3)
@@ -137,7 +147,7 @@ class _Attention:
         if remainder is None:
             n = torch.zeros_like(p0[..., 0])
             keys = torch.zeros_like(p0[..., 0, :])
-            k0 = torch.zeros_like(self.V[0])
+            k0 = torch.zeros_like(self.v0)
             remainder = ScoreRemainder(n, keys, k0, n, self.xs.box, 1.0)
         scale, k0 = abs(remainder.scale), remainder.k0
         self.a, self.b, self.q_size = remainder.queries, remainder.keys, remainder.q_size
@@ -147,7 +157,7 @@ class _Attention:
         R = self.e_s + scale * (outer(self.a, k_size) + outer(self.q_size, self.b))
         self.R_s = R.masked_fill(self.still, 0.0)
         root = safe_root(p0).unsqueeze(-1)
-        v0 = self.V[0]
+        v0 = self.v0
         self.centred = v0.unsqueeze(-3) - (p0 @ v0).unsqueeze(-2)  # [B, n, Q, S, d]
         values = root * self.centred
         keys = root * (k0.unsqueeze(-3) - (p0 @ k0).unsqueeze(-2)) * scale
@@ -259,10 +269,16 @@ class _Attention:
         self._scores()
         self._weights()
         p, p0, domain = self.p, self.p0, self.domain
-        out = self.algebra.multiply(self.w, self.V, torch.matmul)
-        moved_centre = self.shift @ self.V[0]
+        if self.first:
+            out = self.w @ self.v0
+            out[1:] += p0[..., self.first :] @ self.V[1:]
+        else:
+            out = self.algebra.multiply(self.w, self.V, torch.matmul)
+        moved_centre = self.shift @ self.v0
         out = plus(out, moved_centre)
-        aV, NV = domain.sizes(self.V), domain.norms(self.V)
+        still = [0, 0, self.first, 0]  # what is in front
+        aV = [F.pad(x, still) for x in domain.sizes(self.V)]
+        NV = [F.pad(x, still[2:]) for x in domain.norms(self.V)]
         pairs = [(m, j) for m in range(1, p + 1) for j in range(p + 1 - m, p + 1)]
         D_head = sum((self.aw[m] @ NV[j].unsqueeze(-1)).squeeze(-1) for m, j in pairs)
         inside = None
@@ -314,7 +330,8 @@ class _Attention:
         lost = self.run.ranks(self.node).total(unsure.any(1).to(ball)) > 0
         ball = torch.where(lost, torch.inf, ball)
         form = Form(c, torch.where(box.isnan(), torch.inf, box), ball)
-        pull = partial(_pull, self.node, self.V[0].clone(), p0, self.still)
+        node = self.node  # what outlives the pass does not hold the coefficients
+        pull = partial(_pull, node, self.v0.clone(), p0, self.still)
         unsure_box = torch.where(unsure.unsqueeze(-1), torch.inf, 0.0).expand_as(D)
         fresh = [
             Fresh(box=self._merge(D + unsure_box)),
@@ -326,7 +343,7 @@ class _Attention:
         rest = self._merge(torch.where(unsure.unsqueeze(-1), torch.inf, rest))
 
         def linear(*values: torch.Tensor) -> torch.Tensor:
-            return self.node.forward(*values) + shift
+            return node.forward(*values) + shift
 
         rest = torch.where(rest.isnan(), torch.inf, rest)
         return Outcome(form, fresh, linear, self._columns, self.balls, rest)
@@ -334,7 +351,7 @@ class _Attention:
     def _products(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(half, middle, inside) of the products of weights' and values' linear parts, [B, n, Q,
         d]: they are within `half` of `middle`, and those `inside` also in `balls`."""
-        aw, V = self.aw[1], self.V
+        aw, V, w = self.aw[1][..., self.first :], self.V, self.w[1:, ..., self.first :]
         half = V.new_zeros(*aw.shape[:-1], V.shape[-1])
         middle = torch.zeros_like(half)
         moving = self.run.ranks(self.node).most((aw != 0).any(0).any(0).to(aw))
@@ -349,10 +366,10 @@ class _Attention:
             def value(v: torch.Tensor, keys: Any = keys) -> torch.Tensor:
                 return v[:, :, :, keys]
 
-            found = product_range(self.domain, self.w[1:], V[1:], weight, value)
+            found = product_range(self.domain, w, V[1:], weight, value)
             half.index_add_(2, rows, found[0])
             middle.index_add_(2, rows, found[1])
-        found = squares.of_products(self.run, self.node, self.w[1:], V[1:], half)
+        found = squares.of_products(self.run, self.node, w, V[1:], half)
         if found is None:
             return half, middle, torch.zeros_like(half, dtype=torch.bool)
         inside, balls = found[0].expand(half.shape), found[1]

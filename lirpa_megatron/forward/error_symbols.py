@@ -46,9 +46,9 @@ _RELAX = (BoundNorm, BoundScores, BoundSoftmaxValues, BoundCurve)
 """Operators whose errors become symbols."""
 
 
-_KEPT, _NUMBERS, _MANY = 1024, 2048, 64
-"""How many errors are kept by default, where norms' inputs have at most so many numbers, and the
-set at least so many symbols: of a smaller set the pass itself costs far less."""
+_KEPT, _NUMBERS, _MANY = 256, 2048, 64
+"""How many errors are kept by default, where at most so many numbers of a norm's input move, and
+the set has at least so many symbols: of a smaller set the pass itself costs far less."""
 
 
 def errors_kept(run: Any, order: Sequence[Any], leaves: Sequence[Any], symbols: int) -> int:
@@ -75,8 +75,15 @@ def errors_kept(run: Any, order: Sequence[Any], leaves: Sequence[Any], symbols: 
         return 0
     if run.options.kept_errors is not None:
         return run.options.kept_errors
-    numbers = max(math.prod(n.output_shape[1:]) for n in norms)
+    numbers = max(_moving(run, n) for n in norms)
     return _KEPT if numbers <= _NUMBERS and symbols >= _MANY else 0
+
+
+def _moving(run: Any, node: Any) -> int:
+    """How many numbers of a sample move."""
+    _, positions, *features = node.output_shape
+    cut = run.window is not None and node.name in run.window.cut
+    return (positions - run.window.first if cut else positions) * math.prod(features)
 
 
 class ErrorSymbols:

@@ -125,10 +125,6 @@ class Run:
         self.tokens = any(len(n.output_shape or ()) > 2 for n in order if n.inputs)
         if self.below is None:
             symbols = self._symbols(leaves, order)
-            if symbols and not any(self.context.is_sharded(leaf) for leaf in leaves):
-                self.window = window(
-                    order, final, symbols, self.constant_of, self.context.collectives.largest
-                )
             groups = [group for own in symbols.values() for group in own.groups]
             self.symbols_left = self.options.form_symbols if self.order == 1 else 0
         else:
@@ -192,10 +188,15 @@ class Run:
     def _symbols(
         self, leaves: list[auto_lirpa.Bound], order: list[auto_lirpa.Bound]
     ) -> dict[str, Symbols]:
-        """Of all perturbed inputs; shared out among the ranks if they are many and affine."""
+        """Of all perturbed inputs; shared out among the ranks if they are many and affine. Finds
+        the positions that move and how many errors are kept, too."""
         tp = self.context.collectives
         found = of_leaves(leaves, self.order, lambda x: x)
         count = sum(symbols.count for symbols in found.values())
+        if found and not any(self.context.is_sharded(leaf) for leaf in leaves):
+            self.window = window(
+                order, order[-1], found, self.constant_of, self.context.collectives.largest
+            )
         self.kept = errors_kept(self, order, leaves, count)
         if self.order > 1 or tp.size == 1 or self.kept:
             return found
