@@ -131,9 +131,9 @@ def test_errors_of_many_squares_are_in_one_ball():
     taylor = jets.of(FUNCTIONS["GeluTanh"].curve())
     reach = domain.size(c[1:], 1)
     box = taylor.largest(2, c[0], reach) * reach.square() / 2
-    found = squares.of_curve(run, None, x, taylor, reach, box)
+    value, slope, kappa, h = squares.parabola(taylor, c[0], reach)
+    found = squares.of_curve(run, None, x, (kappa, h), reach, box)
     d = torch.tensordot(points, c[1:], 1)
-    value, slope = taylor.jet(c[0], 1)
     errors = taylor.jet(c[0] + d, 0)[0] - value - slope * d
     assert not found[0][:, 0].any()
     assert 0.8 < _farthest(found, errors, box) <= 1
@@ -156,3 +156,18 @@ def test_errors_of_products_are_in_balls():
     box = product_range(domain, i.unsqueeze(-1), z)[0]
     found = squares.of_norm(run, i, z, 0.01 * box, box)
     assert 0.3 < _farthest(found, at_i.unsqueeze(-1) * at_z, box) <= 1
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", ["GeluTanh", "GeluErf", "Silu", "Tanh"])
+def test_parabolas_hold_in_their_reach(name):
+    torch.manual_seed(4)
+    curve = FUNCTIONS[name].curve()
+    c, reach = 3 * torch.randn(4000), 4 * torch.rand(4000) ** 4
+    reach[:50] = 0.0
+    value, slope, kappa, h = squares.parabola(jets.of(curve), c, reach)
+    d = torch.linspace(-1, 1, 201)[:, None] * reach
+    off = (curve.value(c + d) - value - slope * d - kappa * d.square()).abs().amax(0)
+    assert (off <= h + 1e-15).all()
+    near = (reach > 0.1) & (reach < 0.3)
+    assert (off > 0.7 * h)[near].double().mean() > 0.5

@@ -9,8 +9,8 @@ so y = k P + middle + (k R + e) with |e| at most half of that range. Of k = kl, 
 f' at the centre the one with the shortest range is taken (by a tenth), neuron by neuron. This holds
 for all of P + R, so R passes through k alone. Where [l, u] is a point the value is exact.
 
-Where errors are symbols, a position may have the tangents at the centre instead, with all its
-errors in one ball (`squares`).
+Where errors are symbols, a position may have other lines instead, with all its errors in one ball
+(`squares`).
 
 Higher degrees have Taylor's polynomial as well (`jets`), where that is better: with S the bound of
 P's deviation, and R within [-r, r],
@@ -123,12 +123,12 @@ def through(run: Any, node: Any, function: Curve, x: Form) -> Outcome:
         found = None
         if taylor is not None and run.errors is not None and len(x.c) > 1:
             reach = torch.maximum(upper - x.c[0], x.c[0] - lower)
-            found = squares.of_curve(run, node, x, taylor, reach, error)
+            value, tangent, kappa, h = squares.parabola(taylor, x.c[0], reach)
+            found = squares.of_curve(run, node, x, (kappa, h), reach, error)
         if found is None:
             c = plus(run.domain_of(x).algebra.scaled(x.c, slope), middle)
             return line(run, node, x, slope, c, error)
-        value, tangent = taylor.jet(x.c[0], 1)
-        most = taylor.largest(2, x.c[0], reach) * reach.square()
+        most = kappa.abs() * reach.square() + h
         left = torch.where(found[0], 0.0, error)
         there = found[0] & ~point
         slope, error = torch.where(there, tangent, slope), torch.where(there, most, error)

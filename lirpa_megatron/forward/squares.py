@@ -85,16 +85,42 @@ def one_ball(
     return better, torch.where(better[:, None, None], root(C), 0.0)
 
 
-def of_curve(
-    run: Any, node: Any, x: Form, taylor: Any, reach: torch.Tensor, box: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The errors of the tangents of y = f(x) at the centre, as one ball for each position.
+def parabola(
+    taylor: Any, c: torch.Tensor, reach: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(value, slope, kappa, h): |f(c + d) - value - slope d - kappa d^2| <= h for |d| <= reach = r.
 
-    f(c + d) = f(c) + f'(c) d + kappa d^2 + r, kappa = f''(c) / 2, |r| <= sup |f'''| / 6 |d|^3, with
-    d = <a, s> + R: kappa d^2 is kappa <a, s>^2 and at most |kappa| |R| (2 |d| + |R|).
+    With t_k = f^(k)(c) / k! the least h of: Taylor's polynomial of degree 2; that of degree 3 with
+    |d^3 - 3/4 r^2 d| <= r^3 / 4 (Chebyshev's polynomial), so that 3/4 t_3 r^2 goes to the slope;
+    that of degree 4 with d^4 - r^2 d^2 in [-r^4 / 4, 0], so that t_4 r^2 goes to kappa and
+    -t_4 r^4 / 8 to the value.
+    """
+    t0, t1, t2, t3, t4 = taylor.jet(c, 4)
+    rest = [times(taylor.largest(k, c, reach), reach**k) for k in (3, 4, 5)]
+    cube, fourth = t3.abs() * reach**3 / 4, t4.abs() * reach**4 / 8
+    steeper = t1 + 0.75 * t3 * reach**2
+    found = t0, t1, t2, rest[0]
+    for other in (
+        (t0, steeper, t2, cube + rest[1]),
+        (t0 - t4 * reach**4 / 8, steeper, t2 + t4 * reach**2, cube + fourth + rest[2]),
+    ):
+        less = other[3] < 0.9 * found[3]
+        found = tuple(torch.where(less, b, a) for a, b in zip(found, other, strict=True))
+    noise = 8 * torch.finfo(c.dtype).eps * (c.abs() + 1)
+    h = found[3] + torch.where(reach > 0, noise, 0.0)
+    return *found[:3], h
+
+
+def of_curve(
+    run: Any, node: Any, x: Form, parts: tuple, reach: torch.Tensor, box: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The errors of lines of y = f(x) as one ball for each position.
+
+    f(c + d) = value + slope d + kappa d^2 + r, |r| <= h (`parabola`), with d = <a, s> + R:
+    kappa d^2 is kappa <a, s>^2 and at most |kappa| |R| (2 |d| + |R|).
 
     Args:
-        taylor: f's `jets`.
+        parts: (kappa, h), [B, T..., F].
         reach: the largest |d|, [B, T..., F].
         box: half-widths of the errors of other lines.
 
@@ -107,13 +133,9 @@ def of_curve(
     moving = ranks.most((a != 0).any(0).any(-1).to(reach)).nonzero().flatten()
     if not len(moving):
         return None
-    c, R, reach, box = (b.flatten(0, -2)[moving] for b in (x.c[0], x.box, reach, box))
-    a = a[:, moving]
-    kappa = taylor.jet(c, 2)[2]
-    h = times(taylor.largest(3, c, reach), reach**3) + times(kappa.abs() * R, 2 * reach + R)
-    noise = 8 * torch.finfo(h.dtype).eps * (c.abs() + 1)
-    h = torch.where(reach > 0, h + noise, h)
-    width, rank = c.shape[-1], ranks.rank
+    R, reach, box, kappa, h = (b.flatten(0, -2)[moving] for b in (x.box, reach, box, *parts))
+    a, h = a[:, moving], h + times(kappa.abs() * R, 2 * reach + R)
+    width, rank = box.shape[-1], ranks.rank
     if ranks.size > 1:
         of_all = run.context.collectives.gather_features
         a, kappa, h, box = (of_all(b) for b in (a, kappa, h, box))
