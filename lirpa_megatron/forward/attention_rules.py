@@ -8,9 +8,12 @@ rho = S^2 (1/2 + S e^S / 6), sum p0 t = 0, so Z lies in [1, 1 + zeta], zeta = su
 
     d + kappa p0 = p0 rho / 2 + D_p e,   |e| <= 1,  D_p = p0 (rho / 2 + zeta (S + rho)),
 
-kappa = 1 - 1/Z <= zeta. The left side and d do the same to v', whose mean under p0 is 0; to the
-values' deviations d does at most D_v = p0 (rho + zeta (S + rho) + zeta). What p0 rho / 2 does to
-v0 goes to the centre (`shift`). Higher degrees: e^t and 1/Z are expanded by Taylor's formula, the
+kappa = 1 - 1/Z in [0, zeta]. The left side and d do the same to v', whose mean under p0 is 0. To
+the values' deviations d does at most D_v = p0 (rho + zeta (S + rho) + zeta), and d - shift, with
+shift = p0 (rho - zeta) / 2 as a part of w, at most D_u = D_p + p0 zeta / 2. The errors that other
+symbols or R put into the values meet p0 alone in the linearised network, so there D_v counts.
+
+Higher degrees: e^t and 1/Z are expanded by Taylor's formula, the
 product of the two is truncated; D_p = D_v bound what is left out. In any case |d| <= 1 + |w|, w the
 polynomial. R_s moves the weights by J R_s + bent, J the Jacobian at p0:
 
@@ -190,18 +193,20 @@ class _Attention:
         one = torch.ones_like(p0)
         self.shift = torch.zeros_like(p0)
         if p == 1:
-            self.w, D, D_v = self._first_order(t, S)
+            self.w, D, D_v, D_u = self._first_order(t, S)
         else:
             self.w, D = self._higher_order(t, at)
-            D_v = D
+            D_v = D_u = D
         self.aw = domain.sizes(self.w)
         far = (S > _FAR).any(-1, keepdim=True)
-        D, D_v = (torch.where(far, torch.inf, d) for d in (D, D_v))
+        D, D_v, D_u = (torch.where(far, torch.inf, d) for d in (D, D_v, D_u))
         most = sum(self.aw) + one
         known = (most >= D).all(-1, keepdim=True)
         self.shift = torch.where(known, self.shift, 0.0).masked_fill(self.still, 0.0)
         self.D_p = torch.where(known, D, most).masked_fill(self.still, 0.0)
         self.D_v = torch.minimum(D_v, most).masked_fill(self.still, 0.0)
+        self.D_u = torch.where(known, D_u, self.D_v).masked_fill(self.still, 0.0)
+        self.w = plus(self.w, self.shift) if p == 1 else self.w
         # anywhere between P and P + R
         reach = S + self.R_s + times(p0, self.R_s).sum(-1, keepdim=True)
         wide = (reach > _FAR).any(-1, keepdim=True)
@@ -230,14 +235,15 @@ class _Attention:
         return torch.where((some & (p0 == 0)).any(-1), torch.inf, length(found))
 
     def _first_order(self, t: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(w, D, D_v) of affine t: see above."""
+        """(w without `shift`, D_p, D_v, D_u) of affine t: see above."""
         p0 = self.p0
         rho = S.square() * (0.5 + S * S.clamp(max=_FAR).exp() / 6)
         zeta = times(p0, rho).sum(-1, keepdim=True)
         third = times(zeta, S + rho)
         self.shift = times(p0, rho - zeta) / 2
         w = torch.cat((p0.unsqueeze(0), p0 * t[1:]))
-        return w, times(p0, rho / 2 + third), times(p0, rho + third + zeta)
+        D = times(p0, rho / 2 + third)
+        return w, D, times(p0, rho + third + zeta), D + times(p0, zeta) / 2
 
     def _higher_order(self, t: torch.Tensor, at: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """(w, D) of t of degree 2 and more."""
@@ -271,11 +277,10 @@ class _Attention:
         p, p0, domain = self.p, self.p0, self.domain
         if self.first:
             out = self.w @ self.v0
-            out[1:] += p0[..., self.first :] @ self.V[1:]
+            out[1:] += self.w[0, ..., self.first :] @ self.V[1:]
         else:
             out = self.algebra.multiply(self.w, self.V, torch.matmul)
         moved_centre = self.shift @ self.v0
-        out = plus(out, moved_centre)
         still = [0, 0, self.first, 0]  # what is in front
         aV = [F.pad(x, still) for x in domain.sizes(self.V)]
         NV = [F.pad(x, still[2:]) for x in domain.norms(self.V)]
@@ -293,7 +298,7 @@ class _Attention:
         D = torch.minimum(D, D_head.unsqueeze(-1))
         # each coordinate
         dev = sum(aV[1:]) + self.rv
-        box = _matmul(self.top, self.rv) + _matmul(self.D_v + self.J_p, dev)
+        box = _matmul(self.top, self.rv) + _matmul(self.D_u + self.J_p, dev)
         far = self.centred.abs()
         box = box + _matmul(self.J_p.unsqueeze(-2), far).squeeze(-2)
         rest = box + (D if inside is None else D.masked_fill(inside, 0.0))
