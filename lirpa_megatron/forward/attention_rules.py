@@ -54,28 +54,12 @@ from lirpa_megatron.forward.error_symbols import product_range
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, squared, times
 from lirpa_megatron.forward.polynomials import compose, excess, padded, plus
 from lirpa_megatron.forward.rules import by_intervals, rule_for
-from lirpa_megatron.forward.score_rules import head_balls, length, outer, turned
-from lirpa_megatron.operators.affine.products import largest_eigenvalue
+from lirpa_megatron.forward.score_rules import head_balls, length, matmul, outer, singular, turned
 from lirpa_megatron.operators.attention.softmax_values import BoundSoftmaxValues
 from lirpa_megatron.operators.attention.softmax_weights import masked_softmax
-from lirpa_megatron.operators.numerics import ROUNDING, safe_root
+from lirpa_megatron.operators.numerics import safe_root
 
 _FAR = 80.0
-
-
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of numbers from 0 to infinity."""
-    if bool(a.isfinite().all()) and bool(b.isfinite().all()):
-        return a @ b
-    infinite = (a.isinf().to(a) @ (b > 0).to(b)) + ((a > 0).to(a) @ b.isinf().to(b))
-    finite = torch.where(a.isfinite(), a, 0.0) @ torch.where(b.isfinite(), b, 0.0)
-    return torch.where(infinite > 0, torch.inf, finite)
-
-
-def _singular(x: torch.Tensor) -> torch.Tensor:
-    """The largest singular value of [..., m, n], rounded up."""
-    gram = x @ turned(x) if x.shape[-2] <= x.shape[-1] else turned(x) @ x
-    return safe_root(largest_eigenvalue(gram)) * (1 + 10 * ROUNDING[x.dtype])
 
 
 @rule_for(BoundSoftmaxValues)
@@ -164,8 +148,8 @@ class _Attention:
         self.centred = v0.unsqueeze(-3) - (p0 @ v0).unsqueeze(-2)  # [B, n, Q, S, d]
         values = root * self.centred
         keys = root * (k0.unsqueeze(-3) - (p0 @ k0).unsqueeze(-2)) * scale
-        self.kV, self.kK = _singular(values), _singular(keys)
-        self.M = _singular(turned(values) @ keys)
+        self.kV, self.kK = singular(values), singular(keys)
+        self.M = singular(turned(values) @ keys)
         none = self.empty  # their weights do not move
         self.kK, self.M = (x.masked_fill(none, 0.0) for x in (self.kK, self.M))
         self.q_size = self.q_size.masked_fill(none, 0.0)
@@ -179,7 +163,7 @@ class _Attention:
 
     def _mean_square(self, ball: torch.Tensor) -> torch.Tensor:
         """(sum_j p0_ij ball_j^2)^(1/2) of keys' balls [B, n, S]: [B, n, Q]."""
-        return safe_root(_matmul(self.p0, squared(ball).unsqueeze(-1)).squeeze(-1))
+        return safe_root(matmul(self.p0, squared(ball).unsqueeze(-1)).squeeze(-1))
 
     # -------------------------------------------------------------------------- weights
 
@@ -298,11 +282,11 @@ class _Attention:
         D = torch.minimum(D, D_head.unsqueeze(-1))
         # each coordinate
         dev = sum(aV[1:]) + self.rv
-        box = _matmul(self.top, self.rv) + _matmul(self.D_u + self.J_p, dev)
+        box = matmul(self.top, self.rv) + matmul(self.D_u + self.J_p, dev)
         far = self.centred.abs()
-        box = box + _matmul(self.J_p.unsqueeze(-2), far).squeeze(-2)
+        box = box + matmul(self.J_p.unsqueeze(-2), far).squeeze(-2)
         rest = box + (D if inside is None else D.masked_fill(inside, 0.0))
-        box = D + box + _matmul(self.D_p.unsqueeze(-2), far).squeeze(-2)
+        box = D + box + matmul(self.D_p.unsqueeze(-2), far).squeeze(-2)
         # each token's vector, all heads together
         bv, dv = self.bv, sum(NV[1:])
         moved_v = self._mean_square(dv + bv)
@@ -311,19 +295,19 @@ class _Attention:
         through_q = self._heads(times(self.M, self.a))
         through_k = self._heads(times(self.kV * self.q_size * self.scale,
                                          self._mean_square(self.b)))
-        turn_v = _matmul(torch.minimum(times(self.theta.unsqueeze(-1), p0), self.top + p0),
+        turn_v = matmul(torch.minimum(times(self.theta.unsqueeze(-1), p0), self.top + p0),
                         bv.unsqueeze(-1)).squeeze(-1)
         es = times(1 + self.more, self.es_p)
         rest_v = times(moved_v, es + self.dp_v)
         keyed = times(self.q_size * self.scale, self._mean_square(self.b))
         rest_k = times(grown, keyed)
-        mean_v = self._heads(_matmul(p0, bv.unsqueeze(-1)).squeeze(-1))
+        mean_v = self._heads(matmul(p0, bv.unsqueeze(-1)).squeeze(-1))
         moved = self._heads(turn_v) + own + self._heads(rest_v + rest_k)
         turned = self._heads(times(times(self.kV, self.more), times(self.kK, self.a) + keyed))
-        moved_box = _matmul(torch.minimum(times(self.theta.unsqueeze(-1), p0), self.top + p0),
-                            self.rv) + _matmul(self.D_v + self.J_p, sum(aV[1:]))
+        moved_box = matmul(torch.minimum(times(self.theta.unsqueeze(-1), p0), self.top + p0),
+                            self.rv) + matmul(self.D_v + self.J_p, sum(aV[1:]))
         direct = torch.minimum(
-            _matmul(self.D_p.unsqueeze(-2), length(self.centred).unsqueeze(-1)).flatten(-2)
+            matmul(self.D_p.unsqueeze(-2), length(self.centred).unsqueeze(-1)).flatten(-2)
             .sum(-1), times(self.kV, self.dp),
         ) + times(self.kV, es) + D_head
         ball = moved + turned + self._heads(direct) + mean_v + through_q + through_k

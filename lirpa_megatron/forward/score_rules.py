@@ -20,8 +20,9 @@ import torch
 from lirpa_megatron.forward.form import Form, Fresh, Inputs, Outcome, ScoreRemainder, squared, times
 from lirpa_megatron.forward.polynomials import padded
 from lirpa_megatron.forward.rules import rule_for
+from lirpa_megatron.operators.affine.products import largest_eigenvalue
 from lirpa_megatron.operators.attention.scores import BoundScores
-from lirpa_megatron.operators.numerics import safe_root
+from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 
 
 def length(x: torch.Tensor) -> torch.Tensor:
@@ -34,6 +35,21 @@ def outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def turned(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(-1, -2)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of numbers from 0 to infinity."""
+    if bool(a.isfinite().all()) and bool(b.isfinite().all()):
+        return a @ b
+    infinite = (a.isinf().to(a) @ (b > 0).to(b)) + ((a > 0).to(a) @ b.isinf().to(b))
+    finite = torch.where(a.isfinite(), a, 0.0) @ torch.where(b.isfinite(), b, 0.0)
+    return torch.where(infinite > 0, torch.inf, finite)
+
+
+def singular(x: torch.Tensor) -> torch.Tensor:
+    """The largest singular value of [..., m, n], rounded up."""
+    gram = x @ turned(x) if x.shape[-2] <= x.shape[-1] else turned(x) @ x
+    return safe_root(largest_eigenvalue(gram)) * (1 + 10 * ROUNDING[x.dtype])
 
 
 def head_balls(run: Any, node: Any, x: Form, box: torch.Tensor) -> torch.Tensor:
