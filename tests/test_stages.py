@@ -124,6 +124,7 @@ def test_alpha_of_all_stages_is_optimized_together(tp, pp, cuts, activation):
     check_mlp(tp, pp, cuts, activation, ("CROWN", "CROWN-Optimized"), alpha=True)
 
 
+@_SLOW
 def test_alpha_of_tangents_that_touch_an_end_takes_the_same_steps_on_four_ranks():
     """A tangent at its limit meets the curve at the interval's end, too: which of the two the
     gradient is of must not be left to rounding (bounds were off by 2e-6 of the width)."""
