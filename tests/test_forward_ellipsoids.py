@@ -140,7 +140,7 @@ def test_errors_of_many_squares_are_in_one_ball():
 
 
 @pytest.mark.usefixtures("double")
-def test_errors_of_products_are_in_balls():
+def test_errors_of_products_are_in_balls(monkeypatch):
     torch.manual_seed(3)
     domain = Domain([Group("box", 1, 8), Group("l2", 5), Group("box", 1, 4)], 1)
     run, points = _Run(domain), _drawn(domain, 4000)
@@ -151,6 +151,11 @@ def test_errors_of_products_are_in_balls():
     box = half.sum(-2)
     found = squares.of_products(run, None, w, v, box)
     assert 0.3 < _farthest(found, at_w @ at_v, box) <= 1
+    size = 2 * 2 * (3 * 3 + 3 * 30) ** 2  # samples, heads, and queries and keys that move
+    monkeypatch.setattr(squares, "_MOST", size)
+    assert squares.of_products(run, None, w, v, box) is not None
+    monkeypatch.setattr(squares, "_MOST", size - 1)
+    assert squares.of_products(run, None, w, v, box) is None
     i, z = 3 * torch.randn(domain.symbols, 2, 5), torch.randn(domain.symbols, 2, 5, 30)
     at_i, at_z = (torch.tensordot(points, x, 1) for x in (i, z))
     box = product_range(domain, i.unsqueeze(-1), z)[0]

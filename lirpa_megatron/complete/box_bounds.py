@@ -105,7 +105,7 @@ class PartBounder:
     ) -> None:
         self.graph, self.problem, self.is_over = graph, problem, is_over
         self.tp = graph.context.collectives
-        self.moving = that_move(problem.low, problem.high).nonzero().flatten()
+        self.moving = that_move(problem.low, problem.high).any(0).nonzero().flatten()
         of_box: list[list[int]] = [[] for _ in problem.low]
         for goal, box in enumerate(problem.boxes):
             of_box[box].append(goal)

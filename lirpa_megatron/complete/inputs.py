@@ -19,13 +19,13 @@ def input_names(graph: Any) -> list[str]:
 
 
 def that_move(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Which inputs of boxes [K, inputs] move in some box, [inputs] bool.
+    """Which inputs of each box move, [K, inputs] bool.
 
-    Not those that only enclose a number that the dtype lacks, unless others do not move either.
+    Not those that only enclose a number that the dtype lacks, unless no others move in any box.
     """
     few = _UNITS * torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
-    found = (high - low > few).any(0)
-    return torch.where(found.any(), found, (low < high).any(0))
+    found = high - low > few
+    return torch.where(found.any(), found, low < high)
 
 
 def check_inputs(graph: Any, where: str) -> None:

@@ -85,7 +85,7 @@ def decide(
 
 def _may_cut(graph: Any, problem: Problem) -> bool:
     """Whether cuts of boxes may prove what splits of ReLUs do not, though they may not either."""
-    moving = int(that_move(problem.low, problem.high).sum())
+    moving = int(that_move(problem.low, problem.high).any(0).sum())
     return _FEW < moving <= _MOST and _refusal(graph, check_boxes) is None
 
 
@@ -124,8 +124,7 @@ def chosen(graph: Any, low: torch.Tensor, high: torch.Tensor, asked: str = "auto
     if asked == "relu" or why is None and _refusal(graph, check_boxes) is not None:
         check_graph(graph)
         return "relu"
-    boxes = zip(low[:, None], high[:, None], strict=True)
-    moving = max(int(that_move(*ends).sum()) for ends in boxes)
+    moving = int(that_move(low, high).sum(1).max())
     if why is None:
         few = 0 < moving <= _FEW and neuron_count(graph) > _NEURONS * moving
         return "input" if few else "relu"

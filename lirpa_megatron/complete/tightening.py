@@ -72,7 +72,7 @@ class Tightening:
 
     def __init__(self, bounder: Bounder, wanted: bool) -> None:
         self.bounder, roots, problem = bounder, bounder.roots, bounder.problem
-        moving = int(that_move(problem.low, problem.high).sum())
+        moving = int(that_move(problem.low, problem.high).any(0).sum())
         self.boxes = wanted and 0 < moving <= _INPUTS
         few = len(roots.operator_of) - 1 <= _NEURONS
         self.ends = self.boxes and few and roots.only_relus

@@ -211,15 +211,6 @@ class ErrorSymbols:
                        scores=None, source=None)
 
 
-def weighted_sum(part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_n weights_n |part_n|, of [N, B, ...] and [N, B]: [B, ...]."""
-    weights = weights.reshape(*weights.shape, *[1] * (part.ndim - 2))
-    step, total = in_cache(part), part.new_zeros(part.shape[1:])
-    for some, by in zip(part.split(step), weights.split(step), strict=True):
-        total = total + (some.abs() * by).sum(0)
-    return total
-
-
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 

@@ -43,6 +43,9 @@ from lirpa_megatron.operators.numerics import ROUNDING, safe_root
 from lirpa_megatron.parallel import spmd
 
 _RANDOM = (2 / torch.pi) ** 0.5
+_MOST = 2**27
+"""Numbers that Gram matrices of attention may have: they grow as the fourth power of the number of
+tokens that move."""
 
 
 def weighted_gram(domain: Any, a: torch.Tensor) -> torch.Tensor:
@@ -83,6 +86,18 @@ def one_ball(
     C = torch.where(better[:, None, None], G, 0.0) * by[:, None, None]
     C = C + torch.diag_embed(torch.where(better.unsqueeze(-1), h * total.unsqueeze(-1), 0.0))
     return better, torch.where(better[:, None, None], root(C), 0.0)
+
+
+def _of_first_rank(
+    run: Any, better: torch.Tensor, L: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `one_ball` has found on the first rank of numbers that all ranks have: whether a ball is
+    smaller must not depend on a rank's rounding."""
+    group = run.context.collectives
+    if group.size == 1:
+        return better, L
+    L = spmd.broadcast_tensor(L.contiguous(), group.group)
+    return (L != 0).flatten(1).any(1), L
 
 
 def parabola(
@@ -140,10 +155,7 @@ def of_curve(
         of_all = run.context.collectives.gather_features
         a, kappa, h, box = (of_all(b) for b in (a, kappa, h, box))
     G = squared(weighted_gram(run.domain, a)) * kappa.unsqueeze(-1) * kappa.unsqueeze(-2)
-    better, L = one_ball(G, h, box)
-    if ranks.size > 1:  # the first rank's symbols
-        L = spmd.broadcast_tensor(L.contiguous(), run.context.collectives.group)
-        better = (L != 0).flatten(1).any(1)
+    better, L = _of_first_rank(run, *one_ball(G, h, box))
     return _placed(better, L[:, rank * width : (rank + 1) * width], moving, x.shape)
 
 
@@ -151,7 +163,7 @@ def _placed(
     better: torch.Tensor, L: torch.Tensor, moving: torch.Tensor, shape: torch.Size
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What was found for the positions `moving`, for all of a node [B, T..., F]."""
-    places, every = torch.arange(len(L)), shape[:-1]
+    places, every = torch.arange(len(L), device=L.device), shape[:-1]
     out = L.new_zeros(len(L), L.shape[-1], every.numel(), shape[-1])
     out[places, :, moving] = L.transpose(1, 2)
     where = torch.zeros(every.numel(), dtype=torch.bool, device=L.device)
@@ -185,10 +197,7 @@ def of_norm(
     ii, iz, zz = gram[:, :1, :1], gram[:, 0, 1:], gram[:, 1:, 1:]
     back = torch.where(by > 0, 1 / torch.where(by > 0, by, 1.0), 0.0)[:, None, None]
     G = (ii * zz + iz.unsqueeze(-1) * iz.unsqueeze(-2)) / 2 * back.square()
-    better, L = one_ball(G, h[moving], box[moving])
-    if run.context.collectives.size > 1:  # the first rank's symbols
-        L = spmd.broadcast_tensor(L.contiguous(), run.context.collectives.group)
-        better = (L != 0).flatten(1).any(1)
+    better, L = _of_first_rank(run, *one_ball(G, h[moving], box[moving]))
     return _placed(better, L, moving, shape)
 
 
@@ -204,7 +213,8 @@ def of_products(
 
     Returns:
         (where the ball is smaller, [B, n, Q, 1]; balls [K, d, B, n, Q, d], K of all ranks' heads
-        and the queries that move; of other ranks' heads zeros); None if no query moves.
+        and the queries that move; of other ranks' heads zeros); None if no query moves, or if
+        matrices would be too large (`_MOST`).
     """
     ranks, (B, n, _, d) = run.ranks(node), v.shape[1:]
     moves = ranks.most((w != 0).any(0).any(-1).any(0).any(0).to(w)).nonzero().flatten()
@@ -213,6 +223,8 @@ def of_products(
         return None
     rows, w, v = w.shape[3], w[:, :, :, moves][..., keys], v[:, :, :, keys]
     Q, S = len(moves), len(keys)
+    if B * n * (Q * S + S * d) ** 2 > _MOST:
+        return None
     # of one size, so that D belongs to both
     size_w, size_v = (safe_root(x.square().sum((0, 3, 4))) for x in (w, v))
     by = torch.where(size_w > 0, size_v / torch.where(size_w > 0, size_w, 1.0), 0.0)
@@ -228,9 +240,12 @@ def of_products(
     G = (G / 2 * back.square()).flatten(0, 1)
     box = box[:, :, moves].reshape(-1, d)
     better, L = one_ball(G, torch.zeros_like(box), box)
+    if ranks.size == 1:  # otherwise heads are the rank's own
+        better, L = _of_first_rank(run, better, L)
     L = L.unflatten(0, (B, n, Q))
     out = L.new_zeros(ranks.size * n, Q, d, B, n, rows, d)
-    heads, queries = torch.arange(n)[:, None], torch.arange(Q)
+    heads, queries = (torch.arange(k, device=w.device) for k in (n, Q))
+    heads = heads[:, None]
     out[ranks.rank * n + heads, queries, :, :, heads, moves] = L.permute(1, 2, 4, 0, 3)
     where = torch.zeros(B, n, rows, 1, dtype=torch.bool, device=w.device)
     where[:, :, moves] = better.reshape(B, n, Q, 1)
