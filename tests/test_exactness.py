@@ -44,7 +44,7 @@ _SPREAD = ("chunks", "own rows", "own rows in chunks", "A moves", "weights move"
 
 # Four ranks take seconds, and what these add to the others is not in how many there are.
 _AT_ANY_SIZE = ("no bias", "an activation reads the input", "constants between shards", "mixed",
-                "skip of a sharded value")
+                "skip of a sharded value", "stable neurons")
 
 
 @pytest.mark.parametrize("name, tp", [

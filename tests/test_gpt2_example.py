@@ -39,7 +39,7 @@ def printed(folder, **changes):
     return out.getvalue()
 
 
-@pytest.mark.parametrize("layers", ["1", "all"])
+@pytest.mark.parametrize("layers", [pytest.param("1", marks=pytest.mark.slow), "all"])
 def test_gpt2_is_certified_and_two_ranks_say_the_same(gpt2, layers):
     (alone,) = pool(1).run(printed, gpt2, layers=layers)
     first, second = pool(2).run(printed, gpt2, layers=layers)

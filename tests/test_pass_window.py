@@ -67,8 +67,11 @@ def test_words_that_see_each_other_have_all_positions(session, double):
     assert not any(bounds("bert")[2])
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("moves", ["A", "weights"])
+@pytest.mark.parametrize("moves, size", [
+    ("weights", 2),
+    *(pytest.param(*case, marks=pytest.mark.slow)
+      for case in (("A", 2), ("A", 4), ("weights", 4))),
+])
 def test_bounds_are_those_of_one_device(size, moves):
     for given in (None, LATE):
         lower, upper, _ = pool(1).run(bounds, "gpt", given)[0]

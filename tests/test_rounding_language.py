@@ -191,8 +191,8 @@ INF = float("inf")
 
 
 @pytest.mark.parametrize("kind, tp", [
-    ("gpt", 1), ("llama", 2), pytest.param("gpt", 2, marks=pytest.mark.slow),
-    pytest.param("llama", 1, marks=pytest.mark.slow),
+    ("gpt", 1), *(pytest.param(*case, marks=pytest.mark.slow)
+                  for case in (("llama", 2), ("gpt", 2), ("llama", 1))),
 ])
 def test_no_exact_margin_of_a_language_model_is_outside(kind, tp):
     calls = [("CROWN", 0.01, INF), ("CROWN-IBP", 0.001, INF), ("CROWN", 0.001, 2)]

@@ -62,7 +62,8 @@ def compare(folder, tmp_path, model, tp, pp, *extra, data="data.jsonl", replicas
 
 
 @pytest.mark.parametrize(("model", "tp", "pp", "extra"), [
-    ("bert", 1, 2, ("--tolerance", "0.3", "--attack-steps", "5")),
+    pytest.param("bert", 1, 2, ("--tolerance", "0.3", "--attack-steps", "5"),
+                 marks=pytest.mark.slow),
     ("gpt", 1, 3, ("--question", "certify", "--eps", "0.001", "--task", "next-token", "--outward",
                    "--dtype", "float64")),
     pytest.param("gpt", 2, 2, ("--label-tokens", "w3|w4,w5"), marks=pytest.mark.slow),

@@ -61,8 +61,9 @@ def test_gradients_are_those_of_one_device(name, method):
 @pytest.mark.parametrize(
     ("rows", "at_once"),
     # In chunks a rank's own rows are bounded by others too.
-    [("own", None), pytest.param("own", 7, marks=_SLOW), pytest.param("whole", None, marks=_SLOW)],
+    [("own", None), ("own", 7), ("whole", None)],
 )
+@_SLOW
 def test_gradients_through_rows_that_are_bounded_on_the_way_are_those_of_one_device(rows, at_once):
     # Two rows of BERT's: the norms have s bounded for them.
     options = {"final_rows": rows, "max_spec_rows": at_once}

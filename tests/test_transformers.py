@@ -36,7 +36,7 @@ _SLOW = pytest.mark.slow
     ("name", "size"),
     [(name, 2) if name != "bert's language head" else pytest.param(name, 2, marks=_SLOW)
      for name in CASES]
-    + [(name, 4) if name in ("llama", "bert") else pytest.param(name, 4, marks=_SLOW)
+    + [(name, 4) if name == "llama" else pytest.param(name, 4, marks=_SLOW)
        for name in CASES],
 )
 def test_bounds_are_those_of_one_device(name, size):
@@ -154,7 +154,8 @@ def _position_by_position(name):
     return case_bounds(*run, {**options, "tuning": tuning})
 
 
-@pytest.mark.parametrize("name", ["gpt", pytest.param("bert", marks=_SLOW)])
+@_SLOW
+@pytest.mark.parametrize("name", ["gpt", "bert"])
 def test_forms_used_position_by_position_give_the_same_bounds(name):
     whole = pool(1).run(case_bounds, *_in_positions(name))[0]
     parts = pool(2).run(_position_by_position, name)[0]
